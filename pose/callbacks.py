@@ -1,0 +1,43 @@
+"""What a user sees of a training while it goes on."""
+
+import time
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, counting optimizer steps of the whole run, without its version number."""
+
+    def init_train_tqdm(self):
+        bar = super().init_train_tqdm()
+        bar.set_description("Training")
+        return bar
+
+    def get_metrics(self, trainer, pl_module):
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items
+
+    def on_train_epoch_start(self, trainer, *_):
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.set_description("Training")
+
+
+class Throughput(L.Callback):
+    """Logs train/tokens_per_second over all devices, and on a GPU its peak memory in GiB."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.tokens, self.start = 0, time.perf_counter()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
+            return
+        now = time.perf_counter()
+        metrics = {"train/tokens_per_second": self.tokens / (now - self.start)}
+        if pl_module.device.type == "cuda":
+            metrics["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+        pl_module.log_dict(metrics)
+        self.tokens, self.start = 0, now

@@ -1,0 +1,149 @@
+"""The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset
+
+from pose.data.cache import TokenCache
+from pose.data.examples import Curriculum, PoseDataset, collate
+from pose.data.synthetic import TASKS
+from pose.errors import ConfigError
+from pose.positions import PositionSampler
+
+
+class PoseDataModule(L.LightningDataModule):
+    """From documents files to batches.
+
+    Args:
+        documents: .jsonl or .jsonl.gz files; a file named twice counts twice.
+        tokenizer: a transformers tokenizer.
+        sampler: which tokens an example shows and which position ids they get.
+        num_examples: examples in the whole run, over all processes.
+        micro_batch: examples in a batch of one process.
+        seed: of everything that is drawn.
+        cache_dir: the folder of all token caches.
+        text_field: the key of the text in each line.
+        window_len: tokens of a document that one example is drawn from; None takes documents whole.
+        add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
+        synthetic: share of examples by name of a task in `pose.data.synthetic.TASKS`.
+        curriculum: (share of the run, length in tokens) of phases of shorter sequences before the rest.
+        num_workers: processes that read; 0 reads in the training process.
+
+    Raises:
+        ConfigError: shares that do not add up, an unknown task, or a BOS the tokenizer does not have.
+        DataError: a documents file is broken, or no document is long enough.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[str | Path],
+        tokenizer,
+        sampler: PositionSampler,
+        *,
+        num_examples: int,
+        micro_batch: int,
+        seed: int,
+        cache_dir: str | Path,
+        text_field: str = "text",
+        window_len: int | None = None,
+        add_bos: bool | None = None,
+        synthetic: Mapping[str, float] | None = None,
+        curriculum: Sequence[tuple[float, int]] = (),
+        num_workers: int = 0,
+    ):
+        super().__init__()
+        self.files, self.tokenizer, self.sampler = list(documents), tokenizer, sampler
+        self.num_examples, self.micro_batch, self.seed = num_examples, micro_batch, seed
+        self.cache_dir, self.text_field, self.window_len = cache_dir, text_field, window_len
+        self.bos_id = bos_id(tokenizer, add_bos)
+        self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
+        self.curriculum = [tuple(phase) for phase in curriculum]
+        self.dataset: Dataset | None = None
+        self._check()
+
+    def _check(self):
+        for name, share in self.synthetic.items():
+            if name not in TASKS:
+                raise ConfigError(f"data.synthetic has no task {name!r}: choose from {', '.join(TASKS)}")
+            if not 0 <= share <= 1:
+                raise ConfigError(f"data.synthetic.{name}={share!r} is not accepted: give a share in [0, 1]")
+        if sum(self.synthetic.values()) > 1 + 1e-9:
+            raise ConfigError(f"data.synthetic={self.synthetic} adds up to more than 1")
+        for end, length in self.curriculum:
+            if not 0 < end < 1 or self.sampler.example_len % length:
+                raise ConfigError(
+                    f"data.curriculum has the phase [{end}, {length}]: give a share of the run in (0, 1) and a "
+                    f"length that divides {self.sampler.example_len}"
+                )
+
+    def prepare_data(self):
+        for file in dict.fromkeys(self.files):
+            TokenCache.build(file, self.tokenizer, self.cache_dir, self.text_field)
+
+    def setup(self, stage: str | None = None):
+        if self.dataset is not None:
+            return
+        caches = [TokenCache.build(file, self.tokenizer, self.cache_dir, self.text_field) for file in self.files]
+        documents = list(chain.from_iterable(_Document.all(cache) for cache in caches))
+        tasks = {TASKS[name](self.tokenizer, documents): share for name, share in self.synthetic.items()}
+
+        def dataset(sampler, window_len):
+            return PoseDataset(
+                documents, sampler, num_examples=self.num_examples, seed=self.seed,
+                window_len=window_len, bos_id=self.bos_id, synthetic=tasks,
+            )  # fmt: skip
+
+        self.dataset = dataset(self.sampler, self.window_len)
+        if self.curriculum:
+            phases = [
+                (round(end * self.num_examples), dataset(replace(self.sampler, train_len=n, target_len=n), n))
+                for end, n in self.curriculum
+            ]
+            self.dataset = Curriculum([*phases, (self.num_examples, self.dataset)])
+
+    def train_dataloader(self) -> DataLoader:
+        # In order: example i of the run is item i. Under DDP Lightning's DistributedSampler deals
+        # the items out in turn, so a global batch holds the same examples for any number of processes.
+        return DataLoader(
+            self.dataset, self.micro_batch, shuffle=False, num_workers=self.num_workers,
+            collate_fn=collate, persistent_workers=self.num_workers > 0,
+        )  # fmt: skip
+
+
+class _Document(Sequence):
+    """A document of a cache, by reference: picklable for workers, and no file is touched to list it."""
+
+    def __init__(self, cache: TokenCache, index: int):
+        self.cache, self.index = cache, index
+
+    @classmethod
+    def all(cls, cache: TokenCache):
+        return (cls(cache, i) for i in range(len(cache)))
+
+    def __len__(self):
+        return int(self.cache.lengths[self.index])
+
+    def __getitem__(self, key):
+        return self.cache[self.index][key]
+
+
+def bos_id(tokenizer, add_bos: bool | None) -> int | None:
+    """The token to put before a document, or None.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        add_bos: True, False, or None to do as the tokenizer itself does.
+
+    Raises:
+        ConfigError: add_bos is True and the tokenizer has no BOS token.
+    """
+    if add_bos is None:
+        default = tokenizer("a")["input_ids"]
+        add_bos = tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id]
+    if add_bos and tokenizer.bos_token_id is None:
+        raise ConfigError("add_bos=true, but this tokenizer has no BOS token: set it to false")
+    return tokenizer.bos_token_id if add_bos else None

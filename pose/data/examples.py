@@ -1,0 +1,150 @@
+"""Training examples: a pure function of (seed, epoch, index).
+
+B examples in a batch, L tokens in an example.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from pose.errors import DataError
+from pose.positions import PositionSampler
+
+IGNORE = -100  # the label of tokens that carry no loss, as in transformers
+
+
+class PoseDataset(Dataset):
+    """Examples of documents, laid out by a position sampler, drawn anew in every epoch.
+
+    In an epoch each document is met once, or, with `window_len`, once for every window_len tokens
+    it has. Item i is example (epoch, index) = divmod(i, epoch_len): nothing depends on the number
+    of workers or processes, and starting at any i costs nothing.
+
+    Args:
+        documents: token arrays, one a document (`TokenCache`, or several joined in a list).
+        sampler: which tokens an example shows and which position ids they get.
+        num_examples: length of the dataset: examples in the whole run.
+        seed: of everything drawn here.
+        window_len: the document x of the sampler is a random stretch of at most so many tokens of a
+            longer document; None takes documents whole.
+        bos_id: put before x when given.
+        synthetic: retrieval tasks by the share of examples they take, each an object with
+            ``sample(rng, length) -> (tokens, is_answer)``.
+
+    Raises:
+        DataError: no document is long enough for the sampler.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        sampler: PositionSampler,
+        *,
+        num_examples: int,
+        seed: int,
+        window_len: int | None = None,
+        bos_id: int | None = None,
+        synthetic: Mapping[object, float] | None = None,
+    ):
+        self.documents, self.sampler = documents, sampler
+        self.num_examples, self.seed, self.window_len, self.bos_id = num_examples, seed, window_len, bos_id
+        self.synthetic = dict(synthetic or {})
+        self.num_bos = 0 if bos_id is None else 1
+        lengths = np.array([len(document) for document in documents])
+        self.usable = np.flatnonzero(lengths + self.num_bos >= sampler.min_document_len)
+        if len(self.usable) == 0:
+            raise DataError(
+                f"none of the {len(lengths)} documents is long enough: the longest has {lengths.max(initial=0)} "
+                f"tokens, and {type(sampler).__name__} with pose.train_len={sampler.train_len} and "
+                f"pose.target_len={sampler.target_len} needs {sampler.min_document_len}"
+            )
+        visits = np.ones_like(self.usable) if window_len is None else lengths[self.usable] // window_len
+        self.visits = np.repeat(self.usable, np.maximum(visits, 1))
+        self._epoch_order = lru_cache(maxsize=2)(self._shuffled)
+
+    @property
+    def epoch_len(self) -> int:
+        """Examples in an epoch."""
+        return len(self.visits)
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if not 0 <= i < self.num_examples:
+            raise IndexError(i)
+        return self.example(*divmod(i, self.epoch_len))
+
+    def example(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        """One example: input_ids, labels (IGNORE where no loss is taken), position_ids; int64 [L]."""
+        rng = np.random.default_rng((self.seed, epoch, index))
+        if self.synthetic:
+            draw, share = rng.random(), 0.0
+            for task, fraction in self.synthetic.items():
+                share += fraction
+                if draw < share:
+                    return self._synthetic_example(rng, task)
+        document = self.documents[self._epoch_order(epoch)[index]]
+        if self.window_len is not None and len(document) > self.window_len:
+            start = int(rng.integers(len(document) - self.window_len, endpoint=True))
+            document = document[start : start + self.window_len]
+        layout = self.sampler.sample(rng, len(document) + self.num_bos)
+        if self.bos_id is None:
+            tokens = document[layout.content_ids].astype(np.int64)
+        else:
+            tokens = document[np.maximum(layout.content_ids - 1, 0)].astype(np.int64)
+            tokens[layout.content_ids == 0] = self.bos_id
+        return _tensors(tokens, tokens, layout.position_ids)
+
+    def _synthetic_example(self, rng, task):
+        tokens, is_answer = task.sample(rng, self.sampler.example_len)
+        layout = self.sampler.sample(rng, self.sampler.min_document_len)  # its positions alone
+        return _tensors(tokens, np.where(is_answer, tokens, IGNORE), layout.position_ids)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.visits)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_epoch_order"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._epoch_order = lru_cache(maxsize=2)(self._shuffled)
+
+
+class Curriculum(Dataset):
+    """A run that begins with short sequences: the same tokens a step, cut into more, shorter rows.
+
+    Args:
+        phases: (first item that no longer belongs to it, its dataset), in order of item. An item
+            of a phase is as many of its examples in a row as fill the last phase's length.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, PoseDataset]]):
+        self.phases = list(phases)
+
+    def __len__(self) -> int:
+        return self.phases[-1][0]
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        """Tensors [rows, length] with rows * length the same for every item."""
+        dataset = next(dataset for end, dataset in self.phases if i < end)
+        rows = self.phases[-1][1].sampler.example_len // dataset.sampler.example_len
+        examples = [dataset.example(*divmod(i * rows + row, dataset.epoch_len)) for row in range(rows)]
+        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Joins items to a batch [B, L]."""
+    return {name: torch.cat([torch.atleast_2d(item[name]) for item in items]) for name in items[0]}
+
+
+def _tensors(tokens, labels, position_ids) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(position_ids),
+    }

@@ -1,0 +1,86 @@
+"""Passkey retrieval (Mohtashami and Jaggi 2023, arXiv 2305.16300), with the PoSE paper's prompt."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pose.errors import ConfigError
+
+INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+KEY_LINE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+KEY_DIGITS = 5
+
+
+class PasskeyPrompt(NamedTuple):
+    """One prompt together with its answer.
+
+    Attributes:
+        input_ids: int64 [length]; the last num_answer are the key.
+        num_answer: tokens of the answer.
+        key: the digits.
+        key_start: index of the key line's first token.
+    """
+
+    input_ids: np.ndarray
+    num_answer: int
+    key: str
+    key_start: int
+
+
+class PasskeyPrompts:
+    """Makes prompts of an exact length in tokens, for any tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        bos_id: put before the prompt, and counted in its length, when given.
+    """
+
+    def __init__(self, tokenizer, bos_id: int | None = None):
+        self.tokenizer = tokenizer
+        self.bos = np.array([] if bos_id is None else [bos_id], np.int64)
+        self.introduction = self._ids(INTRODUCTION)
+        self.filler = self._ids(FILLER)
+        self.question = self._ids(QUESTION)
+
+    def sample(
+        self,
+        rng: np.random.Generator,
+        length: int,
+        depth: float | None = None,
+        filler: np.ndarray | None = None,
+        introduce: bool = True,
+    ) -> PasskeyPrompt:
+        """Draws a key and its place.
+
+        Args:
+            rng: the only source of randomness.
+            length: tokens of prompt and answer together: exactly so many are returned.
+            depth: the key line's place in the filler, 0 (start) to 1 (end); None draws it.
+            filler: int64, at least `length` tokens to hide the key in; None repeats the paper's.
+            introduce: whether the prompt begins with the task's introduction.
+
+        Raises:
+            ConfigError: the prompt does not fit into `length`.
+        """
+        key = "".join(str(d) for d in rng.integers(0, 10, KEY_DIGITS))
+        answer = self._ids(" " + key)
+        line = self._ids(KEY_LINE.format(key=key))
+        head = np.concatenate([self.bos, self.introduction]) if introduce else self.bos
+        room = length - len(head) - len(line) - len(self.question) - len(answer)
+        if room < 0:
+            raise ConfigError(
+                f"a passkey prompt of {length} tokens is not possible: with this tokenizer the shortest "
+                f"has {length - room}; raise eval.lengths"
+            )
+        before = round(depth * room) if depth is not None else int(rng.integers(room, endpoint=True))
+        filling = np.resize(self.filler if filler is None else filler, room)
+        parts = [head, filling[:before], line, filling[before:], self.question, answer]
+        return PasskeyPrompt(np.concatenate(parts), len(answer), key, len(head) + before)
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)

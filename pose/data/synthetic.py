@@ -1,0 +1,102 @@
+"""Retrieval examples, made rather than read: what a model must have seen to look things up.
+
+Each task is a small class with ``sample(rng, length)``, which returns ``(tokens, is_answer)``,
+int64 and bool [length]. The loss is taken on the answers alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pose.data.passkey import PasskeyPrompts
+
+IS_TEXT_FILLER = 0.5  # of the passkey prompts, the share whose filler is real text
+
+
+class KeyValue:
+    """A list of key-value pairs, then the same keys in another order, to be answered.
+
+    Keys are two random tokens; a value is five digits or one to three random tokens.
+    """
+
+    def __init__(self, tokenizer, documents: Sequence[np.ndarray]):
+        self.words = _plain_tokens(tokenizer)
+        self.digits = np.array([_ids(tokenizer, str(d))[-1] for d in range(10)])
+        self.middle, self.end = _ids(tokenizer, " is"), _ids(tokenizer, "\n")
+
+    def sample(self, rng: np.random.Generator, length: int):
+        value_len, symbols = (5, self.digits) if rng.random() < 0.5 else (rng.integers(1, 4), self.words)
+        pair_len = 2 + len(self.middle) + value_len + len(self.end)
+        num_pairs = max(1, length // (2 * pair_len))
+        keys = rng.choice(self.words, (num_pairs, 2))
+        values = rng.choice(symbols, (num_pairs, value_len))
+        repeat = lambda ids: np.tile(ids, (num_pairs, 1))  # noqa: E731
+        pairs = np.concatenate([keys, repeat(self.middle), values, repeat(self.end)], 1)
+        answers = np.zeros((num_pairs, pair_len), bool)
+        answers[:, 2 + len(self.middle) : 2 + len(self.middle) + value_len] = True
+        tokens = np.concatenate([pairs, pairs[rng.permutation(num_pairs)]]).ravel()
+        is_answer = np.concatenate([np.zeros_like(answers), answers]).ravel()
+        return _fit(tokens, length, 0), _fit(is_answer, length, False)
+
+
+class Copy:
+    """A span, something else, and the span again: of text, or of random tokens."""
+
+    CUE = 3  # tokens of the repetition that say which span it is
+
+    def __init__(self, tokenizer, documents: Sequence[np.ndarray]):
+        self.words, self.documents = _plain_tokens(tokenizer), documents
+
+    def sample(self, rng: np.random.Generator, length: int):
+        if rng.random() < 0.5:
+            tokens = _stretch(rng, self.documents, length)
+        else:
+            tokens = rng.choice(self.words, length)
+        span_len = int(rng.integers(2 * self.CUE, length // 2, endpoint=True))
+        second = length - span_len - int(rng.integers(0, length - 2 * span_len, endpoint=True))
+        first = int(rng.integers(0, second - span_len, endpoint=True))
+        tokens[second : second + span_len] = tokens[first : first + span_len]
+        is_answer = np.zeros(length, bool)
+        is_answer[second + self.CUE : second + span_len] = True
+        return tokens, is_answer
+
+
+class Passkey:
+    """The evaluation's passkey prompt with its answer; the filler is the paper's, or real text."""
+
+    def __init__(self, tokenizer, documents: Sequence[np.ndarray]):
+        self.prompts, self.documents = PasskeyPrompts(tokenizer), documents
+        self.full_stop = _ids(tokenizer, ".")
+
+    def sample(self, rng: np.random.Generator, length: int):
+        filler = _stretch(rng, self.documents, length) if rng.random() < IS_TEXT_FILLER else None
+        tail = len(self.full_stop)
+        prompt = self.prompts.sample(rng, length - tail, filler=filler, introduce=length >= 128)
+        tokens = np.concatenate([prompt.input_ids, self.full_stop])
+        is_answer = np.zeros(length, bool)
+        is_answer[length - tail - prompt.num_answer :] = True
+        return tokens, is_answer
+
+
+TASKS = {"key_value": KeyValue, "copy": Copy, "passkey": Passkey}
+
+
+def _ids(tokenizer, text: str) -> np.ndarray:
+    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _plain_tokens(tokenizer) -> np.ndarray:
+    special = set(tokenizer.all_special_ids)
+    return np.array([i for i in range(len(tokenizer)) if i not in special])
+
+
+def _stretch(rng, documents: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """length tokens in a row, int64, from a random document, which is repeated if it is shorter."""
+    document = documents[int(rng.integers(len(documents)))]
+    start = int(rng.integers(max(1, len(document) - length + 1)))
+    return np.resize(document[start : start + length], length).astype(np.int64)
+
+
+def _fit(values: np.ndarray, length: int, fill) -> np.ndarray:
+    """Cut or filled up to length."""
+    return np.concatenate([values[:length], np.full(max(0, length - len(values)), fill, values.dtype)])

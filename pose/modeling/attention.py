@@ -1,0 +1,133 @@
+"""Causal attention that infers nothing from position ids.
+
+transformers >= 4.53 reads a jump in `position_ids` as the start of another packed document and
+hides everything before it. It does so while it builds masks, and builds none for attention
+functions that it has no mask function for: so PoSE registers its own, which are causal by *index*.
+FlashAttention's wrapper in transformers cuts at position jumps as well, so it is called directly.
+
+Shapes: B batch, H query heads, K key-value heads, Q query tokens, T key tokens, D head size.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from pose.errors import ConfigError
+
+BACKENDS = ("sdpa", "eager", "flash_attention_2")
+
+
+def resolve_backend(name: str) -> str:
+    """The name transformers knows a backend by, here.
+
+    Args:
+        name: one of BACKENDS, or "auto": flash_attention_2 where it is installed and a GPU is
+            there, sdpa elsewhere.
+
+    Raises:
+        ConfigError: an unknown backend, or FlashAttention without its package or without a GPU.
+    """
+    flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    if name == "auto":
+        name = "flash_attention_2" if flash else "sdpa"
+    if name not in BACKENDS:
+        raise ConfigError(f"model.attention={name!r} is unknown: choose auto, {', '.join(BACKENDS)}")
+    if name == "flash_attention_2" and not flash:
+        raise ConfigError(
+            "model.attention=flash_attention_2 needs a GPU and the package flash-attn "
+            "(pip install -r requirements-gpu.txt): use sdpa here"
+        )
+    return f"pose_{name}"
+
+
+def causal_mask(num_query: int, num_key: int, sliding_window: int | None, device) -> torch.Tensor:
+    """Which key each query sees, by index; the queries are the last of the keys. bool [Q, T]."""
+    query = torch.arange(num_key - num_query, num_key, device=device)[:, None]
+    key = torch.arange(num_key, device=device)
+    mask = key <= query
+    return mask if sliding_window is None else mask & (key > query - sliding_window)
+
+
+def sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """torch's scaled_dot_product_attention; builds a mask only where `is_causal` cannot say it.
+
+    Args:
+        attention_mask: None, or 1 for tokens and 0 for padding [B, T].
+
+    Returns:
+        [B, Q, H, D] and None, as transformers expects.
+    """
+    window = _sliding_window(kwargs, key_BKTD.shape[2])
+    num_query, num_key = query_BHQD.shape[2], key_BKTD.shape[2]
+    mask, is_causal = None, False
+    if attention_mask is None and window is None and num_query == num_key:
+        is_causal = num_query > 1
+    elif attention_mask is not None or window is not None or num_query > 1:
+        mask = _mask(num_query, num_key, window, attention_mask, query_BHQD.device)
+    output = F.scaled_dot_product_attention(
+        query_BHQD,
+        key_BKTD,
+        value_BKTD,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scaling,
+        enable_gqa=query_BHQD.shape[1] != key_BKTD.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def eager(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """The textbook form, softmax in fp32: for reading and for checking the others.
+
+    Args and Returns: as `sdpa`, with the attention weights [B, H, Q, T] in place of None.
+    """
+    num_query, num_key = query_BHQD.shape[2], key_BKTD.shape[2]
+    window = _sliding_window(kwargs, num_key)
+    mask = _mask(num_query, num_key, window, attention_mask, query_BHQD.device)
+    groups = query_BHQD.shape[1] // key_BKTD.shape[1]
+    key_BHTD, value_BHTD = key_BKTD.repeat_interleave(groups, 1), value_BKTD.repeat_interleave(groups, 1)
+    scaling = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query_BHQD @ key_BHTD.transpose(2, 3)) * scaling
+    weights = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(value_BHTD.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value_BHTD).transpose(1, 2).contiguous(), weights
+
+
+def flash_attention_2(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """The package flash-attn, called without position ids. Runs in fp16 or bf16, on a GPU.
+
+    Args and Returns: as `sdpa`; no padding.
+    """
+    from flash_attn import flash_attn_func
+
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError("pose's FlashAttention takes no padding: use model.attention=sdpa")
+    window = _sliding_window(kwargs, key_BKTD.shape[2])
+    dtype = query_BHQD.dtype
+    if dtype == torch.float32:  # RoPE in fp32 leaves q and k so under autocast
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.bfloat16
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (query_BHQD, key_BKTD, value_BKTD))
+    window_size = (-1, -1) if window is None else (window - 1, 0)
+    output = flash_attn_func(q, k, v, dropout, softmax_scale=scaling, causal=True, window_size=window_size)
+    return output, None
+
+
+for _function in (sdpa, eager, flash_attention_2):
+    AttentionInterface.register(f"pose_{_function.__name__}", _function)
+
+
+def _sliding_window(kwargs: dict, num_key: int) -> int | None:
+    """The model's sliding window, in tokens, where it hides anything. Refuses what is not implemented."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"this model's attention uses {name}, which is not supported")
+    window = kwargs.get("sliding_window")
+    return window if window is not None and window < num_key else None
+
+
+def _mask(num_query, num_key, window, attention_mask, device) -> torch.Tensor:
+    mask = causal_mask(num_query, num_key, window, device)[None, None]
+    return mask if attention_mask is None else mask & attention_mask[:, None, None, :].bool()

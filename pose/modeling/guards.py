@@ -1,0 +1,113 @@
+"""Checks of the model that is about to train, on the device and in the precision it trains in.
+
+Each looks for one way in which long-context training runs and is silently wrong.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from pose.errors import GuardError
+from pose.modeling.load import rotary_modules
+from pose.modeling.loss import causal_lm_loss
+from pose.rope import Frequencies
+
+PROBE_LEN = 32  # tokens, in two chunks
+INV_FREQ_TOLERANCE = 1e-5  # relative; fp32 rounding is 1e-7, bf16 rounding 4e-3
+
+
+@torch.no_grad()
+def run_guards(model: PreTrainedModel, expected: Frequencies | None, target_len: int, device: torch.device | str):
+    """Runs every guard; the caller provides the precision context.
+
+    Args:
+        model: as it trains.
+        expected: the closed form of its frequencies; None skips that comparison.
+        target_len: the window to extend to, in tokens.
+        device: of the model.
+
+    Raises:
+        GuardError: a guard failed; the message says what it means and what to look at.
+    """
+    training = model.training
+    model.eval()
+    try:
+        check_frequencies(model, expected)
+        check_chunks_attend(model, target_len, device)
+        check_loss(model, device)
+    finally:
+        model.train(training)
+
+
+def check_frequencies(model: PreTrainedModel, expected: Frequencies | None):
+    """The inverse frequencies the model computes with are fp32 and equal the closed form."""
+    modules = rotary_modules(model)
+    if not modules:
+        raise GuardError("no rotary embedding was found in the model: there is nothing to extend")
+    for module in modules:
+        inv_freq = module.inv_freq
+        if inv_freq.dtype != torch.float32:
+            raise GuardError(
+                f"the model's inv_freq is {str(inv_freq.dtype).removeprefix('torch.')}, not float32: positions far "
+                "out would be rotated by angles that are wrong by whole turns. Something cast the model's buffers "
+                "after pose.modeling.load.keep_frequencies_fp32."
+            )
+        if expected is None:
+            continue
+        wanted = expected.inv_freq.to(inv_freq.device)
+        same_shape = inv_freq.shape == wanted.shape
+        if not same_shape or ((inv_freq.double() - wanted).abs() > INV_FREQ_TOLERANCE * wanted.abs()).any():
+            detail = (
+                f"{((inv_freq.double() / wanted) - 1).abs().max().item():.1%} off at worst" if same_shape
+                else f"{len(inv_freq)} of them, {len(wanted)} expected"
+            )  # fmt: skip
+            raise GuardError(
+                f"the model's inv_freq is not that of the configured scaling ({detail}): the scaling did not reach "
+                "the model. It must be in the config before the model is built."
+            )
+        factor = getattr(module, "attention_scaling", 1.0)
+        if abs(factor - expected.attention_factor) > 1e-6:
+            raise GuardError(
+                f"the model's attention factor is {factor:g}, and the configured scaling has "
+                f"{expected.attention_factor:g}: the scaling did not reach the model"
+            )
+
+
+def check_chunks_attend(model: PreTrainedModel, target_len: int, device):
+    """Other tokens in the first chunk move the logits of the last, whatever the skip and the batch."""
+    half = PROBE_LEN // 2
+    skip = max(target_len - PROBE_LEN, 1)
+    positions = torch.cat([torch.arange(half), torch.arange(half) + half + skip]).to(device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (2, PROBE_LEN), generator=generator).to(device)
+    changed = tokens.clone()
+    changed[:, :half] = tokens[:, :half].roll(1, 1).flip(0)
+    for rows in (1, 2):  # FlashAttention's wrapper takes another path at batch 1
+        hidden = [
+            model.base_model(
+                input_ids=ids[:rows], position_ids=positions.expand(rows, -1), use_cache=False
+            ).last_hidden_state
+            for ids in (tokens, changed)
+        ]
+        if torch.equal(hidden[0][:, half:], hidden[1][:, half:]):
+            raise GuardError(
+                f"changing the first chunk changes nothing in the last (batch of {rows}, position ids skip by {skip}): "
+                "attention treats the skip as the border of two documents, so the model would only ever train on "
+                f"short contexts. Attention in use: {model.config._attn_implementation!r}; pose needs its own "
+                "(pose.modeling.attention)."
+            )
+
+
+def check_loss(model: PreTrainedModel, device):
+    """The chunked loss is the model's own: nothing between the hidden states and its logits is left out."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(model.config.vocab_size, (1, PROBE_LEN), generator=generator).to(device)
+    positions = torch.arange(PROBE_LEN, device=device)[None]
+    output = model(input_ids=tokens, position_ids=positions, use_cache=False, output_hidden_states=True)
+    own = F.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:])
+    chunked = causal_lm_loss(output.hidden_states[-1], model.get_output_embeddings(), tokens)
+    if (own - chunked).abs() > 1e-2 * own:
+        raise GuardError(
+            f"the loss from the hidden states is {chunked:.4f} where the model's own logits give {own:.4f}: this model "
+            f"({model.config.model_type}) changes its logits after the head, which the chunked loss does not do"
+        )

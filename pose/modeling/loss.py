@@ -1,0 +1,57 @@
+"""Next-token cross-entropy from hidden states, without the logits of a whole batch.
+
+Shapes: B batch, L tokens, H hidden size, V vocabulary, C chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pose.data.examples import IGNORE
+
+CHUNK_LEN = 1024
+
+
+def token_nll(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chunk_len: int = CHUNK_LEN) -> torch.Tensor:
+    """Cross-entropy of each target, with the logits of `chunk_len` tokens at a time.
+
+    Logits are taken to fp32 whatever the precision, and made again in the backward pass.
+
+    Args:
+        hidden: [n, H], the states that predict the targets.
+        head: the output layer, H -> V.
+        targets: int64 [n]; IGNORE gives 0.
+        chunk_len: C, tokens whose logits exist at one time.
+
+    Returns:
+        fp32 [n], in nats.
+    """
+
+    def chunk_nll(hidden_CH, targets_C):
+        return F.cross_entropy(head(hidden_CH).float(), targets_C, ignore_index=IGNORE, reduction="none")
+
+    losses = []
+    for h, t in zip(hidden.split(chunk_len), targets.split(chunk_len), strict=True):
+        if torch.is_grad_enabled():
+            losses.append(checkpoint(chunk_nll, h, t, use_reentrant=False))
+        else:
+            losses.append(chunk_nll(h, t))
+    return torch.cat(losses)
+
+
+def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next token.
+
+    Args:
+        hidden: [B, L, H].
+        head: the output layer, H -> V.
+        labels: int64 [B, L], not shifted, IGNORE where no loss is taken (as in transformers).
+
+    Returns:
+        fp32 scalar, in nats per token that carries a loss.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    scored = targets != IGNORE
+    nll = token_nll(hidden[:, :-1].reshape(-1, hidden.shape[-1])[scored], head, targets[scored])
+    return nll.sum() / scored.sum().clamp(min=1)

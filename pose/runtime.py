@@ -1,0 +1,301 @@
+"""From a composed config to objects: checks, building, provenance. Only this knows the config's keys."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, PretrainedConfig
+from transformers import logging as transformers_logging
+
+from pose.callbacks import ProgressBar, Throughput
+from pose.data.datamodule import PoseDataModule
+from pose.errors import ConfigError, PoseError
+from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
+from pose.module import PoseModule
+from pose.positions import PositionSampler
+from pose.rope import Frequencies, RopeGeometry, RopeScaling
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKAGES = ("torch", "transformers", "lightning", "hydra-core", "deepspeed", "tokenizers", "numpy", "safetensors")
+
+
+@contextlib.contextmanager
+def readable_errors():
+    """Ends the process with the message alone, and status 1, for errors that a user can mend."""
+    try:
+        yield
+    except PoseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def locate(path: str) -> str:
+    """A path as given, or inside the repository when it is found only there (shipped files).
+
+    Hub ids, and paths that are nowhere, come back unchanged for their reader to judge.
+    """
+    path = os.path.expanduser(path)
+    shipped = REPOSITORY / path
+    return str(shipped) if not os.path.exists(path) and shipped.exists() else path
+
+
+def quiet_libraries():
+    """Silences messages of libraries that a user can do nothing about."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights.
+
+    Attributes:
+        base: the model's own config.
+        config: the same with scaling and new window written in.
+        scaling, sampler: with everything filled in.
+        geometry: of the base.
+        accumulate: batches in an optimizer step.
+        micro_batch: examples in a batch of one device.
+        trainer: built, not started.
+        data: tokenised.
+    """
+
+    base: PretrainedConfig
+    config: PretrainedConfig
+    tokenizer: object
+    scaling: RopeScaling
+    sampler: PositionSampler
+    geometry: RopeGeometry
+    trainer: L.Trainer
+    data: PoseDataModule
+
+    @property
+    def expected(self) -> Frequencies | None:
+        """The closed form that the built model must have; None for a checkpoint's own scaling."""
+        closed = self.scaling.name != "none" or self.geometry.rope_type == "default"
+        return self.scaling.frequencies(self.geometry) if closed else None
+
+
+def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
+    """Checks the whole run and prepares all but the weights.
+
+    Raises:
+        PoseError: what cannot work, before any long work.
+    """
+    base, config = _model_config(cfg), _model_config(cfg)
+    geometry = rope_geometry(base)
+    sampler = build_sampler(cfg.pose, geometry.window)
+    scaling = scale_config(config, build_scaling(cfg.rope), sampler.target_len)
+    if cfg.model.export_dtype not in DTYPES:
+        raise ConfigError(f"model.export_dtype={cfg.model.export_dtype!r} is unknown: choose {', '.join(DTYPES)}")
+    tokenizer_path = cfg.model.tokenizer or cfg.model.path
+    if tokenizer_path is None:
+        raise ConfigError("model.tokenizer is not set, and a model from random weights has none of its own")
+    tokenizer = load_tokenizer(locate(tokenizer_path), cfg.model.revision)
+    if cfg.model.path is None:
+        base.vocab_size = config.vocab_size = len(tokenizer)
+    elif len(tokenizer) > base.vocab_size:
+        raise ConfigError(f"the tokenizer of {tokenizer_path} has {len(tokenizer)} tokens, the model {base.vocab_size}")
+    trainer = build_trainer(cfg, run_dir)
+    micro_batch = _accumulate(trainer, cfg.trainer)
+    files = OmegaConf.to_object(cfg.data.documents) if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
+    data = PoseDataModule(
+        [locate(file) for file in files],
+        tokenizer,
+        sampler,
+        num_examples=cfg.trainer.max_steps * cfg.trainer.global_batch,
+        micro_batch=micro_batch,
+        seed=cfg.seed,
+        cache_dir=cfg.data.cache_dir,
+        text_field=cfg.data.text_field,
+        window_len=cfg.data.window_len,
+        add_bos=cfg.data.add_bos,
+        synthetic=cfg.data.synthetic,
+        curriculum=cfg.data.curriculum,
+        num_workers=cfg.data.num_workers,
+    )
+    data.prepare_data()
+    data.setup()
+    return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data)
+
+
+def build_sampler(node: DictConfig, window: int) -> PositionSampler:
+    """The sampler of the group `pose`; train_len defaults to the model's window."""
+    arguments = OmegaConf.to_object(node)
+    if arguments.get("train_len") is None:
+        arguments["train_len"] = window
+    return get_class(arguments.pop("_target_"))(**arguments)
+
+
+def build_scaling(node: DictConfig) -> RopeScaling:
+    """The method of the group `rope`."""
+    arguments = OmegaConf.to_object(node)
+    return get_class(arguments.pop("_target_"))(**arguments)
+
+
+def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:
+    """The LightningModule around a model that was built from plan.config."""
+    if cfg.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return PoseModule(
+        model,
+        expected=plan.expected,
+        target_len=plan.sampler.target_len,
+        max_steps=cfg.trainer.max_steps,
+        **OmegaConf.to_object(cfg.finetune).__dict__,
+    )
+
+
+def load_model(cfg: DictConfig, config: PretrainedConfig, dtype: torch.dtype = torch.float32):
+    """The configured model with the given config, in memory; weights in fp32."""
+    path = None if cfg.model.path is None else locate(cfg.model.path)
+    return build_model(config, path, cfg.model.attention, dtype, cfg.model.revision)
+
+
+def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
+    """Lightning's Trainer.
+
+    Raises:
+        ConfigError: a value that Lightning does not accept; carries its message.
+    """
+    t = cfg.trainer
+    for key in ("max_steps", "global_batch", "micro_batch"):
+        if t[key] < 1:
+            raise ConfigError(f"trainer.{key}={t[key]} is not accepted: give an integer of at least 1")
+    strategy = instantiate(cfg.strategy) if "_target_" in cfg.strategy else cfg.strategy.name
+    devices = OmegaConf.to_object(t.devices) if OmegaConf.is_list(t.devices) else t.devices
+    try:
+        return L.Trainer(
+            max_steps=t.max_steps,
+            max_epochs=-1,
+            accelerator=t.accelerator,
+            devices=devices,
+            num_nodes=t.num_nodes,
+            strategy=strategy,
+            precision=_precision(t.precision, t.accelerator),
+            gradient_clip_val=t.gradient_clip,
+            log_every_n_steps=t.log_every_n_steps,
+            logger=build_loggers(cfg, run_dir),
+            callbacks=[ProgressBar(), Throughput()],
+            default_root_dir=run_dir,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, TypeError, RuntimeError, L.fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise ConfigError(f"the trainer cannot be built from {OmegaConf.to_object(t)}: {error}") from error
+
+
+def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
+    """metrics.csv always, and what the group `logger` adds."""
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    options = OmegaConf.to_container(cfg.logger)
+    name = options.pop("name")
+    if name == "tensorboard":
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+    elif name == "wandb":
+        loggers.append(_wandb(options, run_dir))
+    elif name != "csv":
+        raise ConfigError(f"logger.name={name!r} is unknown: choose csv, tensorboard or wandb")
+    return loggers
+
+
+def provenance() -> dict:
+    """What is needed to repeat a run: command, commit, versions, machine."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "overrides": list(HydraConfig.get().overrides.task),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "processor": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def write_json(path: Path, content: dict):
+    """Writes a JSON file in one step, so that a killed run leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+@rank_zero_only
+def save_config(cfg: DictConfig, run_dir: Path):
+    """config.yaml and provenance.json."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(run_dir / "provenance.json", provenance())
+
+
+def _model_config(cfg: DictConfig) -> PretrainedConfig:
+    if cfg.model.path is not None:
+        return load_config(locate(cfg.model.path), cfg.model.revision)
+    if cfg.model.init is None:
+        raise ConfigError("model.path=null needs model.init, the config of a model to start from random weights")
+    init = OmegaConf.to_container(cfg.model.init, resolve=True)
+    try:
+        return AutoConfig.for_model(init.pop("model_type"), **init)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"model.init={OmegaConf.to_container(cfg.model.init)} is not a model's config: {error}") from error
+
+
+def _accumulate(trainer: L.Trainer, t: DictConfig) -> int:
+    """Sets the trainer's gradient accumulation; returns the examples in a batch of one device."""
+    world = trainer.world_size
+    micro_batch = min(t.micro_batch, max(t.global_batch // world, 1))
+    if t.global_batch % (micro_batch * world):
+        raise ConfigError(
+            f"trainer.global_batch={t.global_batch} is not a multiple of trainer.micro_batch={micro_batch} on "
+            f"{world} device(s): give a global batch that {micro_batch * world} divides"
+        )
+    trainer.accumulate_grad_batches = t.global_batch // (micro_batch * world)
+    return micro_batch
+
+
+def _precision(precision: str, accelerator: str) -> str:
+    if precision != "auto":
+        return precision
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    fast_bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if fast_bf16 else "32-true"
+
+
+def _wandb(options: dict, run_dir: Path) -> Logger:
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    offline = options.pop("offline")
+    if offline is None:
+        offline = not wandb.Api.api_key if hasattr(wandb.Api, "api_key") else True
+    return WandbLogger(save_dir=run_dir, offline=offline, **options)
+
+
+def _git(*arguments: str) -> str | None:
+    result = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None

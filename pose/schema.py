@@ -1,0 +1,121 @@
+"""The typed schema of the run: a misspelt key or a wrong type fails while the config is composed.
+
+Groups whose file names a `_target_` (pose, rope, strategy) are checked by the class that they name.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained, and what is saved of it."""
+
+    path: str | None = None  # Hugging Face folder or hub id of the weights; null starts from random ones
+    revision: str | None = None  # of the hub repository
+    tokenizer: str | None = None  # folder or hub id; null is the model's own
+    init: dict[str, Any] | None = None  # config of a model that starts from random weights (path: null)
+    attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how examples are drawn from it."""
+
+    documents: Any = MISSING  # .jsonl[.gz] file, or a list of them
+    heldout: str | None = None  # .jsonl[.gz] file of documents kept for evaluation
+    text_field: str = "text"  # the key of the text in each line
+    window_len: int | None = None  # tokens of a document an example is drawn from; null: the whole document
+    add_bos: bool | None = None  # a document begins with BOS; null: as the tokenizer does
+    synthetic: dict[str, float] = field(default_factory=dict)  # shares of passkey, copy, key_value examples
+    curriculum: list[Any] = field(default_factory=list)  # [share of the run, length in tokens] phases
+    cache_dir: str = "~/.cache/pose"  # token caches
+    num_workers: int = 0  # reading processes; 0: the training process reads (it takes microseconds)
+
+
+@dataclass
+class FinetuneConfig:
+    """What is trained, and with which optimizer (AdamW)."""
+
+    lr: float = 2e-5  # peak learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
+    weight_decay: float = 0.0  # of AdamW, on matrices
+    schedule: str = "linear"  # of transformers' get_scheduler
+    warmup_steps: int = 10  # optimizer steps
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what."""
+
+    max_steps: int = 1000  # optimizer steps
+    global_batch: int = 64  # examples in an optimizer step, over all devices
+    micro_batch: int = 1  # examples at a time on one device; the rest is gradient accumulation
+    accelerator: str = "auto"  # of Lightning: auto, cpu, gpu
+    devices: Any = "auto"  # of Lightning: auto, a number, a list
+    num_nodes: int = 1  # machines
+    precision: str = "auto"  # of Lightning; auto is bf16-mixed where the hardware has it
+    gradient_clip: float | None = None  # largest gradient norm; null: none
+    log_every_n_steps: int = 10  # optimizer steps
+
+
+@dataclass
+class EvalConfig:
+    """What is measured. Lengths in tokens."""
+
+    tasks: list[str] = field(default_factory=list)  # perplexity, passkey
+    documents: str | None = None  # .jsonl[.gz] file
+    text_field: str = "text"  # the key of the text in each line
+    max_documents: int | None = None  # the first so many documents that are long enough
+    lengths: list[int] | None = None  # null: the window, doubled up to the target
+    windows: int = 8  # windows per document
+    stride: int | None = None  # tokens; also sliding-window perplexity when given
+    bin: int = 256  # tokens in a bin of perplexity by position
+    tail: int = 128  # last tokens scored by tail_ppl
+    add_bos: bool = False  # a window begins with BOS
+    trials: int = 20  # passkey prompts per length
+    depths: list[float] | None = None  # passkey places in [0, 1], taken in turn; null: random
+    seed: int = 0  # of the passkey prompts
+    batch_tokens: int = 4096  # tokens in one forward pass, at least one window
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train.py` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pose: Any = MISSING
+    rope: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    strategy: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: Any = MISSING
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0  # of data, dropout and initialisation
+    num_threads: int | None = None  # CPU threads of torch; null: all cores
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything `evaluate.py` takes."""
+
+    ckpt: str = MISSING  # run folder, Hugging Face folder, or hub id
+    revision: str | None = None  # of the hub repository
+    attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
+    dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto is bfloat16 on a GPU, else float32
+    device: str = "auto"  # cpu, cuda, cuda:1 ...
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    num_threads: int | None = None  # CPU threads of torch; null: all cores
+
+
+def register():
+    """Makes the schemas known to Hydra, under the names that conf/ uses."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
