@@ -8,21 +8,25 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, counting optimizer steps of the whole run, without its version number."""
+    """A bar over the optimizer steps of the whole run, whatever the gradient accumulation."""
 
-    def init_train_tqdm(self):
-        bar = super().init_train_tqdm()
-        bar.set_description("Training")
-        return bar
+    @property
+    def total_train_batches(self) -> int:
+        return self.trainer.max_steps
+
+    def on_train_epoch_start(self, trainer, *_):
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.set_description("Training")
+        self.train_progress_bar.unit = "step"
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.train_progress_bar.n = trainer.global_step
+        self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def get_metrics(self, trainer, pl_module):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         return items
-
-    def on_train_epoch_start(self, trainer, *_):
-        super().on_train_epoch_start(trainer, *_)
-        self.train_progress_bar.set_description("Training")
 
 
 class Throughput(L.Callback):

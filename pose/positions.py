@@ -56,6 +56,11 @@ class PositionSampler(ABC):
             )
 
     @property
+    def name(self) -> str:
+        """What tables call it."""
+        return type(self).__name__
+
+    @property
     def example_len(self) -> int:
         """Tokens in one example."""
         return self.train_len

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import logging
+import netrc
 import os
 import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +26,12 @@ from transformers import logging as transformers_logging
 
 from pose.callbacks import ProgressBar, Throughput
 from pose.data.datamodule import PoseDataModule
-from pose.errors import ConfigError, PoseError
+from pose.errors import CheckpointError, ConfigError, PoseError
+from pose.evaluation.suite import EvalOptions, Suite, default_lengths
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
 from pose.module import PoseModule
 from pose.positions import PositionSampler
+from pose.report import print_table, results_table
 from pose.rope import Frequencies, RopeGeometry, RopeScaling
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -76,12 +80,12 @@ class Plan:
     Attributes:
         base: the model's own config.
         config: the same with scaling and new window written in.
+        tokenizer: of the model.
         scaling, sampler: with everything filled in.
         geometry: of the base.
-        accumulate: batches in an optimizer step.
-        micro_batch: examples in a batch of one device.
         trainer: built, not started.
         data: tokenised.
+        suite: what is measured before and after; None for eval=none.
     """
 
     base: PretrainedConfig
@@ -92,6 +96,7 @@ class Plan:
     geometry: RopeGeometry
     trainer: L.Trainer
     data: PoseDataModule
+    suite: Suite | None
 
     @property
     def expected(self) -> Frequencies | None:
@@ -117,7 +122,9 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         raise ConfigError("model.tokenizer is not set, and a model from random weights has none of its own")
     tokenizer = load_tokenizer(locate(tokenizer_path), cfg.model.revision)
     if cfg.model.path is None:
-        base.vocab_size = config.vocab_size = len(tokenizer)
+        for new in (base, config):
+            new.vocab_size = len(tokenizer)
+            new.bos_token_id, new.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     elif len(tokenizer) > base.vocab_size:
         raise ConfigError(f"the tokenizer of {tokenizer_path} has {len(tokenizer)} tokens, the model {base.vocab_size}")
     trainer = build_trainer(cfg, run_dir)
@@ -130,7 +137,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         num_examples=cfg.trainer.max_steps * cfg.trainer.global_batch,
         micro_batch=micro_batch,
         seed=cfg.seed,
-        cache_dir=cfg.data.cache_dir,
+        cache_dir=cfg.cache_dir,
         text_field=cfg.data.text_field,
         window_len=cfg.data.window_len,
         add_bos=cfg.data.add_bos,
@@ -138,9 +145,10 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         curriculum=cfg.data.curriculum,
         num_workers=cfg.data.num_workers,
     )
+    suite = build_suite(cfg.eval, tokenizer, geometry.window, sampler.target_len, cfg.cache_dir)
     data.prepare_data()
     data.setup()
-    return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data)
+    return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite)
 
 
 def build_sampler(node: DictConfig, window: int) -> PositionSampler:
@@ -155,6 +163,112 @@ def build_scaling(node: DictConfig) -> RopeScaling:
     """The method of the group `rope`."""
     arguments = OmegaConf.to_object(node)
     return get_class(arguments.pop("_target_"))(**arguments)
+
+
+def build_suite(node: DictConfig, tokenizer, window: int, target_len: int, cache_dir: str) -> Suite | None:
+    """The tasks of the group `eval`, ready to run; None where there are none."""
+    options: EvalOptions = OmegaConf.to_object(node)
+    if not options.tasks:
+        return None
+    if options.lengths is None:
+        options.lengths = default_lengths(window, target_len)
+    documents = None if options.documents is None else locate(options.documents)
+    return Suite(options, tokenizer, documents, cache_dir)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation that has passed every check that needs no weights.
+
+    Attributes:
+        path: folder or hub id of the model.
+        config: of the model, unchanged.
+        window: the model's own, before any scaling, in tokens.
+        suite: what is measured.
+    """
+
+    path: str
+    config: PretrainedConfig
+    window: int
+    suite: Suite
+
+
+def plan_evaluation(cfg: DictConfig) -> EvaluationPlan:
+    """Checks the whole evaluation and prepares all but the weights.
+
+    Raises:
+        PoseError: what cannot work, before any long work.
+    """
+    if OmegaConf.is_missing(cfg, "ckpt"):
+        raise ConfigError("ckpt is not set: give a run folder, a Hugging Face folder, or a hub id (ckpt=assets/tiny)")
+    path = open_checkpoint(cfg.ckpt)
+    config = load_config(path, cfg.revision)
+    window = rope_geometry(config).window
+    tokenizer = load_tokenizer(path, cfg.revision)
+    if cfg.dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype={cfg.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
+    suite = build_suite(cfg.eval, tokenizer, window, config.max_position_embeddings, cfg.cache_dir)
+    if suite is None:
+        raise ConfigError("eval.tasks is empty: choose eval=quick, eval=perplexity or eval=passkey")
+    return EvaluationPlan(path, config, window, suite)
+
+
+def load_checkpoint(cfg: DictConfig, plan: EvaluationPlan):
+    """The model of an evaluation, on its device."""
+    try:
+        device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ConfigError(f"device={cfg.device!r} is unknown: give auto, cpu, cuda or cuda:N") from error
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = auto if cfg.dtype == "auto" else DTYPES[cfg.dtype]
+    return build_model(plan.config, plan.path, cfg.attention, dtype, cfg.revision).to(device)
+
+
+def load_exported(cfg: DictConfig, folder: Path):
+    """The exported model, as `evaluate.py` loads it."""
+    return build_model(load_config(str(folder)), str(folder), cfg.model.attention)
+
+
+@rank_zero_only
+def measure(plan: Plan, results: dict[str, dict[str, float]], name: str, load: Callable[[], torch.nn.Module]):
+    """Adds the metrics of a model to results, under name; nothing is loaded for eval=none."""
+    if plan.suite is None:
+        return
+    print(f"Measuring the {name} model ...", flush=True)
+    model = load()
+    home = next(model.parameters()).device
+    device = plan.trainer.strategy.root_device
+    results[name] = plan.suite.run(model.to(device))
+    model.to(home)
+
+
+def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], seconds: float):
+    """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's."""
+    logged = {k: float(v) for k, v in plan.trainer.callback_metrics.items()}
+    logged["train/seconds"] = seconds
+    write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
+
+
+def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]]):
+    """The table over the models, and where everything is."""
+    if results:
+        documents = ", ".join(plan.suite.document_ids[:3]) + " ..." * (len(plan.suite.document_ids) > 3)
+        title = f"{plan.scaling.name}, {plan.sampler.name}, {plan.geometry.window} -> {plan.sampler.target_len} tokens"
+        title += f"; held out: {documents}" if documents else ""
+        print_table(results_table(results, title, ("tail_ppl", "passkey")))
+    print(f"Run folder  {run_dir}\nModel       {run_dir}/model  (any transformers loads it)")
+    if results:
+        print(f"Metrics     {run_dir}/metrics.json\nPlots       {run_dir}/plots/")
+
+
+def set_up(cfg: DictConfig):
+    """Seeds, threads, and quiet libraries."""
+    quiet_libraries()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
+    if cfg.num_threads:
+        torch.set_num_threads(cfg.num_threads)
+    L.seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
 
 
 def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:
@@ -174,6 +288,22 @@ def load_model(cfg: DictConfig, config: PretrainedConfig, dtype: torch.dtype = t
     """The configured model with the given config, in memory; weights in fp32."""
     path = None if cfg.model.path is None else locate(cfg.model.path)
     return build_model(config, path, cfg.model.attention, dtype, cfg.model.revision)
+
+
+def open_checkpoint(ckpt: str) -> str:
+    """The model folder of a run folder, or the Hugging Face folder or hub id as it is.
+
+    Raises:
+        CheckpointError: a folder that holds neither.
+    """
+    path = Path(locate(ckpt))
+    if path.is_dir() and not (path / "config.json").is_file():
+        if not (path / "model" / "config.json").is_file():
+            raise CheckpointError(
+                f"ckpt={ckpt} is neither a Hugging Face folder (no config.json) nor a finished run (no model/config.json)"
+            )
+        path = path / "model"
+    return str(path) if path.is_dir() else ckpt
 
 
 def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
@@ -287,13 +417,21 @@ def _precision(precision: str, accelerator: str) -> str:
 
 
 def _wandb(options: dict, run_dir: Path) -> Logger:
-    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
     offline = options.pop("offline")
     if offline is None:
-        offline = not wandb.Api.api_key if hasattr(wandb.Api, "api_key") else True
+        offline = not _has_wandb_account()
     return WandbLogger(save_dir=run_dir, offline=offline, **options)
+
+
+def _has_wandb_account() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _git(*arguments: str) -> str | None:

@@ -9,6 +9,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from pose.evaluation.suite import EvalOptions
+
 
 @dataclass
 class ModelConfig:
@@ -34,7 +36,6 @@ class DataConfig:
     add_bos: bool | None = None  # a document begins with BOS; null: as the tokenizer does
     synthetic: dict[str, float] = field(default_factory=dict)  # shares of passkey, copy, key_value examples
     curriculum: list[Any] = field(default_factory=list)  # [share of the run, length in tokens] phases
-    cache_dir: str = "~/.cache/pose"  # token caches
     num_workers: int = 0  # reading processes; 0: the training process reads (it takes microseconds)
 
 
@@ -65,26 +66,6 @@ class TrainerConfig:
 
 
 @dataclass
-class EvalConfig:
-    """What is measured. Lengths in tokens."""
-
-    tasks: list[str] = field(default_factory=list)  # perplexity, passkey
-    documents: str | None = None  # .jsonl[.gz] file
-    text_field: str = "text"  # the key of the text in each line
-    max_documents: int | None = None  # the first so many documents that are long enough
-    lengths: list[int] | None = None  # null: the window, doubled up to the target
-    windows: int = 8  # windows per document
-    stride: int | None = None  # tokens; also sliding-window perplexity when given
-    bin: int = 256  # tokens in a bin of perplexity by position
-    tail: int = 128  # last tokens scored by tail_ppl
-    add_bos: bool = False  # a window begins with BOS
-    trials: int = 20  # passkey prompts per length
-    depths: list[float] | None = None  # passkey places in [0, 1], taken in turn; null: random
-    seed: int = 0  # of the passkey prompts
-    batch_tokens: int = 4096  # tokens in one forward pass, at least one window
-
-
-@dataclass
 class TrainConfig:
     """Everything `train.py` takes."""
 
@@ -96,9 +77,10 @@ class TrainConfig:
     strategy: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: Any = MISSING
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalOptions = field(default_factory=EvalOptions)
     seed: int = 0  # of data, dropout and initialisation
     num_threads: int | None = None  # CPU threads of torch; null: all cores
+    cache_dir: str = "~/.cache/pose"  # token caches
 
 
 @dataclass
@@ -110,8 +92,9 @@ class EvaluateConfig:
     attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
     dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto is bfloat16 on a GPU, else float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalOptions = field(default_factory=EvalOptions)
     num_threads: int | None = None  # CPU threads of torch; null: all cores
+    cache_dir: str = "~/.cache/pose"  # token caches
 
 
 def register():

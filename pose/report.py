@@ -1,0 +1,166 @@
+"""What a run ends with: a table in the terminal, plots, and one table over the jobs of a sweep."""
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Metrics = Mapping[str, float]
+FAMILIES = {
+    "tail_ppl": "perplexity of the last tokens",
+    "ppl": "perplexity",
+    "sliding_ppl": "sliding-window perplexity",
+    "passkey": "passkey",
+}
+POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
+
+
+def lengths_of(metrics: Metrics, family: str) -> dict[int, float]:
+    """{N: value} of the metrics family@N, by N."""
+    found = ((re.fullmatch(rf"{family}@(\d+)", name), value) for name, value in metrics.items())
+    return dict(sorted((int(match[1]), value) for match, value in found if match))
+
+
+def results_table(results: Mapping[str, Metrics], title: str, families: tuple[str, ...]) -> Table:
+    """A row for each model, a column for each length of each family."""
+    columns = [
+        (family, n)
+        for family in families
+        for n in sorted({n for metrics in results.values() for n in lengths_of(metrics, family)})
+    ]
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column("")
+    for i, (family, n) in enumerate(columns):
+        first = i == 0 or columns[i - 1][0] != family
+        table.add_column(f"{FAMILIES[family] if first else ''}\n@{n}", justify="right")
+    for name, metrics in results.items():
+        cells = [_cell(family, metrics.get(f"{family}@{n}")) for family, n in columns]
+        table.add_row(name, *cells)
+    return table
+
+
+def print_table(table: Table):
+    """Prints to the terminal, or 120 columns wide to a file."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+def plot_training(csv_file: Path, png: Path):
+    """The loss over the steps, from Lightning's metrics.csv."""
+    with open(csv_file) as file:
+        rows = [(int(row["step"]) + 1, float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
+    if not rows:
+        return
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(*zip(*rows, strict=True), marker="o" if len(rows) < 30 else None, markersize=3)
+    axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
+    _save(figure, png)
+
+
+def plot_results(results: Mapping[str, Metrics], png: Path, window: int | None = None):
+    """Perplexity by length, perplexity by position, passkey by length; a line for each model.
+
+    Args:
+        results: metrics by model.
+        png: file to write.
+        window: tokens; marked by a dotted line when given.
+    """
+    panels = {
+        "tail_ppl": ("perplexity of the last tokens", "window (tokens)"),
+        "position": ("perplexity by position", "position in the window (tokens)"),
+        "passkey": ("passkey accuracy", "prompt (tokens)"),
+    }
+    series = {
+        name: {model: _position_series(m) if name == "position" else lengths_of(m, name) for model, m in results.items()}
+        for name in panels
+    }
+    shown = [name for name in panels if any(series[name].values())]
+    if not shown:
+        return
+    figure, all_axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 4), layout="constrained", squeeze=False)
+    for name, axes in zip(shown, all_axes[0], strict=True):
+        title, label = panels[name]
+        for model, points in series[name].items():
+            if points:
+                axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=model)
+        if window:
+            axes.axvline(window, color="grey", linestyle=":", label=f"window of {window}")
+        axes.set(title=title, xlabel=label)
+        if name == "position":
+            axes.set_yscale("log")
+        else:
+            ticks = sorted({n for points in series[name].values() for n in points})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [str(n) for n in ticks])
+        if name == "passkey":
+            axes.set_ylim(-0.05, 1.05)
+        if name == "tail_ppl":
+            axes.set_yscale("log")
+        if name != "passkey":
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+    all_axes[0][0].legend()
+    _save(figure, png)
+
+
+class SweepTable(Callback):
+    """A Hydra callback: sweep.csv after every job of a multirun, and one table at its end."""
+
+    def on_job_end(self, config, job_return, **kwargs):
+        if config.hydra.mode.name == "MULTIRUN":
+            _write_sweep(Path(config.hydra.sweep.dir))
+
+    def on_multirun_end(self, config, **kwargs):
+        folder = Path(config.hydra.sweep.dir)
+        results = _write_sweep(folder)
+        if results:
+            print_table(results_table(results, f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
+
+
+def _write_sweep(folder: Path) -> dict[str, Metrics]:
+    results = {}
+    for file in sorted(folder.glob("*/metrics.json"), key=lambda f: (len(f.parent.name), f.parent.name)):
+        overrides = OmegaConf.load(file.parent / ".hydra" / "overrides.yaml")
+        metrics = {k: v for k, v in json.loads(file.read_text()).items() if isinstance(v, int | float)}
+        results[" ".join(overrides)] = metrics
+    if results:
+        names = sorted({name for metrics in results.values() for name in metrics})
+        with open(folder / "sweep.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ["overrides", *names])
+            writer.writeheader()
+            writer.writerows({"overrides": job} | dict(metrics) for job, metrics in results.items())
+    return results
+
+
+def _position_series(metrics: Metrics) -> dict[float, float]:
+    """{middle of the bin: perplexity}."""
+    found = ((POSITION.fullmatch(name), value) for name, value in metrics.items())
+    return dict(sorted(((int(m[1]) + int(m[2])) / 2, value) for m, value in found if m))
+
+
+def _cell(family: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if family == "passkey":
+        return f"{value:.0%}"
+    return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+
+
+def _save(figure, png: Path):
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=120)
+    plt.close(figure)
