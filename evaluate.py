@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pose import runtime, schema
+from pose import build, runtime, schema
 from pose.report import FAMILIES, plot_results, print_table, results_table
 
 schema.register()
@@ -20,10 +20,10 @@ def main(cfg: DictConfig):
     with runtime.readable_errors():
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         runtime.set_up(cfg)
-        plan = runtime.plan_evaluation(cfg)
+        plan = build.plan_evaluation(cfg)
         runtime.save_config(cfg, run_dir)
 
-        metrics = plan.suite.run(runtime.load_checkpoint(cfg, plan))
+        metrics = plan.suite.run(build.load_checkpoint(cfg, plan))
         runtime.write_json(run_dir / "metrics.json", metrics)
         plot_results({cfg.ckpt: metrics}, run_dir / "plots" / "evaluation.png", plan.window)
         print_table(results_table({cfg.ckpt: metrics}, f"Results ({run_dir}/metrics.json)", tuple(FAMILIES)))

@@ -7,7 +7,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pose import runtime, schema
+from pose import build, runtime, schema
 from pose.modeling.export import export_model, verify_export
 from pose.report import plot_results, plot_training
 
@@ -19,31 +19,31 @@ def main(cfg: DictConfig):
     with runtime.readable_errors():
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         runtime.set_up(cfg)
-        plan = runtime.plan_training(cfg, run_dir)
+        plan = build.plan_training(cfg, run_dir)
         runtime.save_config(cfg, run_dir)
         results = {}
 
         if cfg.model.path is not None:
-            runtime.measure(plan, results, "untuned", lambda: runtime.load_model(cfg, plan.base))
-        model = runtime.load_model(cfg, plan.config)
+            build.measure(plan, results, "untuned", lambda: build.load_model(cfg, plan.base))
+        model = build.load_model(cfg, plan.config)
         if cfg.model.path is not None and plan.scaling.name != "none":
-            runtime.measure(plan, results, "scaled", lambda: model)
+            build.measure(plan, results, "scaled", lambda: model)
 
         start = time.perf_counter()
-        module = runtime.build_module(cfg, plan, model)
+        module = build.build_module(cfg, plan, model)
         plan.trainer.fit(module, plan.data)
         seconds = time.perf_counter() - start
         if not plan.trainer.is_global_zero:
             return
 
-        dtype = runtime.DTYPES[cfg.model.export_dtype]
+        dtype = build.DTYPES[cfg.model.export_dtype]
         export_model(module.model, plan.tokenizer, run_dir / "model", dtype)
         verify_export(module.model, run_dir / "model", dtype)
-        runtime.measure(plan, results, "extended", lambda: runtime.load_exported(cfg, run_dir / "model"))
-        runtime.save_metrics(run_dir, plan, results, seconds)
+        build.measure(plan, results, "extended", lambda: build.load_exported(cfg, run_dir / "model"))
+        build.save_metrics(run_dir, plan, results, seconds)
         plot_training(run_dir / "metrics.csv", run_dir / "plots" / "training.png")
         plot_results(results, run_dir / "plots" / "evaluation.png", plan.geometry.window)
-        runtime.print_results(run_dir, plan, results)
+        build.print_results(run_dir, plan, results)
 
 
 if __name__ == "__main__":

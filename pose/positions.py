@@ -125,9 +125,7 @@ class PoSE(PositionSampler):
                 "a chunk holds at least one token"
             )
         if self.content not in ("random", "contiguous", "aligned"):
-            raise ConfigError(
-                f"pose.content={self.content!r} is unknown: choose random, contiguous or aligned"
-            )
+            raise ConfigError(f"pose.content={self.content!r} is unknown: choose random, contiguous or aligned")
 
     @property
     def min_document_len(self) -> int:

@@ -85,7 +85,9 @@ def plot_results(results: Mapping[str, Metrics], png: Path, window: int | None =
         "passkey": ("passkey accuracy", "prompt (tokens)"),
     }
     series = {
-        name: {model: _position_series(m) if name == "position" else lengths_of(m, name) for model, m in results.items()}
+        name: {
+            model: _position_series(m) if name == "position" else lengths_of(m, name) for model, m in results.items()
+        }
         for name in panels
     }
     shown = [name for name in panels if any(series[name].values())]

@@ -30,8 +30,8 @@ class KeyValue:
         num_pairs = max(1, length // (2 * pair_len))
         keys = rng.choice(self.words, (num_pairs, 2))
         values = rng.choice(symbols, (num_pairs, value_len))
-        repeat = lambda ids: np.tile(ids, (num_pairs, 1))  # noqa: E731
-        pairs = np.concatenate([keys, repeat(self.middle), values, repeat(self.end)], 1)
+        middle, end = (np.tile(ids, (num_pairs, 1)) for ids in (self.middle, self.end))
+        pairs = np.concatenate([keys, middle, values, end], 1)
         answers = np.zeros((num_pairs, pair_len), bool)
         answers[:, 2 + len(self.middle) : 2 + len(self.middle) + value_len] = True
         tokens = np.concatenate([pairs, pairs[rng.permutation(num_pairs)]]).ravel()

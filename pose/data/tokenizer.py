@@ -1,6 +1,6 @@
 """Trains the tiny model's tokenizer: byte-level BPE, digits one by one.
 
-    python -m pose.data.tokenizer assets/tiny assets/corpora/*.train.jsonl.gz
+python -m pose.data.tokenizer assets/tiny assets/corpora/*.train.jsonl.gz
 """
 
 import argparse

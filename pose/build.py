@@ -1,0 +1,352 @@
+"""From a composed config to objects, checked before any weights are loaded. Only this knows the config's keys."""
+
+import netrc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import get_class, instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, PretrainedConfig
+
+from pose.callbacks import ProgressBar, Throughput
+from pose.data.datamodule import PoseDataModule
+from pose.errors import CheckpointError, ConfigError
+from pose.evaluation.suite import EvalOptions, Suite, default_lengths
+from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
+from pose.module import PoseModule
+from pose.positions import PositionSampler
+from pose.report import print_table, results_table
+from pose.rope import Frequencies, RopeGeometry, RopeScaling
+from pose.runtime import locate, write_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights.
+
+    Attributes:
+        base: the model's own config.
+        config: the same with scaling and new window written in.
+        tokenizer: of the model.
+        scaling, sampler: with everything filled in.
+        geometry: of the base.
+        trainer: built, not started.
+        data: tokenised.
+        suite: what is measured before and after; None for eval=none.
+    """
+
+    base: PretrainedConfig
+    config: PretrainedConfig
+    tokenizer: object
+    scaling: RopeScaling
+    sampler: PositionSampler
+    geometry: RopeGeometry
+    trainer: L.Trainer
+    data: PoseDataModule
+    suite: Suite | None
+
+    @property
+    def expected(self) -> Frequencies | None:
+        """The closed form that the built model must have; None for a checkpoint's own scaling."""
+        closed = self.scaling.name != "none" or self.geometry.rope_type == "default"
+        return self.scaling.frequencies(self.geometry) if closed else None
+
+
+def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
+    """Checks the whole run and prepares all but the weights.
+
+    Raises:
+        PoseError: what cannot work, before any long work.
+    """
+    base, config = _model_config(cfg), _model_config(cfg)
+    geometry = rope_geometry(base)
+    sampler = build_sampler(cfg.pose, geometry.window)
+    scaling = scale_config(config, build_scaling(cfg.rope), sampler.target_len)
+    if cfg.model.export_dtype not in DTYPES:
+        raise ConfigError(f"model.export_dtype={cfg.model.export_dtype!r} is unknown: choose {', '.join(DTYPES)}")
+    tokenizer_path = cfg.model.tokenizer or cfg.model.path
+    if tokenizer_path is None:
+        raise ConfigError("model.tokenizer is not set, and a model from random weights has none of its own")
+    tokenizer = load_tokenizer(locate(tokenizer_path), cfg.model.revision)
+    if cfg.model.path is None:
+        for new in (base, config):
+            new.vocab_size = len(tokenizer)
+            new.bos_token_id, new.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    elif len(tokenizer) > base.vocab_size:
+        raise ConfigError(f"the tokenizer of {tokenizer_path} has {len(tokenizer)} tokens, the model {base.vocab_size}")
+    trainer = build_trainer(cfg, run_dir)
+    micro_batch = _accumulate(trainer, cfg.trainer)
+    files = OmegaConf.to_object(cfg.data.documents) if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
+    data = PoseDataModule(
+        [locate(file) for file in files],
+        tokenizer,
+        sampler,
+        num_examples=cfg.trainer.max_steps * cfg.trainer.global_batch,
+        micro_batch=micro_batch,
+        seed=cfg.seed,
+        cache_dir=cfg.cache_dir,
+        text_field=cfg.data.text_field,
+        window_len=cfg.data.window_len,
+        add_bos=cfg.data.add_bos,
+        synthetic=cfg.data.synthetic,
+        curriculum=cfg.data.curriculum,
+        num_workers=cfg.data.num_workers,
+    )
+    suite = build_suite(cfg.eval, tokenizer, geometry.window, sampler.target_len, cfg.cache_dir)
+    data.prepare_data()
+    data.setup()
+    return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite)
+
+
+def build_sampler(node: DictConfig, window: int) -> PositionSampler:
+    """The sampler of the group `pose`; train_len defaults to the model's window."""
+    arguments = OmegaConf.to_object(node)
+    if arguments.get("train_len") is None:
+        arguments["train_len"] = window
+    return get_class(arguments.pop("_target_"))(**arguments)
+
+
+def build_scaling(node: DictConfig) -> RopeScaling:
+    """The method of the group `rope`."""
+    arguments = OmegaConf.to_object(node)
+    return get_class(arguments.pop("_target_"))(**arguments)
+
+
+def build_suite(node: DictConfig, tokenizer, window: int, target_len: int, cache_dir: str) -> Suite | None:
+    """The tasks of the group `eval`, ready to run; None where there are none."""
+    options: EvalOptions = OmegaConf.to_object(node)
+    if not options.tasks:
+        return None
+    if options.lengths is None:
+        options.lengths = default_lengths(window, target_len)
+    documents = None if options.documents is None else locate(options.documents)
+    return Suite(options, tokenizer, documents, cache_dir)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation that has passed every check that needs no weights.
+
+    Attributes:
+        path: folder or hub id of the model.
+        config: of the model, unchanged.
+        window: the model's own, before any scaling, in tokens.
+        suite: what is measured.
+    """
+
+    path: str
+    config: PretrainedConfig
+    window: int
+    suite: Suite
+
+
+def plan_evaluation(cfg: DictConfig) -> EvaluationPlan:
+    """Checks the whole evaluation and prepares all but the weights.
+
+    Raises:
+        PoseError: what cannot work, before any long work.
+    """
+    if OmegaConf.is_missing(cfg, "ckpt"):
+        raise ConfigError("ckpt is not set: give a run folder, a Hugging Face folder, or a hub id (ckpt=assets/tiny)")
+    path = open_checkpoint(cfg.ckpt)
+    config = load_config(path, cfg.revision)
+    window = rope_geometry(config).window
+    tokenizer = load_tokenizer(path, cfg.revision)
+    if cfg.dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype={cfg.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
+    suite = build_suite(cfg.eval, tokenizer, window, config.max_position_embeddings, cfg.cache_dir)
+    if suite is None:
+        raise ConfigError("eval.tasks is empty: choose eval=quick, eval=perplexity or eval=passkey")
+    return EvaluationPlan(path, config, window, suite)
+
+
+def load_checkpoint(cfg: DictConfig, plan: EvaluationPlan):
+    """The model of an evaluation, on its device."""
+    try:
+        device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ConfigError(f"device={cfg.device!r} is unknown: give auto, cpu, cuda or cuda:N") from error
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = auto if cfg.dtype == "auto" else DTYPES[cfg.dtype]
+    return build_model(plan.config, plan.path, cfg.attention, dtype, cfg.revision).to(device)
+
+
+def load_exported(cfg: DictConfig, folder: Path):
+    """The exported model, as `evaluate.py` loads it."""
+    return build_model(load_config(str(folder)), str(folder), cfg.model.attention)
+
+
+@rank_zero_only
+def measure(plan: Plan, results: dict[str, dict[str, float]], name: str, load: Callable[[], torch.nn.Module]):
+    """Adds the metrics of a model to results, under name; nothing is loaded for eval=none."""
+    if plan.suite is None:
+        return
+    print(f"Measuring the {name} model ...", flush=True)
+    model = load()
+    home = next(model.parameters()).device
+    device = plan.trainer.strategy.root_device
+    results[name] = plan.suite.run(model.to(device))
+    model.to(home)
+
+
+def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], seconds: float):
+    """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's."""
+    logged = {k: float(v) for k, v in plan.trainer.callback_metrics.items()}
+    logged["train/seconds"] = seconds
+    write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
+
+
+def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]]):
+    """The table over the models, and where everything is."""
+    if results:
+        documents = ", ".join(plan.suite.document_ids[:3]) + " ..." * (len(plan.suite.document_ids) > 3)
+        title = f"{plan.scaling.name}, {plan.sampler.name}, {plan.geometry.window} -> {plan.sampler.target_len} tokens"
+        title += f"; held out: {documents}" if documents else ""
+        print_table(results_table(results, title, ("tail_ppl", "passkey")))
+    print(f"Run folder  {run_dir}\nModel       {run_dir}/model  (any transformers loads it)")
+    if results:
+        print(f"Metrics     {run_dir}/metrics.json\nPlots       {run_dir}/plots/")
+
+
+def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:
+    """The LightningModule around a model that was built from plan.config."""
+    if cfg.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return PoseModule(
+        model,
+        expected=plan.expected,
+        target_len=plan.sampler.target_len,
+        max_steps=cfg.trainer.max_steps,
+        **OmegaConf.to_object(cfg.finetune).__dict__,
+    )
+
+
+def load_model(cfg: DictConfig, config: PretrainedConfig, dtype: torch.dtype = torch.float32):
+    """The configured model with the given config, in memory; weights in fp32."""
+    path = None if cfg.model.path is None else locate(cfg.model.path)
+    return build_model(config, path, cfg.model.attention, dtype, cfg.model.revision)
+
+
+def open_checkpoint(ckpt: str) -> str:
+    """The model folder of a run folder, or the Hugging Face folder or hub id as it is.
+
+    Raises:
+        CheckpointError: a folder that holds neither.
+    """
+    path = Path(locate(ckpt))
+    if path.is_dir() and not (path / "config.json").is_file():
+        if not (path / "model" / "config.json").is_file():
+            raise CheckpointError(
+                f"ckpt={ckpt} is neither a Hugging Face folder (no config.json) nor a finished run (no model/config.json)"
+            )
+        path = path / "model"
+    return str(path) if path.is_dir() else ckpt
+
+
+def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
+    """Lightning's Trainer.
+
+    Raises:
+        ConfigError: a value that Lightning does not accept; carries its message.
+    """
+    t = cfg.trainer
+    for key in ("max_steps", "global_batch", "micro_batch"):
+        if t[key] < 1:
+            raise ConfigError(f"trainer.{key}={t[key]} is not accepted: give an integer of at least 1")
+    strategy = instantiate(cfg.strategy) if "_target_" in cfg.strategy else cfg.strategy.name
+    devices = OmegaConf.to_object(t.devices) if OmegaConf.is_list(t.devices) else t.devices
+    try:
+        return L.Trainer(
+            max_steps=t.max_steps,
+            max_epochs=-1,
+            accelerator=t.accelerator,
+            devices=devices,
+            num_nodes=t.num_nodes,
+            strategy=strategy,
+            precision=_precision(t.precision, t.accelerator),
+            gradient_clip_val=t.gradient_clip,
+            log_every_n_steps=t.log_every_n_steps,
+            logger=build_loggers(cfg, run_dir),
+            callbacks=[ProgressBar(), Throughput()],
+            default_root_dir=run_dir,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        raise ConfigError(f"the trainer cannot be built from {OmegaConf.to_object(t)}: {error}") from error
+
+
+def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
+    """metrics.csv always, and what the group `logger` adds."""
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    options = OmegaConf.to_container(cfg.logger)
+    name = options.pop("name")
+    if name == "tensorboard":
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+    elif name == "wandb":
+        loggers.append(_wandb(options, run_dir))
+    elif name != "csv":
+        raise ConfigError(f"logger.name={name!r} is unknown: choose csv, tensorboard or wandb")
+    return loggers
+
+
+def _model_config(cfg: DictConfig) -> PretrainedConfig:
+    if cfg.model.path is not None:
+        return load_config(locate(cfg.model.path), cfg.model.revision)
+    if cfg.model.init is None:
+        raise ConfigError("model.path=null needs model.init, the config of a model to start from random weights")
+    init = OmegaConf.to_container(cfg.model.init, resolve=True)
+    try:
+        return AutoConfig.for_model(init.pop("model_type"), **init)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"model.init={OmegaConf.to_container(cfg.model.init)} is not a model's config: {error}"
+        ) from error
+
+
+def _accumulate(trainer: L.Trainer, t: DictConfig) -> int:
+    """Sets the trainer's gradient accumulation; returns the examples in a batch of one device."""
+    world = trainer.world_size
+    micro_batch = min(t.micro_batch, max(t.global_batch // world, 1))
+    if t.global_batch % (micro_batch * world):
+        raise ConfigError(
+            f"trainer.global_batch={t.global_batch} is not a multiple of trainer.micro_batch={micro_batch} on "
+            f"{world} device(s): give a global batch that {micro_batch * world} divides"
+        )
+    trainer.accumulate_grad_batches = t.global_batch // (micro_batch * world)
+    return micro_batch
+
+
+def _precision(precision: str, accelerator: str) -> str:
+    if precision != "auto":
+        return precision
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    fast_bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if fast_bf16 else "32-true"
+
+
+def _wandb(options: dict, run_dir: Path) -> Logger:
+    from lightning.pytorch.loggers import WandbLogger
+
+    offline = options.pop("offline")
+    if offline is None:
+        offline = not _has_wandb_account()
+    return WandbLogger(save_dir=run_dir, offline=offline, **options)
+
+
+def _has_wandb_account() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
