@@ -14,11 +14,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PretrainedConfig
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from pose.callbacks import ProgressBar, Throughput
 from pose.data.datamodule import PoseDataModule
 from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.suite import EvalOptions, Suite, default_lengths
+from pose.modeling.attention import resolve_backend
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
 from pose.module import PoseModule
 from pose.positions import PositionSampler
@@ -67,12 +69,18 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     Raises:
         PoseError: what cannot work, before any long work.
     """
+    if OmegaConf.is_missing(cfg.data, "documents"):
+        raise ConfigError("data.documents is not set: give a .jsonl or .jsonl.gz file, or a list of them")
     base, config = _model_config(cfg), _model_config(cfg)
     geometry = rope_geometry(base)
     sampler = build_sampler(cfg.pose, geometry.window)
     scaling = scale_config(config, build_scaling(cfg.rope), sampler.target_len)
     if cfg.model.export_dtype not in DTYPES:
         raise ConfigError(f"model.export_dtype={cfg.model.export_dtype!r} is unknown: choose {', '.join(DTYPES)}")
+    resolve_backend(cfg.model.attention)
+    schedules = [schedule.value for schedule in TYPE_TO_SCHEDULER_FUNCTION]
+    if cfg.finetune.schedule not in schedules:
+        raise ConfigError(f"finetune.schedule={cfg.finetune.schedule!r} is unknown: choose {', '.join(schedules)}")
     tokenizer_path = cfg.model.tokenizer or cfg.model.path
     if tokenizer_path is None:
         raise ConfigError("model.tokenizer is not set, and a model from random weights has none of its own")
@@ -97,7 +105,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         text_field=cfg.data.text_field,
         window_len=cfg.data.window_len,
         add_bos=cfg.data.add_bos,
-        synthetic=cfg.data.synthetic,
+        synthetic={name: share for name, share in cfg.data.synthetic.items() if share},
         curriculum=cfg.data.curriculum,
         num_workers=cfg.data.num_workers,
     )
@@ -110,6 +118,12 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
 def build_sampler(node: DictConfig, window: int) -> PositionSampler:
     """The sampler of the group `pose`; train_len defaults to the model's window."""
     arguments = OmegaConf.to_object(node)
+    target_len = arguments.get("target_len")
+    if isinstance(target_len, int) and target_len < window:
+        raise ConfigError(
+            f"pose.target_len={target_len} is below the model's own window of {window} tokens: give a target of at "
+            "least the window"
+        )
     if arguments.get("train_len") is None:
         arguments["train_len"] = window
     return get_class(arguments.pop("_target_"))(**arguments)
@@ -246,7 +260,8 @@ def open_checkpoint(ckpt: str) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         if not (path / "model" / "config.json").is_file():
             raise CheckpointError(
-                f"ckpt={ckpt} is neither a Hugging Face folder (no config.json) nor a finished run (no model/config.json)"
+                f"ckpt={ckpt} is neither a Hugging Face folder (no config.json) nor a finished run "
+                "(no model/config.json)"
             )
         path = path / "model"
     return str(path) if path.is_dir() else ckpt
@@ -330,7 +345,11 @@ def _precision(precision: str, accelerator: str) -> str:
     if precision != "auto":
         return precision
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    fast_bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    if on_gpu:
+        fast_bf16 = torch.cuda.is_bf16_supported()
+    else:  # bf16 without these instructions is emulated, and slower than fp32
+        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast_bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
     return "bf16-mixed" if fast_bf16 else "32-true"
 
 

@@ -199,6 +199,12 @@ class Yarn(RopeScaling):
 
         low = max(math.floor(dimension(self.beta_fast)), 0)
         high = min(math.ceil(dimension(self.beta_slow)), geometry.dim - 1)
+        if low > high:
+            raise ConfigError(
+                f"rope={self.name} has no ramp for this model (base {geometry.base:g}, {geometry.dim} rotary "
+                f"dimensions, window {geometry.window}) with rope.beta_fast={self.beta_fast:g}, "
+                f"rope.beta_slow={self.beta_slow:g}: no dimension turns between so many times; choose other betas or another method"
+            )
         if low == high:
             high += 0.001  # as transformers: no division by zero
         j = torch.arange(geometry.dim // 2, dtype=torch.float64)
@@ -254,7 +260,7 @@ def require_number(key, value, *, at_least=None, above=None, optional=False):
     """Raises ConfigError unless value is a number in the given bounds (or None where optional)."""
     if value is None and optional:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     if number and (at_least is None or value >= at_least) and (above is None or value > above):
         return
     bound = f"of at least {at_least:g}" if at_least is not None else f"above {above:g}"

@@ -26,6 +26,15 @@ class ModelConfig:
 
 
 @dataclass
+class SyntheticShares:
+    """The share of examples, in [0, 1], that each retrieval task of `pose.data.synthetic` takes."""
+
+    passkey: float = 0.0  # the passkey prompt with its answer
+    copy: float = 0.0  # a span, something else, and the span again
+    key_value: float = 0.0  # a list of pairs, then its keys to be answered
+
+
+@dataclass
 class DataConfig:
     """What is read, and how examples are drawn from it."""
 
@@ -34,7 +43,7 @@ class DataConfig:
     text_field: str = "text"  # the key of the text in each line
     window_len: int | None = None  # tokens of a document an example is drawn from; null: the whole document
     add_bos: bool | None = None  # a document begins with BOS; null: as the tokenizer does
-    synthetic: dict[str, float] = field(default_factory=dict)  # shares of passkey, copy, key_value examples
+    synthetic: SyntheticShares = field(default_factory=SyntheticShares)  # retrieval examples among the text
     curriculum: list[Any] = field(default_factory=list)  # [share of the run, length in tokens] phases
     num_workers: int = 0  # reading processes; 0: the training process reads (it takes microseconds)
 

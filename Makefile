@@ -1,0 +1,36 @@
+# Two commands do everything on a machine with only Python 3.11:
+#   make demo    environment, install, and the default run: extends the shipped model's window eightfold
+#   make test    environment, install, checks, tests
+PYTHON ?= python3.11
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test checks unit install clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,3p' Makefile | cut -c5-
+
+$(INSTALLED): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(RUN) train.py
+
+test: checks
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+unit: $(INSTALLED)
+	$(RUN) -m pytest tests/unit tests/config -m "not slow"
+
+checks: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,45 @@
+"""Who may import whom (docs/ARCHITECTURE.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+POSE = Path(__file__).resolve().parents[2] / "pose"
+ALLOWED = {
+    "errors": set(),
+    "positions": {"errors"},
+    "rope": {"errors"},
+    "data": {"data", "positions", "errors"},
+    "modeling": {"modeling", "rope", "errors", "data.examples"},
+    "evaluation": {"evaluation", "data", "modeling", "errors"},
+    "module": {"modeling", "rope", "errors"},
+    "callbacks": set(),
+    "report": set(),
+}
+KNOW_HYDRA = {"schema", "runtime", "build", "report"}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(POSE.rglob("*.py")), ids=lambda file: str(file.relative_to(POSE)))
+def test_imports_stay_in_their_lane(file):
+    room = file.relative_to(POSE).with_suffix("").parts[0]
+    modules = imports(file)
+    if room in ALLOWED:
+        ours = {name.removeprefix("pose.") for name in modules if name.startswith("pose.")}
+        stray = {name for name in ours if name not in ALLOWED[room] and name.split(".")[0] not in ALLOWED[room]}
+        assert not stray, f"{room} must not import {stray}"
+    if room not in KNOW_HYDRA:
+        assert not {name for name in modules if name.split(".")[0] in ("hydra", "omegaconf")}
+    if room in ("positions", "rope"):
+        outside = {name.split(".")[0] for name in modules} - {"pose", "numpy", "torch"}
+        assert not outside & {"transformers", "lightning", "datasets", "pandas"}

@@ -1,0 +1,104 @@
+"""Every YAML composes, and its keys are those of what it builds."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from pose import build, schema
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+schema.register()
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+CHOICES = [
+    (folder.name, file.stem) for folder in sorted(CONF.iterdir()) if folder.is_dir() for file in folder.iterdir()
+]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_matches_what_it_builds(group, choice):
+    cfg = compose("train", [f"{group}={choice}"])
+    for node in (cfg.pose, cfg.rope, cfg.strategy):
+        if "_target_" in node:
+            keys = set(OmegaConf.to_container(node)) - {"_target_"}
+            accepted = inspect.signature(get_class(node._target_)).parameters
+            assert keys <= set(accepted), f"{node._target_} does not take {keys - set(accepted)}"
+            if node._target_.startswith("pose."):
+                assert keys == set(accepted), f"{group}={choice} leaves out {set(accepted) - keys}"
+
+
+@pytest.mark.parametrize("choice", [file.stem for file in (CONF / "eval").iterdir()])
+def test_every_eval_composes_for_evaluate(choice):
+    assert compose("evaluate", [f"eval={choice}", "ckpt=x"]).eval is not None
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_values_are_explained(path):
+    """Each group file says what it is, or what its values mean, in a comment."""
+    assert "#" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").iterdir()), ids=lambda path: path.stem)
+def test_experiments_are_headed_by_their_command(path):
+    lines = path.read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert f"python train.py experiment={path.stem}" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_stepz=3", "max_stepz"),
+        ("pose.target_length=4096", "target_length"),
+        ("rope.fctor=2", "fctor"),
+        ("rope=nope", "nope"),
+        ("trainer.max_steps=many", "many"),
+        ("finetune.lr=fast", "fast"),
+        ("eval.lengths=[long]", "long"),
+    ],
+)
+def test_a_misspelt_key_or_a_wrong_type_fails_at_composition(override, message):
+    with pytest.raises(Exception, match=message) as error:  # Hydra has no common base for these
+        compose("train", [override])
+    assert isinstance(error.value, ConfigCompositionException) or "omegaconf" in type(error.value).__module__
+
+
+def test_real_models_have_the_papers_hyperparameters():
+    cfg = compose("train", ["model=llama7b", "pose.target_len=32768"])
+    assert (cfg.finetune.lr, cfg.finetune.schedule, cfg.finetune.warmup_steps) == (2e-5, "linear", 10)
+    assert (cfg.trainer.max_steps, cfg.trainer.global_batch) == (1000, 64)
+    assert cfg.pose.target_len == 32768 and cfg.pose.num_chunks == 2 and cfg.pose.content == "random"
+
+
+@pytest.mark.parametrize(("name", "target_len"), [("paper_table1_16k", 16384), ("paper_table1_32k", 32768)])
+def test_the_papers_experiments_name_its_method(name, target_len):
+    cfg = compose("train", [f"experiment={name}", "data.documents=x.jsonl"])
+    assert cfg.rope._target_ == "pose.rope.Linear" and cfg.pose.target_len == target_len
+    assert cfg.model.path == "huggyllama/llama-7b" and cfg.finetune.lr == 2e-5
+
+
+def test_an_experiment_can_still_be_overridden():
+    cfg = compose("train", ["experiment=smoke", "trainer.max_steps=7", "rope=ntk"])
+    assert cfg.trainer.max_steps == 7 and cfg.rope._target_ == "pose.rope.NTK"
+
+
+@pytest.mark.parametrize(
+    ("window", "target_len", "factor"), [(2048, 32768, 16.0), (4096, 32768, 8.0), (256, 300, 300 / 256)]
+)
+def test_the_factor_follows_from_the_models_window(window, target_len, factor):
+    cfg = compose("train", ["rope=linear", f"pose.target_len={target_len}"])
+    geometry = build.RopeGeometry(10000.0, 128, window)
+    assert build.build_scaling(cfg.rope).resolve(geometry, target_len).factor == factor
+    sampler = build.build_sampler(cfg.pose, window)
+    assert (sampler.train_len, sampler.target_len) == (window, target_len)

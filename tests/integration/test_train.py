@@ -1,0 +1,150 @@
+"""train.py and evaluate.py as a user runs them, on the shipped model."""
+
+import csv
+import gzip
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+FAST = ("experiment=smoke", "eval=none")
+
+
+def train(script, folder, *overrides):
+    result = script("train.py", *overrides, f"hydra.run.dir={folder}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def test_a_run_leaves_everything(smoke_run, load_json):
+    for name in ("metrics.json", "config.yaml", "provenance.json", "metrics.csv"):
+        assert (smoke_run / name).stat().st_size > 0
+    for name in ("training.png", "evaluation.png"):
+        assert (smoke_run / "plots" / name).read_bytes().startswith(b"\x89PNG")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (smoke_run / "model").iterdir()}
+    metrics = load_json(smoke_run / "metrics.json")
+    assert {"untuned", "scaled", "extended"} <= set(metrics)
+    for name, value in metrics["extended"].items():
+        assert metrics[name] == value, "the top level describes RUN/model"
+    assert {"tail_ppl@256", "tail_ppl@512", "passkey@256", "passkey@512"} <= set(metrics)
+    provenance = load_json(smoke_run / "provenance.json")
+    assert "experiment=smoke" in provenance["command"] and provenance["packages"]["torch"]
+    config = load_json(smoke_run / "model" / "config.json")
+    assert config["max_position_embeddings"] == 512
+    assert config["rope_parameters"]["rope_type"] == "yarn" and config["rope_parameters"]["factor"] == 2.0
+
+
+def test_evaluate_measures_the_run_folder_as_training_did(smoke_run, script, load_json, tmp_path):
+    result = script("evaluate.py", f"ckpt={smoke_run}", "eval.windows=1", "eval.trials=2", f"hydra.run.dir={tmp_path}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "passkey" in result.stdout and str(smoke_run) in result.stdout
+    measured, trained = load_json(tmp_path / "metrics.json"), load_json(smoke_run / "metrics.json")["extended"]
+    assert measured == pytest.approx(trained, rel=1e-6)
+
+
+def test_perplexity_of_own_documents_equals_a_plain_loop(script, load_json, tmp_path):
+    """The contract of evaluate.py, against transformers alone, one window at a time."""
+    text = gzip.open("assets/corpora/books.heldout.jsonl.gz", "rt", encoding="utf8").readline()
+    text = json.loads(text)["text"]
+    documents = [text[50_000:60_000], text[90_000:105_000]]
+    file = tmp_path / "own.jsonl.gz"
+    with gzip.open(file, "wt", encoding="utf8") as out:
+        out.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+    result = script(
+        "evaluate.py", "ckpt=assets/tiny", "eval=perplexity", f"eval.documents={file}", "eval.lengths=[256,1024]",
+        "eval.windows=1", f"hydra.run.dir={tmp_path}/run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = load_json(tmp_path / "run" / "metrics.json")
+
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
+    model = AutoModelForCausalLM.from_pretrained("assets/tiny", dtype=torch.float32).eval()
+    tokens = [tokenizer(d, add_special_tokens=False, return_tensors="pt").input_ids[0] for d in documents]
+
+    @torch.no_grad()
+    def losses(window):
+        logits = model(window[None]).logits[0]
+        return torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none")
+
+    for n in (256, 1024):
+        whole = torch.cat([losses(t[:n]) for t in tokens])
+        tail = torch.cat([losses(t[1024 - n : 1024])[-128:] for t in tokens])
+        assert metrics[f"ppl@{n}"] == pytest.approx(math.exp(whole.mean()), rel=1e-5)
+        assert metrics[f"tail_ppl@{n}"] == pytest.approx(math.exp(tail.mean()), rel=1e-5)
+
+
+def test_the_seed_decides_the_weights(script, tmp_path):
+    weights = {}
+    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
+        train(script, tmp_path / name, *FAST, f"seed={seed}", "trainer.max_steps=2")
+        weights[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+    assert all(torch.equal(weights["a"][key], weights["b"][key]) for key in weights["a"])
+    assert any(not torch.equal(weights["a"][key], weights["c"][key]) for key in weights["a"])
+
+
+def test_own_data_and_a_local_folder(smoke_run, script, tmp_path):
+    """data=jsonl and model.path: here the exported run itself, kept at its own frequencies."""
+    with gzip.open("assets/corpora/reports.heldout.jsonl.gz", "rt", encoding="utf8") as lines:
+        (tmp_path / "own.jsonl").write_text("".join(next(lines) for _ in range(3)), encoding="utf8")
+    train(
+        script, tmp_path / "run", *FAST, "data=jsonl", f"data.documents={tmp_path}/own.jsonl",
+        f"model.path={smoke_run}/model", "rope=none", "trainer.max_steps=1",
+    )  # fmt: skip
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "yarn" and config["rope_parameters"]["factor"] == 2.0
+
+
+@pytest.mark.parametrize("pose", ["full", "short_pi", "randpos"])
+def test_every_sampler_trains(script, tmp_path, pose):
+    train(script, tmp_path, *FAST, f"pose={pose}", "trainer.max_steps=1", "data=reports")
+
+
+def test_retrieval_prompts_mix_in(script, tmp_path):
+    train(script, tmp_path, *FAST, "+data.synthetic.passkey=0.5", "trainer.max_steps=2")
+
+
+def test_tensorboard(script, tmp_path):
+    train(script, tmp_path, *FAST, "logger=tensorboard", "trainer.max_steps=2")
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_wandb_offline(script, tmp_path):
+    train(script, tmp_path, *FAST, "logger=wandb", "trainer.max_steps=2")
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("run-*.wandb"))[0].stat().st_size > 0
+
+
+def test_a_sweep_ends_with_one_table(script, tmp_path):
+    result = script(
+        "train.py", "-m", "experiment=smoke", "rope=linear,ntk", "trainer.max_steps=1", "eval.lengths=[256]",
+        "eval.tasks=[perplexity]", f"hydra.sweep.dir={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Sweep" in result.stdout.splitlines()[-8:][0] or "Sweep" in result.stdout
+    with open(tmp_path / "sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [("rope=linear" in row["overrides"], "rope=ntk" in row["overrides"]) for row in rows] == [
+        (True, False),
+        (False, True),
+    ]
+    assert all(float(row["tail_ppl@256"]) > 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train.py", "pose.target_len=128"), ("pose.target_len=128", "256")),
+        (("train.py", "pose.target_lenn=4096"), ("target_lenn",)),
+        (("train.py", "trainer.max_steps=many"), ("many", "trainer.max_steps")),
+        (("evaluate.py", "ckpt=nowhere"), ("nowhere",)),
+    ],
+)
+def test_bad_input_ends_in_one_message_and_a_status(script, tmp_path, arguments, words):
+    result = script(*arguments, f"hydra.run.dir={tmp_path}")
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words)
+    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "model").exists()

@@ -1,0 +1,331 @@
+"""pose.data.examples: examples are pure, fresh, really from the documents, and the same for any set-up."""
+
+import pickle
+from collections import Counter
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pose.data.examples import Curriculum, PoseDataset, collate
+from pose.errors import DataError
+from pose.positions import Full, Layout, PoSE, PositionSampler, RandPos
+
+BASE = 10_000  # token t of document d is d * BASE + t + 1: a token says where it is from
+BOS = 9_999_999
+LENGTHS = (100, 37, 16, 260, 15, 64)  # the fifth is too short for 16 tokens
+POSE = PoSE(train_len=16, target_len=64, num_chunks=2)
+
+
+def documents(lengths=LENGTHS):
+    return [np.arange(1, n + 1, dtype=np.uint32) + d * BASE for d, n in enumerate(lengths)]
+
+
+def dataset(sampler=POSE, lengths=LENGTHS, num_examples=200, seed=0, **kwargs):
+    return PoseDataset(documents(lengths), sampler, num_examples=num_examples, seed=seed, **kwargs)
+
+
+def origin(example) -> tuple[int, np.ndarray]:
+    """The document of an example, and the index in it of each token (BOS left out)."""
+    tokens = example["input_ids"].numpy()
+    tokens = tokens[tokens != BOS]
+    (document,) = set(tokens // BASE)
+    return int(document), tokens % BASE - 1
+
+
+def as_tuple(example):
+    return tuple(tuple(example[name].tolist()) for name in ("input_ids", "labels", "position_ids"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@dataclass(frozen=True)
+class Ends(PositionSampler):
+    """Shows the first three tokens of x, its last, and says how long x was by the last position id."""
+
+    def _sample(self, rng, document_len):
+        return Layout(np.array([0, 1, 2, document_len]), np.array([0, 1, 2, document_len - 1]))
+
+
+@dataclass
+class Constant:
+    """A retrieval task whose examples are one token, with the loss on the second and last."""
+
+    token: int
+
+    def sample(self, rng, length):
+        is_answer = np.zeros(length, bool)
+        is_answer[[1, -1]] = True
+        return np.full(length, self.token), is_answer
+
+    def __hash__(self):
+        return self.token
+
+
+# Purity
+
+
+def test_an_example_is_a_function_of_seed_epoch_and_index():
+    """In any order, from any object, after a pickle."""
+    first, again = dataset(window_len=20), pickle.loads(pickle.dumps(dataset(window_len=20)))
+    wanted = {(e, i): first.example(e, i) for e in range(5) for i in range(first.epoch_len)}
+    for e, i in reversed(wanted):
+        assert same(again.example(e, i), wanted[e, i])
+    for item in (0, 1, first.epoch_len, 3 * first.epoch_len + 2):
+        assert same(first[item], wanted[divmod(item, first.epoch_len)])
+
+
+def test_global_random_state_is_neither_read_nor_changed():
+    np.random.seed(0), torch.manual_seed(0)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    example = dataset()[3]
+    assert np.array_equal(np.random.get_state()[1], before[0]) and torch.equal(torch.get_rng_state(), before[1])
+    np.random.seed(1), torch.manual_seed(1)
+    assert same(dataset()[3], example)
+
+
+def test_another_seed_gives_other_examples():
+    a, b = dataset(seed=0), dataset(seed=1)
+    assert sum(same(a[i], b[i]) for i in range(100)) < 5
+
+
+def test_every_epoch_is_drawn_anew():
+    """One document, seen 50 times: its positions and its text are not those of an earlier epoch."""
+    data = dataset(lengths=(500,), num_examples=50)
+    assert data.epoch_len == 1
+    assert len({tuple(data[i]["position_ids"].tolist()) for i in range(50)}) > 45
+    assert len({tuple(data[i]["input_ids"].tolist()) for i in range(50)}) > 45
+
+
+def test_examples_of_an_epoch_differ_from_each_other():
+    """Visits to one document in one epoch are not copies."""
+    data = dataset(lengths=(2000,), window_len=100)
+    assert len({as_tuple(data[i]) for i in range(data.epoch_len)}) == data.epoch_len == 20
+
+
+# Visits
+
+
+@pytest.mark.parametrize("window_len", [None, 16, 20, 64, 1000])
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_visits_of_an_epoch(window_len, epoch):
+    """Once a document, or once for every window_len tokens it has; never one that is too short."""
+    data = dataset(window_len=window_len)
+    expected = {
+        d: 1 if window_len is None else max(1, n // window_len) for d, n in enumerate(LENGTHS) if n >= POSE.train_len
+    }
+    assert data.epoch_len == sum(expected.values())
+    seen = Counter(origin(data.example(epoch, i))[0] for i in range(data.epoch_len))
+    assert seen == expected
+
+
+def test_order_differs_between_epochs():
+    data = dataset(lengths=(20,) * 30)
+    orders = {tuple(origin(data.example(e, i))[0] for i in range(30)) for e in range(5)}
+    assert len(orders) == 5
+
+
+def test_length_is_that_of_the_run():
+    data = dataset(num_examples=13)
+    assert len(data) == 13
+    assert len([None for _ in data]) == 13  # iteration ends
+    for i in (-1, 13):
+        with pytest.raises(IndexError):
+            data[i]
+
+
+def test_no_document_long_enough_is_named_with_the_numbers():
+    with pytest.raises(DataError, match=r"none of the 3 documents.*longest has 15 tokens.*PoSE.*needs 16"):
+        dataset(lengths=(3, 15, 9))
+    with pytest.raises(DataError, match="train_len=16.*target_len=64.*needs 64"):
+        dataset(Full(16, 64), lengths=(63,))
+    with pytest.raises(DataError, match="none of the 0 documents is long enough: the longest has 0"):
+        dataset(lengths=())
+
+
+def test_bos_counts_towards_the_length_needed():
+    assert dataset(lengths=(15,), bos_id=BOS).epoch_len == 1
+    with pytest.raises(DataError):
+        dataset(lengths=(14,), bos_id=BOS)
+
+
+# Text
+
+
+def test_dtypes_and_shapes():
+    example = dataset()[0]
+    assert set(example) == {"input_ids", "labels", "position_ids"}
+    assert all(tensor.dtype == torch.int64 and tensor.shape == (16,) for tensor in example.values())
+
+
+@pytest.mark.parametrize("bos_id", [None, BOS])
+@pytest.mark.parametrize("window_len", [None, 20, 50])
+def test_text_is_the_document_at_the_samplers_indices(bos_id, window_len):
+    """Reconstruction: with x = [BOS] + document (or a stretch of it), tokens are x[content_ids]."""
+    sampler = Ends(train_len=4, target_len=1000)
+    data = dataset(sampler, bos_id=bos_id, window_len=window_len)
+    texts = documents()
+    starts = set()
+    for i in range(200):
+        example = data[i]
+        document, index = origin(example)
+        start = index[0]
+        end = len(texts[document]) if window_len is None else start + window_len
+        x = ([] if bos_id is None else [bos_id]) + texts[document][start:end].tolist()
+        assert example["input_ids"].tolist() == [x[0], x[1], x[2], x[-1]]
+        assert example["position_ids"].tolist() == [0, 1, 2, len(x)]
+        assert torch.equal(example["labels"], example["input_ids"])
+        starts.add((document, int(start)))
+    if window_len is None:
+        assert {start for _, start in starts} == {0}
+
+
+def test_windows_start_anywhere_with_equal_chance():
+    """Four places, both ends among them, 4,000 draws: each within five standard deviations."""
+    data = dataset(lengths=(23,), window_len=20, num_examples=4000)
+    starts = Counter()
+    for i in range(4000):
+        _, index = origin(data[i])
+        first = index[0]  # v_0 = 0: the first token of the window
+        assert index.max() < first + 20
+        starts[int(first)] += 1
+    assert set(starts) == {0, 1, 2, 3}
+    assert max(abs(n - 1000) for n in starts.values()) < 5 * sqrt(4000 * 0.25 * 0.75)
+
+
+def test_a_document_of_just_the_window_is_whole():
+    data = dataset(Ends(4, 1000), lengths=(20, 7), window_len=20)
+    for i in range(20):
+        document, index = origin(data[i])
+        assert (index[0], index[-1]) == (0, (20, 7)[document] - 1)
+
+
+@pytest.mark.parametrize("bos_id", [None, BOS])
+def test_pose_shows_two_stretches_of_one_document(bos_id):
+    """Text and positions each run on by one but at one place, the same for both; BOS is x[0]."""
+    data, texts = dataset(lengths=(300, 400), bos_id=bos_id, num_examples=300), documents((300, 400))
+    skipped = 0
+    for example in data:
+        document, index = origin(example)
+        if bos_id is not None:
+            assert example["input_ids"][0] == BOS and (example["input_ids"] != BOS).sum() == 15
+            index = np.concatenate([[-1], index])  # BOS comes before the first token
+        assert index[0] == (0 if bos_id is None else -1)
+        positions = example["position_ids"].numpy()
+        text_skips, position_skips = np.flatnonzero(np.diff(index) != 1), np.flatnonzero(np.diff(positions) != 1)
+        assert len(text_skips) <= 1 and len(position_skips) <= 1
+        assert len(text_skips) + len(position_skips) < 2 or text_skips == position_skips
+        assert positions[0] == 0 and positions[-1] < 64
+        assert index[-1] < len(texts[document])
+        skipped += len(position_skips)
+    assert skipped > 250
+
+
+def test_last_token_of_a_document_is_reached():
+    """Equation 5's upper end, Lx - L, holds with and without BOS."""
+    for bos_id in (None, BOS):
+        data = dataset(lengths=(20,), bos_id=bos_id, num_examples=200)
+        assert max(origin(example)[1][-1] for example in data) == 19
+
+
+# Retrieval examples
+
+
+def test_synthetic_shares():
+    """10,000 examples: each share within five standard deviations of the binomial."""
+    n, shares = 10_000, {Constant(1_000_001): 0.1, Constant(1_000_002): 0.25}
+    data = dataset(synthetic=shares, num_examples=n)
+    counts = Counter(int(data[i]["input_ids"][0]) for i in range(n))
+    drawn = 0
+    for task, share in shares.items():
+        assert abs(counts[task.token] - n * share) < 5 * sqrt(n * share * (1 - share))
+        drawn += counts[task.token]
+    assert abs(n - drawn - n * 0.65) < 5 * sqrt(n * 0.65 * 0.35)
+
+
+@pytest.mark.parametrize("sampler", [POSE, RandPos(16, 64), Full(16, 64)])
+def test_synthetic_examples_carry_loss_on_answers_alone_and_the_samplers_positions(sampler):
+    data = dataset(sampler, synthetic={Constant(7): 1.0}, num_examples=50)
+    for example in data:
+        n = sampler.example_len
+        assert example["input_ids"].tolist() == [7] * n
+        assert example["labels"].tolist() == [-100, 7, *[-100] * (n - 3), 7]
+        positions = example["position_ids"]
+        assert positions.shape == (n,) and (positions.diff() > 0).all() and positions[-1] < 64
+    assert max(int(example["position_ids"][-1]) for example in data) > 40
+
+
+def test_documents_carry_loss_everywhere():
+    for example in dataset(num_examples=20):
+        assert torch.equal(example["labels"], example["input_ids"])
+
+
+# Workers and processes
+
+
+def batches(data, micro_batch, **kwargs):
+    return list(DataLoader(data, micro_batch, shuffle=False, collate_fn=collate, **kwargs))
+
+
+def test_workers_change_nothing():
+    """0 and 2 worker processes: the same batches in the same order."""
+    data = dataset(num_examples=64, synthetic={Constant(7): 0.2}, window_len=20)
+    alone, workers = batches(data, 4), batches(data, 4, num_workers=2)
+    assert len(alone) == len(workers) == 16
+    assert all(same(a, b) for a, b in zip(alone, workers, strict=True))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_global_batches_hold_the_same_examples_for_any_number_of_processes(world):
+    """As Lightning deals them: DistributedSampler(shuffle=False). 12 steps of 8 examples."""
+    data = dataset(num_examples=96, window_len=20)
+    dealt = [
+        batches(data, 8 // world, sampler=DistributedSampler(data, world, rank, shuffle=False)) for rank in range(world)
+    ]
+    for step in range(12):
+        rows = [row for rank in range(world) for row in zip(*dealt[rank][step].values(), strict=True)]
+        rows = sorted(tuple(tuple(tensor.tolist()) for tensor in row) for row in rows)
+        assert rows == sorted(as_tuple(data[8 * step + i]) for i in range(8))
+
+
+# Curriculum and batches
+
+
+def curriculum():
+    """Items 0..9 of 8 tokens, 10..19 of 16, the rest of 32, out of 50."""
+    lengths = (300, 500, 900)
+    phase = lambda n: dataset(PoSE(n, n, 1), lengths, num_examples=50, window_len=n)  # noqa: E731
+    last = dataset(PoSE(32, 64, 2), lengths, num_examples=50)
+    return Curriculum([(10, phase(8)), (20, phase(16)), (50, last)])
+
+
+def test_curriculum_items_have_the_same_tokens_in_shorter_rows():
+    data = curriculum()
+    assert len(data) == 50
+    shapes = [{tuple(tensor.shape) for tensor in data[i].values()} for i in range(50)]
+    assert shapes == [{(4, 8)}] * 10 + [{(2, 16)}] * 10 + [{(1, 32)}] * 30
+
+
+def test_curriculum_rows_are_the_phases_examples_in_a_row():
+    """Item i of a phase with r rows is its examples i*r .. i*r + r - 1: none is met twice."""
+    data = curriculum()
+    for i, rows in ((0, 4), (9, 4), (10, 2), (19, 2), (20, 1), (49, 1)):
+        phase = data.phases[{4: 0, 2: 1, 1: 2}[rows]][1]
+        for row in range(rows):
+            wanted = phase.example(*divmod(i * rows + row, phase.epoch_len))
+            assert same({name: tensor[row] for name, tensor in data[i].items()}, wanted)
+
+
+def test_collate_joins_rows():
+    plain = [dataset()[i] for i in range(3)]
+    batch = collate(plain)
+    assert all(torch.equal(batch[name], torch.stack([item[name] for item in plain])) for name in plain[0])
+    short = [curriculum()[i] for i in range(3)]
+    batch = collate(short)
+    assert {tuple(tensor.shape) for tensor in batch.values()} == {(12, 8)}
+    assert torch.equal(batch["input_ids"][4:8], short[1]["input_ids"])

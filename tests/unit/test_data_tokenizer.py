@@ -1,0 +1,108 @@
+"""pose.data.tokenizer: lossless, digits one by one, and the shipped one is of this kind."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from pose.data import tokenizer as tokenizer_module
+from pose.data.tokenizer import END_OF_TEXT, train_tokenizer
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+TEXTS = [f"It was the best of times, it was the worst of times 12345 {i} 12345\n" for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(TEXTS, 300, 64)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return AutoTokenizer.from_pretrained(ASSETS / "tiny")
+
+
+@pytest.fixture(params=["trained", "shipped"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_sizes(trained, shipped):
+    assert (len(trained), trained.model_max_length) == (300, 64)
+    assert (len(shipped), shipped.model_max_length) == (4096, 256)
+
+
+def test_one_special_token_that_is_never_added(tokenizer):
+    assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.pad_token == END_OF_TEXT
+    assert tokenizer.all_special_ids == [tokenizer.eos_token_id]
+    for text in ("", "a", "It was the best"):
+        assert tokenizer(text)["input_ids"] == ids(tokenizer, text)
+        assert tokenizer.eos_token_id not in ids(tokenizer, text)
+
+
+def test_digits_are_single_tokens(tokenizer):
+    """Also where numbers were frequent in training: 12345 stood in every text."""
+    digits = {d: ids(tokenizer, d) for d in "0123456789"}
+    assert all(len(tokens) == 1 for tokens in digits.values())
+    for number in ("12345", "00000", "1813", "98"):
+        assert ids(tokenizer, number) == [digits[d][0] for d in number]
+    for text, i in tokenizer.get_vocab().items():
+        assert sum(c.isdigit() and c.isascii() for c in tokenizer.decode([i])) <= 1, text
+
+
+def test_frequent_words_are_one_token(trained):
+    assert len(ids(trained, " times")) == 1
+    assert len(ids(trained, "times times")) < 12
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_comes_back(text):
+    """Every character of Unicode, and text that looks like words, survives."""
+    for tokenizer in _both():
+        if END_OF_TEXT not in text:
+            assert tokenizer.decode(ids(tokenizer, text)) == text
+
+
+def _both(cache=[]):  # noqa: B006 (made once, hypothesis takes no fixtures of this kind)
+    if not cache:
+        cache += [train_tokenizer(TEXTS, 300, 64), AutoTokenizer.from_pretrained(ASSETS / "tiny")]
+    return cache
+
+
+@pytest.mark.parametrize(
+    "text", [" a  b \n\t c ", "don 't . , ! n't", "é\u0301 ﬁ ½ 漢字 👩‍👩‍👧", "\r\n\x00\x7f", "٣٤ ²"]
+)
+def test_text_that_cleaning_would_change_comes_back(tokenizer, text):
+    assert tokenizer.decode(ids(tokenizer, text)) == text
+
+
+def test_saved_it_is_the_same(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.get_vocab() == trained.get_vocab() and loaded.model_max_length == 64
+    assert loaded.bos_token == loaded.eos_token == loaded.pad_token == END_OF_TEXT
+    assert [ids(loaded, text) for text in TEXTS] == [ids(trained, text) for text in TEXTS]
+
+
+def test_training_is_repeatable(trained):
+    assert train_tokenizer(TEXTS, 300, 64).backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+
+
+def test_command_line(trained, tmp_path, monkeypatch):
+    """All files named are read, and what is saved is what train_tokenizer gives."""
+    for name, half in (("a.jsonl", TEXTS[:100]), ("b.jsonl", TEXTS[100:])):
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in half))
+    arguments = ["tokenizer", str(tmp_path / "out"), str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--vocab-size", "300", "--window", "64"])
+    tokenizer_module.main()
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (loaded.get_vocab(), loaded.model_max_length) == (trained.get_vocab(), 64)

@@ -1,0 +1,203 @@
+"""The teacher-forced passkey verdict against greedy decoding, scripted and with a real model."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from pose.data import passkey as prompt_texts
+from pose.data.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION, PasskeyPrompts
+from pose.data.tokenizer import train_tokenizer
+from pose.evaluation.passkey import passkey_accuracy, passkey_prompts
+from pose.evaluation.scoring import Scorer
+from pose.modeling.load import build_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Digits one by one, as the shipped model's; the prompt's words are whole tokens."""
+    text = INTRODUCTION + FILLER + KEY_LINE.format(key="0123456789") + QUESTION
+    return train_tokenizer([text] * 3, 500, 256)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return PasskeyPrompts(tokenizer)
+
+
+class Script:
+    """Stands in for a scorer: next_token(prefix) is the model's greedy choice after a prefix."""
+
+    def __init__(self, next_token):
+        self.next_token, self.windows = next_token, []
+
+    def batches(self, windows):
+        for window in windows:
+            self.windows.append(window)
+            yield window[None]
+
+    def predictions(self, windows, num):
+        length = windows.shape[1]
+        return np.array([[self.next_token(row[: i + 1]) for i in range(length - num, length)] for row in windows])
+
+
+def greedy_text(tokenizer, next_token, prefix, num: int) -> str:
+    """num tokens generated greedily, as text."""
+    tokens = list(prefix)
+    for _ in range(num):
+        tokens.append(int(next_token(np.array(tokens))))
+    return tokenizer.decode(tokens[len(prefix) :])
+
+
+def leading_digits(text: str) -> str:
+    text = text.lstrip(" ")
+    return text[: next((i for i, c in enumerate(text) if c not in "0123456789"), len(text))]
+
+
+def answers_with(prompt, continuation):
+    """A model that gives these tokens, one after the other, once the question is asked."""
+    question_end = len(prompt.input_ids) - prompt.num_answer
+
+    def next_token(prefix):
+        return continuation[len(prefix) - question_end]
+
+    return next_token
+
+
+ENDINGS = {  # what is generated in place of the key K: (text, whether it is the key)
+    "the key, then a word": (lambda k: f" {k} is", True),
+    "the key, then a full stop": (lambda k: f" {k}.", True),
+    "the key, then a new line": (lambda k: f" {k}\n", True),
+    "the key, then another number": (lambda k: f" {k} 7", True),
+    "one digit more": (lambda k: f" {k}7", False),
+    "the last digit twice": (lambda k: f" {k}{k[-1]}", False),
+    "a wrong first digit": (lambda k: f" {(int(k[0]) + 1) % 10}{k[1:]}.", False),
+    "a wrong digit in the middle": (lambda k: f" {k[:2]}{(int(k[2]) + 1) % 10}{k[3:]}.", False),
+    "a wrong last digit": (lambda k: f" {k[:-1]}{(int(k[-1]) + 1) % 10}.", False),
+    "a digit too few": (lambda k: f" {k[:-1]}..", False),
+    "no number": (lambda k: " the sky is blue. The grass is green.", False),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("length", [100, 161])
+def test_verdict_on_what_is_generated(tokenizer, prompts, ending, length):
+    """The verdict is that of reading the digits of the greedily generated text."""
+    text, is_key = ENDINGS[ending]
+    prompt = passkey_prompts(prompts, length, 1, 0, None)[0]
+    continuation = tokenizer(text(prompt.key), add_special_tokens=False)["input_ids"]
+    assert len(continuation) > prompt.num_answer
+    model = answers_with(prompt, continuation)
+    generated = greedy_text(tokenizer, model, prompt.input_ids[: -prompt.num_answer], prompt.num_answer + 1)
+    assert (leading_digits(generated) == prompt.key) is is_key
+    accuracy = passkey_accuracy(Script(model), prompts, [length], trials=1, seed=0, progress=False)
+    assert accuracy == {f"passkey@{length}": float(is_key)}
+
+
+def test_accuracy_is_the_share_of_prompts(tokenizer, prompts):
+    """A model that knows the keys of three of eight prompts."""
+    drawn = passkey_prompts(prompts, 120, 8, 5, None)
+    full_stop = tokenizer(".", add_special_tokens=False)["input_ids"][0]
+    known = {prompt.input_ids.tobytes() for prompt in drawn[2:5]}
+
+    class KnowsThree(Script):
+        def predictions(self, windows, num):
+            following = np.column_stack([windows, np.full(len(windows), full_stop)])[:, -num:]
+            return np.array([f if w.tobytes() in known else f + 1 for w, f in zip(windows, following, strict=True)])
+
+    accuracy = passkey_accuracy(KnowsThree(None), prompts, [120], trials=8, seed=5, progress=False)
+    assert accuracy == {"passkey@120": 3 / 8}
+
+
+def test_prompts_of_a_length_do_not_depend_on_the_other_lengths(prompts):
+    def asked(lengths, trials=3, seed=0):
+        script = Script(lambda prefix: 0)
+        result = passkey_accuracy(script, prompts, lengths, trials=trials, seed=seed, progress=False)
+        assert set(result) == {f"passkey@{n}" for n in lengths}
+        return {n: [w.tolist() for w in script.windows if len(w) == n] for n in lengths}
+
+    both = asked([100, 130])
+    assert asked([130, 100]) == both
+    assert asked([130])[130] == both[130]
+    assert asked([130], trials=5)[130][:3] == both[130]
+    assert asked([130], seed=1)[130] != both[130]
+
+
+def test_prompts_of_a_length_differ_from_each_other(prompts):
+    drawn = passkey_prompts(prompts, 140, 20, 0, None)
+    assert len({prompt.key for prompt in drawn}) == 20
+    assert len({prompt.key_start for prompt in drawn}) > 10
+    assert all(len(prompt.input_ids) == 140 for prompt in drawn)
+
+
+def test_depths_are_taken_in_turn(prompts):
+    drawn = passkey_prompts(prompts, 160, 5, 0, [0.0, 1.0])
+    begin, end = len(prompts.introduction), 160 - len(prompts.question)
+    starts = [prompt.key_start for prompt in drawn]
+    assert starts == [begin, starts[1], begin, starts[3], begin]
+    for prompt in drawn[1::2]:
+        line = len(prompts._ids(KEY_LINE.format(key=prompt.key)))
+        assert prompt.key_start == end - line - prompt.num_answer
+
+
+class FewSymbols:
+    """A tokenizer of four symbols: a digit is its parity, and all else is one of two letters.
+
+    Random models then give right keys, and right keys with one digit more, often enough to be counted.
+    """
+
+    SYMBOLS = "01ab"
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [int(c) % 2 if c.isdigit() else 2 + ord(c) % 2 for c in text if c != " "]}
+
+    def convert_ids_to_tokens(self, i):
+        return self.SYMBOLS[i]
+
+    def decode(self, ids):
+        return "".join(self.SYMBOLS[i] for i in ids)
+
+
+class OnePrompt:
+    """Prompts that are always the same one."""
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer, self.prompt = tokenizer, prompt
+
+    def sample(self, rng, length, depth=None):
+        return self.prompt
+
+
+def test_verdicts_are_those_of_greedy_generation(monkeypatch):
+    """Short prompts, random models: each verdict is that of `generate` on the prompt without its key."""
+    monkeypatch.setattr(prompt_texts, "INTRODUCTION", "info\n")
+    monkeypatch.setattr(prompt_texts, "FILLER", "The grass is green. ")
+    monkeypatch.setattr(prompt_texts, "KEY_LINE", "\nkey {key}.\n")
+    monkeypatch.setattr(prompt_texts, "QUESTION", "\nkey")
+    monkeypatch.setattr(prompt_texts, "KEY_DIGITS", 2)
+    tokenizer = FewSymbols()
+    prompts, trials, length = PasskeyPrompts(tokenizer), 150, 30
+    config = LlamaConfig(
+        vocab_size=4, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.8, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    seen = {"the key": 0, "one digit more": 0, "something else": 0}
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = build_model(config, None, "sdpa").eval()
+        drawn = passkey_prompts(prompts, length, trials, seed, None)
+        asked = torch.tensor(np.stack([prompt.input_ids[:-2] for prompt in drawn]))
+        generated = model.generate(asked, max_new_tokens=3, do_sample=False)[:, -3:].tolist()
+        verdicts = []
+        for prompt, tokens in zip(drawn, generated, strict=True):
+            key, text = tokenizer.decode(prompt.input_ids[-2:]), tokenizer.decode(tokens)
+            verdicts.append(leading_digits(text) == key)
+            kind = "the key" if verdicts[-1] else "one digit more" if text.startswith(key) else "something else"
+            seen[kind] += 1
+            if seen[kind] <= 10:
+                one = OnePrompt(tokenizer, prompt)
+                found = passkey_accuracy(Scorer(model, 1), one, [length], trials=1, seed=0, progress=False)
+                assert found == {f"passkey@{length}": float(verdicts[-1])}
+        accuracy = passkey_accuracy(Scorer(model, 1000), prompts, [length], trials=trials, seed=seed, progress=False)
+        assert accuracy == {f"passkey@{length}": sum(verdicts) / trials}
+    assert min(seen.values()) >= 10, seen

@@ -1,0 +1,231 @@
+"""The options of an evaluation, and what is made ready, refused and measured."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from pose.data.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION
+from pose.data.tokenizer import train_tokenizer
+from pose.errors import ConfigError, DataError
+from pose.evaluation.suite import EvalOptions, Suite, default_lengths
+from pose.modeling.load import build_model
+
+TEXT = INTRODUCTION + FILLER + KEY_LINE.format(key="0123456789") + QUESTION
+WORDS = ("grass", "sky", "sun", "green", "blue", "yellow", "there", "back", "again")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXT] * 3, 500, 256)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """From short to long."""
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, n)) for n in (10, 30, 60, 160)]
+
+
+@pytest.fixture(scope="module")
+def token_lengths(tokenizer, texts):
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert sorted(set(lengths)) == lengths
+    return lengths
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("documents") / "few.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for i, text in enumerate(texts):
+            file.write(json.dumps({"id": f"d{i}", "text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    return build_model(config, None, "sdpa")
+
+
+@pytest.fixture
+def suite(tokenizer, documents, tmp_path):
+    """Builds a Suite from options alone."""
+
+    def build(**options):
+        options = {"tasks": ["perplexity"], "documents": str(documents), "lengths": [8, 16]} | options
+        return Suite(EvalOptions(**options), tokenizer, options["documents"], tmp_path / "cache")
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "options, key, also",
+    [
+        ({"tasks": ["perplexty"]}, "eval.tasks", "perplexity, passkey"),
+        ({"windows": 0}, "eval.windows=0", "at least 1"),
+        ({"windows": -3}, "eval.windows=-3", "at least 1"),
+        ({"tail": 0}, "eval.tail=0", "at least 1"),
+        ({"bin": -1}, "eval.bin=-1", "at least 1"),
+        ({"trials": 0}, "eval.trials=0", "at least 1"),
+        ({"batch_tokens": 0}, "eval.batch_tokens=0", "at least 1"),
+        ({"stride": 0}, "eval.stride=0", "at least 1"),
+        ({"sliding_tokens": -1}, "eval.sliding_tokens=-1", "at least 1"),
+        ({"max_documents": 0}, "eval.max_documents=0", "at least 1"),
+        ({"lengths": []}, "eval.lengths=[]", "at least 2"),
+        ({"lengths": [256, 1]}, "eval.lengths=[256, 1]", "at least 2"),
+        ({"depths": []}, "eval.depths=[]", "0 to 1"),
+        ({"depths": [0.5, 1.01]}, "eval.depths=[0.5, 1.01]", "0 to 1"),
+        ({"depths": [-0.1]}, "eval.depths=[-0.1]", "0 to 1"),
+        ({"seed": -1}, "eval.seed=-1", "at least 0"),
+        ({"tasks": ["passkey", "perplexity"]}, "eval.documents", ".jsonl"),
+    ],
+)
+def test_option_errors_name_key_value_and_what_is_accepted(options, key, also):
+    with pytest.raises(ConfigError) as error:
+        EvalOptions(**options)
+    assert key in str(error.value)
+    assert also in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tasks": ["passkey"]},
+        {"windows": 1, "tail": 1, "bin": 1, "trials": 1, "batch_tokens": 1, "stride": 1, "max_documents": 1},
+        {"lengths": [2], "depths": [0.0, 1.0], "seed": 0},
+        {"tasks": ["perplexity"], "documents": "books.jsonl"},
+    ],
+)
+def test_options_at_their_bounds_are_accepted(options):
+    for name, value in options.items():
+        assert getattr(EvalOptions(**options), name) == value
+
+
+@pytest.mark.parametrize("stride, accepted", [(7, True), (8, False), (20, False)])
+def test_stride_must_leave_no_token_unscored(suite, stride, accepted):
+    if accepted:
+        suite(stride=stride)
+    else:
+        with pytest.raises(ConfigError, match=rf"eval.stride={stride} .* window of 8: give at most 7"):
+            suite(stride=stride)
+
+
+@pytest.mark.parametrize("tokens, accepted", [(16, True), (15, False)])
+def test_sliding_tokens_hold_the_longest_window(suite, tokens, accepted):
+    if accepted:
+        suite(sliding_tokens=tokens)
+    else:
+        with pytest.raises(ConfigError, match=rf"eval.sliding_tokens={tokens} .* at least 16"):
+            suite(sliding_tokens=tokens)
+
+
+def test_passkey_lengths_are_checked_beforehand(suite):
+    with pytest.raises(ConfigError, match=r"30 tokens is not possible.* the shortest has .*eval.lengths"):
+        suite(tasks=["passkey"], lengths=[200, 30])
+    suite(tasks=["passkey"], lengths=[200])
+
+
+def test_no_document_is_long_enough(suite, documents, token_lengths):
+    longest = token_lengths[-1]
+    assert suite(lengths=[8, longest]).document_ids == ["d3"]
+    with pytest.raises(DataError) as error:
+        suite(lengths=[8, longest + 1])
+    message = str(error.value)
+    assert "none of the 4 documents" in message
+    assert str(documents) in message
+    assert f"has {longest + 1} tokens" in message
+    assert message.endswith(f"the longest has {longest}")
+
+
+def test_missing_documents(suite):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        suite(documents="nowhere.jsonl")
+
+
+def test_documents_that_are_long_enough_in_order(suite, tokenizer, texts, token_lengths):
+    ready = suite(lengths=[8, token_lengths[1]])
+    assert ready.document_ids == ["d1", "d2", "d3"]
+    for tokens, text in zip(ready.documents, texts[1:], strict=True):
+        assert tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("num, ids", [(1, ["d1"]), (2, ["d1", "d2"]), (9, ["d1", "d2", "d3"])])
+def test_max_documents_counts_those_that_are_long_enough(suite, token_lengths, num, ids):
+    assert suite(lengths=[token_lengths[0] + 1], max_documents=num).document_ids == ids
+
+
+def test_lengths_are_sorted_and_single(suite):
+    assert suite(lengths=[16, 8, 16]).lengths == [8, 16]
+
+
+def test_no_tasks_need_nothing(suite, model):
+    assert suite(tasks=[], documents=None).run(model, progress=False) == {}
+
+
+def test_metrics_of_a_run(suite, model):
+    metrics = suite(
+        tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, tail=10, bin=64, stride=50, trials=2
+    ).run(model, progress=False)
+    assert set(metrics) == {
+        "ppl@100", "ppl@120", "tail_ppl@100", "tail_ppl@120", "position_ppl@0-64", "position_ppl@64-120",
+        "sliding_ppl@100", "sliding_ppl@120", "passkey@100", "passkey@120",
+    }  # fmt: skip
+    assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_perplexity_of_one_whole_document(suite, model, tokenizer, texts, token_lengths, add_bos):
+    """One window, as long as the document: exp of transformers' own loss."""
+    n = token_lengths[-1]
+    metrics = suite(lengths=[n], stride=n // 2, add_bos=add_bos).run(model, progress=False)
+    ids = tokenizer(texts[-1], add_special_tokens=False)["input_ids"]
+    if add_bos:
+        ids[0] = tokenizer.bos_token_id
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss.exp().item()
+    assert metrics[f"ppl@{n}"] == pytest.approx(expected, rel=1e-5)
+    assert metrics[f"sliding_ppl@{n}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sliding_tokens_reach_the_task(suite, model, texts, token_lengths):
+    """Cut to one window, sliding perplexity is that of each document's first window."""
+    n = token_lengths[2]
+    options = {"lengths": [n], "stride": 5, "windows": 1}
+    cut = suite(sliding_tokens=n, **options).run(model, progress=False)
+    whole = suite(**options).run(model, progress=False)
+    assert cut[f"sliding_ppl@{n}"] == pytest.approx(cut[f"ppl@{n}"], rel=1e-9)
+    assert whole[f"sliding_ppl@{n}"] != pytest.approx(cut[f"ppl@{n}"], rel=1e-4)
+
+
+def test_bos_is_part_of_a_passkey_prompts_length(suite, tokenizer):
+    for add_bos in (False, True):
+        prompts = suite(tasks=["passkey"], lengths=[120], add_bos=add_bos).prompts
+        tokens = prompts.sample(np.random.default_rng(0), 120).input_ids
+        assert len(tokens) == 120
+        assert (tokens[0] == tokenizer.bos_token_id) is np.bool_(add_bos)
+
+
+@pytest.mark.parametrize(
+    "window, target, expected",
+    [
+        (256, 2048, [256, 512, 1024, 2048]),
+        (256, 1500, [256, 512, 1024, 1500]),
+        (256, 256, [256]),
+        (2048, 2049, [2048, 2049]),
+        (4096, 2048, [2048]),
+    ],
+)
+def test_default_lengths(window, target, expected):
+    assert default_lengths(window, target) == expected

@@ -1,0 +1,263 @@
+"""The attention backends against a reference written out query by query, and against stock transformers."""
+
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from pose.errors import ConfigError
+from pose.modeling import attention
+from pose.modeling.load import build_model
+
+FUNCTIONS = {"sdpa": attention.sdpa, "eager": attention.eager}
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # large enough for attention to matter
+}
+CONFIGS = {
+    "mha": LlamaConfig(num_key_value_heads=4, **SIZES),
+    "gqa": LlamaConfig(num_key_value_heads=2, **SIZES),
+    "sliding": MistralConfig(num_key_value_heads=2, sliding_window=6, **SIZES),
+    "biases": Qwen2Config(num_key_value_heads=2, **SIZES),
+}
+
+
+def reference(query, key, value, scaling, window=None, padding=None):
+    """Attention of one query at a time in float64; queries are the last of the keys. [B, Q, H, D]."""
+    (num_batch, num_heads, num_query, _), num_key = query.shape, key.shape[2]
+    groups = num_heads // key.shape[1]
+    output = torch.full((num_batch, num_query, num_heads, value.shape[-1]), torch.nan, dtype=torch.float64)
+    for b in range(num_batch):
+        for h in range(num_heads):
+            for i in range(num_query):
+                last = num_key - num_query + i
+                seen = [
+                    j
+                    for j in range(last + 1)
+                    if (window is None or last - j < window) and (padding is None or padding[b, j])
+                ]
+                if seen:
+                    k, v = key[b, h // groups, seen].double(), value[b, h // groups, seen].double()
+                    output[b, i, h] = (k @ query[b, h, i].double() * scaling).softmax(0) @ v
+    return output
+
+
+def random_qkv(num_query, num_key, num_heads=4, num_kv_heads=4, head_dim=8, num_batch=2):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (num_heads, num_query), (num_kv_heads, num_key), (num_kv_heads, num_key)
+    return [torch.randn(num_batch, heads, length, head_dim, generator=generator) for heads, length in shapes]
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    built = {name: build_model(copy.deepcopy(config), None, "sdpa").eval() for name, config in CONFIGS.items()}
+    for name, parameter in built["biases"].named_parameters():
+        if name.endswith("proj.bias"):
+            torch.nn.init.normal_(parameter)  # zero at the start
+    return built
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(SIZES["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("backend", FUNCTIONS)
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize(("num_query", "num_key"), [(9, 9), (4, 9), (1, 9), (1, 1)])
+def test_equals_the_reference(backend, num_kv_heads, window, num_query, num_key):
+    query, key, value = random_qkv(num_query, num_key, num_kv_heads=num_kv_heads)
+    module = torch.nn.Module().eval()
+    output, _ = FUNCTIONS[backend](module, query, key, value, None, scaling=0.3, sliding_window=window)
+    torch.testing.assert_close(
+        output.double(), reference(query, key, value, 0.3, window), atol=1e-5, rtol=1e-5, check_stride=False
+    )
+
+
+@pytest.mark.parametrize("backend", FUNCTIONS)
+@pytest.mark.parametrize(("num_query", "window"), [(9, None), (4, None), (1, None), (9, 3)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_hidden(backend, num_query, window, side):
+    """Rows whose every key is padding are nobody's business, and are left out."""
+    query, key, value = random_qkv(num_query, 9, num_kv_heads=2)
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[1, :3] = 0
+    if side == "right":
+        padding = padding.flip(1)
+    output, _ = FUNCTIONS[backend](torch.nn.Module().eval(), query, key, value, padding, sliding_window=window)
+    wanted = reference(query, key, value, 8**-0.5, window, padding)
+    seen = ~wanted.isnan()
+    assert seen.any(dim=(1, 2, 3)).all()
+    torch.testing.assert_close(output.double()[seen], wanted[seen], atol=1e-5, rtol=1e-5)
+
+
+def test_eager_returns_its_weights():
+    query, key, value = random_qkv(4, 9)
+    output, weights = attention.eager(torch.nn.Module().eval(), query, key, value, None)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 4))
+    torch.testing.assert_close((weights @ value).transpose(1, 2), output)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("backend", FUNCTIONS)
+@torch.no_grad()
+def test_logits_equal_stock_transformers(models, tokens, name, backend):
+    """Stock sdpa with an explicit mask and plain positions, where it does what it should."""
+    model, stock = models[name], copy.deepcopy(models[name])
+    model.set_attn_implementation(f"pose_{backend}")
+    stock.set_attn_implementation("sdpa")
+    wanted = stock(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    torch.testing.assert_close(model(input_ids=tokens, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_sliding_window_of_the_config_reaches_attention(models, tokens):
+    """Two layers of window 6 look back 10 tokens at most."""
+    logits = models["sliding"](input_ids=tokens, use_cache=False).logits
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % SIZES["vocab_size"]
+    moved = (models["sliding"](input_ids=changed, use_cache=False).logits != logits).any(-1).any(0)
+    assert moved[:11].all()
+    assert not moved[11:].any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("backend", FUNCTIONS)
+@pytest.mark.parametrize("chunks", [(16, 8), (3, 21), (22, 1, 1)])
+@torch.no_grad()
+def test_prefill_in_chunks_and_decoding_equal_one_forward(models, tokens, name, backend, chunks):
+    model = models[name]
+    model.set_attn_implementation(f"pose_{backend}")
+    whole = model(input_ids=tokens, use_cache=False).logits
+    cache, parts = None, []
+    for chunk in tokens.split(chunks, dim=1):
+        output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", FUNCTIONS)
+@torch.no_grad()
+def test_greedy_generation_equals_stock_transformers(models, tokens, backend):
+    model, stock = models["gqa"], copy.deepcopy(models["gqa"])
+    model.set_attn_implementation(f"pose_{backend}")
+    stock.set_attn_implementation("sdpa")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    got, wanted = (m.generate(tokens, attention_mask=torch.ones_like(tokens), **options) for m in (model, stock))
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "biases"])
+@pytest.mark.parametrize("backend", FUNCTIONS)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16 weights", "bf16 autocast"])
+@torch.no_grad()
+def test_skipped_positions_are_no_document_border(models, tokens, name, backend, rows, precision):
+    """The first token moves the logits of the last, across two skips, one of them back to 0."""
+    model = models[name]
+    if precision == "bf16 weights":
+        model = copy.deepcopy(model).to(torch.bfloat16)
+    model.set_attn_implementation(f"pose_{backend}")
+    positions = torch.cat([torch.arange(8), torch.arange(100, 108), torch.arange(8)]).expand(rows, -1)
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % SIZES["vocab_size"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
+        logits = [
+            model(input_ids=ids[:rows], position_ids=positions, use_cache=False).logits for ids in (tokens, changed)
+        ]
+    moved = (logits[0][:, -1] - logits[1][:, -1]).abs().amax(-1)
+    assert (moved > 0.01 * logits[0].float().std()).all()
+
+
+@pytest.mark.parametrize("backend", FUNCTIONS)
+def test_skipped_positions_pass_gradients(models, tokens, backend):
+    """Training sees across the skip too: the last token's loss has a gradient at the first."""
+    model = copy.deepcopy(models["gqa"]).train()
+    model.set_attn_implementation(f"pose_{backend}")
+    embeddings = model.get_input_embeddings()(tokens[:1]).detach().requires_grad_()
+    positions = torch.cat([torch.arange(8), torch.arange(200, 216)])[None]
+    model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits[0, -1].logsumexp(-1).backward()
+    assert embeddings.grad[0, 0].abs().max() > 1e-6
+
+
+@pytest.mark.xfail(strict=True, reason="transformers drops the mask of a backend without a mask function")
+@pytest.mark.parametrize("backend", FUNCTIONS)
+@torch.no_grad()
+def test_left_padding_of_a_batch_is_hidden(models, tokens, backend):
+    """A padded row gives the logits of the same row alone."""
+    model = models["gqa"]
+    model.set_attn_implementation(f"pose_{backend}")
+    alone = model(input_ids=tokens[1:, 5:], use_cache=False).logits
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(padded[1:, 5:], alone, atol=1e-4, rtol=1e-4)
+
+
+def fake_flash_attn(query, key, value, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    """flash_attn_func by its documentation: [B, S, H, D], causal from the bottom right, keys i-left..i+right."""
+    assert query.dtype in (torch.float16, torch.bfloat16)
+    assert query.dtype == key.dtype == value.dtype
+    assert causal
+    assert dropout_p == 0.0
+    left, right = window_size
+    assert right in (-1, 0)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return reference(q, k, v, softmax_scale, None if left == -1 else left + 1).to(query.dtype)
+
+
+@pytest.mark.parametrize(("num_query", "window"), [(9, None), (9, 3), (4, 3), (1, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_flash_attention_is_called_with_the_right_arguments(monkeypatch, num_query, window, dtype):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=fake_flash_attn))
+    query, key, value = (x.to(dtype) for x in random_qkv(num_query, 9, num_kv_heads=2))
+    output, _ = attention.flash_attention_2(None, query, key, value, None, scaling=0.3, sliding_window=window)
+    assert output.dtype == (dtype if dtype != torch.float32 else torch.bfloat16)
+    torch.testing.assert_close(
+        output.double(), reference(query, key, value, 0.3, window), atol=0.03, rtol=0.03, check_stride=False
+    )
+
+
+def test_flash_attention_refuses_padding(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=fake_flash_attn))
+    query, key, value = (x.bfloat16() for x in random_qkv(4, 4))
+    padding = torch.ones(2, 4, dtype=torch.long)
+    attention.flash_attention_2(None, query, key, value, padding, scaling=0.3)
+    padding[0, 0] = 0
+    with pytest.raises(ValueError, match="padding"):
+        attention.flash_attention_2(None, query, key, value, padding, scaling=0.3)
+
+
+@pytest.mark.parametrize("backend", FUNCTIONS)
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_what_is_not_implemented_is_refused(backend, name):
+    query, key, value = random_qkv(4, 4)
+    FUNCTIONS[backend](torch.nn.Module().eval(), query, key, value, None, **{name: None})
+    with pytest.raises(ConfigError, match=name):
+        FUNCTIONS[backend](torch.nn.Module().eval(), query, key, value, None, **{name: 1.0})
+
+
+def test_resolve_backend(monkeypatch):
+    """auto takes FlashAttention only where it can run."""
+    for installed, gpu, auto in ((0, 0, "sdpa"), (1, 0, "sdpa"), (0, 1, "sdpa"), (1, 1, "flash_attention_2")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, found=installed: object() if found else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=gpu: bool(found))
+        assert attention.resolve_backend("auto") == f"pose_{auto}"
+        assert attention.resolve_backend("eager") == "pose_eager"
+        if auto == "sdpa":
+            with pytest.raises(ConfigError, match=r"flash-attn.*use sdpa"):
+                attention.resolve_backend("flash_attention_2")
+    with pytest.raises(ConfigError, match=r"'flex' is unknown.*auto, sdpa, eager, flash_attention_2"):
+        attention.resolve_backend("flex")

@@ -1,0 +1,185 @@
+"""Tables, plots, and the table over a sweep."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from PIL import Image
+
+import pose.report
+from pose.report import SweepTable, lengths_of, plot_results, plot_training, print_table, results_table
+
+METRICS = {
+    "ppl@512": 9.0, "ppl@256": 12.25, "tail_ppl@256": 20.06, "tail_ppl@2048": 5.0, "sliding_ppl@256": 7.0,
+    "position_ppl@0-256": 30.0, "position_ppl@256-512": 20.0, "passkey@256": 1.0, "passkey@512": 0.25,
+}  # fmt: skip
+
+
+def cells(table) -> list[list[str]]:
+    """Header and rows of a table, as text."""
+    columns = [[column.header, *column.cells] for column in table.columns]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Everything that the figures about to be saved show, by file name."""
+    shown, save = {}, pose.report._save
+
+    def spy(figure, png):
+        shown[png.name] = [
+            {
+                "title": axes.get_title(),
+                "lines": {str(line.get_label()): line.get_xydata().tolist() for line in axes.lines},
+            }
+            for axes in figure.axes
+        ]
+        save(figure, png)
+
+    monkeypatch.setattr(pose.report, "_save", spy)
+    return shown
+
+
+def assert_picture(png):
+    """A PNG that can be read in full and is not one colour."""
+    with Image.open(png) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("L"))
+    assert min(pixels.shape) > 200
+    assert 0.003 < (pixels < 200).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "family, expected",
+    [
+        ("ppl", [(256, 12.25), (512, 9.0)]),
+        ("tail_ppl", [(256, 20.06), (2048, 5.0)]),
+        ("sliding_ppl", [(256, 7.0)]),
+        ("passkey", [(256, 1.0), (512, 0.25)]),
+        ("needle", []),
+    ],
+)
+def test_lengths_of_a_family_in_order(family, expected):
+    assert list(lengths_of(METRICS, family).items()) == expected
+
+
+def test_results_table_has_a_column_for_each_length_of_any_model():
+    results = {
+        "base": {"ppl@512": 12345.6, "ppl@2048": 9999.94, "ppl@64": 1.24, "passkey@512": 0.0, "tail_ppl@64": 3.0},
+        "pose": {"ppl@512": 8.25, "passkey@512": 0.955, "passkey@256": 1.0},
+    }
+    table = results_table(results, "Results", ("ppl", "passkey"))
+    assert cells(table) == [
+        ["", "perplexity\n@64", "\n@512", "\n@2048", "passkey\n@256", "\n@512"],
+        ["base", "1.2", "1.2e+04", "9999.9", "", "0%"],
+        ["pose", "", "8.2", "", "100%", "96%"],
+    ]
+
+
+def test_results_table_of_nothing_measured():
+    assert cells(results_table({"base": {}}, "Results", ("ppl", "passkey"))) == [[""], ["base"]]
+
+
+def test_table_is_printed_whole(capsys):
+    """A file or pipe gets 120 columns: nothing of an eight-length table is cut off."""
+    results = {"a model": {f"tail_ppl@{2**i}": 10.0 + i for i in range(8, 16)}}
+    print_table(results_table(results, "Title of it", ("tail_ppl",)))
+    printed = capsys.readouterr().out
+    for text in ("Title of it", "a model", "@256", "@32768", "18.0", "25.0"):
+        assert text in printed
+    assert max(len(line) for line in printed.splitlines()) <= 120
+
+
+def test_plot_results_draws_a_line_for_each_model(tmp_path, drawn):
+    png = tmp_path / "new" / "folder" / "results.png"
+    other = {"tail_ppl@256": 19.0, "tail_ppl@2048": 90.0, "passkey@512": 0.5}
+    plot_results({"pose": METRICS, "base": other}, png, window=256)
+    assert_picture(png)
+    tail, position, passkey = drawn["results.png"]
+    assert tail["lines"]["pose"] == [[256, 20.06], [2048, 5.0]]
+    assert tail["lines"]["base"] == [[256, 19.0], [2048, 90.0]]
+    assert position["lines"]["pose"] == [[128, 30.0], [384, 20.0]]
+    assert "base" not in position["lines"]
+    assert passkey["lines"]["pose"] == [[256, 1.0], [512, 0.25]]
+    for panel in (tail, position, passkey):
+        assert [x for x, _ in panel["lines"]["window of 256"]] == [256, 256]
+
+
+def test_plot_results_leaves_out_what_was_not_measured(tmp_path, drawn):
+    plot_results({"pose": {"passkey@256": 1.0, "ppl@256": 3.0}}, tmp_path / "one.png")
+    assert_picture(tmp_path / "one.png")
+    assert [panel["title"] for panel in drawn["one.png"]] == ["passkey accuracy"]
+    plot_results({"pose": {"ppl@256": 3.0}}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_plot_training_reads_lightnings_csv(tmp_path, drawn):
+    """Rows without a training loss, such as those of the learning rate, are passed over."""
+    (tmp_path / "metrics.csv").write_text("epoch,lr,step,train/loss\n0,,0,5.5\n,1e-4,0,\n0,,9,4.25\n")
+    plot_training(tmp_path / "metrics.csv", tmp_path / "training.png")
+    assert_picture(tmp_path / "training.png")
+    (lines,) = [panel["lines"] for panel in drawn["training.png"]]
+    assert list(lines.values()) == [[[1, 5.5], [10, 4.25]]]
+
+
+def test_plot_training_of_no_steps_writes_nothing(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,lr,step,train/loss\n,1e-4,0,\n")
+    plot_training(tmp_path / "metrics.csv", tmp_path / "training.png")
+    assert not (tmp_path / "training.png").exists()
+
+
+def config(folder, mode=RunMode.MULTIRUN):
+    return OmegaConf.create({"hydra": {"mode": mode, "sweep": {"dir": str(folder)}}})
+
+
+def job(folder, overrides, metrics=None):
+    """Leaves what a job of a multirun leaves; without metrics, what one leaves that failed."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
+    if metrics is not None:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_sweep_table_joins_the_jobs(tmp_path, capsys):
+    """In the order of the jobs, 10 after 2; no row for a job that failed, and numbers alone."""
+    job(tmp_path / "0", ["rope=linear"], {"tail_ppl@256": 20.5, "passkey@256": 1.0, "model": "a name"})
+    job(tmp_path / "2", ["rope=ntk"], {"tail_ppl@256": 19.0})
+    job(tmp_path / "10", ["rope=yarn", "pose.num_chunks=3"], {"tail_ppl@256": 18, "tail_ppl@512": 17.5})
+    job(tmp_path / "3", ["rope=broken"])
+    SweepTable().on_multirun_end(config(tmp_path))
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["overrides", "passkey@256", "tail_ppl@256", "tail_ppl@512"],
+        ["rope=linear", "1.0", "20.5", ""],
+        ["rope=ntk", "", "19.0", ""],
+        ["rope=yarn pose.num_chunks=3", "", "18", "17.5"],
+    ]
+    printed = capsys.readouterr().out
+    for text in ("rope=linear", "rope=yarn pose.num_chunks=3", "20.5", "17.5", "100%"):
+        assert text in printed
+
+
+def test_sweep_table_grows_with_every_job(tmp_path):
+    callback = SweepTable()
+    callback.on_job_end(config(tmp_path), None)
+    assert not (tmp_path / "sweep.csv").exists()
+    for i in range(3):
+        job(tmp_path / str(i), [f"seed={i}"], {"ppl@256": float(i)})
+        callback.on_job_end(config(tmp_path), None)
+        with open(tmp_path / "sweep.csv", newline="") as file:
+            assert [row["overrides"] for row in csv.DictReader(file)] == [f"seed={j}" for j in range(i + 1)]
+
+
+def test_single_runs_write_no_sweep(tmp_path):
+    job(tmp_path / "0", ["seed=0"], {"ppl@256": 1.0})
+    SweepTable().on_job_end(config(tmp_path, RunMode.RUN), None)
+    assert not (tmp_path / "sweep.csv").exists()
+
+
+def test_a_sweep_without_results_says_nothing(tmp_path, capsys):
+    SweepTable().on_multirun_end(config(tmp_path))
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,366 @@
+"""The scaling methods of pose/rope.py against formulas written anew, and against transformers."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from pose.errors import ConfigError
+from pose.rope import NTK, Linear, RopeGeometry, Unscaled, Yarn, YarnRevised
+
+# (base, dim, window, factor)
+CASES = [
+    (10_000.0, 128, 2048, 8.0),  # LLaMA
+    (500_000.0, 128, 8192, 16.0),  # Llama 3
+    (500.0, 64, 256, 8.0),  # the tiny model
+    (500.0, 64, 128, 8.0),  # the fastest dimension turns 20 times in the window: the ramp starts at 0
+    (100.0, 16, 2048, 8.0),  # the slowest turns many times: the ramp would end beyond d/2
+    (10_000.0, 32, 2048, 2.0),
+    (10_000.0, 128, 2048, 32.0),
+    (10_000.0, 128, 2048, 64.0),
+]
+SCALED = [Linear, NTK, Yarn, YarnRevised]
+BETAS = [{}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"beta_fast": 20, "beta_slow": 0.5, "attention_factor": 1.25}]
+
+
+def resolved(method, base, dim, window, factor, **options):
+    """(the method with its factor filled in from the target, the geometry)."""
+    geometry = RopeGeometry(base, dim, window)
+    return method(**options).resolve(geometry, int(window * factor)), geometry
+
+
+# ----- the formulas, in numpy -----
+
+
+def theta(base, dim):
+    return np.array([base ** (-2 * j / dim) for j in range(dim // 2)])
+
+
+def kept_share(base, dim, window, beta_fast, beta_slow):
+    """m_j of YaRN: 1 up to the last index that turns beta_fast times, 0 from the first that turns beta_slow times.
+
+    The line between the two runs over the index, as in YaRN's code, not over the number of turns.
+    """
+    turns = [window * base ** (-2 * j / dim) / (2 * math.pi) for j in range(dim)]
+    low = max((j for j in range(dim) if turns[j] >= beta_fast), default=0)
+    high = min((j for j in range(dim) if turns[j] <= beta_slow), default=dim - 1)
+    return np.interp(np.arange(dim // 2), [low, high], [1.0, 0.0])
+
+
+def expected_linear(base, dim, window, factor):
+    """Rotating position m / s by theta_j is rotating position m by theta_j / s."""
+    return theta(base, dim) / factor
+
+
+def expected_ntk(base, dim, window, factor):
+    """(b s^(d/(d-2)))^(-2j/d) = theta_j s^(-2j/(d-2))."""
+    return theta(base, dim) * factor ** (-2 * np.arange(dim // 2) / (dim - 2))
+
+
+def expected_yarn(base, dim, window, factor, beta_fast=32, beta_slow=1):
+    """A mean of the frequencies theta_j and theta_j / s."""
+    m = kept_share(base, dim, window, beta_fast, beta_slow)
+    return m * theta(base, dim) + (1 - m) * theta(base, dim) / factor
+
+
+def expected_yarn_revised(base, dim, window, factor, beta_fast=32, beta_slow=1):
+    """A mean of the wavelengths 2 pi / theta_j and 2 pi s / theta_j."""
+    m = kept_share(base, dim, window, beta_fast, beta_slow)
+    wavelength = 2 * np.pi / theta(base, dim)
+    return 2 * np.pi / (m * wavelength + (1 - m) * wavelength * factor)
+
+
+# ----- the closed forms -----
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("method", "expected"), [(Linear, expected_linear), (NTK, expected_ntk)])
+def test_linear_and_ntk_are_their_formulas(method, expected, case):
+    scaling, geometry = resolved(method, *case)
+    inv_freq, attention_factor = scaling.frequencies(geometry)
+    assert inv_freq.dtype == torch.float64
+    np.testing.assert_allclose(inv_freq.numpy(), expected(*case), rtol=1e-12)
+    assert attention_factor == 1.0
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", BETAS)
+@pytest.mark.parametrize(("method", "expected"), [(Yarn, expected_yarn), (YarnRevised, expected_yarn_revised)])
+def test_both_yarns_are_their_formulas(method, expected, options, case):
+    scaling, geometry = resolved(method, *case, **options)
+    inv_freq, attention_factor = scaling.frequencies(geometry)
+    betas = {key: value for key, value in options.items() if key.startswith("beta")}
+    assert inv_freq.dtype == torch.float64
+    np.testing.assert_allclose(inv_freq.numpy(), expected(*case, **betas), rtol=1e-12)
+    assert attention_factor == pytest.approx(options.get("attention_factor", 0.1 * math.log(case[3]) + 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_none_leaves_the_frequencies_alone(case):
+    scaling, geometry = resolved(Unscaled, *case)
+    inv_freq, attention_factor = scaling.frequencies(geometry)
+    np.testing.assert_allclose(inv_freq.numpy(), theta(*case[:2]), rtol=1e-12)
+    assert attention_factor == 1.0
+
+
+def test_yarn_at_the_size_of_the_paper_by_hand():
+    """b = 10,000, d = 128, L0 = 2,048: the ramp runs from 16 to 41, so dimension 21 keeps 20 of 25 parts."""
+    frequency = 10_000 ** (-42 / 128)
+    for method, expected in ((Yarn, frequency * (0.8 + 0.2 / 8)), (YarnRevised, frequency / (0.8 + 0.2 * 8))):
+        scaling, geometry = resolved(method, 10_000.0, 128, 2048, 8.0)
+        inv_freq = scaling.frequencies(geometry).inv_freq
+        assert inv_freq[21].item() == pytest.approx(expected, rel=1e-12)
+        assert inv_freq[16].item() == pytest.approx(10_000 ** (-32 / 128), rel=1e-12)
+        assert inv_freq[17].item() < 0.999 * 10_000 ** (-34 / 128)
+        assert inv_freq[41].item() == pytest.approx(10_000 ** (-82 / 128) / 8, rel=1e-12)
+        assert inv_freq[40].item() > 1.001 * 10_000 ** (-80 / 128) / 8
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ntk_keeps_the_fastest_and_divides_the_slowest_by_the_factor(case):
+    scaling, geometry = resolved(NTK, *case)
+    inv_freq = scaling.frequencies(geometry).inv_freq
+    assert inv_freq[0].item() == 1.0
+    assert theta(*case[:2])[-1] / inv_freq[-1].item() == pytest.approx(case[3], rel=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES[:3])
+@pytest.mark.parametrize("method", [Yarn, YarnRevised])
+def test_yarn_keeps_what_turns_often_and_interpolates_what_turns_less_than_once(method, case):
+    """Section 3.2 of YaRN, by the number of turns in the window."""
+    scaling, geometry = resolved(method, *case)
+    plain = theta(*case[:2])
+    ratio = plain / scaling.frequencies(geometry).inv_freq.numpy()
+    turns = case[2] * plain / (2 * np.pi)
+    assert (turns > 32).any() and (turns < 1).any()
+    np.testing.assert_allclose(ratio[turns > 32], 1, rtol=1e-12)
+    np.testing.assert_allclose(ratio[turns < 1], case[3], rtol=1e-12)
+
+
+def released_pose_yarn_revised(base, dim, window, alpha):
+    """inv_freq / ((1 - mask) * alpha + mask), step by step and one dimension at a time."""
+
+    def correction_dim(num_rotations):
+        return dim * math.log(window / (num_rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(correction_dim(32)), 0), min(math.ceil(correction_dim(1)), dim - 1)
+    result = []
+    for j in range(dim // 2):
+        mask = 1 - min(max((j - low) / (high - low), 0.0), 1.0)
+        result.append(1.0 / base ** (2 * j / dim) / ((1 - mask) * alpha + mask))
+    return np.array(result)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_yarn_revised_is_the_form_of_the_released_pose_code(case):
+    scaling, geometry = resolved(YarnRevised, *case)
+    inv_freq, attention_factor = scaling.frequencies(geometry)
+    np.testing.assert_allclose(inv_freq.numpy(), released_pose_yarn_revised(*case), rtol=1e-12)
+    assert attention_factor == pytest.approx(0.1 * math.log(case[3]) + 1, rel=1e-12)
+
+
+def test_the_two_yarns_differ():
+    """At s = 8, d = 128, b = 10,000, L0 = 2,048, 24 of 64 frequencies differ by > 1 %, one by 153 %."""
+    yarn, revised = (
+        scaling.frequencies(geometry).inv_freq
+        for scaling, geometry in (resolved(method, *CASES[0]) for method in (Yarn, YarnRevised))
+    )
+    difference = yarn / revised - 1
+    assert (difference.abs() > 0.01).sum().item() == 24
+    assert difference.max().item() == pytest.approx(1.53, abs=0.005)
+
+
+@settings(deadline=None)
+@given(
+    base=st.floats(100, 1e7),
+    dim=st.integers(2, 128).map(lambda half: 2 * half),
+    window=st.integers(256, 131_072),
+    factor=st.integers(1, 128),
+)
+def test_every_method_stays_between_no_scaling_and_interpolation(base, dim, window, factor):
+    """theta_j / s <= yarn_revised <= yarn <= theta_j, and no method changes the order of the frequencies."""
+    plain = torch.from_numpy(theta(base, dim))
+    results = {}
+    for method in SCALED:
+        scaling, geometry = resolved(method, base, dim, window, factor)
+        inv_freq = results[method] = scaling.frequencies(geometry).inv_freq
+        assert (inv_freq <= plain * (1 + 1e-12)).all()
+        assert (inv_freq >= plain / factor * (1 - 1e-12)).all()
+        assert (inv_freq.diff() < 0).all()
+        if factor == 1:
+            torch.testing.assert_close(inv_freq, plain, rtol=1e-12, atol=0)
+            assert scaling.frequencies(geometry).attention_factor == 1.0
+    assert (results[YarnRevised] <= results[Yarn] * (1 + 1e-12)).all()
+
+
+# ----- transformers -----
+
+
+def llama_config(rope_parameters, dim, target_len):
+    return LlamaConfig(
+        hidden_size=dim,
+        num_attention_heads=1,
+        head_dim=dim,
+        max_position_embeddings=target_len,
+        rope_parameters=rope_parameters,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("method", "rope_type"),
+    [(Unscaled, "default"), (Linear, "linear"), (NTK, "default"), (Yarn, "yarn"), (YarnRevised, "longrope")],
+)
+def test_transformers_builds_the_same_frequencies(method, rope_type, case):
+    """Within the rounding of fp32, in which transformers computes the powers of the base."""
+    _, dim, window, factor = case
+    scaling, geometry = resolved(method, *case)
+    config = llama_config(scaling.to_hf(geometry), dim, int(window * factor))
+    assert config.rope_parameters["rope_type"] == rope_type
+    init = ROPE_INIT_FUNCTIONS.get(rope_type, LlamaRotaryEmbedding.compute_default_rope_parameters)
+    inv_freq, attention_factor = init(config)
+    expected = scaling.frequencies(geometry)
+    torch.testing.assert_close(inv_freq.double(), expected.inv_freq, rtol=3e-6, atol=0)
+    assert attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("options", BETAS[1:])
+@pytest.mark.parametrize("method", [Yarn, YarnRevised])
+def test_transformers_reads_the_options_of_yarn(method, options):
+    scaling, geometry = resolved(method, *CASES[0], **options)
+    config = llama_config(scaling.to_hf(geometry), 128, 16_384)
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
+    expected = scaling.frequencies(geometry)
+    torch.testing.assert_close(inv_freq.double(), expected.inv_freq, rtol=3e-6, atol=0)
+    assert attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_defaults_of_yarn_are_those_of_transformers(case):
+    """A config that names the factor and the window alone means the same to both."""
+    base, dim, window, factor = case
+    bare = {"rope_type": "yarn", "rope_theta": base, "factor": factor, "original_max_position_embeddings": window}
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](llama_config(bare, dim, int(window * factor)))
+    scaling, geometry = resolved(Yarn, *case)
+    expected = scaling.frequencies(geometry)
+    torch.testing.assert_close(inv_freq.double(), expected.inv_freq, rtol=3e-6, atol=0)
+    assert attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", [Unscaled, *SCALED])
+def test_transformers_rotates_alike_at_any_length(method):
+    """Static: cos and sin are those of the closed form for short inputs, past the window, and short again."""
+    scaling, geometry = resolved(method, *CASES[0])
+    rotary = LlamaRotaryEmbedding(llama_config(scaling.to_hf(geometry), 128, 16_384))
+    inv_freq, attention_factor = scaling.frequencies(geometry)
+    for last in (40, 16_383, 40):
+        positions = torch.tensor([[0, 1, 7, last]])
+        angles = (positions[0, :, None].double() * inv_freq).repeat(1, 2)
+        cos, sin = rotary(torch.zeros(1), positions)
+        # position 16,383 times a relative error of 3e-6 is 0.05 rad
+        torch.testing.assert_close(cos[0].double(), angles.cos() * attention_factor, rtol=0, atol=3e-6 * last + 1e-6)
+        torch.testing.assert_close(sin[0].double(), angles.sin() * attention_factor, rtol=0, atol=3e-6 * last + 1e-6)
+
+
+# ----- resolve -----
+
+
+def test_the_factor_is_target_over_window_unless_given():
+    geometry = RopeGeometry(10_000.0, 128, 2048)
+    for method in SCALED:
+        assert method().resolve(geometry, 16_384).factor == 8.0
+        assert method().resolve(geometry, 3072).factor == 1.5
+        assert method(factor=4).resolve(geometry, 16_384).factor == 4
+
+
+@pytest.mark.parametrize("method", [Yarn, YarnRevised])
+def test_the_attention_factor_follows_the_factor_in_use(method):
+    geometry = RopeGeometry(10_000.0, 128, 2048)
+    scaling = method(factor=4).resolve(geometry, 16_384)
+    assert scaling.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert method(factor=4, attention_factor=0.9).resolve(geometry, 16_384).attention_factor == 0.9
+
+
+@pytest.mark.parametrize("method", [Unscaled, *SCALED])
+def test_resolving_leaves_the_original_alone_and_a_second_time_changes_nothing(method):
+    scaling = method()
+    geometry = RopeGeometry(10_000.0, 128, 2048)
+    first = scaling.resolve(geometry, 16_384)
+    assert scaling == method()
+    assert type(first) is method
+    assert first.resolve(geometry, 16_384) == first
+
+
+def test_names_are_those_of_the_config_group():
+    names = [method().name for method in (Unscaled, Linear, NTK, Yarn, YarnRevised)]
+    assert names == ["none", "linear", "ntk", "yarn", "yarn_revised"]
+
+
+# ----- errors -----
+
+
+@pytest.mark.parametrize("method", SCALED)
+@pytest.mark.parametrize("value", [0.5, 0, -8, float("nan"), float("inf"), "8", True])
+def test_a_factor_that_is_no_number_of_at_least_1_is_refused(method, value):
+    with pytest.raises(ConfigError) as error:
+        method(factor=value)
+    for part in (f"rope.factor={value!r}", "a number of at least 1 or null"):
+        assert part in str(error.value)
+    assert method(factor=1).factor == 1
+
+
+@pytest.mark.parametrize("method", [Yarn, YarnRevised])
+@pytest.mark.parametrize(
+    ("options", "key", "value", "accepted"),
+    [
+        ({"beta_fast": 1.0}, "beta_fast", 1.0, "above 1"),
+        ({"beta_fast": 2, "beta_slow": 4}, "beta_fast", 2, "above 4"),
+        ({"beta_fast": "32"}, "beta_fast", "32", "above 1"),
+        ({"beta_fast": None}, "beta_fast", None, "above 1"),
+        ({"beta_slow": 0.0}, "beta_slow", 0.0, "above 0"),
+        ({"beta_slow": float("nan")}, "beta_slow", float("nan"), "above 0"),
+        ({"attention_factor": 0}, "attention_factor", 0, "above 0 or null"),
+        ({"attention_factor": -1.0}, "attention_factor", -1.0, "above 0 or null"),
+        ({"attention_factor": True}, "attention_factor", True, "above 0 or null"),
+    ],
+)
+def test_options_of_yarn_out_of_range_are_refused(method, options, key, value, accepted):
+    with pytest.raises(ConfigError) as error:
+        method(**options)
+    for part in (f"rope.{key}={value!r}", f"a number {accepted}"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("value", [1.0, 8, "8"])
+def test_none_refuses_a_factor(value):
+    with pytest.raises(ConfigError) as error:
+        Unscaled(factor=value)
+    for part in (f"rope.factor={value!r}", "rope=none", "null"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("method", SCALED)
+@pytest.mark.parametrize("rope_type", ["linear", "yarn", "llama3"])
+def test_a_scaled_checkpoint_is_not_scaled_again(method, rope_type):
+    geometry = RopeGeometry(10_000.0, 128, 2048, rope_type)
+    for scaling in (method(), method(factor=8)):
+        with pytest.raises(ConfigError) as error:
+            scaling.resolve(geometry, 16_384)
+        for part in (f"rope={scaling.name} ", repr(rope_type), "rope=none"):
+            assert part in str(error.value)
+    assert scaling.resolve(replace(geometry, rope_type="default"), 16_384).factor == 8
+
+
+def test_none_takes_a_scaled_checkpoint_but_claims_no_closed_form_for_it():
+    geometry = RopeGeometry(10_000.0, 128, 2048, "yarn")
+    scaling = Unscaled().resolve(geometry, 16_384)
+    assert scaling == Unscaled()
+    with pytest.raises(ValueError, match="'yarn'"):
+        scaling.frequencies(geometry)
