@@ -203,7 +203,8 @@ class Yarn(RopeScaling):
             raise ConfigError(
                 f"rope={self.name} has no ramp for this model (base {geometry.base:g}, {geometry.dim} rotary "
                 f"dimensions, window {geometry.window}) with rope.beta_fast={self.beta_fast:g}, "
-                f"rope.beta_slow={self.beta_slow:g}: no dimension turns between so many times; choose other betas or another method"
+                f"rope.beta_slow={self.beta_slow:g}: no dimension turns between so many times; choose "
+                "other betas or another method"
             )
         if low == high:
             high += 0.001  # as transformers: no division by zero

@@ -21,9 +21,7 @@ def hydra():
         yield
 
 
-CHOICES = [
-    (folder.name, file.stem) for folder in sorted(CONF.iterdir()) if folder.is_dir() for file in folder.iterdir()
-]
+CHOICES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml"))]
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

@@ -48,8 +48,8 @@ def test_evaluate_measures_the_run_folder_as_training_did(smoke_run, script, loa
 
 def test_perplexity_of_own_documents_equals_a_plain_loop(script, load_json, tmp_path):
     """The contract of evaluate.py, against transformers alone, one window at a time."""
-    text = gzip.open("assets/corpora/books.heldout.jsonl.gz", "rt", encoding="utf8").readline()
-    text = json.loads(text)["text"]
+    with gzip.open("assets/corpora/books.heldout.jsonl.gz", "rt", encoding="utf8") as lines:
+        text = json.loads(next(lines))["text"]
     documents = [text[50_000:60_000], text[90_000:105_000]]
     file = tmp_path / "own.jsonl.gz"
     with gzip.open(file, "wt", encoding="utf8") as out:
@@ -104,7 +104,7 @@ def test_every_sampler_trains(script, tmp_path, pose):
 
 
 def test_retrieval_prompts_mix_in(script, tmp_path):
-    train(script, tmp_path, *FAST, "+data.synthetic.passkey=0.5", "trainer.max_steps=2")
+    train(script, tmp_path, *FAST, "data.synthetic.passkey=0.5", "trainer.max_steps=2")
 
 
 def test_tensorboard(script, tmp_path):
@@ -115,7 +115,7 @@ def test_tensorboard(script, tmp_path):
 def test_wandb_offline(script, tmp_path):
     train(script, tmp_path, *FAST, "logger=wandb", "trainer.max_steps=2")
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert list(run.glob("run-*.wandb"))[0].stat().st_size > 0
+    assert next(run.glob("run-*.wandb")).stat().st_size > 0
 
 
 def test_a_sweep_ends_with_one_table(script, tmp_path):
@@ -124,7 +124,7 @@ def test_a_sweep_ends_with_one_table(script, tmp_path):
         "eval.tasks=[perplexity]", f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "Sweep" in result.stdout.splitlines()[-8:][0] or "Sweep" in result.stdout
+    assert "sweep.csv" in result.stdout
     with open(tmp_path / "sweep.csv") as file:
         rows = list(csv.DictReader(file))
     assert [("rope=linear" in row["overrides"], "rope=ntk" in row["overrides"]) for row in rows] == [
