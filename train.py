@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from pose import build, runtime, schema
-from pose.modeling.export import export_model, verify_export
+from pose.modeling.export import export_model
 from pose.report import plot_results, plot_training
 
 schema.register()
@@ -33,12 +33,11 @@ def main(cfg: DictConfig):
         module = build.build_module(cfg, plan, model)
         plan.trainer.fit(module, plan.data)
         seconds = time.perf_counter() - start
-        if not plan.trainer.is_global_zero:
+        dtype, is_writer = build.DTYPES[cfg.model.export_dtype], plan.trainer.is_global_zero
+        export_model(module.model, plan.tokenizer, run_dir / "model", dtype, is_writer)
+        if not is_writer:
             return
 
-        dtype = build.DTYPES[cfg.model.export_dtype]
-        export_model(module.model, plan.tokenizer, run_dir / "model", dtype)
-        verify_export(module.model, run_dir / "model", dtype)
         build.measure(plan, results, "extended", lambda: build.load_exported(cfg, run_dir / "model"))
         build.save_metrics(run_dir, plan, results, seconds)
         plot_training(run_dir / "metrics.csv", run_dir / "plots" / "training.png")

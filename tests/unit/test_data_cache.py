@@ -28,7 +28,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def texts():
     rng = np.random.default_rng(0)
-    words = "the pass key is 12345 grass green – ☃ été\n".split(" ")
+    words = ["the", "pass", "key", "is", "12345", "grass", "–", "☃", "été\n"]
     texts = [" ".join(rng.choice(words, rng.integers(1, 200))) for _ in range(NUM_DOCUMENTS)]
     return [*texts[:7], "", *texts[8:]]  # an empty one
 
@@ -187,16 +187,16 @@ def test_a_damaged_cache_is_rebuilt(path, texts, tokenizer, tmp_path, damage):
 def test_a_broken_documents_file_leaves_nothing(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n' * 20 + "broken\n")
-    with pytest.raises(DataError, match="a.jsonl, line 21"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 21"):
         TokenCache.build(path, tokenizer, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_errors_of_the_file_itself(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="gone.jsonl"):
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
         TokenCache.build(tmp_path / "gone.jsonl", tokenizer, tmp_path / "cache")
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match="empty.jsonl holds no document"):
+    with pytest.raises(DataError, match=r"empty\.jsonl holds no document"):
         TokenCache.build(tmp_path / "empty.jsonl", tokenizer, tmp_path / "cache")
 
 

@@ -1,6 +1,7 @@
 """pose.data.datamodule: from files to batches, and settings that cannot work are named."""
 
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -18,15 +19,17 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 def number_tokenizer(size=5000, bos=None, adds_bos=False):
-    """The word of a number is the token of that number."""
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
+    """The word of a number is the token of that number; a bos is the token `size`."""
+    vocab = {str(i): i for i in range(size)} | ({bos: size} if bos else {})
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, int(bos))])
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, size)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
 
 
 TOKENIZER = number_tokenizer()
+POSE = PoSE(train_len=16, target_len=64, num_chunks=2)
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def make(files, tmp_path):
-    def make(documents=files, tokenizer=TOKENIZER, sampler=PoSE(16, 64, 2), **kwargs):
+    def make(documents=files, tokenizer=TOKENIZER, sampler=POSE, **kwargs):
         arguments = {"num_examples": 48, "micro_batch": 4, "seed": 0, "cache_dir": tmp_path / "cache"} | kwargs
         return PoseDataModule(documents, tokenizer, sampler, **arguments)
 
@@ -139,23 +142,24 @@ def test_synthetic_examples_are_mixed_in(make):
 
 def test_bos_as_the_tokenizer_does():
     """None follows what the tokenizer itself puts in front."""
-    silent, adding = number_tokenizer(bos="7"), number_tokenizer(bos="7", adds_bos=True)
-    wanted = {(silent, None): None, (silent, True): 7, (silent, False): None}
-    wanted |= {(adding, None): 7, (adding, True): 7, (adding, False): None}
+    silent, adding = number_tokenizer(bos="<s>"), number_tokenizer(bos="<s>", adds_bos=True)
+    wanted = {(silent, None): None, (silent, True): 5000, (silent, False): None}
+    wanted |= {(adding, None): 5000, (adding, True): 5000, (adding, False): None}
     wanted |= {(TOKENIZER, None): None, (TOKENIZER, False): None}
     for (tokenizer, add_bos), expected in wanted.items():
         assert bos_id(tokenizer, add_bos) == expected
 
 
 def test_bos_stands_before_every_document(make):
-    module = ready(make(tokenizer=number_tokenizer(bos="7"), add_bos=True))
+    module = ready(make(tokenizer=number_tokenizer(bos="<s>"), add_bos=True))
     for batch in module.train_dataloader():
-        assert (batch["input_ids"][:, 0] == 7).all() and (batch["input_ids"][:, 1:] != 7).all()
+        assert (batch["input_ids"][:, 0] == 5000).all()
+        assert (batch["input_ids"][:, 1:] != 5000).all()
         assert (batch["position_ids"][:, 0] == 0).all()
 
 
 def test_bos_of_a_tokenizer_without_one(make):
-    with pytest.raises(ConfigError, match="add_bos=true.*no BOS"):
+    with pytest.raises(ConfigError, match=r"add_bos=true.*no BOS"):
         make(add_bos=True)
 
 
@@ -185,12 +189,12 @@ def test_shares_that_add_up_to_one_are_accepted(make):
 
 
 def test_data_errors(make, files, tmp_path):
-    with pytest.raises(DataError, match="gone.jsonl"):
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
         make([*files, tmp_path / "gone.jsonl"]).prepare_data()
     (tmp_path / "bad.jsonl").write_text("broken")
-    with pytest.raises(DataError, match="bad.jsonl, line 1"):
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
         make([tmp_path / "bad.jsonl"]).setup()
-    with pytest.raises(DataError, match="longest has 200 tokens.*needs 300"):
+    with pytest.raises(DataError, match=r"longest has 200 tokens.*needs 300"):
         make(sampler=Full(16, 300)).setup()
 
 
@@ -227,8 +231,6 @@ def test_a_setting_that_would_fail_while_training_is_named_before(make, settings
 
 def test_tokens_of_a_cache_are_not_copied_into_workers(make):
     """A pickled dataset refers to the files: kilobytes, whatever the documents hold."""
-    import pickle
-
     module = ready(make())
     data = pickle.dumps(module.dataset)
     assert len(data) < 10_000

@@ -111,12 +111,12 @@ def test_a_damaged_archive_is_a_data_error(tmp_path):
     content[len(content) // 2] ^= 0xFF
     path = tmp_path / "bad.jsonl.gz"
     path.write_bytes(bytes(content))
-    with pytest.raises(DataError, match="bad.jsonl.gz"):
+    with pytest.raises(DataError, match=r"bad\.jsonl\.gz"):
         list(read_documents(path))
 
 
 def test_plain_text_named_gz_is_a_data_error(tmp_path):
     path = tmp_path / "plain.jsonl.gz"
     path.write_bytes(lines({"text": "x"}))
-    with pytest.raises(DataError, match="plain.jsonl.gz cannot be read past line 0"):
+    with pytest.raises(DataError, match=r"plain\.jsonl\.gz cannot be read past line 0"):
         list(read_documents(path))

@@ -93,12 +93,12 @@ def test_key_value_answers_stand_after_the_same_key_before(tokenizer, documents,
         assert len(set(places)) == len(places)
         orders.append(places == sorted(places) and len(places) > 2)
     assert value_lengths == {1, 2, 3, 5}
-    assert sum(orders) < len(orders) / 2
+    assert sum(orders) < len(orders) / 2, "the second list is in another order"
 
 
 def test_key_value_fills_most_of_the_example(tokenizer, documents):
     """No more than one pair's room, twice, is left over."""
-    for tokens, is_answer in draws(TASKS["key_value"](tokenizer, documents), 256):
+    for _, is_answer in draws(TASKS["key_value"](tokenizer, documents), 256):
         assert runs(is_answer)[-1][1] > 256 - 2 * 9 - 1
 
 
@@ -152,7 +152,7 @@ def test_real_text_is_a_stretch_of_one_document(tokenizer):
     task = TASKS["copy"](tokenizer, documents)
     seen = set()
     for tokens, is_answer in draws(task, 64, 200):
-        ((start, end),) = runs(is_answer)
+        ((start, _),) = runs(is_answer)
         before = tokens[: start - 3]
         if not (np.isin(before, documents[0]).all() or np.isin(before, documents[1]).all()):
             continue  # random tokens

@@ -13,7 +13,21 @@ from pose.data import tokenizer as tokenizer_module
 from pose.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-TEXTS = [f"It was the best of times, it was the worst of times 12345 {i} 12345\n" for i in range(200)]
+WORDS = [
+    "best",
+    "worst",
+    "wisdom",
+    "foolishness",
+    "belief",
+    "light",
+    "darkness",
+    "hope",
+    "despair",
+    "spring",
+    "winter",
+    "heaven",
+]
+TEXTS = [f"It was the {v} of times, it was the {w} of times 12345 12345\n" for v in WORDS for w in WORDS]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +113,7 @@ def test_training_is_repeatable(trained):
 
 def test_command_line(trained, tmp_path, monkeypatch):
     """All files named are read, and what is saved is what train_tokenizer gives."""
-    for name, half in (("a.jsonl", TEXTS[:100]), ("b.jsonl", TEXTS[100:])):
+    for name, half in (("a.jsonl", TEXTS[:70]), ("b.jsonl", TEXTS[70:])):
         (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in half))
     arguments = ["tokenizer", str(tmp_path / "out"), str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
     monkeypatch.setattr(sys, "argv", [*arguments, "--vocab-size", "300", "--window", "64"])

@@ -1,0 +1,91 @@
+"""Training examples a second that one reading process delivers: python -m benchmarks.data
+
+PoSE examples (N = 2) of the shipped books, read from a token cache, measured in two places:
+`dataset` takes the examples one by one in this process (data.num_workers=0), `loader` takes batches
+from a DataLoader with one worker process, copied over to this process, from the first batch on.
+"""
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import report, spread
+from pose.data.datamodule import PoseDataModule
+from pose.modeling.load import load_tokenizer
+from pose.positions import PoSE
+from pose.runtime import locate, quiet_libraries
+
+BOOKS = "assets/corpora/books.train.jsonl.gz"
+TOKENIZER = "assets/tiny"
+
+
+def build_data(args: argparse.Namespace, cache_dir: str | Path, num_workers: int) -> PoseDataModule:
+    """The data of a training run, its token cache built."""
+    data = PoseDataModule(
+        [locate(BOOKS)],
+        load_tokenizer(locate(TOKENIZER)),
+        PoSE(args.train_len, args.target_len, num_chunks=2),
+        num_examples=args.examples * args.repeats,
+        micro_batch=args.micro_batch,
+        seed=0,
+        cache_dir=cache_dir,
+        window_len=args.target_len,
+        num_workers=num_workers,
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def dataset_speed(data: PoseDataModule, args: argparse.Namespace) -> list[float]:
+    """Examples a second, one value a repeat, each repeat with other examples."""
+    data.dataset[0]  # opens the file
+    speeds = []
+    for repeat in range(args.repeats):
+        start = time.perf_counter()
+        for i in range(repeat * args.examples, (repeat + 1) * args.examples):
+            data.dataset[i]
+        speeds.append(args.examples / (time.perf_counter() - start))
+    return speeds
+
+
+def loader_speed(data: PoseDataModule, args: argparse.Namespace) -> list[float]:
+    """Examples a second between the arrivals of batches, one value for each stretch of them."""
+    batches = args.examples // args.micro_batch
+    loader = iter(data.train_dataloader())
+    next(loader)  # the worker has started
+    speeds = []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        num_examples = sum(len(batch["input_ids"]) for batch in itertools.islice(loader, batches))
+        if num_examples:
+            speeds.append(num_examples / (time.perf_counter() - start))
+    return speeds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--examples", type=int, default=8000, help="in one repeat")
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--train-len", type=int, default=2048, help="tokens in an example")
+    parser.add_argument("--target-len", type=int, default=16384, help="tokens in the stretch it is drawn from")
+    args = parser.parse_args()
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as cache_dir:
+        dataset = spread(dataset_speed(build_data(args, cache_dir, num_workers=0), args))
+        loader = spread(loader_speed(build_data(args, cache_dir, num_workers=1), args))
+    report(
+        f"data: {dataset['median']:,.0f} examples/s ({dataset['min']:,.0f} to {dataset['max']:,.0f}) of {args.train_len} "
+        f"tokens in one process; {loader['median']:,.0f} ({loader['min']:,.0f} to {loader['max']:,.0f}) "
+        f"through a DataLoader with one worker; median of {args.repeats} repeats",
+        "data",
+        vars(args),
+        {"examples_per_second": {"dataset": dataset, "loader_1_worker": loader}},
+    )
+
+
+if __name__ == "__main__":
+    main()

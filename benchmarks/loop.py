@@ -1,0 +1,179 @@
+"""What Lightning costs: seconds a step, over a bare PyTorch loop: python -m benchmarks.loop
+
+Both train the tiny model's shape from the same random weights on the same batches, in turn in one
+process: same loss, optimizer, schedule and autocast. The Trainer is the one `train.py` builds, with
+its progress bar, logger and callbacks. Time runs from the end of the first step to the end of the
+last, so that start-up is left out. At the end both must have the same weights, to the bit.
+"""
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from transformers import LlamaConfig, PreTrainedModel, get_scheduler
+
+from benchmarks import report, spread
+from pose import schema
+from pose.build import build_trainer
+from pose.modeling.load import build_model
+from pose.modeling.loss import causal_lm_loss
+from pose.module import PoseModule
+from pose.runtime import REPOSITORY, quiet_libraries
+
+TARGET_LEN = 2048
+OPTIMIZER = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.1}
+SCHEDULE, WARMUP_STEPS = "linear", 10
+
+
+class Batches:
+    """The same batches [B, L] for every loop, made before any clock starts."""
+
+    def __init__(self, num: int, batch: int, length: int, vocab_size: int):
+        generator = torch.Generator().manual_seed(0)
+        self.batches = []
+        for _ in range(num):
+            ids = torch.randint(vocab_size, (batch, length), generator=generator)
+            skips = torch.randint(TARGET_LEN - length, (batch, 1), generator=generator)
+            positions = torch.arange(length) + skips * (torch.arange(length) >= length // 2)
+            self.batches.append({"input_ids": ids, "labels": ids.clone(), "position_ids": positions})
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(self.batches)
+
+
+class StepClock(L.Callback):
+    """Notes when each step has ended."""
+
+    def __init__(self):
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_):
+        self.ends.append(time.perf_counter())
+
+
+def tiny_model() -> PreTrainedModel:
+    """The shape of assets/tiny, with the same random weights at every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=704,
+        vocab_size=4096,
+        max_position_embeddings=TARGET_LEN,
+        tie_word_embeddings=True,
+    )
+    return build_model(config, None)
+
+
+def bare_loop(model: PreTrainedModel, batches: Batches, bf16: bool) -> list[float]:
+    """Trains for one pass over batches; returns when each step ended."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, **OPTIMIZER, fused=True)
+    scheduler = get_scheduler(SCHEDULE, optimizer, WARMUP_STEPS, len(batches))
+    model.train()
+    ends = []
+    for batch in batches:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = model.base_model(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            ).last_hidden_state
+            loss = causal_lm_loss(hidden, model.get_output_embeddings(), batch["labels"])
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        ends.append(time.perf_counter())
+    return ends
+
+
+def lightning_loop(model: PreTrainedModel, batches: Batches, cfg: DictConfig) -> list[float]:
+    """The same with the Trainer and the module of a training run."""
+    module = PoseModule(
+        model,
+        expected=None,
+        target_len=TARGET_LEN,
+        schedule=SCHEDULE,
+        warmup_steps=WARMUP_STEPS,
+        max_steps=len(batches),
+        **OPTIMIZER,
+    )
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # the progress bar
+        trainer = build_trainer(cfg, Path(folder))
+        trainer.callbacks.append(clock)
+        trainer.fit(module, batches)
+    return clock.ends
+
+
+def seconds_per_step(ends: list[float]) -> float:
+    """Mean over the steps after the first."""
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def compose_config(steps: int, precision: str) -> DictConfig:
+    """The config of `train.py` for a run of so many steps on the CPU."""
+    schema.register()
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        overrides = [f"trainer.max_steps={steps}", f"trainer.precision={precision}", "trainer.accelerator=cpu"]
+        return compose("train", [*overrides, "trainer.devices=1"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
+    parser.add_argument("--steps", type=int, default=30, help="in a run; the first is not timed")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
+    args = parser.parse_args()
+    if args.steps < 2 or args.repeats < 1:
+        parser.error("give at least 2 steps and 1 repeat")
+    quiet_libraries()
+    cfg = compose_config(args.steps, args.precision)
+    batches = Batches(args.steps, args.batch, args.length, vocab_size=4096)
+
+    loops = {
+        "bare": lambda model: bare_loop(model, batches, args.precision == "bf16-mixed"),
+        "lightning": lambda model: lightning_loop(model, batches, cfg),
+    }
+    seconds = {name: [] for name in loops}
+    same_weights = True
+    for repeat in range(args.repeats):
+        models = {name: tiny_model() for name in loops}
+        for name in sorted(loops, reverse=repeat % 2 == 1):  # each goes first in turn: a drift cancels
+            seconds[name].append(seconds_per_step(loops[name](models[name])))
+        pairs = zip(models["bare"].parameters(), models["lightning"].parameters(), strict=True)
+        same_weights &= all(torch.equal(a, b) for a, b in pairs)
+
+    ratio = spread([ours / bare for ours, bare in zip(seconds["lightning"], seconds["bare"], strict=True)])
+    results = {"ratio": ratio, "seconds_per_step": {name: spread(values) for name, values in seconds.items()}}
+    report(
+        f"loop: a step takes Lightning {ratio['median']:.3f} times the bare loop's time ({ratio['min']:.3f} to "
+        f"{ratio['max']:.3f}, {args.repeats} pairs): {results['seconds_per_step']['lightning']['median']:.4f} s and "
+        f"{results['seconds_per_step']['bare']['median']:.4f} s; final weights "
+        f"{'the same' if same_weights else 'DIFFER: the loops do not do the same work'}",
+        "loop",
+        vars(args),
+        results | {"same_weights": same_weights},
+    )
+
+
+if __name__ == "__main__":
+    main()
