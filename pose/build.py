@@ -25,7 +25,7 @@ from pose.modeling.load import build_model, load_config, load_tokenizer, rope_ge
 from pose.module import PoseModule
 from pose.positions import PositionSampler
 from pose.report import print_table, results_table
-from pose.rope import Frequencies, RopeGeometry, RopeScaling
+from pose.rope import Frequencies, RopeGeometry, RopeScaling, require_number
 from pose.runtime import locate, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,6 +81,10 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     schedules = [schedule.value for schedule in TYPE_TO_SCHEDULER_FUNCTION]
     if cfg.finetune.schedule not in schedules:
         raise ConfigError(f"finetune.schedule={cfg.finetune.schedule!r} is unknown: choose {', '.join(schedules)}")
+    require_number("finetune.lr", cfg.finetune.lr, above=0.0)
+    require_number("finetune.weight_decay", cfg.finetune.weight_decay, at_least=0.0)
+    require_number("finetune.warmup_steps", cfg.finetune.warmup_steps, at_least=0.0)
+    require_number("trainer.gradient_clip", cfg.trainer.gradient_clip, above=0.0, optional=True)
     tokenizer_path = cfg.model.tokenizer or cfg.model.path
     if tokenizer_path is None:
         raise ConfigError("model.tokenizer is not set, and a model from random weights has none of its own")

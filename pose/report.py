@@ -33,21 +33,28 @@ def lengths_of(metrics: Metrics, family: str) -> dict[int, float]:
     return dict(sorted((int(match[1]), value) for match, value in found if match))
 
 
-def results_table(results: Mapping[str, Metrics], title: str, families: tuple[str, ...]) -> Table:
-    """A row for each model, a column for each length of each family."""
+def results_table(results: Mapping[str, Metrics | list[Metrics]], title: str, families: tuple[str, ...]) -> Table:
+    """A row for each model, a column for each length of each family.
+
+    Args:
+        results: metrics by model, or a list of them (over seeds), shown as "mean (lowest to highest)".
+        title: of the table.
+        families: such as ppl and passkey, of which only those found are shown.
+    """
+    rows = {name: metrics if isinstance(metrics, list) else [metrics] for name, metrics in results.items()}
     columns = [
         (family, n)
         for family in families
-        for n in sorted({n for metrics in results.values() for n in lengths_of(metrics, family)})
+        for n in sorted({n for runs in rows.values() for metrics in runs for n in lengths_of(metrics, family)})
     ]
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("")
     for i, (family, n) in enumerate(columns):
         first = i == 0 or columns[i - 1][0] != family
         table.add_column(f"{FAMILIES[family] if first else ''}\n@{n}", justify="right")
-    for name, metrics in results.items():
-        cells = [_cell(family, metrics.get(f"{family}@{n}")) for family, n in columns]
-        table.add_row(name, *cells)
+    for name, runs in rows.items():
+        values = ([m[f"{family}@{n}"] for m in runs if f"{family}@{n}" in m] for family, n in columns)
+        table.add_row(name, *(_cell(family, found) for (family, _), found in zip(columns, values, strict=True)))
     return table
 
 
@@ -130,7 +137,20 @@ class SweepTable(Callback):
         folder = Path(config.hydra.sweep.dir)
         results = _write_sweep(folder)
         if results:
-            print_table(results_table(results, f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
+            print_table(results_table(over_seeds(results), f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
+
+
+def over_seeds(results: Mapping[str, Metrics]) -> dict[str, list[Metrics]]:
+    """Puts jobs that differ in nothing but their seed into one row.
+
+    Args:
+        results: metrics by the job's overrides, separated by spaces.
+    """
+    rows: dict[str, list[Metrics]] = {}
+    for overrides, metrics in results.items():
+        name = " ".join(part for part in overrides.split(" ") if not part.startswith("seed="))
+        rows.setdefault(name or "default", []).append(metrics)
+    return rows
 
 
 def _write_sweep(folder: Path) -> dict[str, Metrics]:
@@ -154,12 +174,16 @@ def _position_series(metrics: Metrics) -> dict[float, float]:
     return dict(sorted(((int(m[1]) + int(m[2])) / 2, value) for m, value in found if m))
 
 
-def _cell(family: str, value: float | None) -> str:
-    if value is None:
+def _cell(family: str, values: list[float]) -> str:
+    def show(value):
+        if family == "passkey":
+            return f"{value:.0%}"
+        return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+
+    if not values:
         return ""
-    if family == "passkey":
-        return f"{value:.0%}"
-    return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+    mean = show(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({show(min(values))}-{show(max(values))})"
 
 
 def _save(figure, png: Path):
