@@ -77,10 +77,10 @@ def main():
     with tempfile.TemporaryDirectory() as cache_dir:
         dataset = spread(dataset_speed(build_data(args, cache_dir, num_workers=0), args))
         loader = spread(loader_speed(build_data(args, cache_dir, num_workers=1), args))
+    here, there = (f"{r['median']:,.0f} ({r['min']:,.0f} to {r['max']:,.0f})" for r in (dataset, loader))
     report(
-        f"data: {dataset['median']:,.0f} examples/s ({dataset['min']:,.0f} to {dataset['max']:,.0f}) of {args.train_len} "
-        f"tokens in one process; {loader['median']:,.0f} ({loader['min']:,.0f} to {loader['max']:,.0f}) "
-        f"through a DataLoader with one worker; median of {args.repeats} repeats",
+        f"data: {here} examples/s of {args.train_len} tokens in one process; {there} through a DataLoader "
+        f"with one worker; median and range of {args.repeats} repeats",
         "data",
         vars(args),
         {"examples_per_second": {"dataset": dataset, "loader_1_worker": loader}},

@@ -91,7 +91,7 @@ def bare_loop(model: PreTrainedModel, batches: Batches, bf16: bool) -> list[floa
     ends = []
     for batch in batches:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):  # as Lightning
             hidden = model.base_model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
             ).last_hidden_state

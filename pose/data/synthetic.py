@@ -69,7 +69,10 @@ class Passkey:
         self.full_stop = _ids(tokenizer, ".")
 
     def sample(self, rng: np.random.Generator, length: int):
-        filler = _stretch(rng, self.documents, length) if rng.random() < IS_TEXT_FILLER else None
+        if rng.random() < IS_TEXT_FILLER:
+            filler = _stretch(rng, self.documents, length)
+        else:  # from any word on: else a prompt of one length would always end in the same words
+            filler = np.roll(np.resize(self.prompts.filler, length), rng.integers(len(self.prompts.filler)))
         tail = len(self.full_stop)
         prompt = self.prompts.sample(rng, length - tail, filler=filler, introduce=length >= 128)
         tokens = np.concatenate([prompt.input_ids, self.full_stop])

@@ -123,9 +123,10 @@ def test_prompts_of_a_length_do_not_depend_on_the_other_lengths(prompts):
     assert asked([130], seed=1)[130] != both[130]
 
 
-def test_prompts_of_a_length_differ_from_each_other(prompts):
+def test_prompts_differ_from_each_other_and_from_those_of_another_length(prompts):
     drawn = passkey_prompts(prompts, 140, 20, 0, None)
     assert len({prompt.key for prompt in drawn}) == 20
+    assert {prompt.key for prompt in drawn}.isdisjoint(p.key for p in passkey_prompts(prompts, 141, 20, 0, None))
     assert len({prompt.key_start for prompt in drawn}) > 10
     assert all(len(prompt.input_ids) == 140 for prompt in drawn)
 

@@ -1,0 +1,49 @@
+"""The benchmarks run, print one line to read and one of JSON, and measure what they say."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def run(script, *arguments) -> tuple[str, dict]:
+    """The line to read and the JSON line: all there is on stdout."""
+    result = script("-m", *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    line, content = result.stdout.splitlines()
+    content = json.loads(content)
+    assert content["machine"]["cpu_count"] >= 1
+    assert content["machine"]["packages"]["torch"]
+    return line, content
+
+
+def check_spread(values, repeats):
+    assert 0 < values["min"] <= values["median"] <= values["max"]
+    assert values["repeats"] == repeats
+
+
+def test_data(script):
+    arguments = ("--repeats", "2", "--examples", "64", "--train-len", "64", "--target-len", "512")
+    line, content = run(script, "benchmarks.data", *arguments)
+    assert line.startswith("data: ")
+    assert content["benchmark"] == "data"
+    assert (content["settings"]["train_len"], content["settings"]["target_len"]) == (64, 512)
+    assert set(content["examples_per_second"]) == {"dataset", "loader_1_worker"}
+    for name, speed in content["examples_per_second"].items():
+        check_spread(speed, 2)
+        assert f"{speed['median']:,.0f}" in line, name
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_loop(script, precision):
+    """Both loops end with the same weights: they did the same work."""
+    arguments = ("--repeats", "1", "--steps", "3", "--batch", "8", "--length", "160", "--precision", precision)
+    line, content = run(script, "benchmarks.loop", *arguments)
+    assert line.startswith("loop: ")
+    assert content["benchmark"] == "loop"
+    assert content["same_weights"] is True
+    seconds = content["seconds_per_step"]
+    for values in (content["ratio"], *seconds.values()):
+        check_spread(values, 1)
+    assert content["ratio"]["median"] == pytest.approx(seconds["lightning"]["median"] / seconds["bare"]["median"])
