@@ -69,7 +69,8 @@ def print_table(table: Table):
 def plot_training(csv_file: Path, png: Path):
     """The loss over the steps, from Lightning's metrics.csv."""
     with open(csv_file) as file:
-        rows = [(int(row["step"]) + 1, float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
+        rows = [(int(row["step"]) + 1, row.get("train/loss")) for row in csv.DictReader(file)]
+    rows = [(step, float(loss)) for step, loss in rows if loss]
     if not rows:
         return
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -135,37 +136,37 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config, **kwargs):
         folder = Path(config.hydra.sweep.dir)
-        results = _write_sweep(folder)
-        if results:
-            print_table(results_table(over_seeds(results), f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
+        jobs = _write_sweep(folder)
+        if jobs:
+            print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
 
 
-def over_seeds(results: Mapping[str, Metrics]) -> dict[str, list[Metrics]]:
+def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
     """Puts jobs that differ in nothing but their seed into one row.
 
     Args:
-        results: metrics by the job's overrides, separated by spaces.
+        jobs: the overrides of each, separated by spaces, and its metrics.
     """
     rows: dict[str, list[Metrics]] = {}
-    for overrides, metrics in results.items():
+    for overrides, metrics in jobs:
         name = " ".join(part for part in overrides.split(" ") if not part.startswith("seed="))
         rows.setdefault(name or "default", []).append(metrics)
     return rows
 
 
-def _write_sweep(folder: Path) -> dict[str, Metrics]:
-    results = {}
+def _write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
+    jobs = []
     for file in sorted(folder.glob("*/metrics.json"), key=lambda f: (len(f.parent.name), f.parent.name)):
         overrides = OmegaConf.load(file.parent / ".hydra" / "overrides.yaml")
         metrics = {k: v for k, v in json.loads(file.read_text()).items() if isinstance(v, int | float)}
-        results[" ".join(overrides)] = metrics
-    if results:
-        names = sorted({name for metrics in results.values() for name in metrics})
+        jobs.append((" ".join(overrides), metrics))
+    if jobs:
+        names = sorted({name for _, metrics in jobs for name in metrics})
         with open(folder / "sweep.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, ["overrides", *names])
             writer.writeheader()
-            writer.writerows({"overrides": job} | dict(metrics) for job, metrics in results.items())
-    return results
+            writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
+    return jobs
 
 
 def _position_series(metrics: Metrics) -> dict[float, float]:

@@ -70,10 +70,11 @@ class TokenCache:
             DataError: the documents file is missing or broken, or holds no document.
         """
         folder = Path(cache_dir).expanduser() / _key(Path(path), tokenizer, text_field)
-        try:
-            return cls(folder)
-        except (OSError, ValueError, KeyError):  # none yet, or a damaged one
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            try:
+                return cls(folder)
+            except (OSError, ValueError, KeyError, TypeError):  # damaged
+                shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
         try:

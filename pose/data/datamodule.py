@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from pose.data.cache import TokenCache
@@ -73,12 +74,21 @@ class PoseDataModule(L.LightningDataModule):
                 raise ConfigError(f"data.synthetic.{name}={share!r} is not accepted: give a share in [0, 1]")
         if sum(self.synthetic.values()) > 1 + 1e-9:
             raise ConfigError(f"data.synthetic={self.synthetic} adds up to more than 1")
-        for end, length in self.curriculum:
-            if not 0 < end < 1 or self.sampler.example_len % length:
+        example_len, begin = self.sampler.example_len, 0.0
+        for phase in self.curriculum:
+            end, length = phase if len(phase) == 2 else (0, 0)
+            if not begin < end < 1 or length < 1 or example_len % length:
                 raise ConfigError(
-                    f"data.curriculum has the phase [{end}, {length}]: give a share of the run in (0, 1) and a "
-                    f"length that divides {self.sampler.example_len}"
+                    f"data.curriculum has the phase {list(phase)}: give [end, length], the end a share of the run "
+                    f"above {begin:g} and below 1, the length a divisor of {example_len}"
                 )
+            begin = end
+        num_bos = 0 if self.bos_id is None else 1
+        if self.window_len is not None and self.window_len + num_bos < self.sampler.min_document_len:
+            raise ConfigError(
+                f"data.window_len={self.window_len} is too short: {self.sampler.name} draws from documents of at least "
+                f"{self.sampler.min_document_len - num_bos} tokens"
+            )
 
     def prepare_data(self):
         for file in dict.fromkeys(self.files):
@@ -90,6 +100,9 @@ class PoseDataModule(L.LightningDataModule):
         caches = [TokenCache.build(file, self.tokenizer, self.cache_dir, self.text_field) for file in self.files]
         documents = list(chain.from_iterable(_Document.all(cache) for cache in caches))
         tasks = {TASKS[name](self.tokenizer, documents): share for name, share in self.synthetic.items()}
+        for task in tasks:  # what does not fit is an error now, not in the middle of the run
+            for length in (self.sampler.example_len, *(length for _, length in self.curriculum)):
+                task.sample(np.random.default_rng(0), length)
 
         def dataset(sampler, window_len):
             return PoseDataset(

@@ -68,10 +68,10 @@ class PasskeyPrompts:
             ConfigError: the prompt does not fit into `length`.
         """
         key = "".join(str(d) for d in rng.integers(0, 10, KEY_DIGITS))
-        answer = self._ids(" " + key)
+        question, answer = self._question_and_answer(key)
         line = self._ids(KEY_LINE.format(key=key))
         head = np.concatenate([self.bos, self.introduction]) if introduce else self.bos
-        room = length - len(head) - len(line) - len(self.question) - len(answer)
+        room = length - len(head) - len(line) - len(question) - len(answer)
         if room < 0:
             raise ConfigError(
                 f"a passkey prompt of {length} tokens is not possible: with this tokenizer the shortest "
@@ -79,8 +79,16 @@ class PasskeyPrompts:
             )
         before = round(depth * room) if depth is not None else int(rng.integers(room, endpoint=True))
         filling = np.resize(self.filler if filler is None else filler, room)
-        parts = [head, filling[:before], line, filling[before:], self.question, answer]
+        parts = [head, filling[:before], line, filling[before:], question, answer]
         return PasskeyPrompt(np.concatenate(parts), len(answer), key, len(head) + before)
+
+    def _question_and_answer(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Both as the tokenizer splits them when they stand together, which may not be how it splits them alone."""
+        both = self._ids(f"{QUESTION} {key}")
+        shared = min(len(self.question), len(both) - 1)
+        while not np.array_equal(both[:shared], self.question[:shared]):
+            shared -= 1
+        return both[:shared], both[shared:]
 
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)

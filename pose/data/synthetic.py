@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pose.data.passkey import PasskeyPrompts
+from pose.errors import ConfigError
 
 IS_TEXT_FILLER = 0.5  # of the passkey prompts, the share whose filler is real text
 
@@ -43,11 +44,14 @@ class Copy:
     """A span, something else, and the span again: of text, or of random tokens."""
 
     CUE = 3  # tokens of the repetition that say which span it is
+    MIN_LENGTH = 4 * CUE
 
     def __init__(self, tokenizer, documents: Sequence[np.ndarray]):
         self.words, self.documents = _plain_tokens(tokenizer), documents
 
     def sample(self, rng: np.random.Generator, length: int):
+        if length < self.MIN_LENGTH:
+            raise ConfigError(f"data.synthetic.copy needs {self.MIN_LENGTH} tokens in an example, and has {length}")
         if rng.random() < 0.5:
             tokens = _stretch(rng, self.documents, length)
         else:

@@ -32,7 +32,8 @@ def passkey_accuracy(
     """The share of prompts whose key would be generated greedily, and no digit more.
 
     With the key already in place, each of its tokens must be the most likely one, and the most
-    likely one after it must not go on with a digit: exactly when greedy decoding gives the key.
+    likely one after it must not go on with a digit: so greedy
+    decoding gives the key, in the tokens that the tokenizer splits it into.
 
     Args:
         scorer: of the model.

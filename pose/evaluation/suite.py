@@ -79,7 +79,7 @@ class Suite:
         self.document_ids: list[str] = []
         if "passkey" in options.tasks:
             for length in self.lengths:
-                passkey_prompts(self.prompts, length, 1, options.seed, None)
+                passkey_prompts(self.prompts, length, options.trials, options.seed, options.depths)
         if "perplexity" in options.tasks:
             if options.stride is not None and options.stride >= self.lengths[0]:
                 raise ConfigError(

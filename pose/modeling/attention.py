@@ -54,18 +54,19 @@ def sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, 
     """torch's scaled_dot_product_attention; builds a mask only where `is_causal` cannot say it.
 
     Args:
-        attention_mask: None, or 1 for tokens and 0 for padding [B, T].
+        attention_mask: not looked at: transformers hands none to functions it has no mask function for, and
+            `pose.modeling.load` refuses padding.
 
     Returns:
         [B, Q, H, D] and None, as transformers expects.
     """
-    window = _sliding_window(kwargs, key_BKTD.shape[2])
     num_query, num_key = query_BHQD.shape[2], key_BKTD.shape[2]
+    window = _sliding_window(kwargs, num_key)
     mask, is_causal = None, False
-    if attention_mask is None and window is None and num_query == num_key:
+    if window is None and num_query == num_key:
         is_causal = num_query > 1
-    elif attention_mask is not None or window is not None or num_query > 1:
-        mask = _mask(num_query, num_key, window, attention_mask, query_BHQD.device)
+    elif window is not None or num_query > 1:
+        mask = causal_mask(num_query, num_key, window, query_BHQD.device)
     output = F.scaled_dot_product_attention(
         query_BHQD,
         key_BKTD,
@@ -85,8 +86,7 @@ def eager(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0,
     Args and Returns: as `sdpa`, with the attention weights [B, H, Q, T] in place of None.
     """
     num_query, num_key = query_BHQD.shape[2], key_BKTD.shape[2]
-    window = _sliding_window(kwargs, num_key)
-    mask = _mask(num_query, num_key, window, attention_mask, query_BHQD.device)
+    mask = causal_mask(num_query, num_key, _sliding_window(kwargs, num_key), query_BHQD.device)
     groups = query_BHQD.shape[1] // key_BKTD.shape[1]
     key_BHTD, value_BHTD = key_BKTD.repeat_interleave(groups, 1), value_BKTD.repeat_interleave(groups, 1)
     scaling = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
@@ -99,12 +99,10 @@ def eager(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0,
 def flash_attention_2(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """The package flash-attn, called without position ids. Runs in fp16 or bf16, on a GPU.
 
-    Args and Returns: as `sdpa`; no padding.
+    Args and Returns: as `sdpa`.
     """
     from flash_attn import flash_attn_func
 
-    if attention_mask is not None and not attention_mask.all():
-        raise ValueError("pose's FlashAttention takes no padding: use model.attention=sdpa")
     window = _sliding_window(kwargs, key_BKTD.shape[2])
     dtype = query_BHQD.dtype
     if dtype == torch.float32:  # RoPE in fp32 leaves q and k so under autocast
@@ -126,8 +124,3 @@ def _sliding_window(kwargs: dict, num_key: int) -> int | None:
             raise ConfigError(f"this model's attention uses {name}, which is not supported")
     window = kwargs.get("sliding_window")
     return window if window is not None and window < num_key else None
-
-
-def _mask(num_query, num_key, window, attention_mask, device) -> torch.Tensor:
-    mask = causal_mask(num_query, num_key, window, device)[None, None]
-    return mask if attention_mask is None else mask & attention_mask[:, None, None, :].bool()

@@ -1,5 +1,6 @@
 """From a checkpoint, or a bare config, to a model whose RoPE is scaled before it is built."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def build_model(
         CheckpointError: the weights cannot be loaded, or do not fit the config.
     """
     backend = resolve_backend(attention)
+    config = copy.deepcopy(config)  # the model owns its config: another built from the same must not change it
     if path is None:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=dtype)
     else:
@@ -106,6 +108,7 @@ def build_model(
         if missing:
             raise CheckpointError(f"{path} lacks weights of its own config: {', '.join(missing[:5])}")
     keep_frequencies_fp32(model)
+    model.base_model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
     return model
 
 
@@ -122,6 +125,16 @@ def keep_frequencies_fp32(model: nn.Module):
     """
     for module in rotary_modules(model):
         module._apply = _Fp32Apply(module)
+
+
+def _refuse_padding(module, args, kwargs):
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not mask.all():
+        raise ValueError(
+            "an attention_mask with padding was given: pose's attention is purely causal and would ignore it. Batches "
+            "here hold rows of one length; pad on the right and read no padded output, or export the model and load "
+            "it with transformers' own attention"
+        )
 
 
 class _Fp32Apply:
