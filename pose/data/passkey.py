@@ -82,6 +82,13 @@ class PasskeyPrompts:
         parts = [head, filling[:before], line, filling[before:], question, answer]
         return PasskeyPrompt(np.concatenate(parts), len(answer), key, len(head) + before)
 
+    def shortest(self, introduce: bool = True) -> int:
+        """Tokens of a prompt without filler (for the key 00000: others may differ by a token or two)."""
+        question, answer = self._question_and_answer("0" * KEY_DIGITS)
+        line = self._ids(KEY_LINE.format(key="0" * KEY_DIGITS))
+        head = len(self.bos) + (len(self.introduction) if introduce else 0)
+        return head + len(line) + len(question) + len(answer)
+
     def _question_and_answer(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Both as the tokenizer splits them when they stand together, which may not be how it splits them alone."""
         both = self._ids(f"{QUESTION} {key}")

@@ -66,22 +66,30 @@ class Copy:
 
 
 class Passkey:
-    """The evaluation's passkey prompt with its answer; the filler is the paper's, or real text."""
+    """The evaluation's passkey prompt with its answer; the filler is the paper's, or real text.
+
+    The prompt takes a random part of the example and text follows it. Were it always as long as the
+    example, a model could learn which digit belongs to which position in place of copying the key.
+    """
+
+    SLACK = 8  # tokens by which keys may differ
 
     def __init__(self, tokenizer, documents: Sequence[np.ndarray]):
         self.prompts, self.documents = PasskeyPrompts(tokenizer), documents
         self.full_stop = _ids(tokenizer, ".")
 
     def sample(self, rng: np.random.Generator, length: int):
+        introduce = length >= self.prompts.shortest() + len(self.full_stop) + self.SLACK
+        shortest = min(self.prompts.shortest(introduce) + len(self.full_stop) + self.SLACK, length)
+        used = int(rng.integers(shortest, length, endpoint=True))
         if rng.random() < IS_TEXT_FILLER:
-            filler = _stretch(rng, self.documents, length)
+            filler = _stretch(rng, self.documents, used)
         else:  # from any word on: else a prompt of one length would always end in the same words
-            filler = np.roll(np.resize(self.prompts.filler, length), rng.integers(len(self.prompts.filler)))
-        tail = len(self.full_stop)
-        prompt = self.prompts.sample(rng, length - tail, filler=filler, introduce=length >= 128)
-        tokens = np.concatenate([prompt.input_ids, self.full_stop])
+            filler = np.roll(np.resize(self.prompts.filler, used), rng.integers(len(self.prompts.filler)))
+        prompt = self.prompts.sample(rng, used - len(self.full_stop), filler=filler, introduce=introduce)
+        tokens = np.concatenate([prompt.input_ids, self.full_stop, _stretch(rng, self.documents, length - used)])
         is_answer = np.zeros(length, bool)
-        is_answer[length - tail - prompt.num_answer :] = True
+        is_answer[used - len(self.full_stop) - prompt.num_answer : used] = True
         return tokens, is_answer
 
 
