@@ -16,7 +16,9 @@ from transformers import AttentionInterface
 
 from pose.errors import ConfigError
 
-BACKENDS = ("sdpa", "eager", "flash_attention_2")
+# By the name it has in configs: the name it is registered under. transformers takes a name with "flash" in it for a
+# kernel to fetch from its hub.
+BACKENDS = {"sdpa": "pose_sdpa", "eager": "pose_eager", "flash_attention_2": "pose_fa2"}
 
 
 def resolve_backend(name: str) -> str:
@@ -39,7 +41,7 @@ def resolve_backend(name: str) -> str:
             "model.attention=flash_attention_2 needs a GPU and the package flash-attn "
             "(pip install -r requirements-gpu.txt): use sdpa here"
         )
-    return f"pose_{name}"
+    return BACKENDS[name]
 
 
 def causal_mask(num_query: int, num_key: int, sliding_window: int | None, device) -> torch.Tensor:
@@ -114,7 +116,7 @@ def flash_attention_2(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, 
 
 
 for _function in (sdpa, eager, flash_attention_2):
-    AttentionInterface.register(f"pose_{_function.__name__}", _function)
+    AttentionInterface.register(BACKENDS[_function.__name__], _function)
 
 
 def _sliding_window(kwargs: dict, num_key: int) -> int | None:

@@ -67,7 +67,7 @@ def test_fp32_inputs_under_autocast():
 
 
 def test_auto_is_flash_attention():
-    assert attention.resolve_backend("auto") == "pose_flash_attention_2"
+    assert attention.resolve_backend("auto") == attention.resolve_backend("flash_attention_2")
 
 
 @pytest.mark.parametrize("precision", ["bf16 weights", "bf16 autocast"])
@@ -90,8 +90,8 @@ def test_logits_and_skips_equal_sdpa(model, rows):
     tokens = torch.randint(SIZES["vocab_size"], (rows, 96), generator=torch.Generator().manual_seed(0)).cuda()
     positions = torch.cat([torch.arange(32), torch.arange(150, 182), torch.arange(32)]).expand(rows, -1).cuda()
     logits = []
-    for name in ("pose_flash_attention_2", "pose_sdpa"):
-        model.set_attn_implementation(name)
+    for name in ("flash_attention_2", "sdpa"):
+        model.set_attn_implementation(attention.resolve_backend(name))
         logits.append(model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float())
     assert (logits[0] - logits[1]).abs().max() < 0.15 * logits[1].std()
 
@@ -114,8 +114,8 @@ def test_gradients_equal_sdpa(model):
     tokens = torch.randint(SIZES["vocab_size"], (2, 96), generator=torch.Generator().manual_seed(0)).cuda()
     positions = torch.cat([torch.arange(48), torch.arange(150, 198)]).expand(2, -1).cuda()
     gradients = []
-    for name in ("pose_flash_attention_2", "pose_sdpa"):
-        model.set_attn_implementation(name)
+    for name in ("flash_attention_2", "sdpa"):
+        model.set_attn_implementation(attention.resolve_backend(name))
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(input_ids=tokens, position_ids=positions, labels=tokens, use_cache=False).loss

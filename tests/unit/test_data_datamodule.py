@@ -170,10 +170,10 @@ BAD = {
     "negative share": ({"synthetic": {"copy": -0.1}}, r"data.synthetic.copy=-0.1.*\[0, 1\]"),
     "share above one": ({"synthetic": {"copy": 1.5}}, r"data.synthetic.copy=1.5.*\[0, 1\]"),
     "sum above one": ({"synthetic": {"copy": 0.6, "passkey": 0.5}}, "adds up to more than 1"),
-    "phase to the end": ({"curriculum": [(1.0, 8)]}, r"\[1.0, 8\].*\(0, 1\)"),
-    "phase of nothing": ({"curriculum": [(0, 8)]}, r"\[0, 8\].*\(0, 1\)"),
-    "phase length": ({"curriculum": [(0.5, 7)]}, r"\[0.5, 7\].*divides 16"),
-    "phase too long": ({"curriculum": [(0.5, 32)]}, r"\[0.5, 32\].*divides 16"),
+    "phase to the end": ({"curriculum": [(1.0, 8)]}, r"\[1.0, 8\].*below 1"),
+    "phase of nothing": ({"curriculum": [(0, 8)]}, r"\[0, 8\].*above 0"),
+    "phase length": ({"curriculum": [(0.5, 7)]}, r"\[0.5, 7\].*divisor of 16"),
+    "phase too long": ({"curriculum": [(0.5, 32)]}, r"\[0.5, 32\].*divisor of 16"),
 }
 
 
@@ -198,25 +198,19 @@ def test_data_errors(make, files, tmp_path):
         make(sampler=Full(16, 300)).setup()
 
 
-def xfail(error, reason):
-    return pytest.mark.xfail(raises=error, strict=True, reason=reason)
-
-
 LATE = [
-    pytest.param({"window_len": 8}, "window_len", marks=xfail(ValueError, "fails at the first step"), id="window"),
-    pytest.param({"window_len": 0}, "window_len", marks=xfail(ValueError, "fails at the first step"), id="no window"),
-    pytest.param({"curriculum": [(0.5, 0)]}, "curriculum", marks=xfail(ZeroDivisionError, "no check"), id="length 0"),
-    pytest.param({"curriculum": [(0.5,)]}, "curriculum", marks=xfail(ValueError, "no check"), id="half a phase"),
+    pytest.param({"window_len": 8}, "window_len", id="window"),
+    pytest.param({"window_len": 0}, "window_len", id="no window"),
+    pytest.param({"curriculum": [(0.5, 0)]}, "curriculum", id="length 0"),
+    pytest.param({"curriculum": [(0.5,)]}, "curriculum", id="half a phase"),
     pytest.param(
         {"curriculum": [(0.5, 8), (0.25, 4)]},
         "curriculum",
-        marks=xfail(pytest.fail.Exception, "the second phase is silently left out"),
         id="phases out of order",
     ),
     pytest.param(
         {"synthetic": {"copy": 1.0}, "sampler": PoSE(8, 64, 2)},
         "copy",
-        marks=xfail(ValueError, "fails at the first step"),
         id="no room to copy",
     ),
 ]

@@ -166,7 +166,6 @@ def test_the_end_is_tokenised_as_in_running_text(tokenizer):
         assert prompt.input_ids[-len(whole) :].tolist() == whole
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="the key is tokenised alone, with a prefix of its own")
 def test_the_end_is_tokenised_as_in_running_text_by_llamas_kind():
     test_the_end_is_tokenised_as_in_running_text(sentence_pieces())
 

@@ -122,20 +122,23 @@ def test_copy_takes_text_and_random_tokens_half_and_half(tokenizer):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_passkey_answer_is_the_key_of_the_text_with_a_full_stop(tokenizer, documents, length):
     task = TASKS["passkey"](tokenizer, documents)
+    ends = set()
     for tokens, is_answer in draws(task, length):
         ((start, end),) = runs(is_answer)
-        answer, tail = tokenizer.decode(tokens[start:end]), tokenizer.decode(tokens[end:])
+        answer = tokenizer.decode(tokens[start:end])
         key = answer.split(".")[0].strip()
-        assert len(key) == 5 and key.isdigit() and (answer + tail) == f" {key}."
+        assert len(key) == 5 and key.isdigit() and answer == f" {key}."
+        ends.add(end)
         text = tokenizer.decode(tokens[:start])
         assert f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n" in text
         assert text.endswith("\nWhat is the pass key? The pass key is")
         assert text.startswith("There is an important info") == (length >= 128)
+    assert len(ends) > 3, "a fixed place would let a model read digits off positions"
 
 
 def test_passkey_filler_is_the_papers_or_real_text_half_and_half(tokenizer):
     task = TASKS["passkey"](tokenizer, [np.full(5000, 77, np.uint16)])
-    real = sum(int((tokens == 77).sum()) > 100 for tokens, _ in draws(task, 256, 400))
+    real = sum(tokens[: np.argmax(is_answer)].tolist().count(77) > 0 for tokens, is_answer in draws(task, 256, 400))
     assert abs(real - 200) < 5 * 10
 
 

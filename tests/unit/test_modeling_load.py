@@ -95,6 +95,14 @@ def test_built_frequencies_equal_the_closed_form(checkpoint, scaling, inv_freq, 
         assert module.attention_scaling == pytest.approx(factor, abs=1e-9)
 
 
+def test_built_model_owns_its_config():
+    """Two models built from one config with different backends keep their own."""
+    config = tiny_config()
+    first, second = (build_model(config, None, backend) for backend in ("sdpa", "eager"))
+    assert first.config._attn_implementation == "pose_sdpa"
+    assert second.config._attn_implementation == "pose_eager"
+
+
 def test_explicit_factor_is_kept():
     config = tiny_config()
     assert scale_config(config, Linear(factor=4.0), TARGET_LEN).factor == 4.0
@@ -253,7 +261,7 @@ def test_casts_leave_frequencies_in_fp32(cast):
     assert module.inv_freq is dict(module.named_buffers())["inv_freq"]
 
 
-def test_a_copy_is_its_own(monkeypatch):
+def test_a_copy_is_its_own():
     """A cast of a copy touches the copy, and the original stays where it was."""
     model = protected_model()
     clone = copy.deepcopy(model).to("meta")
