@@ -67,7 +67,7 @@ class TokenCache:
             text_field: the key of the text in each line.
 
         Raises:
-            DataError: the documents file is missing or broken, or holds no document.
+            DataError: the documents file is missing or broken, or holds no document, or cache_dir cannot be written.
         """
         folder = Path(cache_dir).expanduser() / _key(Path(path), tokenizer, text_field)
         if folder.is_dir():
@@ -75,10 +75,14 @@ class TokenCache:
                 return cls(folder)
             except (OSError, ValueError, KeyError, TypeError):  # damaged
                 shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        except OSError as error:
+            raise DataError(f"cache_dir={cache_dir} cannot be written to ({error}): give another folder") from error
         try:
             _tokenise(Path(path), tokenizer, text_field, building)
+            building.chmod(0o755)
             try:
                 os.rename(building, folder)
             except OSError:  # another job was first, with the same files
@@ -114,7 +118,8 @@ def _key(path: Path, tokenizer, text_field: str) -> str:
     with open(path, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     if getattr(tokenizer, "is_fast", False):
-        rules = tokenizer.backend_tokenizer.to_str()
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = json.dumps([rules | {"truncation": None, "padding": None}])  # which calls set, and do not matter here
     else:
         rules = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
     key = json.dumps([FORMAT_VERSION, content, hashlib.sha256(rules.encode()).hexdigest(), text_field])

@@ -135,7 +135,8 @@ class _Document(Sequence):
 
     @classmethod
     def all(cls, cache: TokenCache):
-        return (cls(cache, i) for i in range(len(cache)))
+        """Those of a cache that are not empty."""
+        return (cls(cache, i) for i in range(len(cache)) if cache.lengths[i])
 
     def __len__(self):
         return int(self.cache.lengths[self.index])

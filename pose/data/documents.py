@@ -62,4 +62,8 @@ def _parse(path: Path, number: int, line: bytes, text_field: str) -> Document:
             f"{where}: no text under {text_field!r}; the line has the fields {sorted(record)} "
             "(choose one with data.text_field)"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: the text has half a character, which no encoding allows ({error})") from error
     return Document(str(record.get("id", f"{path.name}:{number}")), text)

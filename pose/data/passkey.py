@@ -75,7 +75,7 @@ class PasskeyPrompts:
         if room < 0:
             raise ConfigError(
                 f"a passkey prompt of {length} tokens is not possible: with this tokenizer the shortest "
-                f"has {length - room}; raise eval.lengths"
+                f"has {length - room}; give more (eval.lengths, or the length of training examples)"
             )
         before = round(depth * room) if depth is not None else int(rng.integers(room, endpoint=True))
         filling = np.resize(self.filler if filler is None else filler, room)

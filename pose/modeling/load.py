@@ -128,7 +128,7 @@ def keep_frequencies_fp32(model: nn.Module):
 
 
 def _refuse_padding(module, args, kwargs):
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if mask is not None and not mask.all():
         raise ValueError(
             "an attention_mask with padding was given: pose's attention is purely causal and would ignore it. Batches "
