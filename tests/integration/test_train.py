@@ -103,8 +103,9 @@ def test_every_sampler_trains(script, tmp_path, pose):
     train(script, tmp_path, *FAST, f"pose={pose}", "trainer.max_steps=1", "data=reports")
 
 
-def test_retrieval_prompts_mix_in(script, tmp_path):
-    train(script, tmp_path, *FAST, "data.synthetic.passkey=0.5", "trainer.max_steps=2")
+def test_text_alone(script, tmp_path):
+    shares = [f"data.synthetic.{name}=0" for name in ("passkey", "copy", "key_value")]
+    train(script, tmp_path, *FAST, *shares, "trainer.max_steps=2")
 
 
 def test_tensorboard(script, tmp_path):
