@@ -322,7 +322,10 @@ def _model_config(cfg: DictConfig) -> PretrainedConfig:
     if cfg.model.path is not None:
         return load_config(locate(cfg.model.path), cfg.model.revision)
     if cfg.model.init is None:
-        raise ConfigError("model.path=null needs model.init, the config of a model to start from random weights")
+        raise ConfigError(
+            "model.path is not set: give a Hugging Face folder or a hub id (or model.init, the config of a model that "
+            "starts from random weights)"
+        )
     init = OmegaConf.to_container(cfg.model.init, resolve=True)
     try:
         return AutoConfig.for_model(init.pop("model_type"), **init)

@@ -75,7 +75,8 @@ class PasskeyPrompts:
         if room < 0:
             raise ConfigError(
                 f"a passkey prompt of {length} tokens is not possible: with this tokenizer the shortest "
-                f"has {length - room}; give more (eval.lengths, or the length of training examples)"
+                f"has {length - room}; give more, in eval.lengths, or leave passkey prompts out of "
+                "training (data.synthetic.passkey=0)"
             )
         before = round(depth * room) if depth is not None else int(rng.integers(room, endpoint=True))
         filling = np.resize(self.filler if filler is None else filler, room)

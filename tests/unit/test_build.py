@@ -66,6 +66,7 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["eval.lengths=[60]"], ConfigError, ["60"]),
         (["eval.lengths=[999999]", "eval.tasks=[perplexity]"], DataError, ["999999", "books.heldout"]),
         (["model.path=/no/such/folder"], CheckpointError, ["/no/such/folder"]),
+        (["model=local"], ConfigError, ["model.path", "folder"]),
         (["model.path=null"], ConfigError, ["model.init"]),
         (["data=jsonl"], ConfigError, ["data.documents"]),
         (["data=jsonl", "data.documents=nowhere.jsonl"], DataError, ["nowhere.jsonl"]),
