@@ -41,7 +41,11 @@ def token_nll(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chun
 
 
 def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next token.
+    """Cross-entropy of the next token: the mean over examples of each example's mean.
+
+    Where every token carries a loss this is transformers' mean over tokens. Where only answers do, an
+    example with a short answer counts as much as any other, so that a share of the examples is a share
+    of the loss, whatever micro-batch or process they fall to.
 
     Args:
         hidden: [B, L, H].
@@ -49,9 +53,10 @@ def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) 
         labels: int64 [B, L], not shifted, IGNORE where no loss is taken (as in transformers).
 
     Returns:
-        fp32 scalar, in nats per token that carries a loss.
+        fp32 scalar, in nats per token. An example without a loss counts as 0.
     """
-    targets = labels[:, 1:].reshape(-1)
+    targets = labels[:, 1:]
     scored = targets != IGNORE
-    nll = token_nll(hidden[:, :-1].reshape(-1, hidden.shape[-1])[scored], head, targets[scored])
-    return nll.sum() / scored.sum().clamp(min=1)
+    nll = token_nll(hidden[:, :-1][scored], head, targets[scored])
+    weights = (1 / scored.sum(1, keepdim=True).clamp(min=1)).expand_as(scored)[scored]
+    return (nll * weights).sum() / len(labels)

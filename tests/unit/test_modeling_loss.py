@@ -69,13 +69,13 @@ def test_no_more_logits_than_a_chunk(head, hidden, targets, grad):
 
 
 def test_causal_lm_loss_equals_cross_entropy(head, targets):
-    """Shifted by one within each row, mean over the labels that count; values and gradients."""
+    """Shifted by one within each row, mean over rows of the mean over the labels that count; values and gradients."""
     hidden = torch.randn(3, 12, HIDDEN, generator=torch.Generator().manual_seed(3)).requires_grad_()
     labels = targets[:36].reshape(3, 12)
     got = causal_lm_loss(hidden, head, labels)
     logits = head(hidden)
-    rows = [F.cross_entropy(logits[b, :-1], labels[b, 1:], ignore_index=IGNORE, reduction="sum") for b in range(3)]
-    wanted = sum(rows) / (labels[:, 1:] != IGNORE).sum()
+    assert len({int((row[1:] != IGNORE).sum()) for row in labels}) > 1, "rows of one count could not tell"
+    wanted = sum(F.cross_entropy(logits[b, :-1], labels[b, 1:], ignore_index=IGNORE) for b in range(3)) / 3
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, wanted)
     for a, b in zip(gradients(got, head, hidden), gradients(wanted, head, hidden), strict=True):
@@ -116,3 +116,18 @@ def test_bf16_weights_sum_in_fp32(head):
     got = causal_lm_loss(hidden, head, labels)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_where_every_token_counts_it_is_the_mean_over_tokens(head):
+    hidden = torch.randn(3, 12, HIDDEN, generator=torch.Generator().manual_seed(3))
+    labels = torch.randint(VOCAB, (3, 12), generator=torch.Generator().manual_seed(4))
+    wanted = F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(causal_lm_loss(hidden, head, labels), wanted)
+
+
+def test_micro_batches_add_up(head, targets):
+    """The mean over micro-batches is that of the whole batch, however the answers are spread over them."""
+    hidden = torch.randn(4, 9, HIDDEN, generator=torch.Generator().manual_seed(5))
+    labels = targets[:36].reshape(4, 9)
+    parts = [causal_lm_loss(hidden[i : i + 2], head, labels[i : i + 2]) for i in (0, 2)]
+    torch.testing.assert_close(sum(parts) / 2, causal_lm_loss(hidden, head, labels))
