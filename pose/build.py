@@ -218,7 +218,7 @@ def measure(plan: Plan, results: dict[str, dict[str, float]], name: str, load: C
 
 def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], seconds: float):
     """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's."""
-    logged = {k: float(v) for k, v in plan.trainer.callback_metrics.items()}
+    logged = {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
     logged["train/seconds"] = seconds
     write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
 

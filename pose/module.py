@@ -44,6 +44,8 @@ class PoseModule(L.LightningModule):
         self.expected, self.target_len = expected, target_len
         self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
         self.warmup_steps, self.schedule, self.max_steps = warmup_steps, schedule, max_steps
+        self._recent_losses: list[torch.Tensor] = []
+        self._logged_step = 0
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, L, H] of input_ids [B, L] at position_ids [B, L]."""
@@ -53,8 +55,17 @@ class PoseModule(L.LightningModule):
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         hidden = self(batch["input_ids"], batch["position_ids"])
         loss = causal_lm_loss(hidden, self.model.get_output_embeddings(), batch["labels"])
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        # The logged loss is the mean since the last one logged: examples differ too much for one batch to tell.
+        self._recent_losses.append(loss.detach())
+        self.log("loss", loss, prog_bar=True, logger=False)
+        self.log("train/loss", torch.stack(self._recent_losses).mean(), sync_dist=True)
         return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        step = self.trainer.global_step
+        if step % self.trainer.log_every_n_steps == 0 and step != self._logged_step:
+            self._recent_losses.clear()
+            self._logged_step = step
 
     def on_train_start(self):
         # After the strategy has wrapped, cast and restored the model: what trains is what is probed.
