@@ -25,8 +25,9 @@ def main(cfg: DictConfig):
 
         metrics = plan.suite.run(build.load_checkpoint(cfg, plan))
         runtime.write_json(run_dir / "metrics.json", metrics)
-        plot_results({cfg.ckpt: metrics}, run_dir / "plots" / "evaluation.png", plan.window)
-        print_table(results_table({cfg.ckpt: metrics}, f"Results ({run_dir}/metrics.json)", tuple(FAMILIES)))
+        results = {Path(cfg.ckpt).name or cfg.ckpt: metrics}
+        plot_results(results, run_dir / "plots" / "evaluation.png", plan.window)
+        print_table(results_table(results, f"Results ({run_dir}/metrics.json)", tuple(FAMILIES)))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def results_table(results: Mapping[str, Metrics | list[Metrics]], title: str, fa
         for n in sorted({n for runs in rows.values() for metrics in runs for n in lengths_of(metrics, family)})
     ]
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for i, (family, n) in enumerate(columns):
         first = i == 0 or columns[i - 1][0] != family
         table.add_column(f"{FAMILIES[family] if first else ''}\n@{n}", justify="right")

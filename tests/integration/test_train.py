@@ -41,7 +41,7 @@ def test_a_run_leaves_everything(smoke_run, load_json):
 def test_evaluate_measures_the_run_folder_as_training_did(smoke_run, script, load_json, tmp_path):
     result = script("evaluate.py", f"ckpt={smoke_run}", "eval.windows=1", "eval.trials=2", f"hydra.run.dir={tmp_path}")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "passkey" in result.stdout and str(smoke_run) in result.stdout
+    assert "passkey" in result.stdout and smoke_run.name in result.stdout
     measured, trained = load_json(tmp_path / "metrics.json"), load_json(smoke_run / "metrics.json")["extended"]
     assert measured == pytest.approx(trained, rel=1e-6)
 
