@@ -20,12 +20,13 @@ def main(cfg: DictConfig):
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         runtime.set_up(cfg)
         plan = build.plan_training(cfg, run_dir)
+        build.fill_in(cfg, plan)
         runtime.save_config(cfg, run_dir)
         results = {}
 
         if cfg.model.path is not None:
-            build.measure(plan, results, "untuned", lambda: build.load_model(cfg, plan.base))
-        model = build.load_model(cfg, plan.config)
+            build.measure(plan, results, "untuned", lambda: build.load_model(cfg, plan, plan.base))
+        model = build.load_model(cfg, plan, plan.config)
         if cfg.model.path is not None and plan.scaling.name != "none":
             build.measure(plan, results, "scaled", lambda: model)
 
@@ -38,10 +39,11 @@ def main(cfg: DictConfig):
         if not is_writer:
             return
 
-        build.measure(plan, results, "extended", lambda: build.load_exported(cfg, run_dir / "model"))
+        build.measure(plan, results, "extended", lambda: build.load_exported(cfg, plan, run_dir / "model"))
         build.save_metrics(run_dir, plan, results, seconds)
         plot_training(run_dir / "metrics.csv", run_dir / "plots" / "training.png")
         plot_results(results, run_dir / "plots" / "evaluation.png", plan.geometry.window)
+        build.finish_loggers(plan, cfg, results)
         build.print_results(run_dir, plan, results)
 
 

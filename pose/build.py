@@ -10,17 +10,17 @@ import lightning as L
 import torch
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PretrainedConfig
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from pose.callbacks import ProgressBar, Throughput
 from pose.data.datamodule import PoseDataModule
 from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.suite import EvalOptions, Suite, default_lengths
 from pose.modeling.attention import resolve_backend
+from pose.modeling.guards import check_loss
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
 from pose.module import PoseModule
 from pose.positions import PositionSampler
@@ -28,6 +28,16 @@ from pose.report import print_table, results_table
 from pose.rope import Frequencies, RopeGeometry, RopeScaling, require_number
 from pose.runtime import locate, write_json
 
+# Those of transformers' get_scheduler that need nothing but the steps.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,9 +88,12 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     if cfg.model.export_dtype not in DTYPES:
         raise ConfigError(f"model.export_dtype={cfg.model.export_dtype!r} is unknown: choose {', '.join(DTYPES)}")
     resolve_backend(cfg.model.attention)
-    schedules = [schedule.value for schedule in TYPE_TO_SCHEDULER_FUNCTION]
-    if cfg.finetune.schedule not in schedules:
-        raise ConfigError(f"finetune.schedule={cfg.finetune.schedule!r} is unknown: choose {', '.join(schedules)}")
+    if cfg.finetune.schedule not in SCHEDULES:
+        raise ConfigError(f"finetune.schedule={cfg.finetune.schedule!r} is unknown: choose {', '.join(SCHEDULES)}")
+    if len(cfg.finetune.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.finetune.betas):
+        raise ConfigError(f"finetune.betas={list(cfg.finetune.betas)} is not accepted: give two numbers in [0, 1)")
+    if cfg.seed < 0:
+        raise ConfigError(f"seed={cfg.seed} is not accepted: give an integer of at least 0")
     require_number("finetune.lr", cfg.finetune.lr, above=0.0)
     require_number("finetune.weight_decay", cfg.finetune.weight_decay, at_least=0.0)
     require_number("finetune.warmup_steps", cfg.finetune.warmup_steps, at_least=0.0)
@@ -93,8 +106,8 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         for new in (base, config):
             new.vocab_size = len(tokenizer)
             new.bos_token_id, new.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    elif len(tokenizer) > base.vocab_size:
-        raise ConfigError(f"the tokenizer of {tokenizer_path} has {len(tokenizer)} tokens, the model {base.vocab_size}")
+    else:
+        _check_vocabulary(tokenizer, base, tokenizer_path)
     trainer = build_trainer(cfg, run_dir)
     micro_batch = _accumulate(trainer, cfg.trainer)
     files = OmegaConf.to_object(cfg.data.documents) if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
@@ -179,6 +192,7 @@ def plan_evaluation(cfg: DictConfig) -> EvaluationPlan:
     config = load_config(path, cfg.revision)
     window = rope_geometry(config).window
     tokenizer = load_tokenizer(path, cfg.revision)
+    _check_vocabulary(tokenizer, config, path)
     if cfg.dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={cfg.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
     suite = build_suite(cfg.eval, tokenizer, window, config.max_position_embeddings, cfg.cache_dir)
@@ -195,12 +209,38 @@ def load_checkpoint(cfg: DictConfig, plan: EvaluationPlan):
         raise ConfigError(f"device={cfg.device!r} is unknown: give auto, cpu, cuda or cuda:N") from error
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = auto if cfg.dtype == "auto" else DTYPES[cfg.dtype]
-    return build_model(plan.config, plan.path, cfg.attention, dtype, cfg.revision).to(device)
+    attention = _attention(cfg.attention, device)
+    model = build_model(plan.config, plan.path, attention, dtype, cfg.revision).to(device)
+    with torch.no_grad():
+        check_loss(model, device)  # scores are taken from hidden states too
+    return model
 
 
-def load_exported(cfg: DictConfig, folder: Path):
+def load_exported(cfg: DictConfig, plan: Plan, folder: Path):
     """The exported model, as `evaluate.py` loads it."""
-    return build_model(load_config(str(folder)), str(folder), cfg.model.attention)
+    attention = _attention(cfg.model.attention, plan.trainer.strategy.root_device)
+    return build_model(load_config(str(folder)), str(folder), attention)
+
+
+def fill_in(cfg: DictConfig, plan: Plan):
+    """Writes what was worked out into the config, so that config.yaml says it."""
+    cfg.pose.train_len = plan.sampler.train_len
+    if plan.scaling.name != "none":
+        cfg.rope.factor = plan.scaling.factor
+
+
+@rank_zero_only
+def finish_loggers(plan: Plan, cfg: DictConfig, results: dict[str, dict[str, float]]):
+    """Gives every logger but the CSV the config and the evaluation, and closes it: a sweep's next job has its own."""
+    for logger in plan.trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            continue
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        metrics = {f"{model}/{name}": value for model, found in results.items() for name, value in found.items()}
+        logger.log_metrics(metrics, step=plan.trainer.global_step)
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 @rank_zero_only
@@ -237,6 +277,7 @@ def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]
 
 def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:
     """The LightningModule around a model that was built from plan.config."""
+    model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
     if cfg.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return PoseModule(
@@ -248,10 +289,11 @@ def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:
     )
 
 
-def load_model(cfg: DictConfig, config: PretrainedConfig, dtype: torch.dtype = torch.float32):
+def load_model(cfg: DictConfig, plan: Plan, config: PretrainedConfig):
     """The configured model with the given config, in memory; weights in fp32."""
     path = None if cfg.model.path is None else locate(cfg.model.path)
-    return build_model(config, path, cfg.model.attention, dtype, cfg.model.revision)
+    attention = _attention(cfg.model.attention, plan.trainer.strategy.root_device)
+    return build_model(config, path, attention, revision=cfg.model.revision)
 
 
 def open_checkpoint(ckpt: str) -> str:
@@ -278,7 +320,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
         ConfigError: a value that Lightning does not accept; carries its message.
     """
     t = cfg.trainer
-    for key in ("max_steps", "global_batch", "micro_batch"):
+    for key in ("max_steps", "global_batch", "micro_batch", "log_every_n_steps"):
         if t[key] < 1:
             raise ConfigError(f"trainer.{key}={t[key]} is not accepted: give an integer of at least 1")
     strategy = instantiate(cfg.strategy) if "_target_" in cfg.strategy else cfg.strategy.name
@@ -335,6 +377,16 @@ def _model_config(cfg: DictConfig) -> PretrainedConfig:
         ) from error
 
 
+def _attention(name: str, device: torch.device) -> str:
+    """ "auto" looks at the machine; a model that stays on the CPU of a GPU machine takes sdpa."""
+    return "sdpa" if name == "auto" and device.type == "cpu" else name
+
+
+def _check_vocabulary(tokenizer, config: PretrainedConfig, path: str):
+    if tokenizer.vocab_size > config.vocab_size:  # added tokens, such as a <pad> never used, may lie above
+        raise ConfigError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+
+
 def _accumulate(trainer: L.Trainer, t: DictConfig) -> int:
     """Sets the trainer's gradient accumulation; returns the examples in a batch of one device."""
     world = trainer.world_size
@@ -361,8 +413,6 @@ def _precision(precision: str, accelerator: str) -> str:
 
 
 def _wandb(options: dict, run_dir: Path) -> Logger:
-    from lightning.pytorch.loggers import WandbLogger
-
     offline = options.pop("offline")
     if offline is None:
         offline = not _has_wandb_account()

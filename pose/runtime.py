@@ -14,6 +14,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from transformers import logging as transformers_logging
@@ -26,11 +27,16 @@ PACKAGES = ("torch", "transformers", "lightning", "hydra-core", "deepspeed", "to
 
 @contextlib.contextmanager
 def readable_errors():
-    """Ends the process with the message alone, and status 1, for errors that a user can mend."""
+    """Ends the process with the message alone, and status 1, for errors that a user can mend.
+
+    In a sweep the error goes to Hydra, which runs the other jobs and fails at the end.
+    """
     try:
         yield
     except PoseError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
         raise SystemExit(1) from None
 
 

@@ -62,7 +62,7 @@ class PoseDataModule(L.LightningDataModule):
         self.cache_dir, self.text_field, self.window_len = cache_dir, text_field, window_len
         self.bos_id = bos_id(tokenizer, add_bos)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
-        self.curriculum = [tuple(phase) for phase in curriculum]
+        self.curriculum = [tuple(phase) if isinstance(phase, Sequence) else (phase,) for phase in curriculum]
         self.dataset: Dataset | None = None
         self._check()
 

@@ -102,6 +102,10 @@ class Suite:
                 f"none of the {len(cache)} documents of {path} has {longest} tokens, the longest of eval.lengths: "
                 f"the longest has {cache.lengths.max()}"
             )
+        if len(usable) < len(cache):
+            print(
+                f"Perplexity on {len(usable)} of {len(cache)} documents: those of at least {longest} tokens", flush=True
+            )
         self.documents = [cache[i] for i in usable]
         self.document_ids = [cache.ids[i] for i in usable]
 

@@ -57,7 +57,7 @@ def check_frequencies(model: PreTrainedModel, expected: Frequencies | None):
             continue
         wanted = expected.inv_freq.to(inv_freq.device)
         same_shape = inv_freq.shape == wanted.shape
-        if not same_shape or ((inv_freq.double() - wanted).abs() > INV_FREQ_TOLERANCE * wanted.abs()).any():
+        if not same_shape or not ((inv_freq.double() - wanted).abs() <= INV_FREQ_TOLERANCE * wanted.abs()).all():
             detail = (
                 f"{((inv_freq.double() / wanted) - 1).abs().max().item():.1%} off at worst" if same_shape
                 else f"{len(inv_freq)} of them, {len(wanted)} expected"
@@ -90,6 +90,8 @@ def check_chunks_attend(model: PreTrainedModel, target_len: int, device):
             ).last_hidden_state
             for ids in (tokens, changed)
         ]
+        if not hidden[0].isfinite().all():
+            raise GuardError("the model computes infinities or NaN: its weights, or its precision, are broken")
         if torch.equal(hidden[0][:, half:], hidden[1][:, half:]):
             raise GuardError(
                 f"changing the first chunk changes nothing in the last (batch of {rows}, position ids skip by {skip}): "
@@ -109,7 +111,7 @@ def check_loss(model: PreTrainedModel, device):
     hidden = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
     own, chunked = F.cross_entropy(logits[0, :-1], tokens[0, 1:]), causal_lm_loss(hidden, head, tokens)
     difference = (head(hidden).float() - logits).abs().max()  # a loss of small logits hardly depends on them
-    if difference > LOGITS_TOLERANCE * logits.std() or (own - chunked).abs() > 1e-2 * own:
+    if not (difference <= LOGITS_TOLERANCE * logits.std() and (own - chunked).abs() <= 1e-2 * own):
         raise GuardError(
             f"the loss from the hidden states is {chunked:.4f} where the model's own logits give {own:.4f}, and logits "
             f"differ by up to {difference / logits.std():.2g} standard deviations: this model "

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
@@ -46,7 +47,12 @@ def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
     window = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-    return RopeGeometry(float(parameters["rope_theta"]), dim, window, parameters.get("rope_type", "default"))
+    rope_type = parameters.get("rope_type", "default")
+    ours = getattr(config, "pose", None)  # what `scale_config` noted: linear and ntk leave no other trace of the window
+    if isinstance(ours, dict):
+        window = ours["window"]
+        rope_type = ours["rope"] if rope_type == "default" else rope_type
+    return RopeGeometry(float(parameters["rope_theta"]), dim, window, rope_type)
 
 
 def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int) -> RopeScaling:
@@ -69,8 +75,20 @@ def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int
             f"pose.target_len={target_len} is below the model's own window of {geometry.window} tokens: "
             "give a target of at least the window"
         )
+    sliding = getattr(config, "sliding_window", None)
+    if (
+        sliding is not None
+        and sliding < target_len
+        and "full_attention" not in (getattr(config, "layer_types", None) or ())
+    ):
+        raise ConfigError(
+            f"this model attends to the last {sliding} tokens only (sliding_window in its config), so it cannot use "
+            f"pose.target_len={target_len}: give a target of at most {sliding}, or a copy of the folder with "
+            "sliding_window: null"
+        )
     scaling = scaling.resolve(geometry, target_len)
     if scaling.name != "none":
+        config.pose = {"rope": scaling.name, "window": geometry.window, "factor": scaling.factor}
         partial = {k: v for k, v in config.rope_parameters.items() if k == "partial_rotary_factor"}
         config.rope_parameters = partial | scaling.to_hf(geometry)
     config.max_position_embeddings = max(target_len, config.max_position_embeddings)
@@ -155,10 +173,11 @@ class _Fp32Apply:
 
 def _from_hub(what: str, auto_class, path: str, revision: str | None, **kwargs) -> Any:
     local = Path(path).expanduser()
-    if not local.is_dir() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
+    meant_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1 or local.parent.is_dir()
+    if not local.is_dir() and meant_local:
         raise CheckpointError(f"no folder at {path}: give a Hugging Face folder or a hub id (owner/name)")
     try:
         return auto_class.from_pretrained(str(local) if local.is_dir() else path, revision=revision, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"the {what} of {path} cannot be loaded: {first_line}") from error

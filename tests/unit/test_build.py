@@ -57,6 +57,10 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["model.attention=quick"], ConfigError, ["model.attention='quick'", "sdpa"]),
         (["model.attention=flash_attention_2"], ConfigError, ["flash_attention_2", "sdpa"]),
         (["model.export_dtype=int8"], ConfigError, ["model.export_dtype='int8'", "bfloat16"]),
+        (["seed=-1"], ConfigError, ["seed=-1"]),
+        (["finetune.betas=[0.9]"], ConfigError, ["finetune.betas=[0.9]"]),
+        (["trainer.log_every_n_steps=0"], ConfigError, ["trainer.log_every_n_steps=0"]),
+        (["data.curriculum=[5]"], ConfigError, ["data.curriculum", "5"]),
         (["finetune.lr=0"], ConfigError, ["finetune.lr=0"]),
         (["trainer.gradient_clip=-1"], ConfigError, ["trainer.gradient_clip=-1"]),
         (["trainer.precision=int3"], ConfigError, ["int3"]),
@@ -111,6 +115,16 @@ def test_gradient_accumulation_is_worked_out(plan, documents, global_batch, micr
     assert planned.trainer.accumulate_grad_batches == accumulate
     assert planned.data.micro_batch * accumulate == global_batch
     assert len(planned.data.dataset) == global_batch * planned.trainer.max_steps
+
+
+def test_the_model_trains_in_train_mode(plan, documents):
+    """transformers recomputes activations, and drops out, only then."""
+    overrides = ["eval=none", "data=jsonl", documents(LONG), "model.gradient_checkpointing=true"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides)
+    planned = plan(*overrides)
+    module = build.build_module(cfg, planned, build.load_model(cfg, planned, planned.config))
+    assert module.model.training and module.model.is_gradient_checkpointing
 
 
 def test_lengths_default_to_doublings(plan):

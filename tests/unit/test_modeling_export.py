@@ -113,7 +113,7 @@ def test_config_and_tokenizer_name_the_window(tmp_path, tokenizer, name):
     assert config["max_position_embeddings"] == TARGET_LEN
     assert config["dtype"] == "float32"
     assert "auto_map" not in config
-    assert "pose" not in (tmp_path / "model" / "config.json").read_text()
+    assert "pose_" not in (tmp_path / "model" / "config.json").read_text()
     parameters = config["rope_parameters"]
     if name.startswith("yarn"):
         assert parameters["original_max_position_embeddings"] == WINDOW

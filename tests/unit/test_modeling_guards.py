@@ -80,7 +80,7 @@ def test_sound_models_pass(backend, precision, scaling):
     [
         tiny_config(num_key_value_heads=4),
         tiny_config(tie_word_embeddings=True),
-        tiny_config(MistralConfig, sliding_window=64),
+        tiny_config(MistralConfig, sliding_window=None),
         tiny_config(Qwen2Config),
     ],
     ids=["mha", "tied", "mistral", "qwen2"],
@@ -241,3 +241,11 @@ def test_logits_that_the_model_divides_are_caught():
     plain = build_model(tiny_config(GraniteConfig, logits_scaling=1.0), None, "sdpa")
     with torch.no_grad():
         check_loss(plain, "cpu")
+
+
+def test_a_model_of_nan_is_refused():
+    model = build_model(tiny_config(LlamaConfig), None, "sdpa")
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(GuardError, match="NaN"):
+        run_guards(model, None, 256, "cpu")

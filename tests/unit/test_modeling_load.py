@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+)
 
 from pose.errors import CheckpointError, ConfigError, GuardError
 from pose.modeling.load import (
@@ -350,3 +357,32 @@ def test_saved_config_holds_the_scaling(tmp_path):
     assert saved["rope_parameters"]["rope_type"] == "yarn"
     assert saved["rope_parameters"]["factor"] == FACTOR
     assert saved["rope_parameters"]["original_max_position_embeddings"] == WINDOW
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk"])
+def test_an_extended_folder_remembers_its_window(tmp_path, method):
+    """Linear and NTK leave no trace of it in transformers' own fields; scaling twice is refused."""
+    scaling = {"linear": Linear(), "ntk": NTK()}[method]
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256)
+    scale_config(config, scaling, 2048)
+    config.save_pretrained(tmp_path)
+    again = load_config(str(tmp_path))
+    assert rope_geometry(again).window == 256 and again.max_position_embeddings == 2048
+    with pytest.raises(ConfigError, match="already scaled"):
+        scale_config(again, scaling, 4096)
+
+
+def test_a_sliding_window_that_the_target_outgrows_is_refused():
+    config = MistralConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256, sliding_window=64)
+    with pytest.raises(ConfigError, match=r"last 64 tokens only.*pose.target_len=2048"):
+        scale_config(config, Yarn(), 2048)
+    config.sliding_window = None
+    scale_config(config, Yarn(), 2048)
+
+
+def test_a_hub_id_under_a_local_folder_is_taken_for_a_missing_folder(tmp_path, monkeypatch):
+    """At once, without asking the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(CheckpointError, match="no folder at outputs/typo"):
+        load_config("outputs/typo")
