@@ -135,6 +135,14 @@ def test_a_sweep_ends_with_one_table(script, tmp_path):
     assert all(float(row["tail_ppl@256"]) > 1 for row in rows)
 
 
+def test_a_sweep_goes_on_after_a_job_that_cannot_work(script, tmp_path):
+    result = script(
+        "train.py", "-m", *FAST, "pose.target_len=128,512", "trainer.max_steps=1", f"hydra.sweep.dir={tmp_path}"
+    )
+    assert result.returncode != 0 and "pose.target_len=128" in result.stderr
+    assert not (tmp_path / "0" / "metrics.json").exists() and (tmp_path / "1" / "metrics.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
