@@ -22,12 +22,14 @@ def main(cfg: DictConfig):
         plan = build.plan_training(cfg, run_dir)
         build.fill_in(cfg, plan)
         runtime.save_config(cfg, run_dir)
+        covered = build.cover(plan, run_dir)
         results = {}
 
-        if cfg.model.path is not None:
+        before = cfg.model.path is not None and cfg.eval.before
+        if before:
             build.measure(plan, results, "untuned", lambda: build.load_model(cfg, plan, plan.base))
         model = build.load_model(cfg, plan, plan.config)
-        if cfg.model.path is not None and plan.scaling.name != "none":
+        if before and plan.scaling.name != "none":
             build.measure(plan, results, "scaled", lambda: model)
 
         start = time.perf_counter()
@@ -40,10 +42,11 @@ def main(cfg: DictConfig):
             return
 
         build.measure(plan, results, "extended", lambda: build.load_exported(cfg, plan, run_dir / "model"))
-        build.save_metrics(run_dir, plan, results, seconds)
+        build.save_metrics(run_dir, plan, results, seconds, covered)
+        build.write_card(cfg, plan, results, run_dir)
         plot_training(run_dir / "metrics.csv", run_dir / "plots" / "training.png")
         plot_results(results, run_dir / "plots" / "evaluation.png", plan.geometry.window)
-        build.finish_loggers(plan, cfg, results)
+        build.finish_loggers(plan, cfg, results | {"coverage": covered})
         build.print_results(run_dir, plan, results)
 
 

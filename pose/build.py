@@ -1,13 +1,19 @@
 """From a composed config to objects, checked before any weights are loaded. Only this knows the config's keys."""
 
+import json
 import netrc
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import torch
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -16,15 +22,19 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PretrainedConfig
 
 from pose.callbacks import ProgressBar, Throughput
+from pose.coverage import coverage
 from pose.data.datamodule import PoseDataModule
 from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.suite import EvalOptions, Suite, default_lengths
 from pose.modeling.attention import resolve_backend
+from pose.modeling.card import Card, license_of, without_folders
 from pose.modeling.guards import check_loss
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
+from pose.modeling.lora import LoraOptions, add_lora, count_parameters, target_names
+from pose.modeling.rotary import target_len_of
 from pose.module import PoseModule
 from pose.positions import PositionSampler
-from pose.report import print_table, results_table
+from pose.report import plot_coverage, print_table, results_table
 from pose.rope import Frequencies, RopeGeometry, RopeScaling, require_number
 from pose.runtime import locate, write_json
 
@@ -68,9 +78,9 @@ class Plan:
 
     @property
     def expected(self) -> Frequencies | None:
-        """The closed form that the built model must have; None for a checkpoint's own scaling."""
+        """The closed form that the built model must have at the target; None for a checkpoint's own scaling."""
         closed = self.scaling.name != "none" or self.geometry.rope_type == "default"
-        return self.scaling.frequencies(self.geometry) if closed else None
+        return self.scaling.frequencies(self.geometry, self.sampler.target_len) if closed else None
 
 
 def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
@@ -97,6 +107,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     require_number("finetune.lr", cfg.finetune.lr, above=0.0)
     require_number("finetune.weight_decay", cfg.finetune.weight_decay, at_least=0.0)
     require_number("finetune.warmup_steps", cfg.finetune.warmup_steps, at_least=0.0)
+    _check_lora(OmegaConf.to_object(cfg.finetune).lora, config)
     require_number("trainer.gradient_clip", cfg.trainer.gradient_clip, above=0.0, optional=True)
     tokenizer_path = cfg.model.tokenizer or cfg.model.path
     if tokenizer_path is None:
@@ -132,18 +143,36 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite)
 
 
-def build_sampler(node: DictConfig, window: int) -> PositionSampler:
-    """The sampler of the group `pose`; train_len defaults to the model's window."""
+def build_sampler(node: DictConfig, window: int | None = None) -> PositionSampler:
+    """The sampler of the group `pose`; train_len defaults to the model's window, where there is a model."""
     arguments = OmegaConf.to_object(node)
     target_len = arguments.get("target_len")
-    if isinstance(target_len, int) and target_len < window:
+    if window is not None and isinstance(target_len, int) and target_len < window:
         raise ConfigError(
             f"pose.target_len={target_len} is below the model's own window of {window} tokens: give a target of at "
             "least the window"
         )
-    if arguments.get("train_len") is None:
-        arguments["train_len"] = window
-    return get_class(arguments.pop("_target_"))(**arguments)
+    return _sampler(arguments, window)
+
+
+def build_samplers(cfg: DictConfig) -> dict[str, PositionSampler]:
+    """The samplers of `python -m pose.coverage`, by name: that of the group `pose`, and those of `beside`, as long.
+
+    Raises:
+        ConfigError: a name that is no choice of the group.
+    """
+    job, lengths = HydraConfig.get(), ("pose.train_len=", "pose.target_len=")
+    changed = [o for o in job.overrides.task if o.startswith(("pose.", "pose@")) and not o.startswith(lengths)]
+    name = " ".join([job.runtime.choices.pose, *(o.removeprefix("pose@").removeprefix("pose.") for o in changed)])
+    samplers = {name: build_sampler(cfg.pose)}
+    for choice in cfg.beside:
+        overrides = [f"pose={choice}", *(f"{key}{OmegaConf.select(cfg, key[:-1])}" for key in lengths)]
+        try:
+            samplers.setdefault(choice, build_sampler(compose("coverage", overrides).pose))
+        except HydraException as error:
+            choices = ", ".join(GlobalHydra.instance().config_loader().get_group_options("pose"))
+            raise ConfigError(f"beside has {choice!r}, which is no choice of the group pose: {choices}") from error
+    return samplers
 
 
 def build_scaling(node: DictConfig) -> RopeScaling:
@@ -195,7 +224,7 @@ def plan_evaluation(cfg: DictConfig) -> EvaluationPlan:
     _check_vocabulary(tokenizer, config, path)
     if cfg.dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={cfg.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
-    suite = build_suite(cfg.eval, tokenizer, window, config.max_position_embeddings, cfg.cache_dir)
+    suite = build_suite(cfg.eval, tokenizer, window, target_len_of(config), cfg.cache_dir)
     if suite is None:
         raise ConfigError("eval.tasks is empty: choose eval=quick, eval=perplexity or eval=passkey")
     return EvaluationPlan(path, config, window, suite)
@@ -244,6 +273,24 @@ def finish_loggers(plan: Plan, cfg: DictConfig, results: dict[str, dict[str, flo
 
 
 @rank_zero_only
+def cover(plan: Plan, run_dir: Path) -> dict[str, float]:
+    """Writes coverage.csv and plots/coverage.png of the run's sampler, in about a second; returns its summary."""
+    samples = min(500, 2**23 // plan.sampler.target_len + 2)
+    covered = coverage(plan.sampler, samples)
+    covered.save_csv(run_dir / "coverage.csv")
+    plot_coverage({plan.sampler.name: covered}, run_dir / "plots" / "coverage.png")
+    found = covered.summary()
+    if found:
+        print(
+            f"Coverage    of distances >= {covered.train_len}: probability {found['probability_beyond_window']:.2f} "
+            f"({found['probability_last_window']:.2f} for the last {covered.train_len}), "
+            f"{found['pair_share_beyond_window']:.0%} of the pairs",
+            flush=True,
+        )
+    return found
+
+
+@rank_zero_only
 def measure(plan: Plan, results: dict[str, dict[str, float]], name: str, load: Callable[[], torch.nn.Module]):
     """Adds the metrics of a model to results, under name; nothing is loaded for eval=none."""
     if plan.suite is None:
@@ -256,9 +303,12 @@ def measure(plan: Plan, results: dict[str, dict[str, float]], name: str, load: C
     model.to(home)
 
 
-def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], seconds: float):
+def save_metrics(
+    run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], seconds: float, covered: dict[str, float]
+):
     """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's."""
-    logged = {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
+    logged = {f"coverage/{name}": value for name, value in covered.items()}
+    logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
     logged["train/seconds"] = seconds
     write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
 
@@ -275,8 +325,51 @@ def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]
         print(f"Metrics     {run_dir}/metrics.json\nPlots       {run_dir}/plots/")
 
 
+def write_card(cfg: DictConfig, plan: Plan, results: dict[str, dict[str, float]], run_dir: Path):
+    """README.md of RUN/model; reads the provenance that the run has written."""
+    provenance = json.loads((run_dir / "provenance.json").read_text())
+    commit = provenance["commit"] and provenance["commit"] + " (and changes)" * provenance["uncommitted_changes"]
+    base = None if cfg.model.path is None else locate(cfg.model.path)
+    tune, steps = cfg.finetune, plan.trainer.global_step
+    tokens = steps * cfg.trainer.global_batch * plan.sampler.example_len
+    lora = f"adapters of rank {tune.lora.rank} (alpha {tune.lora.alpha:g}), merged" if tune.lora.rank else "all weights"
+    lora += ", with embeddings and norms" if tune.lora.train_embeddings_and_norms else ""
+    synthetic = [f"{share:.0%} {name} examples" for name, share in cfg.data.synthetic.items() if share]
+    documents = cfg.data.documents if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
+    Card(
+        base=base,
+        license=None if base is None else license_of(base),
+        model_type=plan.base.model_type,
+        window=plan.geometry.window,
+        target_len=plan.sampler.target_len,
+        sampler=plan.sampler,
+        scaling=plan.scaling,
+        rope_base=plan.geometry.base,
+        data=[*documents, *synthetic],
+        training={
+            "Trained": lora,
+            "Steps": f"{steps:,} of {cfg.trainer.global_batch:,} examples: {tokens:,} tokens",
+            "Optimizer": f"AdamW, {tune.schedule} schedule, peak learning rate {tune.lr:g}, "
+            f"{tune.warmup_steps:,} warm-up steps, weight decay {tune.weight_decay:g}",
+            "Precision": f"{plan.trainer.precision} in training, {cfg.model.export_dtype} in this folder",
+            "Seed": f"{cfg.seed}",
+        },
+        results=results,
+        measured_on=[] if plan.suite is None else plan.suite.document_ids,
+        command=without_folders(shlex.join(["python", "train.py", *provenance["overrides"]])),
+        versions={name: provenance["packages"][name] for name in ("torch", "transformers", "lightning")},
+        commit=commit,
+    ).write(run_dir / "model")
+
+
 def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:
     """The LightningModule around a model that was built from plan.config."""
+    options = vars(OmegaConf.to_object(cfg.finetune))
+    lora: LoraOptions = options.pop("lora")
+    if lora.rank is not None:
+        add_lora(model, lora)
+    trainable, total = count_parameters(model)
+    rank_zero_only(print)(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})", flush=True)
     model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
     if cfg.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -285,7 +378,7 @@ def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:
         expected=plan.expected,
         target_len=plan.sampler.target_len,
         max_steps=cfg.trainer.max_steps,
-        **OmegaConf.to_object(cfg.finetune).__dict__,
+        **options,
     )
 
 
@@ -360,6 +453,13 @@ def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
     return loggers
 
 
+def _sampler(arguments: dict, window: int) -> PositionSampler:
+    if arguments.get("train_len") is None:
+        arguments["train_len"] = window
+    arguments = {k: _sampler(v, window) if isinstance(v, dict) and "_target_" in v else v for k, v in arguments.items()}
+    return get_class(arguments.pop("_target_"))(**arguments)
+
+
 def _model_config(cfg: DictConfig) -> PretrainedConfig:
     if cfg.model.path is not None:
         return load_config(locate(cfg.model.path), cfg.model.revision)
@@ -375,6 +475,13 @@ def _model_config(cfg: DictConfig) -> PretrainedConfig:
         raise ConfigError(
             f"model.init={OmegaConf.to_container(cfg.model.init)} is not a model's config: {error}"
         ) from error
+
+
+def _check_lora(options: LoraOptions, config: PretrainedConfig):
+    """On a model without weights, so that a misspelt target is found before any are loaded."""
+    if options.rank is not None:
+        with torch.device("meta"):
+            target_names(build_model(config, None, "sdpa"), options)
 
 
 def _attention(name: str, device: torch.device) -> str:

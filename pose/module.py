@@ -90,6 +90,7 @@ class PoseModule(L.LightningModule):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]  # adapters alone are all matrices
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=self._fused)
         scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

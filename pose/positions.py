@@ -8,10 +8,11 @@ Symbols follow the paper (PoSE, ICLR 2024, arXiv 2309.10400):
     T   target_len, the window to extend to (Lt); position ids are in [0, T)
     Lx  document_len, tokens in the document x that the example is drawn from
     N   num_chunks
+    U{a..b} is uniform over the integers from a to b, both included; x[a:b] leaves b out.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +47,8 @@ class PositionSampler(ABC):
     train_len: int
     target_len: int
 
+    uses_breaks = False  # whether `sample` looks at `breaks`
+
     def __post_init__(self):
         for name in ("train_len", "target_len"):
             _require_int(f"pose.{name}", getattr(self, name), at_least=1)
@@ -70,12 +73,18 @@ class PositionSampler(ABC):
         """The shortest document, in tokens, that this sampler can draw from."""
         return self.example_len
 
-    def sample(self, rng: np.random.Generator, document_len: int) -> Layout:
+    def resized(self, train_len: int, target_len: int) -> "PositionSampler":
+        """The same sampler for other lengths."""
+        return replace(self, train_len=train_len, target_len=target_len)
+
+    def sample(self, rng: np.random.Generator, document_len: int, breaks: np.ndarray | None = None) -> Layout:
         """Draws one example.
 
         Args:
             rng: the only source of randomness.
             document_len: Lx, tokens in the document.
+            breaks: int64, sorted: the indices in the document at which a new sentence begins. Samplers
+                that use them (`uses_breaks`) make sentences up where they are not given.
 
         Returns:
             A Layout of int64 arrays [example_len].
@@ -88,7 +97,7 @@ class PositionSampler(ABC):
                 f"a document of {document_len} tokens is too short for {type(self).__name__}, "
                 f"which needs {self.min_document_len}"
             )
-        return self._sample(rng, document_len)
+        return self._sample(rng, document_len, breaks) if self.uses_breaks else self._sample(rng, document_len)
 
     @abstractmethod
     def _sample(self, rng: np.random.Generator, document_len: int) -> Layout: ...
@@ -118,12 +127,7 @@ class PoSE(PositionSampler):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_int("pose.num_chunks", self.num_chunks, at_least=1)
-        if self.num_chunks > self.train_len:
-            raise ConfigError(
-                f"pose.num_chunks={self.num_chunks} is more than pose.train_len={self.train_len}: "
-                "a chunk holds at least one token"
-            )
+        _require_chunks(self.num_chunks, self.train_len)
         if self.content not in ("random", "contiguous", "aligned"):
             raise ConfigError(f"pose.content={self.content!r} is unknown: choose random, contiguous or aligned")
 
@@ -132,8 +136,7 @@ class PoSE(PositionSampler):
         return self.target_len if self.content == "aligned" else self.train_len
 
     def _sample(self, rng, document_len):
-        lengths = self._chunk_lengths(rng)
-        u = _nondecreasing(rng, self.num_chunks, self.target_len - self.train_len)
+        lengths, u = self._chunks(rng)
         if self.content == "random":
             v = _nondecreasing(rng, self.num_chunks, document_len - self.train_len)
         elif self.content == "contiguous":
@@ -143,14 +146,55 @@ class PoSE(PositionSampler):
         index = np.arange(self.train_len)
         return Layout(index + np.repeat(u, lengths), index + np.repeat(v, lengths))
 
-    def _chunk_lengths(self, rng) -> np.ndarray:
+    def _chunks(self, rng) -> tuple[np.ndarray, np.ndarray]:
+        """The lengths l_i and the skips u_i of the chunks; int64 [N] each."""
         lengths = np.empty(self.num_chunks, np.int64)
         left = self.train_len
         for i in range(self.num_chunks - 1):
             lengths[i] = rng.integers(1, left - (self.num_chunks - 1 - i), endpoint=True)
             left -= lengths[i]
         lengths[-1] = left
-        return lengths
+        return lengths, _nondecreasing(rng, self.num_chunks, self.target_len - self.train_len)
+
+
+@dataclass(frozen=True)
+class Stratified(PoSE):
+    """This project's own: PoSE whose chunks show every distance up to T-1 about equally often.
+
+    With two chunks the last L distances are starved: a single pair of tokens is T-1 apart, and only when u_1 = T-L.
+    More chunks, drawn one after the other, crowd near T-L. Here
+
+    - a long chunk of h ~ U{ceil(L/4)..floor(3L/4)} tokens faces N-1 short ones of equal length. Two chunks cover as
+      many distances as they have tokens together, so these pairs cover about (N-2) h + L of them;
+    - the short chunks are spread over the target, one in each of N-1 equal strata:
+      u_i = min(floor((i-1 + x_i) (T-L+h+1) / (N-1)), T-L), x_i ~ U[0, 1), i = 1..N-1;
+    - the strata reach h beyond T-L, and what falls there is clipped to T-L, so that the example ends at T-1. This
+      weight is what the distances near T-1 lack;
+    - half of the examples are mirrored, the long chunk last (skips u_{N-1} - u_i, in reverse): the same distances,
+      with many queries for few far keys in place of few queries for many.
+
+    Args:
+        num_chunks: N in [2, train_len].
+        content: as for `PoSE`.
+
+    Raises:
+        ConfigError: num_chunks is not in [2, train_len], or content is unknown.
+    """
+
+    num_chunks: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_int("pose.num_chunks", self.num_chunks, at_least=2)
+
+    def _chunks(self, rng):
+        L, num_short, last = self.train_len, self.num_chunks - 1, self.target_len - self.train_len
+        longest = L - num_short
+        h = int(rng.integers(min(-(-L // 4), longest), min(max(3 * L // 4, 1), longest), endpoint=True))
+        lengths = np.array([h, *np.diff(np.arange(self.num_chunks) * (L - h) // num_short)])
+        strata = (np.arange(num_short) + rng.random(num_short)) / num_short
+        u = np.array([0, *np.minimum((strata * (last + h + 1)).astype(np.int64), last)])
+        return (lengths, u) if rng.random() < 0.5 else (lengths[::-1], (u[-1] - u)[::-1])
 
 
 @dataclass(frozen=True)
@@ -187,6 +231,215 @@ class RandPos(PositionSampler):
         return Layout(np.sort(positions).astype(np.int64), np.arange(self.train_len))
 
 
+@dataclass(frozen=True)
+class Released(PositionSampler):
+    """What the released code of PoSE draws, which is not quite the paper (dwzhu-pku/PoSE, src/train_pose.py).
+
+    Two chunks, of which the first is never more than half. Documents are cut to 5 L tokens. With
+
+        r ~ U{1..floor((L+1)/2)}     tokens in the first chunk
+        e ~ U{L..min(Lx, 5L)}        where the second chunk's text ends
+        s ~ U{0..T-L}                by how much its positions are shifted
+
+    the positions are 0..r-1 and s + (r..L-1), the text is x[0:r] and x[e-(L-r):e]. Documents shorter than L,
+    which the original takes as they are, are left out here.
+    """
+
+    def _sample(self, rng, document_len):
+        L = self.train_len
+        r = rng.integers(1, (L + 1) // 2, endpoint=True)
+        e = rng.integers(L, min(document_len, 5 * L), endpoint=True)
+        s = rng.integers(0, self.target_len - L, endpoint=True)
+        positions, content = np.arange(L), np.arange(L)
+        positions[r:] += s
+        content[r:] += e - L
+        return Layout(positions, content)
+
+
+@dataclass(frozen=True)
+class EqualChunks(PositionSampler):
+    """Equal chunks that share a budget of skips, as axolotl's `use_pose` draws them.
+
+    The budget is B = T - L; each chunk but the first takes delta ~ U{0..B} of what is left of it, and its positions
+    are shifted by all that has been taken so far. The text is contiguous. Source: axolotl-ai-cloud/axolotl,
+    `add_pose_position_ids`, which puts the remainder of L / N into the last chunk; here chunk lengths differ by at
+    most one token.
+
+    Args:
+        num_chunks: N in [1, train_len].
+
+    Raises:
+        ConfigError: num_chunks is not in [1, train_len].
+    """
+
+    num_chunks: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_chunks(self.num_chunks, self.train_len)
+
+    def _sample(self, rng, document_len):
+        index = np.arange(self.train_len)
+        # A share U{0..B} of what is left, added to what is taken, is a draw from {taken..T-L}.
+        u = _nondecreasing(rng, self.num_chunks, self.target_len - self.train_len)
+        starts = np.arange(self.num_chunks + 1) * self.train_len // self.num_chunks
+        return Layout(index + np.repeat(u, np.diff(starts)), index)
+
+
+@dataclass(frozen=True)
+class Cream(PositionSampler):
+    """CREAM: a head, a tail, and a middle between them that prefers the middle (Wu et al. 2024, arXiv 2406.07138).
+
+    The law of the authors' code (bigai-nlco/CREAM, src/train.py), f = T / L:
+
+        h       floor(L/3) or 4f, each with probability 1/2: tokens of the head, and of the tail
+        m       L - 2h: tokens of the middle
+        alpha   floor of a normal draw of mean 1 + f and deviation sigma, clipped to [2, 2f]
+        e       ~ U{floor(h + (m-1) alpha/2) .. floor(alpha L/2) - h - 1}: the last position of the middle
+
+    The positions are 0..h-1, e-m+1..e, T-h..T-1. The text has the same places in the document, the tail its last h
+    tokens; in a document that ends too early for it the middle is what comes before the tail.
+
+    Two things are more general than the original, and the same wherever it is defined: T need not be a multiple of
+    L, and 4f is at most L/3, so that a middle is left. The coin is thrown for each example.
+
+    Args:
+        sigma: deviation of the normal draw, in half windows of L tokens.
+
+    Raises:
+        ConfigError: sigma is not a positive number.
+    """
+
+    sigma: float = 3.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.sigma, bool) or not isinstance(self.sigma, int | float) or not 0 < self.sigma < np.inf:
+            raise ConfigError(f"pose.sigma={self.sigma!r} is not accepted: give a number above 0")
+
+    def _sample(self, rng, document_len):
+        L, T, f = self.train_len, self.target_len, self.target_len / self.train_len
+        h = L // 3 if rng.random() < 0.5 else min(int(4 * f), L // 3)
+        m = L - 2 * h
+        alpha = int(np.clip(rng.normal(1 + f, self.sigma), 2, 2 * f))
+        e = rng.integers(h + (m - 1) * alpha // 2, alpha * L // 2 - h - 1, endpoint=True)
+        positions, content = np.arange(L), np.arange(L)
+        for ids, end, last in ((positions, T, e), (content, document_len, min(e, document_len - h - 1))):
+            ids[h : h + m] += last - (h + m - 1)
+            ids[h + m :] += end - L
+        return Layout(positions, content)
+
+
+@dataclass(frozen=True)
+class SentenceSkip(PositionSampler):
+    """LongRecipe's skips between sentences (Hu et al. 2024, arXiv 2409.00509).
+
+    The example's S sentences get S distinct slots of T - L + S, uniformly. An empty slot is one position, so sentence
+    i is shifted by (its slot) - i: the shifts never go down, and every such sequence of S shifts in {0..T-L} is
+    equally likely. The first sentence and a head of r ~ U{1..floor((L+1)/2)} tokens keep their ids.
+
+    Kept from the code (zhiyuanhubj/LongRecipe, preprocess_token_PI/FSProcessor.py and utils/preprocess_data.py): the
+    law above. Not kept: its list of LLaMA-3's token ids that end a sentence (the tokenizer of the run says which),
+    and its selection of tokens by how a long-context model judges them; the text is contiguous.
+
+    Args:
+        sentence_len: tokens in a sentence, on average, where the text does not say: each token then begins a new one
+            with probability 1 / sentence_len.
+
+    Raises:
+        ConfigError: sentence_len is not a positive int.
+    """
+
+    sentence_len: int = 20
+
+    uses_breaks = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_int("pose.sentence_len", self.sentence_len, at_least=1)
+
+    def _sample(self, rng, document_len, breaks=None):
+        L, high = self.train_len, self.target_len - self.train_len
+        if breaks is None:
+            breaks = 1 + np.flatnonzero(rng.random(L - 1) < 1 / self.sentence_len)
+        else:
+            breaks = breaks[np.searchsorted(breaks, 1) : np.searchsorted(breaks, L)]
+        num_sentences = len(breaks) + 1
+        slots = rng.choice(high + num_sentences, num_sentences, replace=False, shuffle=False)
+        skips = np.sort(slots) - np.arange(num_sentences)
+        skips[0] = 0
+        index = np.arange(L)
+        positions = index + np.repeat(skips, np.diff(breaks, prepend=0, append=L))
+        head = rng.integers(1, (L + 1) // 2, endpoint=True)
+        positions[:head] = index[:head]
+        return Layout(positions.astype(np.int64), index)
+
+
+@dataclass(frozen=True)
+class SingleShift(PositionSampler):
+    """The control that changes no relative distance: all ids are shifted by one u ~ U{0..T-L}; contiguous text."""
+
+    def _sample(self, rng, document_len):
+        index = np.arange(self.train_len)
+        return Layout(index + rng.integers(0, self.target_len - self.train_len, endpoint=True), index)
+
+
+@dataclass(frozen=True)
+class Mix(PositionSampler):
+    """With probability plain_share plain contiguous ids 0..L-1 of contiguous text, else what another sampler draws.
+
+    Args:
+        sampler: the other one, of the same lengths.
+        plain_share: in [0, 1].
+
+    Raises:
+        ConfigError: the other sampler has other lengths, or plain_share is not in [0, 1].
+    """
+
+    sampler: PositionSampler
+    plain_share: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        share = self.plain_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ConfigError(f"pose.plain_share={share!r} is not accepted: give a number in [0, 1]")
+        if not isinstance(self.sampler, PositionSampler):
+            raise ConfigError(f"pose.sampler={self.sampler!r} is not accepted: give another choice of the group pose")
+        for name in ("train_len", "target_len"):
+            inner, outer = getattr(self.sampler, name), getattr(self, name)
+            if inner != outer:
+                raise ConfigError(f"pose.sampler.{name}={inner} is not pose.{name}={outer}: give the same")
+        if self.sampler.example_len != self.train_len:
+            raise ConfigError(
+                f"pose.sampler={self.sampler.name} draws examples of {self.sampler.example_len} tokens, plain ones "
+                f"have {self.train_len}: choose a sampler whose examples have pose.train_len tokens"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"Mix({self.sampler.name})"
+
+    @property
+    def min_document_len(self) -> int:
+        return self.sampler.min_document_len
+
+    @property
+    def uses_breaks(self) -> bool:
+        return self.sampler.uses_breaks
+
+    def resized(self, train_len: int, target_len: int) -> "Mix":
+        return replace(
+            self, train_len=train_len, target_len=target_len, sampler=self.sampler.resized(train_len, target_len)
+        )
+
+    def _sample(self, rng, document_len, breaks=None):
+        if rng.random() < self.plain_share:
+            index = np.arange(self.train_len)
+            return Layout(index, index.copy())
+        return self.sampler.sample(rng, document_len, breaks)
+
+
 def _nondecreasing(rng: np.random.Generator, num: int, high: int) -> np.ndarray:
     """0 = w_0 <= w_1 <= ... with w_i ~ U{w_{i-1}..high}; int64 [num] (equations 4 and 5)."""
     w = np.zeros(num, np.int64)
@@ -198,3 +451,11 @@ def _nondecreasing(rng: np.random.Generator, num: int, high: int) -> np.ndarray:
 def _require_int(key: str, value, at_least: int):
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ConfigError(f"{key}={value!r} is not accepted: give an integer of at least {at_least}")
+
+
+def _require_chunks(num_chunks, train_len: int):
+    _require_int("pose.num_chunks", num_chunks, at_least=1)
+    if num_chunks > train_len:
+        raise ConfigError(
+            f"pose.num_chunks={num_chunks} is more than pose.train_len={train_len}: a chunk holds at least one token"
+        )

@@ -1,15 +1,17 @@
 """How a model's rotary frequencies change when its window is extended.
 
-One frozen dataclass per method. Each gives its frequencies in closed form (`frequencies`) and the
-form in which plain transformers builds the same ones (`to_hf`), so that a trained model *is* a
-plain Hugging Face model and its export cannot differ.
+One frozen dataclass per method. Each gives its frequencies in closed form (`inv_freq`), and the
+base class the form in which plain transformers builds the same ones (`to_hf`), so that a trained
+model *is* a plain Hugging Face model and its export cannot differ.
 
 Symbols: d the rotary dimensions of a head, b the base (rope_theta), L0 the model's own window,
-s the factor, theta_j = b^(-2j/d) for j in 0..d/2-1.
+s the factor, n the tokens of a text, theta_j = b^(-2j/d) for j in 0..d/2-1.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ class RopeGeometry:
 
     Args:
         base: b, rope_theta.
-        dim: d, rotary dimensions of one head.
+        dim: d, rotary dimensions of one head; fewer than the head has where rotary is partial.
         window: L0, the context the model was pretrained for, in tokens.
         rope_type: how the checkpoint is scaled already; "default" for a plain one.
     """
@@ -44,7 +46,8 @@ class Frequencies(NamedTuple):
 
     Attributes:
         inv_freq: float64 [d/2], radians per position. Models hold it in float32.
-        attention_factor: multiplies cos and sin, so attention logits grow by its square.
+        attention_factor: multiplies cos and sin, so attention logits grow by its square (where
+            rotary is partial: the share of the logits that comes from the rotary dimensions).
     """
 
     inv_freq: torch.Tensor
@@ -55,28 +58,40 @@ class Frequencies(NamedTuple):
 class RopeScaling(ABC):
     """What every method has in common.
 
+    A new method needs `inv_freq` alone; `native` where transformers has a type for it, and
+    `own_attention_factor` where the method has one.
+
     Args:
         factor: s, how many times the window grows; None means target_len / window, worked out by
             `resolve` once the model is known.
+        attention_factor: multiplies cos and sin; None means the method's own.
 
     Raises:
-        ConfigError: factor is given and is not a number of at least 1.
+        ConfigError: factor is given and is not a number of at least 1, or attention_factor is not above 0.
     """
 
     factor: float | None = None
+    attention_factor: float | None = None
 
     def __post_init__(self):
         require_number("rope.factor", self.factor, at_least=1.0, optional=True)
+        require_number("rope.attention_factor", self.attention_factor, above=0.0, optional=True)
+
+    @property
+    def name(self) -> str:
+        """The method's name in the config group `rope`."""
+        return re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
 
     def resolve(self, geometry: RopeGeometry, target_len: int) -> "RopeScaling":
-        """The same method with its factor filled in.
+        """The same method with everything filled in that follows from the model and the target.
 
         Args:
             geometry: of the model to extend.
             target_len: in tokens.
 
         Raises:
-            ConfigError: the model is scaled already, so its base and window are no longer its own.
+            ConfigError: the model is scaled already, so its base and window are no longer its own;
+                or the method cannot be applied to its dimensions.
         """
         if geometry.rope_type != "default":
             raise ConfigError(
@@ -84,20 +99,57 @@ class RopeScaling(ABC):
                 f"(rope_type {geometry.rope_type!r}): start from the unscaled model, or keep its "
                 "frequencies with rope=none"
             )
-        return replace(self, factor=self.factor or target_len / geometry.window)
+        scaling = replace(self, factor=self.factor or target_len / geometry.window)
+        attention_factor = self.attention_factor or scaling.own_attention_factor(geometry)
+        return replace(scaling, attention_factor=float(attention_factor))
 
-    @property
-    def name(self) -> str:
-        """The method's name in the config group `rope`."""
-        return "".join("_" + c.lower() if c.isupper() else c for c in type(self).__name__)[1:]
-
-    @abstractmethod
-    def frequencies(self, geometry: RopeGeometry) -> Frequencies:
-        """The closed form. Needs a factor: call `resolve` first."""
+    def own_attention_factor(self, geometry: RopeGeometry) -> float:
+        """The attention factor that belongs to the method."""
+        return 1.0
 
     @abstractmethod
+    def inv_freq(self, geometry: RopeGeometry, seq_len: int | None = None) -> torch.Tensor:
+        """The closed form; float64 [d/2], in radians per position.
+
+        Args:
+            geometry: of the model to extend.
+            seq_len: n, for methods whose frequencies depend on the length of the text; None means
+                no more than the window. The others do not look at it.
+        """
+
+    def frequencies(self, geometry: RopeGeometry, seq_len: int | None = None) -> Frequencies:
+        """`inv_freq` with the attention factor. Call `resolve` first: it fills in both factors."""
+        return Frequencies(self.inv_freq(geometry, seq_len), self.attention_factor)
+
     def to_hf(self, geometry: RopeGeometry) -> dict[str, Any]:
-        """transformers' `rope_parameters` that build exactly `frequencies`."""
+        """transformers' `rope_parameters` that build exactly `frequencies`.
+
+        The method's own type where transformers has one that can say everything, else `to_longrope`.
+        """
+        native = self.native(geometry)
+        if native is None or ("attention_factor" not in native and self.attention_factor != 1.0):
+            return self.to_longrope(geometry)
+        return native
+
+    def native(self, geometry: RopeGeometry) -> dict[str, Any] | None:
+        """transformers' own type for the method; None where it has none."""
+        return None
+
+    def to_longrope(self, geometry: RopeGeometry) -> dict[str, Any]:
+        """Any static method as transformers' `longrope`: the divisor theta_j / inv_freq_j of each dimension."""
+        divisors = (geometry.theta() / self.inv_freq(geometry)).tolist()
+        return self._longrope(geometry, divisors, divisors)
+
+    def _longrope(self, geometry: RopeGeometry, short: Sequence[float], long: Sequence[float]) -> dict[str, Any]:
+        return {
+            "rope_type": "longrope",
+            "rope_theta": geometry.base,
+            "factor": self.factor,
+            "original_max_position_embeddings": geometry.window,
+            "short_factor": list(short),
+            "long_factor": list(long),
+            "attention_factor": self.attention_factor,
+        }
 
 
 @dataclass(frozen=True)
@@ -105,8 +157,10 @@ class Unscaled(RopeScaling):
     """`rope=none`: the checkpoint's frequencies as they are, whatever they are."""
 
     def __post_init__(self):
-        if self.factor is not None:
-            raise ConfigError(f"rope.factor={self.factor!r} means nothing for rope=none: leave it null")
+        for key in ("factor", "attention_factor"):
+            value = getattr(self, key)
+            if value is not None:
+                raise ConfigError(f"rope.{key}={value!r} means nothing for rope=none: leave it null")
 
     @property
     def name(self) -> str:
@@ -115,10 +169,13 @@ class Unscaled(RopeScaling):
     def resolve(self, geometry, target_len):
         return self
 
-    def frequencies(self, geometry):
+    def inv_freq(self, geometry, seq_len=None):
         if geometry.rope_type != "default":
             raise ValueError(f"no closed form here for a checkpoint of rope_type {geometry.rope_type!r}")
-        return Frequencies(geometry.theta(), 1.0)
+        return geometry.theta()
+
+    def frequencies(self, geometry, seq_len=None):
+        return Frequencies(self.inv_freq(geometry), 1.0)
 
     def to_hf(self, geometry):
         return {"rope_type": "default", "rope_theta": geometry.base}
@@ -128,10 +185,10 @@ class Unscaled(RopeScaling):
 class Linear(RopeScaling):
     """Position interpolation (Chen et al. 2023, arXiv 2306.15595): m -> m/s, so theta_j / s."""
 
-    def frequencies(self, geometry):
-        return Frequencies(geometry.theta() / self.factor, 1.0)
+    def inv_freq(self, geometry, seq_len=None):
+        return geometry.theta() / self.factor
 
-    def to_hf(self, geometry):
+    def native(self, geometry):
         return {"rope_type": "linear", "rope_theta": geometry.base, "factor": self.factor}
 
 
@@ -143,19 +200,83 @@ class NTK(RopeScaling):
     nothing else, it is exported as `rope_theta`.
     """
 
-    @property
-    def name(self) -> str:
-        return "ntk"
+    def resolve(self, geometry, target_len):
+        _require_ntk_dim(self.name, geometry)
+        return super().resolve(geometry, target_len)
 
     def scaled_base(self, geometry: RopeGeometry) -> float:
         """b' = b * s^(d/(d-2))."""
         return geometry.base * self.factor ** (geometry.dim / (geometry.dim - 2))
 
-    def frequencies(self, geometry):
-        return Frequencies(replace(geometry, base=self.scaled_base(geometry)).theta(), 1.0)
+    def inv_freq(self, geometry, seq_len=None):
+        return replace(geometry, base=self.scaled_base(geometry)).theta()
 
-    def to_hf(self, geometry):
+    def native(self, geometry):
         return {"rope_type": "default", "rope_theta": self.scaled_base(geometry)}
+
+
+@dataclass(frozen=True)
+class Dynamic(RopeScaling):
+    """Dynamic NTK, as transformers' type `dynamic`: the base grows with the length n of the text.
+
+    b_n = b * (s n / L0 - (s - 1))^(d/(d-2)) for n > L0, b_n = b up to the window. With s = 1 that is
+    the NTK of exactly n / L0; a larger s stretches more, and s^2 - s + 1 times at n = s L0.
+
+    transformers takes L0 from `max_position_embeddings`, which therefore stays the model's own
+    window; the target is noted beside it (`pose.modeling.rotary.target_len_of`).
+    """
+
+    def resolve(self, geometry, target_len):
+        _require_ntk_dim(self.name, geometry)
+        if self.attention_factor not in (None, 1.0):
+            raise ConfigError(
+                f"rope.attention_factor={self.attention_factor!r} is not accepted by rope=dynamic: plain transformers "
+                "has no place for it, so the exported model would not be the trained one; leave it null"
+            )
+        return super().resolve(geometry, target_len)
+
+    def inv_freq(self, geometry, seq_len=None):
+        n = max(seq_len or 0, geometry.window)
+        growth = self.factor * n / geometry.window - (self.factor - 1)
+        base = geometry.base * growth ** (geometry.dim / (geometry.dim - 2))
+        return replace(geometry, base=base).theta()
+
+    def native(self, geometry):
+        return {"rope_type": "dynamic", "rope_theta": geometry.base, "factor": self.factor}
+
+    def to_longrope(self, geometry):
+        raise ConfigError(
+            "rope=dynamic cannot be written for this model: its class does not know the type 'dynamic', and no list "
+            "of divisors can say frequencies that depend on the length; choose a static method"
+        )
+
+
+@dataclass(frozen=True)
+class NTKByParts(RopeScaling):
+    """NTK-by-parts (YaRN, arXiv 2309.00071, section 3.2): YaRN without its attention factor, by turns.
+
+    With r_j = L0 theta_j / (2 pi) the turns of a dimension in the window and gamma_j the ramp from
+    0 at r = beta_slow to 1 at r = beta_fast, linear in r:  theta_j * (gamma_j + (1 - gamma_j) / s).
+    (YaRN's code, and so `Yarn`, runs its ramp over j instead.)
+
+    Args:
+        beta_fast: turns in the window above which a dimension is left alone (the paper's beta).
+        beta_slow: turns in the window below which a dimension is fully interpolated (alpha).
+
+    Raises:
+        ConfigError: a beta is not positive, or beta_fast <= beta_slow.
+    """
+
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_number("rope.beta_slow", self.beta_slow, above=0.0)
+        require_number("rope.beta_fast", self.beta_fast, above=self.beta_slow)
+
+    def inv_freq(self, geometry, seq_len=None):
+        return _interpolate_by_turns(geometry, self.factor, self.beta_slow, self.beta_fast)
 
 
 @dataclass(frozen=True)
@@ -165,30 +286,26 @@ class Yarn(RopeScaling):
     Dimensions that turn more than `beta_fast` times in the window keep their frequency, those
     that turn less than `beta_slow` times are divided by s, and *frequencies* are blended linearly
     in between:  theta_j * (m_j + (1 - m_j) / s), m_j the ramp from 1 (fast) to 0 (slow).
+    Its own attention factor is 0.1 ln(s) + 1.
 
     Args:
         beta_fast: turns in the window above which a dimension is left alone.
         beta_slow: turns in the window below which a dimension is fully interpolated.
-        attention_factor: multiplies cos and sin; None means 0.1 ln(s) + 1.
 
     Raises:
-        ConfigError: a beta is not positive, or beta_fast <= beta_slow, or attention_factor <= 0.
+        ConfigError: a beta is not positive, or beta_fast <= beta_slow.
     """
 
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
         require_number("rope.beta_slow", self.beta_slow, above=0.0)
         require_number("rope.beta_fast", self.beta_fast, above=self.beta_slow)
-        require_number("rope.attention_factor", self.attention_factor, above=0.0, optional=True)
 
-    def resolve(self, geometry, target_len):
-        scaling = super().resolve(geometry, target_len)
-        default = 0.1 * math.log(scaling.factor) + 1.0
-        return replace(scaling, attention_factor=scaling.attention_factor or default)
+    def own_attention_factor(self, geometry):
+        return 0.1 * math.log(self.factor) + 1.0
 
     def ramp(self, geometry: RopeGeometry) -> torch.Tensor:
         """m_j, 1 where a dimension is left alone, 0 where it is interpolated; float64 [d/2]."""
@@ -211,11 +328,11 @@ class Yarn(RopeScaling):
         j = torch.arange(geometry.dim // 2, dtype=torch.float64)
         return 1 - ((j - low) / (high - low)).clamp(0, 1)
 
-    def frequencies(self, geometry):
+    def inv_freq(self, geometry, seq_len=None):
         m = self.ramp(geometry)
-        return Frequencies(geometry.theta() * (m + (1 - m) / self.factor), self.attention_factor)
+        return geometry.theta() * (m + (1 - m) / self.factor)
 
-    def to_hf(self, geometry):
+    def native(self, geometry):
         return {
             "rope_type": "yarn",
             "rope_theta": geometry.base,
@@ -232,29 +349,162 @@ class YarnRevised(Yarn):
     """YaRN as the released PoSE code computes it ("revised"): *wavelengths* are blended.
 
     theta_j / (m_j + (1 - m_j) * s), with the ramp of `Yarn`. Not what transformers calls yarn: at
-    s = 8, d = 128 many frequencies of the ramp differ by far more than 1 %. transformers has no
-    type for it, so it is built and exported as `longrope` with the divisors of each dimension.
+    s = 8, d = 128 many frequencies of the ramp differ by far more than 1 %.
+    Source: dwzhu-pku/PoSE, src/my_modeling_llama.py, `revised_yarn`.
     """
 
-    def divisors(self, geometry: RopeGeometry) -> torch.Tensor:
-        """m_j + (1 - m_j) * s; float64 [d/2]."""
+    def inv_freq(self, geometry, seq_len=None):
         m = self.ramp(geometry)
-        return m + (1 - m) * self.factor
+        return geometry.theta() / (m + (1 - m) * self.factor)
 
-    def frequencies(self, geometry):
-        return Frequencies(geometry.theta() / self.divisors(geometry), self.attention_factor)
+    def native(self, geometry):
+        return None
 
-    def to_hf(self, geometry):
-        divisors = self.divisors(geometry).tolist()
+
+@dataclass(frozen=True)
+class Llama3(RopeScaling):
+    """The scaling of Llama 3.1, transformers' type `llama3`: `NTKByParts` between 1 and 4 turns.
+
+    Args:
+        low_freq_factor: turns in the window below which a dimension is divided by s.
+        high_freq_factor: turns in the window above which a dimension is left alone.
+
+    Raises:
+        ConfigError: a number is not positive, or high_freq_factor <= low_freq_factor.
+    """
+
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_number("rope.low_freq_factor", self.low_freq_factor, above=0.0)
+        require_number("rope.high_freq_factor", self.high_freq_factor, above=self.low_freq_factor)
+
+    def inv_freq(self, geometry, seq_len=None):
+        return _interpolate_by_turns(geometry, self.factor, self.low_freq_factor, self.high_freq_factor)
+
+    def native(self, geometry):
         return {
-            "rope_type": "longrope",
+            "rope_type": "llama3",
             "rope_theta": geometry.base,
             "factor": self.factor,
             "original_max_position_embeddings": geometry.window,
-            "short_factor": divisors,  # the same at every length: a static method
-            "long_factor": divisors,
-            "attention_factor": self.attention_factor,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
         }
+
+
+@dataclass(frozen=True)
+class LongRope(RopeScaling):
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor for each dimension, found by search.
+
+    theta_j / long_factor_j for texts of more than L0 tokens, theta_j / short_factor_j up to L0.
+    Its own attention factor is sqrt(1 + ln s / ln L0), at every length.
+
+    Args:
+        long_factor: d/2 divisors.
+        short_factor: d/2 divisors; None leaves texts within the window as they are (all 1, the
+            mixed windows of LongRoPE2, arXiv 2502.20082).
+
+    Raises:
+        ConfigError: long_factor is not given, or a list holds anything but positive numbers.
+    """
+
+    long_factor: Sequence[float] | None = None
+    short_factor: Sequence[float] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.long_factor is None:
+            raise ConfigError(
+                "rope.long_factor is not set: rope=longrope needs a list of divisors, one for every two rotary "
+                "dimensions of a head (rope.long_factor=[1.0,1.02,...])"
+            )
+        for key in ("long_factor", "short_factor"):
+            values = getattr(self, key)
+            if values is None:
+                continue
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise ConfigError(f"rope.{key}={values!r} is not accepted: give a list of numbers")
+            for i, value in enumerate(values):
+                require_number(f"rope.{key}[{i}]", value, above=0.0)
+
+    @property
+    def name(self) -> str:
+        return "longrope"
+
+    def resolve(self, geometry, target_len):
+        short = self.short_factor or [1.0] * (geometry.dim // 2)
+        for key, values in (("long_factor", self.long_factor), ("short_factor", short)):
+            if len(values) != geometry.dim // 2:
+                raise ConfigError(
+                    f"rope.{key} has {len(values)} numbers, and this model needs {geometry.dim // 2}: one for every "
+                    f"two of its {geometry.dim} rotary dimensions"
+                )
+        return super(LongRope, replace(self, short_factor=short)).resolve(geometry, target_len)
+
+    def own_attention_factor(self, geometry):
+        return math.sqrt(1 + math.log(self.factor) / math.log(geometry.window))
+
+    def inv_freq(self, geometry, seq_len=None):
+        divisors = self.long_factor if (seq_len or 0) > geometry.window else self.short_factor
+        return geometry.theta() / torch.tensor(divisors, dtype=torch.float64)
+
+    def native(self, geometry):
+        return self._longrope(geometry, self.short_factor, self.long_factor)
+
+
+@dataclass(frozen=True)
+class Theta(RopeScaling):
+    """A changed base b' and nothing else (Xiong et al. 2023, arXiv 2309.16039). Exported as `rope_theta`.
+
+    Args:
+        theta: b'; None keeps the critical dimension of Liu et al. (arXiv 2310.05209): as many dimensions make a full
+            turn in the target as did in the window, b' = b^(ln(s L0 / 2 pi) / ln(L0 / 2 pi)).
+
+    Raises:
+        ConfigError: theta is given and is not a number above 1.
+    """
+
+    theta: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_number("rope.theta", self.theta, above=1.0, optional=True)
+
+    def resolve(self, geometry, target_len):
+        scaling = super().resolve(geometry, target_len)
+        if self.theta is None and geometry.window <= 2 * math.pi:
+            raise ConfigError(f"rope.theta is not set, and a window of {geometry.window} tokens is too short to derive it")
+        return scaling if self.theta else replace(scaling, theta=scaling._critical_base(geometry))
+
+    def _critical_base(self, geometry: RopeGeometry) -> float:
+        turns = geometry.window / (2 * math.pi)
+        return geometry.base ** (math.log(self.factor * turns) / math.log(turns))
+
+    def inv_freq(self, geometry, seq_len=None):
+        return replace(geometry, base=self.theta).theta()
+
+    def native(self, geometry):
+        return {"rope_type": "default", "rope_theta": float(self.theta)}
+
+
+@dataclass(frozen=True)
+class Drope(RopeScaling):
+    """DroPE (arXiv 2512.12167): no position signal at all, recalibrated at the original window.
+
+    Every frequency is divided by 1e30: cos is 1 and sin is 0 at every position. The factor changes
+    nothing; `attention_factor` is the square root of the softmax scale (for models whose heads are
+    rotary as a whole).
+    """
+
+    def inv_freq(self, geometry, seq_len=None):
+        return geometry.theta() / 1e30
+
+    def native(self, geometry):
+        divisors = [1e30] * (geometry.dim // 2)
+        return self._longrope(geometry, divisors, divisors)
 
 
 def require_number(key, value, *, at_least=None, above=None, optional=False):
@@ -266,3 +516,19 @@ def require_number(key, value, *, at_least=None, above=None, optional=False):
         return
     bound = f"of at least {at_least:g}" if at_least is not None else f"above {above:g}"
     raise ConfigError(f"{key}={value!r} is not accepted: give a number {bound}{' or null' * optional}")
+
+
+def _interpolate_by_turns(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> torch.Tensor:
+    """theta_j (g_j + (1 - g_j) / s), g_j growing from 0 to 1 with the turns of dimension j in the window."""
+    theta = geometry.theta()
+    turns = geometry.window * theta / (2 * math.pi)
+    g = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    return theta * (g + (1 - g) / factor)
+
+
+def _require_ntk_dim(name: str, geometry: RopeGeometry):
+    if geometry.dim < 4:
+        raise ConfigError(
+            f"rope={name} needs at least 4 rotary dimensions (its exponent is d/(d-2)), and this model has "
+            f"{geometry.dim}: choose another method"
+        )

@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from pose.evaluation.suite import EvalOptions
+from pose.modeling.lora import LoraOptions
 
 
 @dataclass
@@ -57,6 +58,7 @@ class FinetuneConfig:
     weight_decay: float = 0.0  # of AdamW, on matrices
     schedule: str = "linear"  # of transformers' get_scheduler
     warmup_steps: int = 10  # optimizer steps
+    lora: LoraOptions = field(default_factory=LoraOptions)  # adapters, which train in place of the weights
 
 
 @dataclass
@@ -106,8 +108,19 @@ class EvaluateConfig:
     cache_dir: str = "~/.cache/pose"  # token caches
 
 
+@dataclass
+class CoverageConfig:
+    """Everything `python -m pose.coverage` takes."""
+
+    pose: Any = MISSING
+    beside: list[str] = field(default_factory=list)  # choices of the group pose to compare with, of the same lengths
+    num_samples: int | None = None  # examples drawn where there is no closed form; null: 2,000, fewer beyond 32k
+    seed: int = 0  # of these examples
+
+
 def register():
     """Makes the schemas known to Hydra, under the names that conf/ uses."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="coverage_schema", node=CoverageConfig)

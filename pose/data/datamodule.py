@@ -1,7 +1,7 @@
 """The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from pose.data.examples import Curriculum, PoseDataset, collate
 from pose.data.synthetic import TASKS
 from pose.errors import ConfigError
 from pose.positions import PositionSampler
+
+SENTENCE_END = re.compile(r"""([.!?]["'”’»)\]]*|\n)\s*$""")
 
 
 class PoseDataModule(L.LightningDataModule):
@@ -104,17 +106,18 @@ class PoseDataModule(L.LightningDataModule):
             for length in (self.sampler.example_len, *(length for _, length in self.curriculum)):
                 task.sample(np.random.default_rng(0), length)
 
+        ends = sentence_ends(self.tokenizer) if self.sampler.uses_breaks else None
+
         def dataset(sampler, window_len):
             return PoseDataset(
                 documents, sampler, num_examples=self.num_examples, seed=self.seed,
-                window_len=window_len, bos_id=self.bos_id, synthetic=tasks,
+                window_len=window_len, bos_id=self.bos_id, synthetic=tasks, sentence_end=ends,
             )  # fmt: skip
 
         self.dataset = dataset(self.sampler, self.window_len)
         if self.curriculum:
             phases = [
-                (round(end * self.num_examples), dataset(replace(self.sampler, train_len=n, target_len=n), n))
-                for end, n in self.curriculum
+                (round(end * self.num_examples), dataset(self.sampler.resized(n, n), n)) for end, n in self.curriculum
             ]
             self.dataset = Curriculum([*phases, (self.num_examples, self.dataset)])
 
@@ -161,3 +164,16 @@ def bos_id(tokenizer, add_bos: bool | None) -> int | None:
     if add_bos and tokenizer.bos_token_id is None:
         raise ConfigError("add_bos=true, but this tokenizer has no BOS token: set it to false")
     return tokenizer.bos_token_id if add_bos else None
+
+
+def sentence_ends(tokenizer) -> np.ndarray:
+    """Which tokens end a sentence: those whose text ends in . ! ? (and closing quotes) or holds a line's end last.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        bool [vocabulary].
+    """
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return np.array([SENTENCE_END.search(text) is not None for text in texts])

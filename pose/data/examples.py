@@ -33,6 +33,7 @@ class PoseDataset(Dataset):
         bos_id: put before x when given.
         synthetic: retrieval tasks by the share of examples they take, each an object with
             ``sample(rng, length) -> (tokens, is_answer)``.
+        sentence_end: bool [vocabulary], the tokens that end a sentence; for samplers that use breaks.
 
     Raises:
         DataError: no document is long enough for the sampler.
@@ -48,10 +49,11 @@ class PoseDataset(Dataset):
         window_len: int | None = None,
         bos_id: int | None = None,
         synthetic: Mapping[object, float] | None = None,
+        sentence_end: np.ndarray | None = None,
     ):
         self.documents, self.sampler = documents, sampler
         self.num_examples, self.seed, self.window_len, self.bos_id = num_examples, seed, window_len, bos_id
-        self.synthetic = dict(synthetic or {})
+        self.synthetic, self.sentence_end = dict(synthetic or {}), sentence_end
         self.num_bos = 0 if bos_id is None else 1
         lengths = np.array([len(document) for document in documents])
         self.usable = np.flatnonzero(lengths + self.num_bos >= sampler.min_document_len)
@@ -91,13 +93,19 @@ class PoseDataset(Dataset):
         if self.window_len is not None and len(document) > self.window_len:
             start = int(rng.integers(len(document) - self.window_len, endpoint=True))
             document = document[start : start + self.window_len]
-        layout = self.sampler.sample(rng, len(document) + self.num_bos)
+        layout = self.sampler.sample(rng, len(document) + self.num_bos, self._breaks(document))
         if self.bos_id is None:
             tokens = document[layout.content_ids].astype(np.int64)
         else:
             tokens = document[np.maximum(layout.content_ids - 1, 0)].astype(np.int64)
             tokens[layout.content_ids == 0] = self.bos_id
         return _tensors(tokens, tokens, layout.position_ids)
+
+    def _breaks(self, document: np.ndarray) -> np.ndarray | None:
+        """The indices in x (BOS included) at which a new sentence begins, for a sampler that looks at them."""
+        if self.sentence_end is None or not self.sampler.uses_breaks:
+            return None
+        return np.flatnonzero(self.sentence_end[document[:]]) + self.num_bos + 1
 
     def _synthetic_example(self, rng, task):
         tokens, is_answer = task.sample(rng, self.sampler.example_len)

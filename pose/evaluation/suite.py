@@ -37,6 +37,7 @@ class EvalOptions:
     depths: list[float] | None = None  # passkey places in [0, 1], taken in turn; null: random
     seed: int = 0  # of the passkey prompts
     batch_tokens: int = 4096  # tokens in one forward pass, at least one window
+    before: bool = True  # train.py measures the untuned and the scaled model too
 
     def __post_init__(self):
         for task in self.tasks:

@@ -5,15 +5,37 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from pose.errors import GuardError
+from pose.modeling.load import rope_geometry
+from pose.modeling.lora import adapters
+from pose.modeling.rotary import target_len_of
 
 VERIFY_LEN = 64  # tokens
-# Largest difference of a logit, as a share of the logits' standard deviation.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
+LONGEST_TEXT = 8192 + VERIFY_LEN  # tokens; fp32 attention over more would take its memory squared
+CPU_FLOPS = 2.5e12  # that a check on the CPU may take; half a minute on two cores
+# Largest difference of a logit, as a share of the logits' standard deviation: ten times what rounding makes of it.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+class Probe(NamedTuple):
+    """What two models are asked to compare them.
+
+    Attributes:
+        name: what it covers, for messages.
+        input_ids: int64 [1, n].
+        position_ids: int64 [1, n]; None for 0..n-1, as a user who gives none.
+        logits: fp32 [1, VERIFY_LEN, V], of the last tokens, from the model that was trained.
+    """
+
+    name: str
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor | None
+    logits: torch.Tensor
 
 
 def export_model(
@@ -23,10 +45,12 @@ def export_model(
     dtype: torch.dtype = torch.float32,
     is_writer: bool = True,
 ):
-    """Saves model and tokenizer, then loads them back as anybody would and compares the logits.
+    """Saves model and tokenizer, loads them back as anybody would, and compares the logits.
 
-    The folder appears in one rename: it is whole, or is not there. Every process of a run must call
-    this, since each may hold a part of the weights; one of them writes.
+    The folder appears under its name when it has passed: it is whole and right, or is not there.
+    Adapters (`pose.modeling.lora`) are merged into the saved weights; the model in memory keeps
+    them apart. Every process of a run must call this, since each may hold a part of the weights;
+    one of them writes.
 
     Args:
         model: built from a scaled config; its config is what is saved, so nothing can get lost.
@@ -36,27 +60,28 @@ def export_model(
         is_writer: whether this process writes and compares.
 
     Raises:
-        GuardError: the folder gives other logits than the model.
+        GuardError: what was written does not load, or gives other logits than the model. It is kept
+            beside the folder's name, with `.rejected` added; a folder that was there before stays.
     """
     weights = _gather_weights(model, dtype, keep=is_writer)
-    probe, wanted = _probe_logits(model)
+    probes = _probe(model)
     if not is_writer:
         return
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        model.save_pretrained(partial, state_dict=weights)
-        _write_dtype(partial / "config.json", dtype)
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        _write(model, weights, tokenizer, partial, dtype)
+        try:
+            _compare(partial, probes, _tolerance(model, dtype))
+        except Exception as error:
+            rejected = folder.with_name(folder.name + ".rejected")
+            _replace(partial, rejected)
+            message = str(error).replace(str(partial), str(rejected))
+            raise GuardError(f"{message}. It is kept there for inspection, and nothing was put at {folder}.") from error
+        _replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _compare(folder, probe, wanted, max(TOLERANCE[dtype], TOLERANCE[next(model.parameters()).dtype]))
 
 
 def verify_export(model: PreTrainedModel, folder: str | Path, dtype: torch.dtype = torch.float32):
@@ -70,63 +95,157 @@ def verify_export(model: PreTrainedModel, folder: str | Path, dtype: torch.dtype
     Raises:
         GuardError: the logits differ by more than the weights' rounding explains.
     """
-    probe, wanted = _probe_logits(model)
-    _compare(Path(folder), probe, wanted, max(TOLERANCE[dtype], TOLERANCE[next(model.parameters()).dtype]))
+    _compare(Path(folder), _probe(model), _tolerance(model, dtype))
 
 
 def _gather_weights(model: PreTrainedModel, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """All weights, whole, on the CPU; one parameter at a time is put together from its parts."""
+    """All weights, whole, merged, on the CPU; one parameter at a time is put together from its parts."""
     weights, copies = {}, {}
+    lora = adapters(model)
+    parts = {id(part) for adapter in lora.values() for part in (adapter.down, adapter.up)}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in parts:
+            continue
         if id(tensor) not in copies:  # tied weights stay one tensor, and are saved once
-            with _whole(tensor):
-                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            adapter = lora.get(name)
+            with _whole(tensor, *(adapter[:2] if adapter else ())):
+                full = _full(tensor)
                 kept = dtype if full.is_floating_point() else full.dtype
-                copies[id(tensor)] = full.detach().to("cpu", kept, copy=True) if keep else None
-        weights[name] = copies[id(tensor)]
+                if adapter:
+                    full = full.float() + adapter.scale * (_full(adapter.up).float() @ _full(adapter.down).float())
+                copies[id(tensor)] = full.to("cpu", kept, copy=True) if keep else None
+        weights[name.replace(".base_layer.", ".")] = copies[id(tensor)]
     return weights
 
 
-def _whole(tensor: torch.Tensor):
-    """The context in which a parameter that ZeRO-3 has partitioned is whole."""
-    if not hasattr(tensor, "ds_id"):
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def _whole(*tensors: torch.Tensor):
+    """The context in which parameters that ZeRO-3 has partitioned are whole."""
+    if not hasattr(tensors[0], "ds_id"):
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([tensor])
+    return deepspeed.zero.GatheredParameters(list(tensors))
 
 
-def _write_dtype(config_file: Path, dtype: torch.dtype):
-    config = json.loads(config_file.read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+def _write(model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer, folder: Path, dtype: torch.dtype):
+    """Everything of the folder, into one that is there."""
+    target_len = target_len_of(model.config)
+    _make_generation_savable(model)
+    model.save_pretrained(folder, state_dict=weights)
+    with _edited(folder / "config.json") as config:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if (folder / "generation_config.json").is_file():
+        with _edited(folder / "generation_config.json") as generation:
+            if generation.get("max_length") is not None:
+                generation["max_length"] = max(generation["max_length"], target_len)
+    tokenizer.model_max_length = target_len
+    tokenizer.save_pretrained(folder)
+    folder.chmod(0o755)
+
+
+def _make_generation_savable(model: PreTrainedModel):
+    """transformers loads a contradictory generation config, but may refuse to save it: then its token ids stay."""
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        print(f"The generation config contradicts itself ({reason}): only its token ids are exported", flush=True)
+        ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ids)
+
+
+@contextlib.contextmanager
+def _edited(json_file: Path):
+    content = json.loads(json_file.read_text())
+    yield content
+    json_file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _replace(new: Path, folder: Path):
+    """Renames new to folder. At every moment the old folder, or the new one, is whole: at worst as `.old`."""
+    old = folder.with_name(folder.name + ".old")
+    try:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        if not folder.exists() and old.exists():
+            old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tolerance(model: PreTrainedModel, dtype: torch.dtype) -> float:
+    return max(TOLERANCE[dtype], TOLERANCE[next(model.parameters()).dtype])
 
 
 @torch.no_grad()
-def _probe_logits(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Random tokens at positions that reach the end of the new window, and the model's logits; fp32."""
+def _probe(model: PreTrainedModel) -> list[Probe]:
+    """Random tokens at positions up to the end of the new window, and what the model makes of them."""
+    window, target_len = rope_geometry(model.config).window, target_len_of(model.config)
     device = next(model.parameters()).device
+    short, long = min(VERIFY_LEN, target_len), min(window + VERIFY_LEN, target_len)
+    # Texts first, the short one before the long: transformers' `dynamic` remembers the longest it has seen.
+    lengths = sorted({n for n in (short, long) if n <= LONGEST_TEXT and _affordable(model, n, device)})
+    cases = [(f"on a text of {n} tokens", n, None) for n in lengths]
+    cases += [
+        ("at positions spread over the window", short, torch.linspace(0, target_len - 1, short).long()),
+        ("at the last positions", short, torch.arange(target_len - short, target_len)),
+    ]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, VERIFY_LEN), generator=generator)
-    positions = torch.linspace(0, model.config.max_position_embeddings - 1, VERIFY_LEN).long()[None]
-    probe = {"input_ids": tokens.to(device), "position_ids": positions.to(device)}
     training = model.training
     model.eval()
-    logits = model(**probe, use_cache=False).logits.float()
+    probes = []
+    for name, length, positions in cases:
+        tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(device)
+        positions = None if positions is None else positions[None].to(device)
+        logits = _last_logits(model, input_ids=tokens, position_ids=positions)
+        probes.append(Probe(name, tokens, positions, logits))
     model.train(training)
-    return probe, logits
+    return probes
 
 
 @torch.no_grad()
-def _compare(folder: Path, probe: dict[str, torch.Tensor], wanted: torch.Tensor, tolerance: float):
+def _compare(folder: Path, probes: list[Probe], tolerance: float):
     exported = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
-    exported.to(wanted.device)
-    # transformers' own attention, told by a mask that nothing is hidden: it would take the skips for borders.
-    mask = torch.ones_like(probe["input_ids"])
-    got = exported(**probe, attention_mask=mask, use_cache=False).logits
-    difference = ((got - wanted).abs().max() / wanted.std()).item()
-    if not difference <= tolerance:
-        raise GuardError(
-            f"the model loaded from {folder} gives other logits than the trained one: they differ by {difference:.2g} "
-            f"standard deviations, where {tolerance:g} is expected from rounding. The folder is kept for inspection."
-        )
+    if not type(exported).__module__.startswith("transformers."):
+        raise GuardError(f"the model loaded from {folder} is of {type(exported)}, not of a class of transformers")
+    device = _device_with_room(exported, probes[0].logits.device)
+    exported.to(device)
+    for name, *inputs in probes:
+        tokens, positions, wanted = (None if tensor is None else tensor.to(device) for tensor in inputs)
+        if not _affordable(exported, tokens.shape[1], device):
+            continue
+        # transformers' own attention takes skips for borders unless a mask tells it that nothing is hidden.
+        mask = None if positions is None else torch.ones_like(tokens)
+        got = _last_logits(exported, input_ids=tokens, position_ids=positions, attention_mask=mask)
+        difference = ((got - wanted).abs().max() / wanted.std()).item()
+        if not difference <= tolerance:
+            raise GuardError(
+                f"the model loaded from {folder} gives other logits than the trained one {name}: they differ by "
+                f"{difference:.2g} standard deviations, where {tolerance:g} is expected from rounding"
+            )
+
+
+def _last_logits(model: PreTrainedModel, **inputs) -> torch.Tensor:
+    """fp32 [1, VERIFY_LEN, V]."""
+    return model(**inputs, use_cache=False, logits_to_keep=VERIFY_LEN).logits[:, -VERIFY_LEN:].float()
+
+
+def _affordable(model: PreTrainedModel, length: int, device: torch.device) -> bool:
+    return device.type != "cpu" or length <= VERIFY_LEN or 2 * model.num_parameters() * length <= CPU_FLOPS
+
+
+def _device_with_room(model: PreTrainedModel, device: torch.device) -> torch.device:
+    """The device, or the CPU where another model does not fit beside the trained one."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < 1.5 * model.get_memory_footprint():
+            return torch.device("cpu")
+    return device

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from pose.errors import GuardError
-from pose.modeling.load import rotary_modules
 from pose.modeling.loss import causal_lm_loss
+from pose.modeling.rotary import frequencies_at, rotary_modules
 from pose.rope import Frequencies
 
 PROBE_LEN = 32  # tokens, in two chunks
@@ -23,7 +23,7 @@ def run_guards(model: PreTrainedModel, expected: Frequencies | None, target_len:
 
     Args:
         model: as it trains.
-        expected: the closed form of its frequencies; None skips that comparison.
+        expected: the closed form of its frequencies for a text of target_len; None skips that comparison.
         target_len: the window to extend to, in tokens.
         device: of the model.
 
@@ -33,31 +33,33 @@ def run_guards(model: PreTrainedModel, expected: Frequencies | None, target_len:
     training = model.training
     model.eval()
     try:
-        check_frequencies(model, expected)
+        check_frequencies(model, expected, target_len)
         check_chunks_attend(model, target_len, device)
         check_loss(model, device)
     finally:
         model.train(training)
 
 
-def check_frequencies(model: PreTrainedModel, expected: Frequencies | None):
-    """The inverse frequencies the model computes with are fp32 and equal the closed form."""
+def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, target_len: int):
+    """The inverse frequencies the model rotates a text of target_len with are fp32 and equal the closed form."""
     modules = rotary_modules(model)
     if not modules:
         raise GuardError("no rotary embedding was found in the model: there is nothing to extend")
     for module in modules:
-        inv_freq = module.inv_freq
-        if inv_freq.dtype != torch.float32:
-            raise GuardError(
-                f"the model's inv_freq is {str(inv_freq.dtype).removeprefix('torch.')}, not float32: positions far "
-                "out would be rotated by angles that are wrong by whole turns. Something cast the model's buffers "
-                "after pose.modeling.load.keep_frequencies_fp32."
-            )
+        for buffer in module.buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+                raise GuardError(
+                    f"the model's inv_freq is {str(buffer.dtype).removeprefix('torch.')}, not float32: positions far "
+                    "out would be rotated by angles that are wrong by whole turns. Something cast the model's buffers "
+                    "after pose.modeling.rotary.keep_frequencies_fp32."
+                )
         if expected is None:
             continue
+        inv_freq = frequencies_at(module, target_len)
         wanted = expected.inv_freq.to(inv_freq.device)
         same_shape = inv_freq.shape == wanted.shape
-        if not same_shape or not ((inv_freq.double() - wanted).abs() <= INV_FREQ_TOLERANCE * wanted.abs()).all():
+        tolerance = INV_FREQ_TOLERANCE * wanted.abs() + torch.finfo(torch.float32).tiny  # as good as none: drope
+        if not same_shape or not ((inv_freq.double() - wanted).abs() <= tolerance).all():
             detail = (
                 f"{((inv_freq.double() / wanted) - 1).abs().max().item():.1%} off at worst" if same_shape
                 else f"{len(inv_freq)} of them, {len(wanted)} expected"

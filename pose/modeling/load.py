@@ -1,35 +1,83 @@
 """From a checkpoint, or a bare config, to a model whose RoPE is scaled before it is built."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from pose.errors import CheckpointError, ConfigError
+from pose.modeling import baichuan
 from pose.modeling.attention import resolve_backend
+from pose.modeling.baichuan import Baichuan
+from pose.modeling.gptj import GPTJ
+from pose.modeling.hub import from_hub, read_weights
+from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
 from pose.rope import RopeGeometry, RopeScaling
+
+# Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
+FORMS = {"gptj": GPTJ, "baichuan": Baichuan}
 
 
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
-    """Reads a checkpoint's config.
+    """Reads a checkpoint's config. Code that a checkpoint brings is never run.
 
     Args:
         path: a local Hugging Face folder, or a hub id.
         revision: of the hub repository.
 
     Raises:
-        CheckpointError: nothing there, or not a model's config; names the path.
+        CheckpointError: nothing there, or not a model's config, or of a model that needs code of its own; names the
+            path.
+        ConfigError: a model with a part that is not supported here.
     """
-    return _from_hub("config", AutoConfig, path, revision)
+    form = from_hub("config", _read_form, path, revision)
+    if form is not None:
+        return form.config
+    config = from_hub("config", AutoConfig.from_pretrained, path, revision, trust_remote_code=False)
+    config.__dict__.pop("auto_map", None)  # it would go into the export, without the code it names
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None) is not None:
+            raise ConfigError(f"{path} is a {config.model_type} model with {name}, which is not supported")
+    return config
 
 
 def load_tokenizer(path: str, revision: str | None = None):
-    """Reads a checkpoint's tokenizer. Args and Raises as `load_config`."""
-    return _from_hub("tokenizer", AutoTokenizer, path, revision)
+    """Reads a checkpoint's tokenizer. Args as `load_config`.
+
+    Raises:
+        CheckpointError: nothing there, or no tokenizer, or one that needs code of its own; names the path.
+    """
+    settings = from_hub("tokenizer", get_tokenizer_config, path, revision)
+    if settings.get("tokenizer_class") in baichuan.TOKENIZERS:
+        file = from_hub("tokenizer", cached_file, path, revision, filename="tokenizer.model")
+        return baichuan.load_tokenizer(file, settings)
+    try:
+        tokenizer = from_hub("tokenizer", AutoTokenizer.from_pretrained, path, revision, trust_remote_code=False)
+    except CheckpointError as error:
+        if "auto_map" not in settings:
+            raise
+        raise CheckpointError(
+            f"the tokenizer of {path} needs code of its own (auto_map in its tokenizer_config.json), and such code is "
+            "never run: give model.tokenizer=FOLDER, with a tokenizer.json"
+        ) from error
+    tokenizer.init_kwargs.pop("auto_map", None)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up for some models
+        raise CheckpointError(
+            f"{path} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json): put one there, or give "
+            "model.tokenizer=FOLDER"
+        )
+    return tokenizer
 
 
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
@@ -87,12 +135,26 @@ def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int
             "sliding_window: null"
         )
     scaling = scaling.resolve(geometry, target_len)
+    target_len = max(target_len, target_len_of(config))
     if scaling.name != "none":
         config.pose = {"rope": scaling.name, "window": geometry.window, "factor": scaling.factor}
-        partial = {k: v for k, v in config.rope_parameters.items() if k == "partial_rotary_factor"}
-        config.rope_parameters = partial | scaling.to_hf(geometry)
-    config.max_position_embeddings = max(target_len, config.max_position_embeddings)
+        _write_rope(config, scaling.to_hf(geometry), geometry)
+    set_target_len(config, target_len)
+    try:
+        config.validate_rope()
+    except ValueError:  # a model class that knows fewer types, such as phi3's
+        _write_rope(config, scaling.to_longrope(geometry), geometry)
     return scaling
+
+
+def _write_rope(config: PretrainedConfig, rope_parameters: dict[str, Any], geometry: RopeGeometry):
+    partial = {k: v for k, v in config.rope_parameters.items() if k == "partial_rotary_factor"}
+    config.rope_parameters = partial | rope_parameters
+    # What transformers' functions read beside rope_parameters.
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    if hasattr(config, "original_max_position_embeddings"):
+        config.original_max_position_embeddings = geometry.window
 
 
 def build_model(
@@ -113,36 +175,29 @@ def build_model(
     Raises:
         CheckpointError: the weights cannot be loaded, or do not fit the config.
     """
-    backend = resolve_backend(attention)
     config = copy.deepcopy(config)  # the model owns its config: another built from the same must not change it
+    options = {"config": config, "attn_implementation": resolve_backend(attention), "dtype": dtype}
+    form = None
     if path is None:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=backend, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(**options)
     else:
-        model, info = _from_hub(
-            "weights", AutoModelForCausalLM, path, revision,
-            config=config, attn_implementation=backend, dtype=dtype, output_loading_info=True,
-        )  # fmt: skip
+        options["output_loading_info"] = True
+        form = from_hub("config", _read_form, path, revision)
+        if form is not None:
+            model, info = from_hub("weights", _convert_weights, path, revision, form=form, **options)
+        else:
+            load = AutoModelForCausalLM.from_pretrained
+            model, info = from_hub("weights", load, path, revision, trust_remote_code=False, **options)
         missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
         if missing:
             raise CheckpointError(f"{path} lacks weights of its own config: {', '.join(missing[:5])}")
+    rotate_by_example_length(model)
+    for name, parameter in model.named_parameters():
+        if form is not None and name.endswith(form.frozen):
+            parameter.requires_grad_(False)
     keep_frequencies_fp32(model)
     model.base_model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
     return model
-
-
-def rotary_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold a model's inverse frequencies."""
-    return [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
-
-
-def keep_frequencies_fp32(model: nn.Module):
-    """Makes casts of the model pass its inverse frequencies by.
-
-    `module.to(bfloat16)`, Lightning's bf16-true and DeepSpeed's engine all cast buffers; a bf16
-    frequency is off by up to 20 rad at position 16,383. Moves between devices still work.
-    """
-    for module in rotary_modules(model):
-        module._apply = _Fp32Apply(module)
 
 
 def _refuse_padding(module, args, kwargs):
@@ -155,29 +210,30 @@ def _refuse_padding(module, args, kwargs):
         )
 
 
-class _Fp32Apply:
-    """nn.Module._apply for a rotary module: buffers follow the device and keep their dtype."""
+def _read_form(path: str, **hub) -> GPTJ | Baichuan | None:
+    """The checkpoint's own form, where it is one of FORMS; None where transformers reads it."""
+    raw, _ = PretrainedConfig.get_config_dict(path, **hub)
+    model_type = raw.get("model_type")
+    if model_type in FORMS:
+        try:
+            return FORMS[model_type](raw)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    if "auto_map" in raw and model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{path} needs code of its own (auto_map in its config.json, model_type {model_type!r}), and such code is "
+            "never run: take a model that transformers has a class for"
+        )
+    return None
 
-    def __init__(self, module: nn.Module):
-        self.module = module
 
-    def __call__(self, fn, recurse=True):
-        kept = {name: buffer for name, buffer in self.module.named_buffers(recurse=False) if buffer.is_floating_point()}
-        type(self.module)._apply(self.module, fn, recurse)
-        for name, buffer in kept.items():
-            cast = getattr(self.module, name)
-            if cast.dtype != buffer.dtype:
-                setattr(self.module, name, buffer.to(cast.device))
-        return self.module
-
-
-def _from_hub(what: str, auto_class, path: str, revision: str | None, **kwargs) -> Any:
-    local = Path(path).expanduser()
-    meant_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1 or local.parent.is_dir()
-    if not local.is_dir() and meant_local:
-        raise CheckpointError(f"no folder at {path}: give a Hugging Face folder or a hub id (owner/name)")
-    try:
-        return auto_class.from_pretrained(str(local) if local.is_dir() else path, revision=revision, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"the {what} of {path} cannot be loaded: {first_line}") from error
+def _convert_weights(path: str, form: GPTJ | Baichuan, config: PretrainedConfig, dtype, revision, **options):
+    """What a model class's from_pretrained does, with every tensor converted on the way."""
+    hub = {"revision": revision, "local_files_only": options.pop("local_files_only", False)}
+    weights = {}
+    for name, tensor in read_weights(path, **hub):
+        weights |= {new_name: new.to(dtype) for new_name, new in form.convert(name, tensor).items()}
+    result = form.model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
+    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+        result[0].generation_config = GenerationConfig.from_pretrained(path, **hub)
+    return result

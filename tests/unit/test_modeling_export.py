@@ -6,12 +6,13 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from pose.errors import GuardError
 from pose.modeling.export import export_model, verify_export
@@ -177,8 +178,49 @@ def test_verify_catches_other_weights(exported):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.weight"] *= 1.05
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(GuardError, match=rf"loaded from {folder} gives other logits .* kept for inspection"):
+    with pytest.raises(GuardError, match=rf"loaded from {folder} gives other logits .* standard deviations"):
         verify_export(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "index", "where"),
+    [
+        ("short_factor", -1, "on a text of 64 tokens"),
+        ("long_factor", -1, f"on a text of {WINDOW + 64} tokens"),
+        ("long_factor", 0, "on a text of"),
+        ("attention_factor", None, "on a text of 64 tokens"),
+    ],
+)
+def test_verify_looks_at_texts_on_both_sides_of_the_window(tmp_path, tokenizer, key, index, where):
+    model = make_model(YarnRevised())
+    export_model(model, tokenizer, tmp_path / "model")
+    config_file = tmp_path / "model" / "config.json"
+    config = json.loads(config_file.read_text())
+    if index is None:
+        config["rope_parameters"][key] *= 1.02
+    else:
+        config["rope_parameters"][key][index] *= 1.5
+    config_file.write_text(json.dumps(config))
+    with pytest.raises(GuardError, match=where):
+        verify_export(model, tmp_path / "model")
+
+
+def test_verify_looks_at_positions_up_to_the_end(tmp_path, tokenizer, monkeypatch):
+    """With no room for a text beyond the window, and with a model whose rotation is wrong from 1,000 on."""
+    monkeypatch.setattr("pose.modeling.export.CPU_FLOPS", 0)
+    model = make_model(Yarn())
+    export_model(model, tokenizer, tmp_path / "model")
+    verify_export(model, tmp_path / "model")
+    rotary, places = model.model.rotary_emb, []
+
+    def wrong_far_out(x, position_ids):
+        places.append(position_ids.max().item())
+        return type(rotary).forward(rotary, x, position_ids + 3 * (position_ids >= 1000))
+
+    monkeypatch.setattr(rotary, "forward", wrong_far_out)
+    with pytest.raises(GuardError, match="at positions spread over the window"):
+        verify_export(model, tmp_path / "model")
+    assert places == [63, TARGET_LEN - 1, TARGET_LEN - 1]
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"none"}))
@@ -204,18 +246,31 @@ def test_verify_catches_weights_that_are_not_finite(exported):
         verify_export(model, folder)
 
 
-def test_export_itself_compares_what_it_wrote(tmp_path, tokenizer, monkeypatch):
-    """A fault between memory and folder ends the export, and the folder stays for inspection."""
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("fault", ["weights", "file"])
+def test_a_wrong_export_never_has_the_name(tmp_path, tokenizer, monkeypatch, fault, existing):
+    """It is checked before it is put in its place; the old folder stays, and the wrong one can be looked at."""
+    folder = tmp_path / "model"
+    if existing:
+        export_model(make_model(Linear()), tokenizer, folder)
+        before = contents(folder)
     model = make_model(Yarn())
     save = model.save_pretrained
 
     def save_another(folder, state_dict):
         save(folder, state_dict=state_dict | {"lm_head.weight": 1.1 * state_dict["lm_head.weight"]})
+        if fault == "file":
+            (folder / "model.safetensors").unlink()
 
     monkeypatch.setattr(model, "save_pretrained", save_another)
-    with pytest.raises(GuardError, match=rf"loaded from {tmp_path / 'model'} gives other logits"):
-        export_model(model, tokenizer, tmp_path / "model")
-    assert (tmp_path / "model" / "config.json").is_file()
+    message = "gives other logits" if fault == "weights" else "model.safetensors"
+    with pytest.raises(GuardError, match=rf"{message}(.|\n)*nothing was put at {folder}\.$") as error:
+        export_model(model, tokenizer, folder)
+    assert f"{folder}.rejected" in str(error.value) and f"{tmp_path}/.model" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["model", "model.rejected"][1 - existing :]
+    assert (tmp_path / "model.rejected" / "tokenizer.json").is_file()
+    if existing:
+        assert contents(folder) == before
 
 
 def test_only_the_writer_writes(tmp_path, tokenizer):
@@ -234,6 +289,59 @@ def test_export_replaces_a_folder(exported, tokenizer):
     verify_export(model, folder)
     with pytest.raises(GuardError):
         verify_export(old_model, folder)
+
+
+def test_an_interrupted_replacement_keeps_the_old_folder(exported, tokenizer, monkeypatch):
+    _, folder = exported
+    before, rename = contents(folder), Path.rename
+
+    def fail(self, target):
+        if self.name.startswith("."):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(make_model(Yarn(), seed=1), tokenizer, folder)
+    assert os.listdir(folder.parent) == ["model"] and contents(folder) == before
+
+
+def test_what_a_kill_left_behind_is_cleared(exported, tokenizer):
+    """Between its two renames a replacement has the old folder as `model.old`."""
+    model, folder = exported
+    folder.rename(folder.with_name("model.old"))
+    export_model(model, tokenizer, folder)
+    assert os.listdir(folder.parent) == ["model"]
+    verify_export(model, folder)
+
+
+@pytest.mark.parametrize(("limit", "exported_limit"), [(WINDOW, TARGET_LEN), (9999, 9999), (None, None)])
+def test_generation_config(tmp_path, tokenizer, limit, exported_limit):
+    """Token ids stay, and no limit of the old window is left."""
+    model = make_model(Yarn())
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=[0, 2], pad_token_id=3, do_sample=True, top_p=0.9, max_length=limit
+    )
+    export_model(model, tokenizer, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved["pad_token_id"]) == (1, [0, 2], 3)
+    assert saved["do_sample"] is True and saved["top_p"] == 0.9
+    assert saved.get("max_length") == exported_limit
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    made = loaded.generate(torch.arange(WINDOW + 10)[None] % VOCAB, do_sample=False, max_new_tokens=3, eos_token_id=-1)
+    assert made.shape[1] == WINDOW + 13
+
+
+def test_a_generation_config_that_contradicts_itself_does_not_end_the_export(tmp_path, tokenizer, capsys):
+    """Published checkpoints have some (a temperature without sampling), and transformers does not save them."""
+    model = make_model(Yarn())
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    model.generation_config.temperature = 0.7
+    export_model(model, tokenizer, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved["pad_token_id"]) == (1, 2, 3)
+    assert "temperature" not in saved
+    assert "only its token ids are exported" in capsys.readouterr().out
 
 
 def test_export_makes_parent_folders(tmp_path, tokenizer):

@@ -18,10 +18,13 @@ from transformers import (
 
 from pose.errors import GuardError
 from pose.modeling.guards import check_chunks_attend, check_loss, run_guards
-from pose.modeling.load import build_model, keep_frequencies_fp32, rope_geometry, rotary_modules, scale_config
-from pose.rope import NTK, Linear, Unscaled, Yarn, YarnRevised
+from pose.modeling.load import build_model, rope_geometry, scale_config
+from pose.modeling.rotary import keep_frequencies_fp32, rotary_modules
+from pose.rope import NTK, Drope, Dynamic, Linear, LongRope, Unscaled, Yarn, YarnRevised
 
 TARGET_LEN = 2048
+STATIC = [Unscaled(), Linear(), NTK(), Yarn(), YarnRevised()]
+BY_LENGTH = [Dynamic(), LongRope(long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 8.0, 9.0])]
 PRECISIONS = ("fp32", "bf16 weights", "bf16 autocast", "bf16 both")
 
 
@@ -45,10 +48,10 @@ def tiny_config(cls=LlamaConfig, **options):
 
 
 def scaled(scaling, config=None):
-    """A scaled config and the closed form of its frequencies."""
+    """A scaled config and the closed form of its frequencies at the target."""
     config = tiny_config() if config is None else config
     geometry = rope_geometry(config)
-    return config, scale_config(config, scaling, TARGET_LEN).frequencies(geometry)
+    return config, scale_config(config, scaling, TARGET_LEN).frequencies(geometry, TARGET_LEN)
 
 
 def stock_model(config, attention):
@@ -66,7 +69,7 @@ def in_precision(model, precision):
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("scaling", [Unscaled(), Linear(), NTK(), Yarn(), YarnRevised()], ids=lambda s: s.name)
+@pytest.mark.parametrize("scaling", [*STATIC, Drope(), *BY_LENGTH], ids=lambda s: s.name)
 def test_sound_models_pass(backend, precision, scaling):
     config, expected = scaled(scaling)
     model = build_model(config, None, backend)
@@ -163,6 +166,44 @@ def test_frequencies_rounded_and_taken_back_to_fp32_are_caught():
         run_guards(model, expected, TARGET_LEN, "cpu")
 
 
+@pytest.mark.parametrize("scaling", BY_LENGTH, ids=lambda s: s.name)
+def test_frequencies_that_do_not_follow_the_length_are_caught(scaling):
+    """A model whose rotation stays that of its window at every length."""
+    config, expected = scaled(scaling)
+    model = build_model(config, None, "sdpa")
+    (module,) = rotary_modules(model)
+    del module.forward
+    with pytest.raises(GuardError, match="not that of the configured scaling"):
+        run_guards(model, expected, TARGET_LEN, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "buffer"),
+    [(BY_LENGTH[0], "inv_freq"), (BY_LENGTH[1], "inv_freq"), (BY_LENGTH[1], "long_inv_freq")],
+)
+def test_every_buffer_of_frequencies_is_looked_at(scaling, buffer):
+    """Also the one that serves texts within the window."""
+    config, expected = scaled(scaling)
+    model = build_model(config, None, "sdpa")
+    (module,) = rotary_modules(model)
+    setattr(module, buffer, getattr(module, buffer).bfloat16())
+    with pytest.raises(GuardError, match="inv_freq is bfloat16, not float32"):
+        run_guards(model, expected, TARGET_LEN, "cpu")
+
+
+def test_another_dynamic_factor_is_caught():
+    config, _ = scaled(Dynamic(factor=4.0))
+    _, expected = scaled(Dynamic(factor=4.001))
+    with pytest.raises(GuardError, match=r"not that of the configured scaling \(0\.0% off at worst\)"):
+        run_guards(build_model(config, None, "sdpa"), expected, TARGET_LEN, "cpu")
+
+
+def test_positions_left_in_are_told_from_drope():
+    _, expected = scaled(Drope())
+    with pytest.raises(GuardError, match="not that of the configured scaling"):
+        run_guards(build_model(scaled(Linear(factor=1e6))[0], None, "sdpa"), expected, TARGET_LEN, "cpu")
+
+
 @pytest.mark.parametrize("expect", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_cast_of_an_unprotected_model_is_caught(expect, dtype):
@@ -172,7 +213,7 @@ def test_cast_of_an_unprotected_model_is_caught(expect, dtype):
         run_guards(model, expected if expect else None, TARGET_LEN, "cpu")
 
 
-@pytest.mark.parametrize("scaling", [Linear(), NTK(), Yarn(), YarnRevised()], ids=lambda s: s.name)
+@pytest.mark.parametrize("scaling", [*STATIC[1:], Drope(), *BY_LENGTH], ids=lambda s: s.name)
 def test_scaling_set_after_the_model_was_built_is_caught(scaling):
     wanted, expected = scaled(scaling)
     model = build_model(tiny_config(), None, "sdpa")

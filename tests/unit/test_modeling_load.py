@@ -22,13 +22,12 @@ from transformers import (
 from pose.errors import CheckpointError, ConfigError, GuardError
 from pose.modeling.load import (
     build_model,
-    keep_frequencies_fp32,
     load_config,
     load_tokenizer,
     rope_geometry,
-    rotary_modules,
     scale_config,
 )
+from pose.modeling.rotary import keep_frequencies_fp32, rotary_modules
 from pose.module import PoseModule
 from pose.rope import NTK, Linear, RopeGeometry, Unscaled, Yarn, YarnRevised
 

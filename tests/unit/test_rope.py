@@ -1,19 +1,35 @@
 """The scaling methods of pose/rope.py against formulas written anew, and against transformers."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import GPTNeoXConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pose.errors import ConfigError
-from pose.rope import NTK, Linear, RopeGeometry, Unscaled, Yarn, YarnRevised
+from pose.rope import (
+    NTK,
+    Drope,
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    NTKByParts,
+    RopeGeometry,
+    Theta,
+    Unscaled,
+    Yarn,
+    YarnRevised,
+)
 
 # (base, dim, window, factor)
 CASES = [
@@ -26,7 +42,16 @@ CASES = [
     (10_000.0, 128, 2048, 32.0),
     (10_000.0, 128, 2048, 64.0),
 ]
+# every combination of these: whole heads of 64 and 128, and 16 rotary dimensions of a larger head
+GRID = [
+    (base, dim, window, factor)
+    for base in (10_000.0, 500_000.0)
+    for dim in (16, 64, 128)
+    for window in (256, 2048, 8192)
+    for factor in (2.0, 8.0, 32.0, 64.0)
+]
 SCALED = [Linear, NTK, Yarn, YarnRevised]
+ALSO = [Dynamic, NTKByParts, Llama3, Theta, Drope]
 BETAS = [{}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"beta_fast": 20, "beta_slow": 0.5, "attention_factor": 1.25}]
 
 
@@ -77,6 +102,49 @@ def expected_yarn_revised(base, dim, window, factor, beta_fast=32, beta_slow=1):
     return 2 * np.pi / (m * wavelength + (1 - m) * wavelength * factor)
 
 
+def expected_by_turns(base, dim, window, factor, slow, fast):
+    """Divided by s below `slow` turns in the window, kept above `fast`, a straight line in the turns between."""
+    turns = window / (2 * np.pi / theta(base, dim))
+    kept = np.interp(turns, [slow, fast], [0.0, 1.0])
+    return (1 - kept) * theta(base, dim) / factor + kept * theta(base, dim)
+
+
+def expected_ntk_by_parts(base, dim, window, factor):
+    return expected_by_turns(base, dim, window, factor, 1, 32)
+
+
+def expected_llama3(base, dim, window, factor):
+    """By wavelengths, as Llama 3.1 states it: long ones over s, short ones kept, those between smoothed."""
+    result = []
+    for frequency in theta(base, dim):
+        wavelength = 2 * math.pi / frequency
+        smooth = (window / wavelength - 1) / (4 - 1)
+        if wavelength > window:
+            result.append(frequency / factor)
+        elif wavelength < window / 4:
+            result.append(frequency)
+        else:
+            result.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return np.array(result)
+
+
+def expected_theta(base, dim, window, factor):
+    """The (fractional) dimension that turns once in the window turns once in the target, under the new base."""
+    exponent = math.log(window / (2 * math.pi), base)  # base^exponent positions a radian
+    new_base = (window * factor / (2 * math.pi)) ** (1 / exponent)
+    return theta(new_base, dim)
+
+
+def expected_drope(base, dim, window, factor):
+    return theta(base, dim) * 1e-30
+
+
+def expected_dynamic(base, dim, window, factor, length):
+    """NTK by s n / L0 - (s - 1), past the window."""
+    growth = 1.0 if length <= window else factor * length / window - factor + 1
+    return expected_ntk(base, dim, window, growth)
+
+
 # ----- the closed forms -----
 
 
@@ -88,6 +156,87 @@ def test_linear_and_ntk_are_their_formulas(method, expected, case):
     assert inv_freq.dtype == torch.float64
     np.testing.assert_allclose(inv_freq.numpy(), expected(*case), rtol=1e-12)
     assert attention_factor == 1.0
+
+
+@pytest.mark.parametrize("case", GRID + CASES)
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (Linear, expected_linear),
+        (NTK, expected_ntk),
+        (NTKByParts, expected_ntk_by_parts),
+        (Llama3, expected_llama3),
+        (Theta, expected_theta),
+        (Drope, expected_drope),
+    ],
+)
+def test_static_methods_are_their_formulas(method, expected, case):
+    scaling, geometry = resolved(method, *case)
+    for length in (None, 1, case[2] + 1, 10 * case[2]):
+        inv_freq, attention_factor = scaling.frequencies(geometry, length)
+        assert inv_freq.dtype == torch.float64
+        np.testing.assert_allclose(inv_freq.numpy(), expected(*case), rtol=1e-10)
+        assert attention_factor == 1.0
+
+
+@pytest.mark.parametrize("case", GRID)
+@pytest.mark.parametrize("options", [{}, {"factor": 1.0}, {"factor": 3.5}])
+def test_dynamic_is_the_ntk_of_its_length(case, options):
+    base, dim, window, factor = case
+    geometry = RopeGeometry(base, dim, window)
+    scaling = Dynamic(**options).resolve(geometry, int(window * factor))
+    for length in (None, 1, window - 1, window, window + 1, 3 * window, int(window * factor)):
+        expected = expected_dynamic(base, dim, window, options.get("factor", factor), length or 0)
+        inv_freq, attention_factor = scaling.frequencies(geometry, length)
+        np.testing.assert_allclose(inv_freq.numpy(), expected, rtol=1e-10)
+        assert attention_factor == 1.0
+        if options == {"factor": 1.0}:  # the NTK of exactly n / L0
+            np.testing.assert_allclose(inv_freq, expected_ntk(base, dim, window, max(1, (length or 0) / window)))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "slow", "fast"),
+    [
+        (NTKByParts, {"beta_slow": 2.0, "beta_fast": 20}, 2, 20),
+        (Llama3, {"low_freq_factor": 0.5, "high_freq_factor": 8}, 0.5, 8),
+    ],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_the_ramp_by_turns_takes_its_ends(method, options, slow, fast, case):
+    scaling, geometry = resolved(method, *case, **options)
+    np.testing.assert_allclose(scaling.inv_freq(geometry), expected_by_turns(*case, slow, fast), rtol=1e-10)
+
+
+def divisors(dim, seed):
+    """Lists such as a search gives: growing, from 1."""
+    return np.sort(np.random.default_rng(seed).uniform(1, 40, dim // 2)).tolist()
+
+
+@pytest.mark.parametrize("case", GRID[::5])
+def test_longrope_divides_by_the_list_of_its_length(case):
+    base, dim, window, factor = case
+    long, short = divisors(dim, 0), divisors(dim, 1)
+    scaling, geometry = resolved(LongRope, *case, long_factor=long, short_factor=short)
+    for length, used in ((None, short), (window, short), (window + 1, long), (window * 8, long)):
+        inv_freq, attention_factor = scaling.frequencies(geometry, length)
+        np.testing.assert_allclose(inv_freq, theta(base, dim) / np.array(used), rtol=1e-12)
+        assert attention_factor == pytest.approx((1 + math.log(factor, window)) ** 0.5, rel=1e-12)
+    scaling, geometry = resolved(LongRope, *case, long_factor=long)
+    np.testing.assert_allclose(scaling.inv_freq(geometry, window), theta(base, dim), rtol=1e-12)
+
+
+def test_theta_is_the_base_that_is_given():
+    scaling, geometry = resolved(Theta, *CASES[0], theta=1e6)
+    np.testing.assert_allclose(scaling.inv_freq(geometry), theta(1e6, 128), rtol=1e-12)
+    assert scaling.to_hf(geometry) == {"rope_type": "default", "rope_theta": 1e6}
+
+
+def test_thetas_default_for_llama():
+    """b = 10,000, L0 = 2,048: 41 of 64 frequencies make a full turn in the window, and so at 16,384 under b'."""
+    scaling, geometry = resolved(Theta, *CASES[0])
+    assert scaling.theta == pytest.approx(10_000 ** (math.log(16_384 / 6.283185) / math.log(2048 / 6.283185)), rel=1e-6)
+    for base, length in ((10_000.0, 2048), (scaling.theta, 16_384)):
+        assert (length * theta(base, 128) > 2 * math.pi).sum() == 41
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -144,6 +293,44 @@ def test_yarn_keeps_what_turns_often_and_interpolates_what_turns_less_than_once(
     np.testing.assert_allclose(ratio[turns < 1], case[3], rtol=1e-12)
 
 
+def released_ntk(dim, alpha, base=10_000):
+    """`vanilla_ntk` of dwzhu-pku/PoSE (src/my_modeling_llama.py), in the fp32 in which it computes."""
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.float32(1) / np.float32(base * alpha ** (dim / (dim - 2))) ** exponents
+
+
+def released_yarn_revised(dim, alpha, window, base=10_000):
+    """`revised_yarn` of dwzhu-pku/PoSE (src/my_modeling_llama.py), in the fp32 in which it computes.
+
+    The ramp runs between whole dimensions, found with beta_fast 32 and beta_slow 1; wavelengths are blended.
+    """
+
+    def correction_dim(turns):
+        return dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(correction_dim(32)), 0), min(math.ceil(correction_dim(1)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    mask = np.float32(1) - ramp
+    inv_freq = np.float32(1) / np.float32(base) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    return inv_freq / ((np.float32(1) - mask) * np.float32(alpha) + mask)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 8.0, 32.0, 64.0])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("window", [256, 2048, 4096])
+def test_ntk_and_yarn_revised_equal_the_released_code(alpha, dim, window):
+    """To 1e-6 relative; its base is always 10,000, and YaRN's attention factor 0.1 ln(alpha) + 1."""
+    for method, released, attention in (
+        (NTK, released_ntk(dim, alpha), 1.0),
+        (YarnRevised, released_yarn_revised(dim, alpha, window), 0.1 * math.log(alpha) + 1),
+    ):
+        assert released.dtype == np.float32
+        scaling, geometry = resolved(method, 10_000.0, dim, window, alpha)
+        inv_freq, attention_factor = scaling.frequencies(geometry)
+        np.testing.assert_allclose(inv_freq, released, rtol=1e-6)
+        assert attention_factor == pytest.approx(attention, rel=1e-12)
+
+
 def released_pose_yarn_revised(base, dim, window, alpha):
     """inv_freq / ((1 - mask) * alpha + mask), step by step and one dimension at a time."""
 
@@ -188,7 +375,7 @@ def test_every_method_stays_between_no_scaling_and_interpolation(base, dim, wind
     """theta_j / s <= yarn_revised <= yarn <= theta_j, and no method changes the order of the frequencies."""
     plain = torch.from_numpy(theta(base, dim))
     results = {}
-    for method in SCALED:
+    for method in [*SCALED, NTKByParts, Llama3]:
         scaling, geometry = resolved(method, base, dim, window, factor)
         inv_freq = results[method] = scaling.frequencies(geometry).inv_freq
         assert (inv_freq <= plain * (1 + 1e-12)).all()
@@ -231,6 +418,82 @@ def test_transformers_builds_the_same_frequencies(method, rope_type, case):
     assert attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
 
 
+@pytest.mark.parametrize("case", GRID)
+@pytest.mark.parametrize(
+    ("method", "rope_type"),
+    [
+        (Linear, "linear"),
+        (Yarn, "yarn"),
+        (Llama3, "llama3"),
+        (NTKByParts, "longrope"),
+        (YarnRevised, "longrope"),
+        (Drope, "longrope"),
+        (NTK, "default"),
+        (Theta, "default"),
+    ],
+)
+@pytest.mark.parametrize("attention_factor", [None, 1.25])
+def test_transformers_builds_every_static_method_with_any_attention_factor(method, rope_type, attention_factor, case):
+    """A type that has no place for the attention factor gives way to divisors; partial rotary is taken along."""
+    base, dim, window, factor = case
+    scaling, geometry = resolved(method, *case, attention_factor=attention_factor)
+    hf = scaling.to_hf(geometry)
+    if attention_factor is not None and rope_type != "yarn":
+        rope_type = "longrope"
+    if rope_type == "longrope":
+        assert hf["short_factor"] == hf["long_factor"] and len(hf["short_factor"]) == dim // 2
+        assert (hf["factor"], hf["original_max_position_embeddings"]) == (factor, window)
+        assert json.loads(json.dumps(hf)) == hf
+    # the rotary dimensions are the half of a head
+    config = GPTNeoXConfig(
+        hidden_size=2 * dim,
+        num_attention_heads=1,
+        max_position_embeddings=int(window * factor),
+        rope_parameters=hf | {"partial_rotary_factor": 0.5},
+    )
+    assert config.rope_parameters["rope_type"] == rope_type
+    init = ROPE_INIT_FUNCTIONS.get(rope_type, GPTNeoXRotaryEmbedding.compute_default_rope_parameters)
+    expected = scaling.frequencies(geometry)
+    for length in (None, window, window + 1):
+        inv_freq, built_factor = init(config, "cpu", seq_len=length)
+        torch.testing.assert_close(inv_freq.double(), expected.inv_freq, rtol=3e-6, atol=0)
+        assert built_factor == pytest.approx(expected.attention_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("case", GRID)
+def test_transformers_builds_the_same_dynamic_frequencies_at_any_length(case):
+    """Its window is max_position_embeddings, which must not be the target."""
+    _, dim, window, factor = case
+    scaling, geometry = resolved(Dynamic, *case)
+    config = llama_config(scaling.to_hf(geometry), dim, window)
+    assert config.rope_parameters["rope_type"] == "dynamic"
+    for length in (1, window, window + 1, 3 * window, int(window * factor), 2 * int(window * factor)):
+        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=length)
+        torch.testing.assert_close(inv_freq.double(), scaling.inv_freq(geometry, length), rtol=3e-6, atol=0)
+        assert attention_factor == scaling.attention_factor == 1.0
+
+
+@pytest.mark.parametrize("case", GRID[::3])
+@pytest.mark.parametrize("attention_factor", [None, 1.25])
+def test_transformers_builds_longrope_and_its_own_attention_factor(case, attention_factor):
+    _, dim, window, factor = case
+    scaling, geometry = resolved(
+        LongRope,
+        *case,
+        long_factor=divisors(dim, 0),
+        short_factor=divisors(dim, 1),
+        attention_factor=attention_factor,
+    )
+    hf = scaling.to_hf(geometry)
+    if attention_factor is None:
+        del hf["attention_factor"]  # what transformers makes of the factor
+    config = llama_config(hf, dim, int(window * factor))
+    for length in (None, window, window + 1, int(window * factor)):
+        inv_freq, built_factor = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=length)
+        torch.testing.assert_close(inv_freq.double(), scaling.inv_freq(geometry, length), rtol=3e-6, atol=0)
+        assert built_factor == pytest.approx(scaling.attention_factor, rel=1e-12)
+
+
 @pytest.mark.parametrize("options", BETAS[1:])
 @pytest.mark.parametrize("method", [Yarn, YarnRevised])
 def test_transformers_reads_the_options_of_yarn(method, options):
@@ -254,7 +517,7 @@ def test_the_defaults_of_yarn_are_those_of_transformers(case):
     assert attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("method", [Unscaled, *SCALED])
+@pytest.mark.parametrize("method", [Unscaled, *SCALED, NTKByParts, Llama3, Theta, Drope])
 def test_transformers_rotates_alike_at_any_length(method):
     """Static: cos and sin are those of the closed form for short inputs, past the window, and short again."""
     scaling, geometry = resolved(method, *CASES[0])
@@ -274,7 +537,7 @@ def test_transformers_rotates_alike_at_any_length(method):
 
 def test_the_factor_is_target_over_window_unless_given():
     geometry = RopeGeometry(10_000.0, 128, 2048)
-    for method in SCALED:
+    for method in [*SCALED, *ALSO]:
         assert method().resolve(geometry, 16_384).factor == 8.0
         assert method().resolve(geometry, 3072).factor == 1.5
         assert method(factor=4).resolve(geometry, 16_384).factor == 4
@@ -288,7 +551,7 @@ def test_the_attention_factor_follows_the_factor_in_use(method):
     assert method(factor=4, attention_factor=0.9).resolve(geometry, 16_384).attention_factor == 0.9
 
 
-@pytest.mark.parametrize("method", [Unscaled, *SCALED])
+@pytest.mark.parametrize("method", [Unscaled, *SCALED, *ALSO])
 def test_resolving_leaves_the_original_alone_and_a_second_time_changes_nothing(method):
     scaling = method()
     geometry = RopeGeometry(10_000.0, 128, 2048)
@@ -299,14 +562,14 @@ def test_resolving_leaves_the_original_alone_and_a_second_time_changes_nothing(m
 
 
 def test_names_are_those_of_the_config_group():
-    names = [method().name for method in (Unscaled, Linear, NTK, Yarn, YarnRevised)]
-    assert names == ["none", "linear", "ntk", "yarn", "yarn_revised"]
+    names = {method().name for method in [Unscaled, *SCALED, *ALSO]} | {LongRope(long_factor=[1]).name}
+    assert names == {file.stem for file in (Path(__file__).parents[2] / "conf" / "rope").iterdir()}
 
 
 # ----- errors -----
 
 
-@pytest.mark.parametrize("method", SCALED)
+@pytest.mark.parametrize("method", [*SCALED, *ALSO])
 @pytest.mark.parametrize("value", [0.5, 0, -8, float("nan"), float("inf"), "8", True])
 def test_a_factor_that_is_no_number_of_at_least_1_is_refused(method, value):
     with pytest.raises(ConfigError) as error:
@@ -338,15 +601,75 @@ def test_options_of_yarn_out_of_range_are_refused(method, options, key, value, a
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["factor", "attention_factor"])
 @pytest.mark.parametrize("value", [1.0, 8, "8"])
-def test_none_refuses_a_factor(value):
+def test_none_refuses_a_factor(key, value):
     with pytest.raises(ConfigError) as error:
-        Unscaled(factor=value)
-    for part in (f"rope.factor={value!r}", "rope=none", "null"):
+        Unscaled(**{key: value})
+    for part in (f"rope.{key}={value!r}", "rope=none", "null"):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("method", SCALED)
+@pytest.mark.parametrize("method", [*SCALED, *ALSO])
+@pytest.mark.parametrize("value", [0, -1.0, True, "2", float("nan")])
+def test_an_attention_factor_that_is_not_above_0_is_refused(method, value):
+    with pytest.raises(ConfigError, match=r"rope\.attention_factor=.* a number above 0 or null"):
+        method(attention_factor=value)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (NTKByParts, {"beta_fast": 1.0}, "rope.beta_fast=1.0 is not accepted: give a number above 1"),
+        (NTKByParts, {"beta_slow": 0}, "rope.beta_slow=0 is not accepted: give a number above 0"),
+        (Llama3, {"low_freq_factor": -1}, "rope.low_freq_factor=-1 is not accepted: give a number above 0"),
+        (Llama3, {"low_freq_factor": 5}, "rope.high_freq_factor=4.0 is not accepted: give a number above 5"),
+        (Theta, {"theta": 1.0}, "rope.theta=1.0 is not accepted: give a number above 1 or null"),
+        (LongRope, {}, "rope.long_factor is not set"),
+        (LongRope, {"long_factor": 8}, "rope.long_factor=8 is not accepted: give a list of numbers"),
+        (LongRope, {"long_factor": "12"}, "rope.long_factor='12' is not accepted: give a list of numbers"),
+        (LongRope, {"long_factor": [1, 0]}, "rope.long_factor[1]=0 is not accepted: give a number above 0"),
+        (LongRope, {"long_factor": [1], "short_factor": ["a"]}, "rope.short_factor[0]='a' is not accepted"),
+    ],
+)
+def test_other_options_out_of_range_are_refused(method, options, message):
+    with pytest.raises(ConfigError) as error:
+        method(**options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["long_factor", "short_factor"])
+def test_a_list_of_another_length_is_refused(key):
+    lists = {"long_factor": [1.0] * 64, key: [1.0] * 32}
+    with pytest.raises(ConfigError) as error:
+        LongRope(**lists).resolve(RopeGeometry(10_000.0, 128, 2048), 16_384)
+    for part in (f"rope.{key} has 32 numbers", "needs 64", "128 rotary dimensions"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("method", [NTK, Dynamic])
+def test_ntk_on_two_rotary_dimensions_is_refused(method):
+    with pytest.raises(ConfigError, match=rf"rope={method().name} needs at least 4 rotary dimensions .* has 2"):
+        method().resolve(RopeGeometry(10_000.0, 2, 2048), 16_384)
+    scaling = method().resolve(RopeGeometry(10_000.0, 4, 2048), 16_384)
+    assert scaling.inv_freq(RopeGeometry(10_000.0, 4, 2048)).isfinite().all()
+
+
+def test_what_plain_transformers_has_no_place_for_is_refused():
+    geometry = RopeGeometry(10_000.0, 128, 2048)
+    with pytest.raises(ConfigError, match=r"rope\.attention_factor=1\.2 is not accepted by rope=dynamic"):
+        Dynamic(attention_factor=1.2).resolve(geometry, 16_384)
+    with pytest.raises(ConfigError, match="'dynamic'.* choose a static method"):
+        Dynamic().resolve(geometry, 16_384).to_longrope(geometry)
+
+
+def test_a_window_too_short_for_thetas_default_is_refused():
+    with pytest.raises(ConfigError, match=r"rope\.theta is not set, and a window of 6 tokens"):
+        Theta().resolve(RopeGeometry(10_000.0, 128, 6), 16)
+    assert Theta(theta=20_000).resolve(RopeGeometry(10_000.0, 128, 6), 16).theta == 20_000
+
+
+@pytest.mark.parametrize("method", [*SCALED, *ALSO])
 @pytest.mark.parametrize("rope_type", ["linear", "yarn", "llama3"])
 def test_a_scaled_checkpoint_is_not_scaled_again(method, rope_type):
     geometry = RopeGeometry(10_000.0, 128, 2048, rope_type)

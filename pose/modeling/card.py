@@ -1,0 +1,190 @@
+"""The model card of an exported folder: what the model is, how it was made, what was measured, how to load it."""
+
+import inspect
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+COLUMNS = {
+    "untuned": "as it was",
+    "scaled": "RoPE rescaled, nothing trained",
+    "extended": "this model",
+}
+LOAD = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("model")  # this folder
+tokenizer = AutoTokenizer.from_pretrained("model")"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says. Lengths are in tokens.
+
+    Attributes:
+        base: hub id, or folder, of the model that was extended; None for random weights. Of a folder
+            only its name is shown, or its run's for RUN/model.
+        license: of the base, where it is known.
+        model_type: transformers' name of the architecture.
+        window: of the base.
+        target_len: of this model.
+        sampler: of the position ids; its class and fields are shown.
+        scaling: of RoPE; likewise.
+        rope_base: the base b of the unscaled model.
+        data: names of what was trained on.
+        training: further rows of the table, label: value.
+        results: metrics by model: untuned, scaled, extended.
+        measured_on: names of held-out documents.
+        command: that made it, without folders of this machine.
+        versions: package: version.
+        commit: of the code, where it is known.
+    """
+
+    base: str | None
+    license: str | None
+    model_type: str
+    window: int
+    target_len: int
+    sampler: object
+    scaling: object
+    rope_base: float
+    data: Sequence[str]
+    training: Mapping[str, str]
+    results: Mapping[str, Mapping[str, float]]
+    measured_on: Sequence[str]
+    command: str
+    versions: Mapping[str, str]
+    commit: str | None = None
+
+    def write(self, folder: str | Path):
+        """Writes README.md into the folder of the model, in one step."""
+        file = Path(folder) / "README.md"
+        partial = file.with_name("README.md.partial")
+        partial.write_text(self.text(), encoding="utf8")
+        os.replace(partial, file)
+
+    def text(self) -> str:
+        """The whole card, in Markdown with a YAML head as the Hugging Face hub reads it."""
+        parts = [self._head(), self._title(), self._making(), self._measured(), self._loading(), self._repeating()]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    @property
+    def name(self) -> str:
+        """Of the base."""
+        if self.base is None:
+            return f"a {self.model_type} model from random weights"
+        folder = Path(self.base).expanduser()
+        if not folder.is_dir():
+            return without_folders(self.base)
+        folder = folder.resolve()
+        return folder.parent.name if folder.name == "model" else folder.name
+
+    def _head(self) -> str:
+        head = {} if self.base is None else {"base_model": self.name, "base_model_relation": "finetune"}
+        head |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        head |= {} if self.license is None else {"license": self.license}
+        head["tags"] = ["pose", "long-context", "rope", self.scaling.name]
+        return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+
+    def _title(self) -> str:
+        if self.target_len <= self.window:
+            return f"# {self.name}: window {self.window:,} tokens"
+        times = f"{self.target_len / self.window:.4g}"
+        return (
+            f"# {self.name}, extended from {self.window:,} to {self.target_len:,} tokens\n\n"
+            f"The window of {self.name} is {self.window:,} tokens; this model uses {times} times as many. It was "
+            f"trained on examples of {self.sampler.example_len:,} tokens whose position ids lie between 0 and "
+            f"{self.target_len - 1:,}, after [PoSE](https://arxiv.org/abs/2309.10400), with the package `pose`."
+        )
+
+    def _making(self) -> str:
+        rows = {
+            "Base model": f"{self.name}, window {self.window:,} tokens",
+            "Window": f"{self.target_len:,} tokens",
+            "Length in training": f"{self.sampler.example_len:,} tokens",
+            "Position ids": _described(self.sampler, without=("train_len", "target_len")),
+            "RoPE": f"{_described(self.scaling)}; base {self.rope_base:,g} before scaling",
+            "Data": ", ".join(without_folders(name) for name in self.data),
+            **self.training,
+        }
+        return "## How it was made\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
+
+    def _measured(self) -> str:
+        models = [name for name in COLUMNS if name in self.results]
+        names = dict.fromkeys(name for model in models for name in self.results[model])
+        names = [name for name in names if not name.startswith("position_ppl")]
+        if not names:
+            return ""
+        families = list(dict.fromkeys(name.split("@")[0] for name in names))
+        names.sort(key=lambda name: families.index(name.split("@")[0]))  # a family's lengths stay in their order
+        lines = ["| | " + " | ".join(f"{name}: {COLUMNS[name]}" for name in models) + " |"]
+        lines.append("|---|" + "---|" * len(models))
+        for name in names:
+            values = (_shown(name, self.results[model].get(name)) for model in models)
+            lines.append(f"| {name} | " + " | ".join(values) + " |")
+        text = "## What was measured\n\n" + "\n".join(lines)
+        text += "\n\n`@N` is the length in tokens."
+        if any(name.startswith("tail_ppl") for name in names):
+            text += " `tail_ppl` is the perplexity of the same last tokens, given more or less text before them."
+        if self.measured_on:
+            text += f" Perplexity is of held-out documents: {', '.join(self.measured_on)}."
+        return text
+
+    def _loading(self) -> str:
+        return f"## Load it\n\n```python\n{LOAD}\n```"
+
+    def _repeating(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        commit = f", commit {self.commit}" if self.commit else ""
+        return f"## Repeat it\n\n```\n{self.command}\n```\n\nWith {versions}{commit}."
+
+
+def without_folders(text: str) -> str:
+    """Paths of one machine (absolute, or from the home folder) cut down to the names of what they lead to.
+
+    Hub ids and relative paths stay as they are; several paths may stand in one text.
+    """
+    return re.sub(r"(?<![^\s=,\[\"'])(~|/)[^\s,\]\"']*", lambda path: Path(path[0]).name or path[0], text)
+
+
+def license_of(folder: str) -> str | None:
+    """The license that the card of a local folder names; None where there is no card, or none in it."""
+    card = Path(folder).expanduser() / "README.md"
+    if not card.is_file():
+        return None
+    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf8", errors="replace"), re.DOTALL)
+    try:
+        license = yaml.safe_load(head[1])["license"] if head else None
+    except (yaml.YAMLError, KeyError, TypeError):
+        return None
+    return license if isinstance(license, str) else None
+
+
+def _described(method: object, without: Sequence[str] = ()) -> str:
+    """The name, what is set, and the first line of the docstring."""
+    settings = [
+        f"{field.name}={_setting(getattr(method, field.name))}"
+        for field in fields(method)
+        if field.name not in without and getattr(method, field.name) is not None
+    ]
+    text = f"`{method.name}`" + (f" ({', '.join(settings)})" if settings else "")
+    return f"{text}: {inspect.getdoc(type(method)).splitlines()[0].rstrip('.')}"
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 8:
+        return f"{len(value)} values"
+    return value.name if is_dataclass(value) else str(value)
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if "ppl" in name:
+        return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+    return f"{value:.3f}" if "bits" in name else f"{value:.0%}"

@@ -1,0 +1,129 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): peft's layers put into the model itself.
+
+The model keeps its class, and with it everything that training, guards and loss ask of it. A linear
+layer with weight W [out, in] computes with W + alpha / rank * B A, where A is [rank, in] and B
+[out, rank] starts at zero; W is frozen.
+"""
+
+import importlib.util
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pose.errors import ConfigError
+
+
+@dataclass
+class LoraOptions:
+    """The adapters: `finetune.lora`."""
+
+    rank: int | None = None  # of an adapter; null: no adapters, all weights train
+    alpha: float = 16.0  # an adapter is scaled by alpha / rank
+    dropout: float = 0.0  # probability of dropping an input of an adapter
+    target_modules: list[str] | None = None  # linear layers, by the end of their name; null: all but the head
+    train_embeddings_and_norms: bool = False  # these too, whole, as LongLoRA (arXiv 2309.12307)
+
+    def __post_init__(self):
+        if self.rank is None:
+            for option in fields(self):
+                if getattr(self, option.name) != option.default:
+                    raise ConfigError(
+                        f"finetune.lora.{option.name}={getattr(self, option.name)} has no effect without adapters: "
+                        "choose finetune=lora, or set finetune.lora.rank"
+                    )
+            return
+        if self.rank < 1:
+            raise ConfigError(f"finetune.lora.rank={self.rank} is not accepted: give an integer of at least 1")
+        if not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"finetune.lora.alpha={self.alpha} is not accepted: give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"finetune.lora.dropout={self.dropout} is not accepted: give a number in [0, 1)")
+        if self.target_modules is not None and not self.target_modules:
+            raise ConfigError("finetune.lora.target_modules=[] is not accepted: name linear layers, or give null")
+
+
+class Adapter(NamedTuple):
+    """What is added to one weight [out, in]: scale * up @ down.
+
+    Attributes:
+        down: A [rank, in].
+        up: B [out, rank].
+        scale: alpha / rank.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+
+def target_names(model: PreTrainedModel, options: LoraOptions) -> list[str]:
+    """The full names of the layers that get an adapter.
+
+    Raises:
+        ConfigError: peft is not installed, or target_modules has a name that the model lacks; lists those it has.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError("finetune.lora needs the package peft, which is not installed: pip install peft")
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if options.target_modules is None:
+        return linear
+    for target in options.target_modules:
+        if not any(_ends_with(name, target) for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ConfigError(
+                f"finetune.lora.target_modules has {target!r}, which is no linear layer of this model (a head gets no "
+                f"adapter): choose from {', '.join(known)}"
+            )
+    return [name for name in linear if any(_ends_with(name, target) for target in options.target_modules)]
+
+
+def add_lora(model: PreTrainedModel, options: LoraOptions):
+    """Puts adapters into a model, in place, and freezes all other weights.
+
+    With `train_embeddings_and_norms` the input embeddings and every normalisation train as well. A
+    head that is tied to the embeddings is the same parameter and trains with them; an untied one
+    stays frozen, as in LongLoRA.
+
+    Args:
+        model: built by `pose.modeling.load.build_model`.
+        options: rank, targets and so on.
+
+    Raises:
+        ConfigError: as `target_names`.
+    """
+    targets = target_names(model, options)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets
+    )  # fmt: skip
+    inject_adapter_in_model(config, model)
+    if options.train_embeddings_and_norms:
+        model.get_input_embeddings().requires_grad_(True)
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower():
+                module.requires_grad_(True)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by the name, in its state dict, of the weight that each changes; {} without any."""
+    return {
+        f"{name}.base_layer.weight": Adapter(module.lora_A[key].weight, module.lora_B[key].weight, module.scaling[key])
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A")
+        for key in module.active_adapters
+    }
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable parameters, and all of them; tied ones count once."""
+    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in model.parameters()]
+    return sum(size for trainable, size in sizes if trainable), sum(size for _, size in sizes)
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)

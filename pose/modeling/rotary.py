@@ -1,0 +1,137 @@
+"""The modules of a model that compute its rotation, and what keeps them right.
+
+Two of transformers' RoPE types have frequencies that depend on the length of the text: `dynamic`,
+and `longrope` with unequal factors. transformers takes the length from the largest position of the
+whole batch, and `dynamic` remembers the longest it has seen. Here **the length of an example is
+the one it simulates, max(position_ids) + 1 of its row**: it does not depend on its neighbours in
+the batch, nor on what came before, and is what transformers gives one fresh text of that length.
+
+A token that is decoded with a cache has the frequencies of the text up to it, while the keys in
+the cache keep those of their time, as in transformers: only a pass over the whole text is exact.
+
+Shapes: B batch (or 1, for positions shared by all rows), L tokens, d rotary dimensions of a head.
+"""
+
+import inspect
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def depends_on_length(config: PretrainedConfig) -> bool:
+    """Whether the frequencies change with the length of the text, so that one pass cannot serve several lengths."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope_type = parameters.get("rope_type")
+    return rope_type == "dynamic" or (
+        rope_type == "longrope" and list(parameters["short_factor"]) != list(parameters["long_factor"])
+    )
+
+
+def target_len_of(config: PretrainedConfig) -> int:
+    """The window a model is meant for, in tokens.
+
+    That is max_position_embeddings, save for `dynamic`, whose formula takes the model's own window from there: its
+    target is noted beside it, and is factor times the window where another program wrote the config.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "dynamic":
+        return config.max_position_embeddings
+    noted = (getattr(config, "pose", None) or {}).get("target_len")
+    return noted or int(parameters["factor"] * config.max_position_embeddings)
+
+
+def set_target_len(config: PretrainedConfig, target_len: int):
+    """Writes where `target_len_of` reads."""
+    if config.rope_parameters.get("rope_type") != "dynamic":
+        config.max_position_embeddings = target_len
+        return
+    window, factor = config.max_position_embeddings, config.rope_parameters["factor"]
+    noted = getattr(config, "pose", None) or {"rope": "dynamic", "window": window, "factor": factor}
+    config.pose = noted | {"target_len": target_len}
+
+
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold a model's inverse frequencies."""
+    return [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
+
+
+def rotate_by_example_length(model: nn.Module):
+    """Makes the rotation of each example that of its own length, where the RoPE type looks at lengths.
+
+    Frequencies come from transformers' own functions, and cos and sin from the module's own code, without the update
+    before it that changes its buffers. A `longrope` whose two lists are equal is spared that update alone.
+    """
+    for module in rotary_modules(model):
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            module.forward = _StatelessForward(module)
+
+
+def frequencies_at(module: nn.Module, seq_len: int) -> torch.Tensor:
+    """The inverse frequencies, [d/2], with which a rotary module of this package rotates a text of seq_len tokens."""
+    if isinstance(module.forward, _StatelessForward):
+        return module.forward.inv_freq(torch.tensor([seq_len], device=module.inv_freq.device))[0]
+    return module.inv_freq
+
+
+class _StatelessForward:
+    """forward of a rotary module whose type is `dynamic` or `longrope`."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.by_length = depends_on_length(module.config)
+        self.rope_type = module.rope_type
+        self.window = module.config.max_position_embeddings
+        if self.rope_type == "longrope":
+            self.window = module.config.rope_parameters["original_max_position_embeddings"]
+            module.register_buffer("long_inv_freq", self._beyond_window(self.window + 1), persistent=False)
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, L, d] in the dtype of x, for position_ids [B, L]."""
+        own_forward = inspect.unwrap(type(self.module).forward)
+        if not self.by_length:
+            return own_forward(self.module, x, position_ids)
+        rows = []
+        for inv_freq, row in zip(self.inv_freq(position_ids.amax(-1) + 1), position_ids, strict=True):
+            frequencies = SimpleNamespace(inv_freq=inv_freq, attention_scaling=self.module.attention_scaling)
+            rows.append(own_forward(frequencies, x, row[None]))
+        return tuple(torch.cat(part) for part in zip(*rows, strict=True))
+
+    def inv_freq(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The frequencies, fp32 [B, d/2], of texts of the given lengths [B]."""
+        lengths = lengths[:, None]
+        beyond = self.module.long_inv_freq if self.rope_type == "longrope" else self._beyond_window(lengths)
+        return torch.where(lengths > self.window, beyond, self.module.inv_freq)
+
+    def _beyond_window(self, seq_len: int | torch.Tensor) -> torch.Tensor:
+        device = self.module.inv_freq.device
+        return ROPE_INIT_FUNCTIONS[self.rope_type](self.module.config, device, seq_len=seq_len)[0]
+
+
+def keep_frequencies_fp32(model: nn.Module):
+    """Makes casts of the model pass its inverse frequencies by.
+
+    `module.to(bfloat16)`, Lightning's bf16-true and DeepSpeed's engine all cast buffers; a bf16
+    frequency is off by up to 20 rad at position 16,383. Moves between devices still work.
+    """
+    for module in rotary_modules(model):
+        module._apply = _Fp32Apply(module)
+
+
+class _Fp32Apply:
+    """nn.Module._apply for a rotary module: buffers follow the device and keep their dtype."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, fn, recurse=True):
+        kept = {name: buffer for name, buffer in self.module.named_buffers(recurse=False) if buffer.is_floating_point()}
+        type(self.module)._apply(self.module, fn, recurse)
+        for name, buffer in kept.items():
+            cast = getattr(self.module, name)
+            if cast.dtype != buffer.dtype:
+                setattr(self.module, name, buffer.to(cast.device))
+        return self.module
