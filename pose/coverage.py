@@ -215,7 +215,7 @@ if __name__ == "__main__":  # the command knows Hydra, the module above does not
 
     schema.register()
 
-    @hydra.main(version_base="1.3", config_path=str(runtime.REPOSITORY / "conf"), config_name="coverage")
+    @hydra.main(version_base="1.3", config_path=str(runtime.CONF), config_name="coverage")
     def main(cfg: DictConfig):
         with runtime.readable_errors():
             run_dir = Path(HydraConfig.get().runtime.output_dir)

@@ -94,8 +94,7 @@ class PositionSampler(ABC):
         """
         if document_len < self.min_document_len:
             raise ValueError(
-                f"a document of {document_len} tokens is too short for {type(self).__name__}, "
-                f"which needs {self.min_document_len}"
+                f"a document of {document_len} tokens is too short for {self.name}, which needs {self.min_document_len}"
             )
         return self._sample(rng, document_len, breaks) if self.uses_breaks else self._sample(rng, document_len)
 

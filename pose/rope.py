@@ -476,7 +476,7 @@ class Theta(RopeScaling):
     def resolve(self, geometry, target_len):
         scaling = super().resolve(geometry, target_len)
         if self.theta is None and geometry.window <= 2 * math.pi:
-            raise ConfigError(f"rope.theta is not set, and a window of {geometry.window} tokens is too short to derive it")
+            raise ConfigError(f"rope.theta is not set, and its default needs a window above {geometry.window} tokens")
         return scaling if self.theta else replace(scaling, theta=scaling._critical_base(geometry))
 
     def _critical_base(self, geometry: RopeGeometry) -> float:

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import lightning as L
@@ -21,8 +21,13 @@ from transformers import logging as transformers_logging
 
 from pose.errors import PoseError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "lightning", "hydra-core", "deepspeed", "tokenizers", "numpy", "safetensors")
+PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent
+# The configs: in the package where it is installed, beside it in the repository.
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else REPOSITORY / "conf"
+PACKAGES = (
+    "torch", "transformers", "lightning", "hydra-core", "deepspeed", "tokenizers", "numpy", "safetensors", "peft"
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -82,7 +87,7 @@ def provenance() -> dict:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "processor": platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -102,6 +107,13 @@ def save_config(cfg: DictConfig, run_dir: Path):
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     write_json(run_dir / "provenance.json", provenance())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

@@ -17,7 +17,8 @@ from pose.modeling.lora import LoraOptions
 class ModelConfig:
     """Which model is trained, and what is saved of it."""
 
-    path: str | None = None  # Hugging Face folder or hub id of the weights; null starts from random ones
+    path: str | None = None  # Hugging Face folder, hub id or .gguf file of the weights; null starts from random ones
+    offline: str | None = None  # Python package (name==version) with a GGUF of the model, for want of the hub
     revision: str | None = None  # of the hub repository
     tokenizer: str | None = None  # folder or hub id; null is the model's own
     init: dict[str, Any] | None = None  # config of a model that starts from random weights (path: null)

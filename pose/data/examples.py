@@ -105,7 +105,7 @@ class PoseDataset(Dataset):
         """The indices in x (BOS included) at which a new sentence begins, for a sampler that looks at them."""
         if self.sentence_end is None or not self.sampler.uses_breaks:
             return None
-        return np.flatnonzero(self.sentence_end[document[:]]) + self.num_bos + 1
+        return np.flatnonzero(self.sentence_end[document[:-1]]) + 1 + self.num_bos
 
     def _synthetic_example(self, rng, task):
         tokens, is_answer = task.sample(rng, self.sampler.example_len)

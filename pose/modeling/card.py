@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Card:
     def name(self) -> str:
         """Of the base."""
         if self.base is None:
-            return f"a {self.model_type} model from random weights"
+            return f"A {self.model_type} model from random weights"
         folder = Path(self.base).expanduser()
         if not folder.is_dir():
             return without_folders(self.base)
@@ -86,7 +87,7 @@ class Card:
         head = {} if self.base is None else {"base_model": self.name, "base_model_relation": "finetune"}
         head |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
         head |= {} if self.license is None else {"license": self.license}
-        head["tags"] = ["pose", "long-context", "rope", self.scaling.name]
+        head["tags"] = ["pose", "long-context", "rope"] + [self.scaling.name] * (self.scaling.name != "none")
         return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
 
     def _title(self) -> str:
@@ -107,7 +108,10 @@ class Card:
             "Length in training": f"{self.sampler.example_len:,} tokens",
             "Position ids": _described(self.sampler, without=("train_len", "target_len")),
             "RoPE": f"{_described(self.scaling)}; base {self.rope_base:,g} before scaling",
-            "Data": ", ".join(without_folders(name) for name in self.data),
+            "Data": ", ".join(
+                without_folders(name) + (f" ({times} times)" if times > 1 else "")
+                for name, times in Counter(self.data).items()
+            ),
             **self.training,
         }
         return "## How it was made\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())

@@ -124,7 +124,7 @@ def cached_folder(file: Path, cache_dir: str | Path) -> Path:
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     key = hashlib.sha256(f"{FORMAT_VERSION} {digest}".encode()).hexdigest()[:16]
-    folder = Path(cache_dir).expanduser() / "gguf" / f"{file.stem}-{key}"
+    folder = Path(cache_dir).expanduser() / "gguf" / key / file.stem
     if not folder.is_dir():
         try:
             convert(file, folder)

@@ -76,6 +76,11 @@ def hub_answers() -> bool:
     return True
 
 
+def find_file(path: str, name: str, **hub) -> str | None:
+    """The local path of a file of a folder or hub id; None where there is no such file. Args as `read_weights`."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
 def read_weights(path: str, **hub) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a checkpoint with its name, a file at a time. Pickled code in a .bin file is never run.
 
@@ -87,7 +92,7 @@ def read_weights(path: str, **hub) -> Iterator[tuple[str, torch.Tensor]]:
         OSError: no weights there, or an index that names files elsewhere.
         pickle.UnpicklingError: a .bin file with more than tensors.
     """
-    found = (cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) for name in WEIGHT_FILES)
+    found = (find_file(path, name, **hub) for name in WEIGHT_FILES)
     file = next((file for file in found if file is not None), None)
     if file is None:
         raise OSError(f"it has none of {', '.join(WEIGHT_FILES)}")

@@ -14,15 +14,15 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import cached_file
 
 from pose.errors import CheckpointError, ConfigError
 from pose.modeling import baichuan
 from pose.modeling.attention import resolve_backend
 from pose.modeling.baichuan import Baichuan
 from pose.modeling.gptj import GPTJ
-from pose.modeling.hub import from_hub, read_weights
+from pose.modeling.hub import find_file, from_hub, read_weights
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
+from pose.modeling.spm_tokenizer import load_spm_tokenizer
 from pose.rope import RopeGeometry, RopeScaling
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
@@ -59,9 +59,13 @@ def load_tokenizer(path: str, revision: str | None = None):
         CheckpointError: nothing there, or no tokenizer, or one that needs code of its own; names the path.
     """
     settings = from_hub("tokenizer", get_tokenizer_config, path, revision)
-    if settings.get("tokenizer_class") in baichuan.TOKENIZERS:
-        file = from_hub("tokenizer", cached_file, path, revision, filename="tokenizer.model")
-        return baichuan.load_tokenizer(file, settings)
+    if "auto_map" not in settings or settings.get("tokenizer_class") in baichuan.TOKENIZERS:
+        found = {
+            name: from_hub("tokenizer", find_file, path, revision, name=name)
+            for name in ("tokenizer.json", "tokenizer.model")
+        }
+        if found["tokenizer.json"] is None and found["tokenizer.model"] is not None:
+            return load_spm_tokenizer(found["tokenizer.model"], settings)
     try:
         tokenizer = from_hub("tokenizer", AutoTokenizer.from_pretrained, path, revision, trust_remote_code=False)
     except CheckpointError as error:
@@ -234,6 +238,6 @@ def _convert_weights(path: str, form: GPTJ | Baichuan, config: PretrainedConfig,
     for name, tensor in read_weights(path, **hub):
         weights |= {new_name: new.to(dtype) for new_name, new in form.convert(name, tensor).items()}
     result = form.model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
-    if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+    if find_file(path, "generation_config.json", **hub) is not None:
         result[0].generation_config = GenerationConfig.from_pretrained(path, **hub)
     return result

@@ -10,6 +10,8 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from pose import build, schema
+from pose.errors import ConfigError
+from pose.positions import Mix, PoSE
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 schema.register()
@@ -100,3 +102,36 @@ def test_the_factor_follows_from_the_models_window(window, target_len, factor):
     assert build.build_scaling(cfg.rope).resolve(geometry, target_len).factor == factor
     sampler = build.build_sampler(cfg.pose, window)
     assert (sampler.train_len, sampler.target_len) == (window, target_len)
+
+
+@pytest.mark.parametrize("choice", ["pose", "cream", "sentence_skip", "mix"])
+def test_a_mix_nests_any_sampler_of_the_same_lengths(choice):
+    cfg = compose("train", ["pose=mix", f"pose@pose.sampler={choice}", "pose.target_len=1024", "pose.plain_share=0.25"])
+    alone = build.build_sampler(compose("train", [f"pose={choice}", "pose.target_len=1024"]).pose, 256)
+    mix = build.build_sampler(cfg.pose, 256)
+    assert (mix.train_len, mix.target_len, mix.plain_share) == (256, 1024, 0.25)
+    assert mix.sampler == alone
+
+
+def test_settings_of_a_nested_sampler_reach_it():
+    cfg = compose("train", ["pose=mix", "pose.train_len=128", "pose.sampler.num_chunks=5"])
+    assert build.build_sampler(cfg.pose, 256) == Mix(128, 2048, PoSE(128, 2048, num_chunks=5))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pose=mix", "pose@pose.sampler=full"], "pose.sampler=Full draws examples of 2048 tokens"),
+        (["pose=mix", "pose.sampler.target_len=1024"], "pose.sampler.target_len=1024 is not pose.target_len=2048"),
+        (["pose.target_len=128"], "pose.target_len=128 is below the model's own window of 256"),
+    ],
+)
+def test_samplers_that_cannot_work_are_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        build.build_sampler(compose("train", overrides).pose, 256)
+
+
+def test_without_a_model_the_training_length_has_to_be_given():
+    with pytest.raises(ConfigError, match=r"pose.train_len=None is not accepted: give an integer of at least 1"):
+        build.build_sampler(compose("train").pose)
+    assert build.build_sampler(compose("train", ["pose.train_len=64", "pose.target_len=128"]).pose) == PoSE(64, 128)

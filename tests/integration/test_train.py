@@ -21,9 +21,9 @@ def train(script, folder, *overrides):
 
 
 def test_a_run_leaves_everything(smoke_run, load_json):
-    for name in ("metrics.json", "config.yaml", "provenance.json", "metrics.csv"):
+    for name in ("metrics.json", "config.yaml", "provenance.json", "metrics.csv", "coverage.csv"):
         assert (smoke_run / name).stat().st_size > 0
-    for name in ("training.png", "evaluation.png"):
+    for name in ("training.png", "evaluation.png", "coverage.png"):
         assert (smoke_run / "plots" / name).read_bytes().startswith(b"\x89PNG")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (smoke_run / "model").iterdir()}
     metrics = load_json(smoke_run / "metrics.json")
@@ -31,6 +31,9 @@ def test_a_run_leaves_everything(smoke_run, load_json):
     for name, value in metrics["extended"].items():
         assert metrics[name] == value, "the top level describes RUN/model"
     assert {"tail_ppl@256", "tail_ppl@512", "passkey@256", "passkey@512"} <= set(metrics)
+    # PoSE with two chunks, 256 -> 512: a distance d of 256 or more needs a skip in {d-255..min(d-1, 256)}.
+    beyond = sum(min(255, 512 - d) for d in range(256, 512)) / 256 / 257
+    assert metrics["coverage/probability_beyond_window"] == pytest.approx(beyond)
     provenance = load_json(smoke_run / "provenance.json")
     assert "experiment=smoke" in provenance["command"] and provenance["packages"]["torch"]
     config = load_json(smoke_run / "model" / "config.json")
@@ -98,7 +101,7 @@ def test_own_data_and_a_local_folder(smoke_run, script, tmp_path):
     assert config["rope_parameters"]["rope_type"] == "yarn" and config["rope_parameters"]["factor"] == 2.0
 
 
-@pytest.mark.parametrize("pose", ["full", "short_pi", "randpos"])
+@pytest.mark.parametrize("pose", ["full", "short_pi", "randpos", "sentence_skip", "mix"])
 def test_every_sampler_trains(script, tmp_path, pose):
     train(script, tmp_path, *FAST, f"pose={pose}", "trainer.max_steps=1", "data=reports")
 

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pose.data.datamodule import PoseDataModule, bos_id
+from pose.data.datamodule import PoseDataModule, bos_id, sentence_ends
 from pose.errors import ConfigError, DataError
-from pose.positions import Full, PoSE
+from pose.positions import Full, PoSE, SentenceSkip
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -135,6 +135,38 @@ def test_synthetic_examples_are_mixed_in(make):
     )
     synthetic = sum(bool((module.dataset[i]["labels"] == -100).any()) for i in range(400))
     assert abs(synthetic - 200) < 5 * 10
+
+
+# Sentences
+
+
+def test_tokens_that_end_a_sentence():
+    ending = [".", "?", "!", "...", '."', "?”", ".)", "!'", " .", "\n", "\n\n", ".\n", "\n   ", "said.", "»\n", '!"»']
+    going_on = ["a", ",", ":", "e.g", ".5", ". A", '"', "”", "(", " ", "\nThe", "- ", ";", "</s>"]
+    vocab = {text: i for i, text in enumerate([*ending, *going_on])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")))
+    assert sentence_ends(tokenizer).tolist() == [True] * len(ending) + [False] * len(going_on)
+
+
+def test_sentences_of_a_byte_level_tokenizer():
+    """Its tokens are written with Ġ and Ċ, and are read as the text they stand for."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "tiny")
+    ends = sentence_ends(tokenizer)
+    ids = tokenizer('He said: "Go!" She went.\nSoon', add_special_tokens=False)["input_ids"]
+    assert ends.dtype == bool and ends.shape == (len(tokenizer),)
+    assert [tokenizer.decode([i]) for i in ids if ends[i]] == ['!"', ".", "\n"]
+
+
+def test_sentences_reach_the_sampler(make):
+    """Multiples of 10 end a sentence, and but for the head's border ids jump there alone."""
+    tokenizer = number_tokenizer()
+    tokenizer.batch_decode = lambda ids, **_: [f"{i}." if i % 10 == 0 else f"{i}" for (i,) in ids]
+    module = ready(make(tokenizer=tokenizer, sampler=SentenceSkip(32, 4096), curriculum=[(0.25, 8)]))
+    for batch in list(module.train_dataloader())[3:]:
+        for tokens, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+            before = tokens[:-1][positions.diff() > 1][1:]
+            assert (before % 10 == 0).all() and len(before)
+    assert ready(make(tokenizer=tokenizer)).dataset.sentence_end is None
 
 
 # BOS

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pose.data.examples import Curriculum, PoseDataset, collate
 from pose.errors import DataError
-from pose.positions import Full, Layout, PoSE, PositionSampler, RandPos
+from pose.positions import Full, Layout, PoSE, PositionSampler, RandPos, SentenceSkip
 
 BASE = 10_000  # token t of document d is d * BASE + t + 1: a token says where it is from
 BOS = 9_999_999
@@ -50,6 +50,18 @@ class Ends(PositionSampler):
 
     def _sample(self, rng, document_len):
         return Layout(np.array([0, 1, 2, document_len]), np.array([0, 1, 2, document_len - 1]))
+
+
+@dataclass(frozen=True)
+class Breaks(PositionSampler):
+    """Keeps the breaks it is given; shows all of x up to train_len tokens."""
+
+    uses_breaks = True
+    seen = []  # noqa: RUF012
+
+    def _sample(self, rng, document_len, breaks=None):
+        self.seen.append(breaks)
+        return Layout(np.arange(self.train_len), np.arange(self.train_len))
 
 
 @dataclass
@@ -231,6 +243,56 @@ def test_last_token_of_a_document_is_reached():
     for bos_id in (None, BOS):
         data = dataset(lengths=(20,), bos_id=bos_id, num_examples=200)
         assert max(origin(example)[1][-1] for example in data) == 19
+
+
+# Sentences
+
+
+@pytest.mark.parametrize("bos_id", [None, BOS])
+@pytest.mark.parametrize("window_len", [None, 15, 16])
+def test_samplers_that_use_breaks_get_the_sentences_of_x(bos_id, window_len):
+    """A sentence begins after each token that ends one; x begins with BOS, and is the window, not the document."""
+    vocabulary = np.zeros(BASE * 3, bool)
+    vocabulary[[5, 8, 9, 16, 20, BASE + 3, BASE + 17]] = True  # token t is at index t - 1
+    sampler = Breaks(16 if bos_id else 15, 64)
+    data = dataset(
+        sampler, lengths=(20, 17), bos_id=bos_id, window_len=window_len, num_examples=60, sentence_end=vocabulary
+    )
+    sampler.seen.clear()
+    for example in data:
+        x = example["input_ids"].tolist()
+        found = [int(i) for i in sampler.seen.pop() if i < len(x)]
+        assert found == [i for i in range(1, len(x)) if x[i - 1] < BOS and vocabulary[x[i - 1]]]
+    assert not sampler.seen
+
+
+def test_breaks_of_a_whole_document():
+    vocabulary = np.zeros(BASE, bool)
+    vocabulary[[5, 8, 20]] = True  # the last token ends a sentence, and none begins after it
+    sampler = Breaks(16, 64)
+    data = dataset(sampler, lengths=(20,), sentence_end=vocabulary, num_examples=1)
+    sampler.seen.clear()
+    assert data[0]["input_ids"][0] == 1 and sampler.seen.pop().tolist() == [5, 8]
+
+
+@pytest.mark.parametrize("synthetic", [{}, {Constant(7): 1.0}])
+def test_no_text_or_no_sentence_ends_mean_no_breaks(synthetic):
+    sampler = Breaks(16, 64)
+    sampler.seen.clear()
+    ends = np.ones(BASE * 10, bool) if synthetic else None
+    assert len(dataset(sampler, synthetic=synthetic, sentence_end=ends)[0]["input_ids"]) == 16
+    assert sampler.seen.pop() is None
+
+
+def test_sentence_skip_skips_after_sentences_alone():
+    """But for the border of the head, which may fall within one."""
+    vocabulary = np.zeros(BASE, bool)
+    vocabulary[[40, 47, 55]] = True
+    data = dataset(SentenceSkip(64, 4096), lengths=(64,), sentence_end=vocabulary, num_examples=50)
+    for example in data:
+        jumps = np.flatnonzero(np.diff(example["position_ids"].numpy()) > 1) + 1
+        assert {40, 47, 55} >= set(jumps[jumps > 32].tolist())
+        assert len(jumps) >= 2
 
 
 # Retrieval examples

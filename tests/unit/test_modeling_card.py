@@ -27,7 +27,7 @@ CARD = Card(
     data=["/data/somewhere/pile.jsonl.gz", "20% passkey examples"],
     training={"Steps": "1,000 of 64 examples: 131,072,000 tokens"},
     results={
-        "untuned": {"ppl@2048": 9.04, "ppl@16384": 12345.6, "passkey@2048": 1.0, "position_ppl@0-256": 4.0},
+        "untuned": {"ppl@2048": 9.04, "passkey@2048": 1.0, "ppl@16384": 12345.6, "position_ppl@0-256": 4.0},
         "extended": {"ppl@2048": 9.26, "ppl@16384": 9.51, "passkey@2048": 0.95, "bits_per_byte@2048": 0.71234},
     },
     measured_on=["persuasion"],
@@ -86,7 +86,13 @@ def test_full_length_training_says_its_length():
 
 def test_a_model_from_random_weights_was_not_extended():
     text = replace(CARD, base=None, target_len=2048, sampler=PoSE(2048, 2048), scaling=Unscaled()).text()
-    assert "# a llama model from random weights: window 2,048 tokens\n" in text and "extended from" not in text
+    assert head_of(text)["tags"] == ["pose", "long-context", "rope"]
+    assert "# A llama model from random weights: window 2,048 tokens\n" in text and "extended from" not in text
+
+
+def test_documents_read_several_times_are_counted():
+    made = table(replace(CARD, data=["/a/b.jsonl", "c.jsonl", "/a/b.jsonl"]).text(), "How it was made")
+    assert made["Data"] == ["b.jsonl (2 times), c.jsonl"]
 
 
 def test_long_lists_are_not_written_out():
@@ -125,7 +131,9 @@ def test_folders_of_a_machine_are_cut(text, cut):
 def test_a_local_base_is_named_without_its_place(tmp_path, monkeypatch, place, name):
     (tmp_path / place).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for base in (str(tmp_path / place), place):
+    for base in (str(tmp_path / place), place, "."):
+        if base == ".":
+            monkeypatch.chdir(place)
         text = replace(CARD, base=base).text()
         assert head_of(text)["base_model"] == name and f"# {name}, extended" in text
         assert str(tmp_path) not in text and "somewhere" not in text and "outputs" not in text

@@ -17,10 +17,31 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from pose.errors import GuardError
 from pose.modeling.export import export_model, verify_export
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
-from pose.rope import NTK, Linear, Unscaled, Yarn, YarnRevised
+from pose.rope import (
+    NTK,
+    Drope,
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    NTKByParts,
+    Theta,
+    Unscaled,
+    Yarn,
+    YarnRevised,
+)
 
 WINDOW, TARGET_LEN, VOCAB = 256, 2048, 101
-METHODS = {s.name: s for s in (Unscaled(), Linear(), NTK(), Yarn(), YarnRevised())}
+DIVISORS = tuple(1.3**i for i in range(8))
+METHODS = {
+    s.name: s
+    for s in (
+        Unscaled(), Linear(), NTK(), Yarn(), YarnRevised(), Dynamic(), NTKByParts(), Llama3(),
+        LongRope(long_factor=DIVISORS), Theta(theta=77_000.0), Drope(attention_factor=1.2),
+    )
+}  # fmt: skip
+# By transformers' type: where the export says what the window was.
+SAYS_WINDOW = {"yarn", "llama3", "longrope"}
 
 PLAIN_LOAD = """
 import sys
@@ -31,7 +52,7 @@ tokens = torch.load("tokens.pt")
 logits = {}
 for name in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(name)
-    assert AutoTokenizer.from_pretrained(name).model_max_length == model.config.max_position_embeddings
+    assert AutoTokenizer.from_pretrained(name).model_max_length == tokens.shape[1]
     with torch.no_grad():
         logits[name] = [model(ids).logits for ids in (tokens, tokens[:, :64])]
 assert not [module for module in sys.modules if module.split(".")[0] == "pose"]
@@ -111,18 +132,20 @@ def test_plain_transformers_gives_the_same_logits(tmp_path, tokenizer):
 def test_config_and_tokenizer_name_the_window(tmp_path, tokenizer, name):
     export_model(make_model(METHODS[name]), tokenizer, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["max_position_embeddings"] == TARGET_LEN
+    parameters = config["rope_parameters"]
+    # transformers' `dynamic` reads the model's own window from max_position_embeddings
+    assert config["max_position_embeddings"] == (WINDOW if name == "dynamic" else TARGET_LEN)
     assert config["dtype"] == "float32"
     assert "auto_map" not in config
     assert "pose_" not in (tmp_path / "model" / "config.json").read_text()
-    parameters = config["rope_parameters"]
-    if name.startswith("yarn"):
+    assert rope_geometry(load_config(str(tmp_path / "model"))).window == (TARGET_LEN if name == "none" else WINDOW)
+    if parameters["rope_type"] in SAYS_WINDOW:
         assert parameters["original_max_position_embeddings"] == WINDOW
-        assert rope_geometry(load_config(str(tmp_path / "model"))).window == WINDOW
-    if name in ("linear", "yarn", "yarn_revised"):
+    if name in ("linear", "yarn", "yarn_revised", "dynamic", "llama3"):
         assert parameters["factor"] == TARGET_LEN / WINDOW
     if name == "ntk":  # b * s^(d/(d-2)), d = 16
         assert parameters["rope_theta"] == pytest.approx(10_000 * 8 ** (16 / 14))
+    if name in ("ntk", "theta"):
         assert parameters["rope_type"] == "default"
     saved_tokenizer = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     assert saved_tokenizer["model_max_length"] == TARGET_LEN

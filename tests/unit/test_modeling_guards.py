@@ -198,6 +198,14 @@ def test_another_dynamic_factor_is_caught():
         run_guards(build_model(config, None, "sdpa"), expected, TARGET_LEN, "cpu")
 
 
+def test_drope_over_a_huge_base_passes():
+    """Its slowest frequencies are below what fp32 can hold, and 0 in the model."""
+    config = tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 1e12})
+    config, expected = scaled(Drope(), config)
+    assert expected.inv_freq[-1] < 1e-39
+    run_guards(build_model(config, None, "sdpa"), expected, TARGET_LEN, "cpu")
+
+
 def test_positions_left_in_are_told_from_drope():
     _, expected = scaled(Drope())
     with pytest.raises(GuardError, match="not that of the configured scaling"):

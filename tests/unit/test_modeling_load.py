@@ -1,10 +1,16 @@
 """From a folder or a bare config to a model with scaled RoPE, and frequencies that stay in fp32."""
 
 import copy
+import http.server
+import io
 import json
 import math
 import pickle
+import shutil
+import threading
+import time
 
+import huggingface_hub
 import lightning as L
 import numpy as np
 import pytest
@@ -12,14 +18,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    PhiConfig,
+    Qwen2Config,
 )
 
 from pose.errors import CheckpointError, ConfigError, GuardError
+from pose.modeling.hub import hub_answers, is_available
 from pose.modeling.load import (
     build_model,
     load_config,
@@ -385,3 +396,148 @@ def test_a_hub_id_under_a_local_folder_is_taken_for_a_missing_folder(tmp_path, m
     (tmp_path / "outputs").mkdir()
     with pytest.raises(CheckpointError, match="no folder at outputs/typo"):
         load_config("outputs/typo")
+
+
+class Malicious:
+    """What a pickle may run when it is opened."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('pickled code ran')",))
+
+
+def test_weights_in_a_pickle_are_read_as_tensors(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(weights, checkpoint / "pytorch_model.bin")
+    got = build_model(load_config(str(checkpoint)), str(checkpoint), "sdpa").state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in weights.items())
+    torch.save(weights | {"more": Malicious()}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"more than tensors.*pickled code is never run.*safetensors"):
+        build_model(load_config(str(checkpoint)), str(checkpoint), "sdpa")
+
+
+def add_code(folder, **names):
+    """Makes config.json name code of the folder, which ends the process when it runs."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}} | names
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('remote code ran')")
+
+
+def test_code_of_a_folder_is_not_run_where_transformers_has_the_class(checkpoint, tmp_path):
+    """Nor named in what is saved."""
+    add_code(checkpoint)
+    model = build_model(load_config(str(checkpoint)), str(checkpoint), "sdpa")
+    assert type(model) is LlamaForCausalLM
+    model.save_pretrained(tmp_path / "out")
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused(checkpoint):
+    add_code(checkpoint, model_type="of_its_own")
+    for load in (load_config, lambda path: build_model(tiny_config(), path, "sdpa")):
+        with pytest.raises(CheckpointError, match=rf"{checkpoint} needs code of its own .*'of_its_own'.*never run"):
+            load(str(checkpoint))
+
+
+@pytest.mark.parametrize("with_tokenizer_json", [False, True])
+def test_a_tokenizer_that_needs_code_of_its_own_is_refused(checkpoint, with_tokenizer_json):
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["code.OwnTokenizer", None]}}
+    (checkpoint / "code.py").write_text("raise SystemExit('remote code ran')")
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    if with_tokenizer_json:
+        shutil.copy("assets/tiny/tokenizer.json", checkpoint)
+    with pytest.raises(CheckpointError, match=r"needs code of its own .*tokenizer_config.json.*model\.tokenizer="):
+        load_tokenizer(str(checkpoint))
+
+
+@pytest.mark.parametrize("cls", [LlamaConfig, MistralConfig, Qwen2Config, PhiConfig, GPTNeoXConfig, GemmaConfig])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, cls):
+    """transformers makes an empty one up for some of them."""
+    tiny_config(cls).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} (holds no tokenizer|cannot be loaded)"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_in_sentencepieces_form(checkpoint):
+    """As LLaMA's own folders have it, tokenizer.model alone; BOS and a space come first."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat in 1999", "a hat and a cat"] * 20),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (checkpoint / "tokenizer.model").write_bytes(out.getvalue())
+    own = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    tokenizer = load_tokenizer(str(checkpoint))
+    for text in ("the cat sat in 1999", "  a hat\non a é mat "):
+        assert tokenizer(text, add_special_tokens=False).input_ids == own.encode(text)
+        assert tokenizer(text).input_ids == [1, *own.encode(text)]
+        assert tokenizer.decode(own.encode(text)) == text
+
+
+def test_the_hub_is_asked_once_and_not_for_long(monkeypatch):
+    """Without an answer an id fails within seconds; transformers alone would try for half a minute for each file."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    hub_answers.cache_clear()
+    try:
+        start = time.perf_counter()
+        with pytest.raises(CheckpointError, match="the config of some-owner/some-model cannot be loaded: "):
+            load_config("some-owner/some-model")
+        with pytest.raises(CheckpointError, match="the tokenizer of some-owner/some-model cannot be loaded: "):
+            load_tokenizer("some-owner/some-model")
+        assert time.perf_counter() - start < 8
+        assert not is_available("some-owner/some-model") and is_available("assets/tiny")
+    finally:
+        hub_answers.cache_clear()
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_a_hub_that_answers_anything_is_there(monkeypatch, status):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert hub_answers.__wrapped__()
+    finally:
+        server.shutdown()
+
+
+def test_an_id_in_the_local_cache_is_available(tmp_path, monkeypatch):
+    """With a config and weights, and not with a config alone."""
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert not is_available("owner/name")
+    (snapshot / "pytorch_model.bin").touch()
+    assert is_available("owner/name")
+    assert not is_available("owner/name", revision="v2")
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path):
+    """Of weights that are read here."""
+    GPTJConfig(n_embd=64, n_head=4, n_layer=1, rotary_dim=8).save_pretrained(tmp_path / "model")
+    torch.save({}, tmp_path / "outside.bin")
+    index = {"weight_map": {"lm_head.weight": "../outside.bin"}}
+    (tmp_path / "model" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="names files outside its folder"):
+        build_model(load_config(f"{tmp_path}/model"), f"{tmp_path}/model", "sdpa")

@@ -4,20 +4,24 @@ import copy
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
+from pose.build import build_scaling
 from pose.errors import ConfigError
 from pose.evaluation.perplexity import truncated_perplexity
 from pose.evaluation.scoring import Scorer
 from pose.modeling.guards import run_guards
-from pose.modeling.load import build_model, rope_geometry, scale_config
+from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
 from pose.modeling.rotary import depends_on_length, frequencies_at, rotary_modules, set_target_len, target_len_of
 from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, NTKByParts, Theta, Unscaled, Yarn, YarnRevised
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 BASE, HEAD_DIM, WINDOW, TARGET_LEN, FACTOR = 10_000.0, 16, 64, 512, 8.0
 LONG = [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 8.0, 9.0]
 SHORT = [1.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]
@@ -287,3 +291,17 @@ def test_every_method_on_every_family_is_plain_transformers(family):
 def test_one_rope_for_each_kind_of_layer_is_refused():
     with pytest.raises(ConfigError, match="gemma3_text model has no single rotary embedding"):
         scale_config(tiny_config("gemma3_text"), Linear(), TARGET_LEN)
+
+
+@pytest.mark.parametrize("choice", sorted((REPOSITORY / "conf" / "rope").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_choice_works_on_the_shipped_model_with_no_further_key(choice):
+    if choice.stem == "longrope":
+        with pytest.raises(ConfigError, match=r"rope\.long_factor is not set"):
+            build_scaling(OmegaConf.load(choice))
+        return
+    config = load_config(str(REPOSITORY / "assets" / "tiny"))
+    geometry = rope_geometry(config)
+    scaling = scale_config(config, build_scaling(OmegaConf.load(choice)), 2048)
+    assert scaling.name == choice.stem
+    config.num_hidden_layers = 1
+    run_guards(build_model(config, None, "sdpa"), scaling.frequencies(geometry, 2048), 2048, "cpu")

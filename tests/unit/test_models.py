@@ -48,6 +48,7 @@ SIZES = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+TOLERANCE = 3e-4  # of the logits' standard deviation; fp32 rounding makes up to 7e-5 of it
 POSITIONS = torch.tensor([*range(5), *range(97, 103), *range(TARGET_LEN - 9, TARGET_LEN)])
 TOKENS = torch.randint(VOCAB, (len(POSITIONS),), generator=torch.Generator().manual_seed(0))
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -151,6 +152,7 @@ FAMILIES = {
         interleaved=True,
     ),
 }
+BAICHUAN = Family(LlamaConfig)
 FAMILIES["gpt_neox_serial"] = Family(
     **vars(FAMILIES["gpt_neox"]) | {"options": {"rotary_pct": 0.25, "use_parallel_residual": False}, "parallel": False}
 )
@@ -239,6 +241,8 @@ def plain_logits(family, weights, method, tokens=TOKENS, positions=POSITIONS):
                 [n * d for n in (family.heads, *[family.kv_heads] * 2)], -1
             )
             return [part.split(d, -1) for part in (q, k, v)]
+        if f"{prefix}self_attn.W_pack.weight" in weights:
+            return [part.split(d, -1) for part in linear(f"{prefix}self_attn.W_pack", x).chunk(3, -1)]
         room = "attn" if family.config is GPTJConfig else "self_attn"
         return [linear(f"{prefix}{room}.{n}_proj", x).split(d, -1) for n in "qkv"]
 
@@ -403,6 +407,79 @@ def test_gptj_without_a_share_of_a_head_is_refused(tmp_path, rotary_dim):
     config = GPTJConfig(n_embd=64, n_head=4).to_dict() | {"rotary_dim": rotary_dim}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"{tmp_path}.*rotary_dim={rotary_dim} .*heads of 16 dimensions"):
+        load_config(str(tmp_path))
+
+
+BAICHUAN_CONFIG = {key: SIZES[key] for key in SIZES if key != "pad_token_id"} | {
+    "model_type": "baichuan",
+    "architectures": ["BaichuanForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_baichuan.BaichuanConfig",
+        "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
+    },
+    "tokenizer_class": "BaichuanTokenizer",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "z_loss_weight": 0,
+}
+
+
+def save_baichuan(folder, **changes):
+    """As Baichuan2-7B lies on the hub: packed projections in pickles, a config of its own, and code to run."""
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape, shift=0.0):
+        return torch.empty(shape).normal_(shift, 0.25, generator=generator)
+
+    h, m = SIZES["hidden_size"], SIZES["intermediate_size"]
+    weights = {"model.embed_tokens.weight": random(VOCAB, h), "model.norm.weight": random(h, shift=0.5)}
+    weights["lm_head.weight"] = 3 * random(VOCAB, h)
+    for i in range(SIZES["num_hidden_layers"]):
+        prefix = f"model.layers.{i}."
+        weights[f"{prefix}self_attn.W_pack.weight"] = random(3 * h, h)
+        weights[f"{prefix}self_attn.o_proj.weight"] = random(h, h)
+        weights[f"{prefix}self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        for name, shape in {"gate_proj": (m, h), "up_proj": (m, h), "down_proj": (h, m)}.items():
+            weights[f"{prefix}mlp.{name}.weight"] = random(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{prefix}{name}.weight"] = random(h, shift=0.5)
+    (folder / "config.json").write_text(json.dumps(BAICHUAN_CONFIG | changes))
+    for name in ("configuration_baichuan", "modeling_baichuan"):
+        (folder / f"{name}.py").write_text("raise SystemExit('remote code ran')")
+    torch.save(weights, folder / "pytorch_model.bin")
+    return weights
+
+
+@pytest.mark.parametrize("architecture", ["BaichuanForCausalLM", "BaiChuanForCausalLM"])
+def test_baichuan_is_read_as_llama(tmp_path, architecture, tokenizer):
+    """Baichuan2's head has rows of length one, Baichuan-7B's (which spells its class otherwise) has not."""
+    weights = save_baichuan(tmp_path, architectures=[architecture])
+    if architecture == "BaichuanForCausalLM":
+        weights["lm_head.weight"] /= weights["lm_head.weight"].pow(2).sum(1, keepdim=True).sqrt()
+    for method in ("linear", "yarn_revised"):
+        wanted = plain_logits(BAICHUAN, weights, method)
+        model, got = built_logits(tmp_path, method)
+        assert_equal(got, wanted)
+    export_model(model, tokenizer, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 5120, "num_attention_heads": 40}, "ALiBi"),
+        ({"max_position_embeddings": None, "model_max_length": 4096}, "ALiBi"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
+    ],
+)
+def test_baichuans_that_are_not_read_are_refused(tmp_path, changes, words):
+    config = {key: value for key, value in (BAICHUAN_CONFIG | changes).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: .*{words}"):
         load_config(str(tmp_path))
 
 

@@ -3,16 +3,30 @@
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from fractions import Fraction
-from itertools import combinations, pairwise
-from math import sqrt
+from itertools import combinations, pairwise, product
+from math import erf, floor, inf, sqrt
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pose import positions
 from pose.errors import ConfigError
-from pose.positions import Full, PoSE, RandPos, ShortPI
+from pose.positions import (
+    Cream,
+    EqualChunks,
+    Full,
+    Mix,
+    PoSE,
+    PositionSampler,
+    RandPos,
+    Released,
+    SentenceSkip,
+    ShortPI,
+    SingleShift,
+    Stratified,
+)
 
 # ----- the law -----
 
@@ -61,15 +75,15 @@ def pose_law(train_len, target_len, document_len, num_chunks, content):
     return law
 
 
-def draw_counts(sampler, document_len, num_draws, seed=0):
+def draw_counts(sampler, document_len, num_draws, seed=0, breaks=None):
     rng = np.random.default_rng(seed)
-    layouts = (sampler.sample(rng, document_len) for _ in range(num_draws))
+    layouts = (sampler.sample(rng, document_len, breaks) for _ in range(num_draws))
     return Counter((tuple(x.position_ids.tolist()), tuple(x.content_ids.tolist())) for x in layouts)
 
 
 def assert_follows(counts, law):
-    """Pearson's chi-square stays below its 1 - 1e-6 quantile (Wilson and Hilferty's approximation)."""
-    assert sum(law.values()) == 1
+    """Pearson's chi-square stays below its 1 - 1e-4 quantile (Wilson and Hilferty's approximation)."""
+    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
     assert counts.keys() <= law.keys(), "an outcome that cannot happen"
     num_draws = counts.total()
     expected = {outcome: float(p) * num_draws for outcome, p in law.items()}
@@ -78,7 +92,7 @@ def assert_follows(counts, law):
         return
     chi_square = sum((counts[outcome] - e) ** 2 / e for outcome, e in expected.items())
     df = len(law) - 1
-    assert chi_square < df * (1 - 2 / (9 * df) + 4.75 * sqrt(2 / (9 * df))) ** 3
+    assert chi_square < df * (1 - 2 / (9 * df) + 3.72 * sqrt(2 / (9 * df))) ** 3
 
 
 @pytest.mark.parametrize("content", ["random", "contiguous", "aligned"])
@@ -110,6 +124,167 @@ def test_pose_draws_from_documents_shorter_than_the_target(num_chunks):
 def test_randpos_is_uniform_over_subsets_and_keeps_the_text_contiguous(document_len):
     law = {(subset, (0, 1, 2)): Fraction(1, 35) for subset in combinations(range(7), 3)}
     assert_follows(draw_counts(RandPos(3, 7), document_len, 4_000), law)
+
+
+@pytest.mark.parametrize(
+    ("train_len", "target_len", "document_len"),
+    [
+        (5, 8, 9),
+        (6, 8, 6),  # a document of just L tokens: contiguous text
+        (4, 6, 25),  # longer than 5 L: the rest is never seen
+        (4, 4, 6),  # nothing to extend
+        (2, 4, 5),
+        (1, 3, 2),
+    ],
+)
+def test_released_draws_as_the_released_code(train_len, target_len, document_len):
+    """From the paper's facts on the code: n = L, r ~ U{1..(n+1)//2}, e ~ U{n..min(Lx, 5n)}, s ~ U{0..T-n}."""
+    law, x = Counter(), list(range(document_len))[: 5 * train_len]
+    firsts, ends = range(1, (train_len + 1) // 2 + 1), range(train_len, len(x) + 1)
+    shifts = range(target_len - train_len + 1)
+    for r, e, s in product(firsts, ends, shifts):
+        ids = tuple(i + s * (i >= r) for i in range(train_len))
+        law[ids, (*x[:r], *x[e - (train_len - r) : e])] += Fraction(1, len(firsts) * len(ends) * len(shifts))
+    assert_follows(draw_counts(Released(train_len, target_len), document_len, 8_000), law)
+
+
+@pytest.mark.parametrize(
+    ("target_len", "lengths"), [(9, (2, 2, 2)), (7, (1, 2, 2)), (6, (1, 1, 1, 1)), (4, (2, 2)), (5, (3,)), (3, (1,))]
+)
+def test_equal_chunks_share_a_budget(target_len, lengths):
+    """Each later chunk takes delta ~ U{0..B} of the budget B that is left."""
+    train_len, law = sum(lengths), Counter()
+
+    def spend(ids, rest, taken, budget, probability):
+        if not rest:
+            law[tuple(ids), tuple(range(train_len))] += probability
+            return
+        for delta in range(budget + 1) if ids else (0,):
+            chunk = [taken + delta + len(ids) + k for k in range(rest[0])]
+            share = Fraction(1, budget + 1) if ids else 1
+            spend(ids + chunk, rest[1:], taken + delta, budget - delta, probability * share)
+
+    spend([], lengths, 0, target_len - train_len, Fraction(1))
+    sampler = EqualChunks(train_len, target_len, num_chunks=len(lengths))
+    assert_follows(draw_counts(sampler, train_len + 3, 8_000), law)
+
+
+def normal_cdf(x):
+    return 0.5 * (1 + erf(x / sqrt(2)))
+
+
+def cream_law(L, T, document_len, sigma):
+    """The law of the authors' code, with a head that leaves a middle; f = T / L need not be whole."""
+    law, f = Counter(), Fraction(T, L)
+    last_alpha = floor(2 * f)
+    for h in (L // 3, min(floor(4 * f), L // 3)):
+        m = L - 2 * h
+        for alpha in range(2, last_alpha + 1):
+            low = -inf if alpha == 2 else float((alpha - 1 - f) / Fraction(sigma))
+            high = inf if alpha == last_alpha else float((alpha - f) / Fraction(sigma))
+            p_alpha = normal_cdf(high) - normal_cdf(low)
+            half = Fraction(alpha, 2)
+            ends = range(floor(h + (m - 1) * half), floor(half * L) - h)
+            for e in ends:
+                middle = [e - m + 1 + i for i in range(m)]
+                text = middle if e < document_len - h else [document_len - h - m + i for i in range(m)]
+                ids = (*range(h), *middle, *range(T - h, T))
+                content = (*range(h), *text, *range(document_len - h, document_len))
+                law[ids, content] += 0.5 * p_alpha / len(ends)
+    return law
+
+
+@pytest.mark.parametrize(
+    ("train_len", "target_len", "document_len", "sigma"),
+    [
+        (30, 60, 60, 3.0),  # heads of 10 and of 4f = 8
+        (6, 24, 24, 3.0),
+        (6, 24, 11, 1.5),  # the text ends before the middle does
+        (6, 24, 6, 3.0),
+        (7, 24, 40, 3.0),  # T is no multiple of L
+        (6, 8, 8, 3.0),  # T < 2 L
+        (5, 5, 7, 3.0),
+        (2, 7, 9, 3.0),  # no head
+        (1, 4, 4, 3.0),
+    ],
+)
+def test_cream_draws_as_its_authors_code(train_len, target_len, document_len, sigma):
+    law = cream_law(train_len, target_len, document_len, sigma)
+    assert_follows(draw_counts(Cream(train_len, target_len, sigma), document_len, 8_000), law)
+
+
+def sentence_law(train_len, target_len, starts):
+    """Sentences that begin at 0 and at starts, in distinct slots of T - L + S; a head of r tokens keeps its ids."""
+    law, num_sentences = Counter(), len(starts) + 1
+    slots = list(combinations(range(target_len - train_len + num_sentences), num_sentences))
+    heads = range(1, (train_len + 1) // 2 + 1)
+    for chosen, r in product(slots, heads):
+        skips = [slot - i if i else 0 for i, slot in enumerate(chosen)]
+        sentence = [sum(start <= i for start in starts) for i in range(train_len)]
+        ids = tuple(i if i < r else i + skips[sentence[i]] for i in range(train_len))
+        law[ids, tuple(range(train_len))] += Fraction(1, len(slots) * len(heads))
+    return law
+
+
+@pytest.mark.parametrize(
+    ("train_len", "target_len", "breaks", "starts"),
+    [
+        (6, 9, [2, 4], [2, 4]),
+        (5, 8, [0, 1, 4, 5, 7, 30], [1, 4]),  # those at 0 and after the example say nothing
+        (5, 7, [1, 2, 3, 4], [1, 2, 3, 4]),
+        (5, 9, [], []),
+        (4, 4, [2], [2]),
+        (1, 3, [1], []),
+    ],
+)
+def test_sentence_skip_gives_the_texts_sentences_distinct_slots(train_len, target_len, breaks, starts):
+    law = sentence_law(train_len, target_len, starts)
+    breaks = np.array(breaks, np.int64)
+    assert_follows(draw_counts(SentenceSkip(train_len, target_len), 40, 8_000, breaks=breaks), law)
+
+
+@pytest.mark.parametrize(("sentence_len", "train_len", "target_len"), [(2, 4, 6), (3, 4, 5), (1, 3, 6), (2, 1, 3)])
+def test_sentence_skip_makes_sentences_up_where_the_text_has_none(sentence_len, train_len, target_len):
+    """Each token but the first begins one with probability 1 / sentence_len."""
+    law, begins = Counter(), Fraction(1, sentence_len)
+    for pattern in product([False, True], repeat=train_len - 1):
+        starts = [i for i, new in enumerate(pattern, 1) if new]
+        p_starts = begins ** len(starts) * (1 - begins) ** (train_len - 1 - len(starts))
+        for outcome, p in sentence_law(train_len, target_len, starts).items():
+            if p_starts:
+                law[outcome] += p * p_starts
+    assert_follows(draw_counts(SentenceSkip(train_len, target_len, sentence_len), 40, 8_000), law)
+
+
+@pytest.mark.parametrize(("train_len", "target_len"), [(3, 7), (1, 4), (5, 5)])
+def test_single_shift_moves_all_ids_by_one_number(train_len, target_len):
+    high = target_len - train_len
+    text = tuple(range(train_len))
+    law = {(tuple(u + i for i in text), text): Fraction(1, high + 1) for u in range(high + 1)}
+    assert_follows(draw_counts(SingleShift(train_len, target_len), 12, 4_000), law)
+
+
+@pytest.mark.parametrize("plain_share", [0, 0.25, 0.5, 1])
+def test_mix_is_plain_in_its_share_of_the_examples(plain_share):
+    other = pose_law(4, 7, 9, 2, "random")
+    law = Counter({outcome: (1 - plain_share) * float(p) for outcome, p in other.items() if plain_share < 1})
+    if plain_share > 0:
+        law[(0, 1, 2, 3), (0, 1, 2, 3)] += plain_share
+    assert_follows(draw_counts(Mix(4, 7, PoSE(4, 7), plain_share), 9, 8_000), law)
+
+
+def test_mix_passes_sentences_on():
+    mix = Mix(5, 9, SentenceSkip(5, 9), plain_share=0)
+    assert mix.uses_breaks and not Mix(5, 9, PoSE(5, 9)).uses_breaks
+    assert_follows(draw_counts(mix, 9, 8_000, breaks=np.array([2, 3])), sentence_law(5, 9, [2, 3]))
+
+
+@pytest.mark.parametrize("sampler", [Mix(8, 32, SentenceSkip(8, 32), 0.3), Mix(8, 32, Mix(8, 32, PoSE(8, 32)))])
+def test_resizing_a_mix_resizes_what_it_mixes(sampler):
+    small = sampler.resized(4, 16)
+    assert (small.train_len, small.target_len, small.plain_share) == (4, 16, sampler.plain_share)
+    assert small.sampler == sampler.sampler.resized(4, 16)
+    assert PoSE(8, 32, num_chunks=3, content="aligned").resized(4, 16) == PoSE(4, 16, 3, "aligned")
 
 
 def far_share_two_chunks(train_len, target_len):
@@ -207,23 +382,52 @@ def test_the_other_samplers_keep_the_text_contiguous(sizes, extra, seed):
             assert layout.position_ids.tolist() == list(range(length))
 
 
-@settings(deadline=None, max_examples=30)
-@given(pose_draws(), seeds)
-def test_a_draw_is_a_function_of_the_generator_alone(case, seed):
-    pose, document_len = case
-    document_len = max(document_len, pose.target_len)
-    for sampler in (pose, Full(pose.train_len, pose.target_len), RandPos(pose.train_len, pose.target_len)):
-        rngs = [np.random.default_rng(seed) for _ in range(2)]
-        first = sampler.sample(rngs[0], document_len)
+SAMPLERS = {
+    PoSE: lambda L, T, n: PoSE(L, T, num_chunks=n),
+    Stratified: lambda L, T, n: Stratified(L, T, num_chunks=n) if n > 1 else None,
+    Full: lambda L, T, n: Full(L, T),
+    ShortPI: lambda L, T, n: ShortPI(L, T),
+    RandPos: lambda L, T, n: RandPos(L, T),
+    Released: lambda L, T, n: Released(L, T),
+    EqualChunks: lambda L, T, n: EqualChunks(L, T, num_chunks=n),
+    Cream: lambda L, T, n: Cream(L, T, sigma=n / 2),
+    SentenceSkip: lambda L, T, n: SentenceSkip(L, T, sentence_len=n),
+    SingleShift: lambda L, T, n: SingleShift(L, T),
+    Mix: lambda L, T, n: Mix(L, T, SentenceSkip(L, T, sentence_len=n), plain_share=1 / n),
+}
+CONTIGUOUS_TEXT = (Full, ShortPI, RandPos, EqualChunks, SentenceSkip, SingleShift, Mix)
+
+
+def test_every_sampler_is_tested():
+    defined = {c for c in vars(positions).values() if isinstance(c, type) and issubclass(c, PositionSampler)}
+    assert set(SAMPLERS) == defined - {PositionSampler}
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
+@settings(deadline=None, max_examples=60)
+@given(lengths(), st.integers(1, 80), st.integers(0, 400), st.data(), seeds)
+def test_what_holds_for_every_sampler(sampler_class, sizes, number, extra, data, seed):
+    """Ids and text grow within their ranges, and the generator alone decides; boundary sizes are drawn too."""
+    sampler = SAMPLERS[sampler_class](*sizes, min(number, sizes[0]))
+    if sampler is None:
+        return
+    document_len = sampler.min_document_len + extra
+    indices = st.lists(st.integers(0, document_len), unique=True).map(sorted)
+    breaks = data.draw(st.none() | indices.map(lambda found: np.array(found, np.int64)))
+    rngs = [np.random.default_rng(seed) for _ in range(2)]
+    for _ in range(2):
+        layout = sampler.sample(rngs[0], document_len, breaks)
         np.random.random(3)  # numpy's own state must not matter
-        sampler.sample(np.random.default_rng(seed + 1), document_len)
-        again = replace(sampler).sample(rngs[1], document_len)
-        assert np.array_equal(first.position_ids, again.position_ids)
-        assert np.array_equal(first.content_ids, again.content_ids)
-        assert rngs[0].bit_generator.state == rngs[1].bit_generator.state
+        again = replace(sampler).sample(rngs[1], document_len, breaks)
+        assert_valid(layout, sampler.example_len, sampler.target_len, document_len)
+        assert np.array_equal(layout.position_ids, again.position_ids)
+        assert np.array_equal(layout.content_ids, again.content_ids)
+        if sampler_class in CONTIGUOUS_TEXT:
+            assert layout.content_ids.tolist() == list(range(sampler.example_len))
+    assert rngs[0].bit_generator.state == rngs[1].bit_generator.state
 
 
-@pytest.mark.parametrize("sampler", [PoSE(4, 9, content="aligned"), Full(4, 9), ShortPI(4, 9), RandPos(4, 9)])
+@pytest.mark.parametrize("sampler", [PoSE(4, 9, content="aligned"), *(make(4, 9, 2) for make in SAMPLERS.values())])
 def test_positions_and_text_are_arrays_of_their_own(sampler):
     """Changing one in place does not change the other, nor the next draw."""
     layout = sampler.sample(np.random.default_rng(0), 9)
@@ -254,6 +458,13 @@ def test_samplers_are_immutable_and_compare_by_value():
         (Full(4, 9), 9, 9),
         (ShortPI(4, 9), 4, 4),
         (RandPos(4, 9), 4, 4),
+        (Released(4, 9), 4, 4),
+        (EqualChunks(4, 9, num_chunks=3), 4, 4),
+        (Cream(4, 9), 4, 4),
+        (SentenceSkip(4, 9), 4, 4),
+        (SingleShift(4, 9), 4, 4),
+        (Mix(4, 9, PoSE(4, 9)), 4, 4),
+        (Mix(4, 9, PoSE(4, 9, content="aligned")), 4, 9),
     ],
 )
 def test_a_document_of_the_least_length_will_do_and_a_shorter_one_will_not(sampler, example_len, min_document_len):
@@ -269,7 +480,7 @@ def test_a_document_of_the_least_length_will_do_and_a_shorter_one_will_not(sampl
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("sampler_class", [PoSE, Full, ShortPI, RandPos])
+@pytest.mark.parametrize("sampler_class", [PoSE, Full, ShortPI, RandPos, Released, Cream, SentenceSkip, SingleShift])
 @pytest.mark.parametrize("key", ["train_len", "target_len"])
 @pytest.mark.parametrize("value", [0, -4, True, 4.0, "4", None])
 def test_a_length_that_is_no_positive_integer_is_refused(sampler_class, key, value):
@@ -279,7 +490,7 @@ def test_a_length_that_is_no_positive_integer_is_refused(sampler_class, key, val
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("sampler_class", [PoSE, Full, ShortPI, RandPos])
+@pytest.mark.parametrize("sampler_class", [PoSE, Full, ShortPI, RandPos, Released, Cream, SentenceSkip, SingleShift])
 def test_a_target_below_the_training_length_is_refused(sampler_class):
     with pytest.raises(ConfigError) as error:
         sampler_class(9, 8)
@@ -288,20 +499,22 @@ def test_a_target_below_the_training_length_is_refused(sampler_class):
     assert sampler_class(9, 9).target_len == 9
 
 
+@pytest.mark.parametrize("sampler_class", [PoSE, EqualChunks])
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "2", None])
-def test_a_number_of_chunks_that_is_no_positive_integer_is_refused(value):
+def test_a_number_of_chunks_that_is_no_positive_integer_is_refused(sampler_class, value):
     with pytest.raises(ConfigError) as error:
-        PoSE(4, 9, num_chunks=value)
+        sampler_class(4, 9, num_chunks=value)
     for part in (f"pose.num_chunks={value!r}", "integer of at least 1"):
         assert part in str(error.value)
 
 
-def test_more_chunks_than_tokens_are_refused():
+@pytest.mark.parametrize("sampler_class", [PoSE, EqualChunks])
+def test_more_chunks_than_tokens_are_refused(sampler_class):
     with pytest.raises(ConfigError) as error:
-        PoSE(4, 9, num_chunks=5)
+        sampler_class(4, 9, num_chunks=5)
     for part in ("pose.num_chunks=5", "pose.train_len=4", "a chunk holds at least one token"):
         assert part in str(error.value)
-    assert PoSE(4, 9, num_chunks=4).num_chunks == 4
+    assert sampler_class(4, 9, num_chunks=4).num_chunks == 4
 
 
 @pytest.mark.parametrize("value", ["Random", "", None, 0])
@@ -311,3 +524,31 @@ def test_an_unknown_content_is_refused(value):
     assert f"pose.content={value!r}" in str(error.value)
     for accepted in ("random", "contiguous", "aligned"):
         assert accepted in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Cream(4, 9, sigma=0), "pose.sigma=0 is not accepted: give a number above 0"),
+        (lambda: Cream(4, 9, sigma=inf), "pose.sigma=inf"),
+        (lambda: Cream(4, 9, sigma="3"), "pose.sigma='3'"),
+        (lambda: Cream(4, 9, sigma=True), "pose.sigma=True"),
+        (
+            lambda: SentenceSkip(4, 9, sentence_len=0),
+            "pose.sentence_len=0 is not accepted: give an integer of at least",
+        ),
+        (
+            lambda: Mix(4, 9, PoSE(4, 9), plain_share=1.5),
+            "pose.plain_share=1.5 is not accepted: give a number in [0, 1]",
+        ),
+        (lambda: Mix(4, 9, PoSE(4, 9), plain_share=None), "pose.plain_share=None"),
+        (lambda: Mix(4, 9, "pose"), "pose.sampler='pose' is not accepted: give another choice of the group pose"),
+        (lambda: Mix(4, 9, PoSE(3, 9)), "pose.sampler.train_len=3 is not pose.train_len=4"),
+        (lambda: Mix(4, 9, PoSE(4, 8)), "pose.sampler.target_len=8 is not pose.target_len=9"),
+        (lambda: Mix(4, 9, Full(4, 9)), "pose.sampler=Full draws examples of 9 tokens, plain ones have 4"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(make, message):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert message in str(error.value)

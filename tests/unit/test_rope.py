@@ -233,7 +233,7 @@ def test_theta_is_the_base_that_is_given():
 
 def test_thetas_default_for_llama():
     """b = 10,000, L0 = 2,048: 41 of 64 frequencies make a full turn in the window, and so at 16,384 under b'."""
-    scaling, geometry = resolved(Theta, *CASES[0])
+    scaling, _ = resolved(Theta, *CASES[0])
     assert scaling.theta == pytest.approx(10_000 ** (math.log(16_384 / 6.283185) / math.log(2048 / 6.283185)), rel=1e-6)
     for base, length in ((10_000.0, 2048), (scaling.theta, 16_384)):
         assert (length * theta(base, 128) > 2 * math.pi).sum() == 41
@@ -435,7 +435,7 @@ def test_transformers_builds_the_same_frequencies(method, rope_type, case):
 @pytest.mark.parametrize("attention_factor", [None, 1.25])
 def test_transformers_builds_every_static_method_with_any_attention_factor(method, rope_type, attention_factor, case):
     """A type that has no place for the attention factor gives way to divisors; partial rotary is taken along."""
-    base, dim, window, factor = case
+    _, dim, window, factor = case
     scaling, geometry = resolved(method, *case, attention_factor=attention_factor)
     hf = scaling.to_hf(geometry)
     if attention_factor is not None and rope_type != "yarn":
@@ -659,12 +659,12 @@ def test_what_plain_transformers_has_no_place_for_is_refused():
     geometry = RopeGeometry(10_000.0, 128, 2048)
     with pytest.raises(ConfigError, match=r"rope\.attention_factor=1\.2 is not accepted by rope=dynamic"):
         Dynamic(attention_factor=1.2).resolve(geometry, 16_384)
-    with pytest.raises(ConfigError, match="'dynamic'.* choose a static method"):
+    with pytest.raises(ConfigError, match=r"'dynamic'.* choose a static method"):
         Dynamic().resolve(geometry, 16_384).to_longrope(geometry)
 
 
 def test_a_window_too_short_for_thetas_default_is_refused():
-    with pytest.raises(ConfigError, match=r"rope\.theta is not set, and a window of 6 tokens"):
+    with pytest.raises(ConfigError, match=r"rope\.theta is not set, and its default needs a window above 6"):
         Theta().resolve(RopeGeometry(10_000.0, 128, 6), 16)
     assert Theta(theta=20_000).resolve(RopeGeometry(10_000.0, 128, 6), 16).theta == 20_000
 
