@@ -7,7 +7,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pose import build, runtime, schema
+from pose import build, outcome, runtime, schema
 from pose.modeling.export import export_model
 from pose.report import plot_results, plot_training
 
@@ -22,15 +22,15 @@ def main(cfg: DictConfig):
         plan = build.plan_training(cfg, run_dir)
         build.fill_in(cfg, plan)
         runtime.save_config(cfg, run_dir)
-        covered = build.cover(plan, run_dir)
+        covered = outcome.cover(plan, run_dir)
         results = {}
 
         before = cfg.model.path is not None and cfg.eval.before
         if before:
-            build.measure(plan, results, "untuned", lambda: build.load_model(cfg, plan, plan.base))
+            outcome.measure(plan, results, "untuned", lambda: build.load_model(cfg, plan, plan.base))
         model = build.load_model(cfg, plan, plan.config)
         if before and plan.scaling.name != "none":
-            build.measure(plan, results, "scaled", lambda: model)
+            outcome.measure(plan, results, "scaled", lambda: model)
 
         start = time.perf_counter()
         module = build.build_module(cfg, plan, model)
@@ -41,13 +41,13 @@ def main(cfg: DictConfig):
         if not is_writer:
             return
 
-        build.measure(plan, results, "extended", lambda: build.load_exported(cfg, plan, run_dir / "model"))
-        build.save_metrics(run_dir, plan, results, seconds, covered)
-        build.write_card(cfg, plan, results, run_dir)
+        outcome.measure(plan, results, "extended", lambda: build.load_exported(cfg, plan, run_dir / "model"))
+        outcome.save_metrics(run_dir, plan, results, seconds, covered)
+        outcome.write_card(cfg, plan, results, run_dir)
         plot_training(run_dir / "metrics.csv", run_dir / "plots" / "training.png")
         plot_results(results, run_dir / "plots" / "evaluation.png", plan.geometry.window)
-        build.finish_loggers(plan, cfg, results | {"coverage": covered})
-        build.print_results(run_dir, plan, results)
+        outcome.finish_loggers(plan, cfg, results | {"coverage": covered})
+        outcome.print_results(run_dir, plan, results)
 
 
 if __name__ == "__main__":

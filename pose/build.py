@@ -1,10 +1,7 @@
 """From a composed config to objects, checked before any weights are loaded. Only this knows the config's keys."""
 
-import json
 import netrc
 import os
-import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PretrainedConfig
 
 from pose.callbacks import ProgressBar, Throughput
-from pose.coverage import coverage
 from pose.data.datamodule import PoseDataModule
 from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.suite import EvalOptions, Suite, default_lengths
 from pose.modeling.attention import resolve_backend
-from pose.modeling.card import Card, license_of, without_folders
 from pose.modeling.gguf import cached_folder, describe, find_gguf
 from pose.modeling.guards import check_loss
 from pose.modeling.hub import is_available
@@ -36,9 +31,8 @@ from pose.modeling.lora import LoraOptions, add_lora, count_parameters, target_n
 from pose.modeling.rotary import target_len_of
 from pose.module import PoseModule
 from pose.positions import PositionSampler
-from pose.report import plot_coverage, print_table, results_table
 from pose.rope import Frequencies, RopeGeometry, RopeScaling, require_number
-from pose.runtime import locate, write_json
+from pose.runtime import locate
 
 # Those of transformers' get_scheduler that need nothing but the steps.
 SCHEDULES = (
@@ -284,110 +278,6 @@ def fill_in(cfg: DictConfig, plan: Plan):
     cfg.pose.train_len = plan.sampler.train_len
     if plan.scaling.name != "none":
         cfg.rope.factor = plan.scaling.factor
-
-
-@rank_zero_only
-def finish_loggers(plan: Plan, cfg: DictConfig, results: dict[str, dict[str, float]]):
-    """Gives every logger but the CSV the config and the evaluation, and closes it: a sweep's next job has its own."""
-    for logger in plan.trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            continue
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-        metrics = {f"{model}/{name}": value for model, found in results.items() for name, value in found.items()}
-        logger.log_metrics(metrics, step=plan.trainer.global_step)
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
-
-
-@rank_zero_only
-def cover(plan: Plan, run_dir: Path) -> dict[str, float]:
-    """Writes coverage.csv and plots/coverage.png of the run's sampler, in about a second; returns its summary."""
-    samples = min(500, 2**23 // plan.sampler.target_len + 2)
-    covered = coverage(plan.sampler, samples)
-    covered.save_csv(run_dir / "coverage.csv")
-    plot_coverage({plan.sampler.name: covered}, run_dir / "plots" / "coverage.png")
-    found = covered.summary()
-    if found:
-        print(
-            f"Coverage    of distances >= {covered.train_len}: probability {found['probability_beyond_window']:.2f} "
-            f"({found['probability_last_window']:.2f} for the last {covered.train_len}), "
-            f"{found['pair_share_beyond_window']:.0%} of the pairs",
-            flush=True,
-        )
-    return found
-
-
-@rank_zero_only
-def measure(plan: Plan, results: dict[str, dict[str, float]], name: str, load: Callable[[], torch.nn.Module]):
-    """Adds the metrics of a model to results, under name; nothing is loaded for eval=none."""
-    if plan.suite is None:
-        return
-    print(f"Measuring the {name} model ...", flush=True)
-    model = load()
-    home = next(model.parameters()).device
-    device = plan.trainer.strategy.root_device
-    results[name] = plan.suite.run(model.to(device))
-    model.to(home)
-
-
-def save_metrics(
-    run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], seconds: float, covered: dict[str, float]
-):
-    """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's."""
-    logged = {f"coverage/{name}": value for name, value in covered.items()}
-    logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
-    logged["train/seconds"] = seconds
-    write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
-
-
-def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]]):
-    """The table over the models, and where everything is."""
-    if results:
-        documents = ", ".join(plan.suite.document_ids[:3]) + " ..." * (len(plan.suite.document_ids) > 3)
-        title = f"{plan.scaling.name}, {plan.sampler.name}, {plan.geometry.window} -> {plan.sampler.target_len} tokens"
-        title += f"; held out: {documents}" if documents else ""
-        print_table(results_table(results, title, ("tail_ppl", "passkey")))
-    print(f"Run folder  {run_dir}\nModel       {run_dir}/model  (any transformers loads it)")
-    if results:
-        print(f"Metrics     {run_dir}/metrics.json\nPlots       {run_dir}/plots/")
-
-
-def write_card(cfg: DictConfig, plan: Plan, results: dict[str, dict[str, float]], run_dir: Path):
-    """README.md of RUN/model; reads the provenance that the run has written."""
-    provenance = json.loads((run_dir / "provenance.json").read_text())
-    commit = provenance["commit"] and provenance["commit"] + " (and changes)" * provenance["uncommitted_changes"]
-    base = None if cfg.model.path is None else locate(cfg.model.path)
-    tune, steps = cfg.finetune, plan.trainer.global_step
-    tokens = steps * cfg.trainer.global_batch * plan.sampler.example_len
-    lora = f"adapters of rank {tune.lora.rank} (alpha {tune.lora.alpha:g}), merged" if tune.lora.rank else "all weights"
-    lora += ", with embeddings and norms" if tune.lora.train_embeddings_and_norms else ""
-    synthetic = [f"{share:.0%} {name} examples" for name, share in cfg.data.synthetic.items() if share]
-    documents = cfg.data.documents if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
-    Card(
-        base=base,
-        license=None if base is None else license_of(base),
-        model_type=plan.base.model_type,
-        window=plan.geometry.window,
-        target_len=plan.sampler.target_len,
-        sampler=plan.sampler,
-        scaling=plan.scaling,
-        rope_base=plan.geometry.base,
-        data=[*documents, *synthetic],
-        training={
-            "Trained": lora,
-            "Steps": f"{steps:,} of {cfg.trainer.global_batch:,} examples: {tokens:,} tokens",
-            "Optimizer": f"AdamW, {tune.schedule} schedule, peak learning rate {tune.lr:g}, "
-            f"{tune.warmup_steps:,} warm-up steps, weight decay {tune.weight_decay:g}",
-            "Precision": f"{plan.trainer.precision} in training, {cfg.model.export_dtype} in this folder",
-            "Seed": f"{cfg.seed}",
-        },
-        results=results,
-        measured_on=[] if plan.suite is None else plan.suite.document_ids,
-        command=without_folders(shlex.join(["python", "train.py", *provenance["overrides"]])),
-        versions={name: provenance["packages"][name] for name in ("torch", "transformers", "lightning")},
-        commit=commit,
-    ).write(run_dir / "model")
 
 
 def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:

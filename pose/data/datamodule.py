@@ -167,7 +167,7 @@ def bos_id(tokenizer, add_bos: bool | None) -> int | None:
 
 
 def sentence_ends(tokenizer) -> np.ndarray:
-    """Which tokens end a sentence: those whose text ends in . ! ? (and closing quotes) or holds a line's end last.
+    """Which tokens end a sentence: those whose text ends in . ! or ? (closing quotes may follow), or in a line break.
 
     Args:
         tokenizer: a transformers tokenizer.

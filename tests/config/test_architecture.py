@@ -18,7 +18,7 @@ ALLOWED = {
     "callbacks": set(),
     "report": {"coverage"},
 }
-KNOW_HYDRA = {"schema", "runtime", "build", "report"}
+KNOW_HYDRA = {"schema", "runtime", "build", "outcome", "report"}
 
 
 def imports(file: Path) -> set[str]:

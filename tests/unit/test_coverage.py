@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pose.report
-from pose import build, runtime, schema
+from pose import outcome, runtime, schema
 from pose.coverage import coverage, pairs_by_distance
 from pose.errors import ConfigError
 from pose.positions import (
@@ -314,13 +314,13 @@ def test_a_run_says_what_it_covers(tmp_path, capsys, target_len, num_samples):
     """Of as few samples as take a second; a run that extends nothing has no figures."""
     Recording.drawn.clear()
     plan = SimpleNamespace(sampler=Recording(256, target_len))
-    found = build.cover(plan, tmp_path)
+    found = outcome.cover(plan, tmp_path)
     assert len(Recording.drawn) == num_samples
     assert set(found) == {"probability_beyond_window", "probability_last_window", "pair_share_beyond_window"}
     assert found["pair_share_beyond_window"] == 0
     assert "Coverage" in capsys.readouterr().out
     assert (tmp_path / "coverage.csv").is_file() and (tmp_path / "plots" / "coverage.png").is_file()
-    assert build.cover(SimpleNamespace(sampler=replace(plan.sampler, target_len=256)), tmp_path) == {}
+    assert outcome.cover(SimpleNamespace(sampler=replace(plan.sampler, target_len=256)), tmp_path) == {}
     assert capsys.readouterr().out == ""
 
 
