@@ -64,8 +64,7 @@ class Baichuan:
         self.config = LlamaConfig(
             **{key: raw[key] for key in CONFIG_KEYS if key in raw},
             tie_word_embeddings=False,
-            rope_theta=10_000.0,
-            rope_scaling=raw.get("rope_scaling"),
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         )
 
     def convert(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -78,7 +78,7 @@ def load_tokenizer(path: str, revision: str | None = None):
             "never run: give model.tokenizer=FOLDER, with a tokenizer.json"
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)
-    if False:  # transformers makes one up for some models
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up for some models
         raise CheckpointError(
             f"{path} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json): put one there, or give "
             "model.tokenizer=FOLDER"
@@ -221,6 +221,11 @@ def _read_form(path: str, **hub) -> GPTJ | Baichuan | None:
     raw, _ = PretrainedConfig.get_config_dict(path, **hub)
     model_type = raw.get("model_type")
     if model_type in FORMS:
+        if raw.get("rope_scaling"):
+            raise CheckpointError(
+                f"{path} is a {model_type} whose RoPE is scaled (rope_scaling={raw['rope_scaling']}), which only the "
+                "code that made it can read: start from the unscaled model"
+            )
         try:
             return FORMS[model_type](raw)
         except CheckpointError as error:

@@ -22,10 +22,10 @@ def find(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "cached_folder", lambda file, cache_dir: Path(cache_dir) / "gguf" / file.stem)
     monkeypatch.setattr(build, "describe", lambda file: f"{file.name} (weights Q4_1, dequantised)")
 
-    def find_(path, offline="null"):
+    def find_(path, offline=None):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", [f"model.path={path}", f"model.offline='{offline}'", f"cache_dir={tmp_path}"])
-        cfg.model.offline = None if offline == "null" else offline
+            cfg = compose("train", [f"model.path={path}", f"cache_dir={tmp_path}"])
+        cfg.model.offline = offline
         build.find_model(cfg)
         return cfg.model.path
 
@@ -63,3 +63,12 @@ def test_the_package_is_not_taken_where_the_model_is_there(find, monkeypatch, ca
 
 def test_without_a_package_the_id_is_left_to_its_reader(find):
     assert find(HUB_ID) == HUB_ID
+
+
+def test_evaluate_takes_a_gguf_file_too(monkeypatch, tmp_path):
+    """Read as any checkpoint once it is converted."""
+    monkeypatch.setattr(build, "_convert_gguf", lambda path, cache_dir: {"some.gguf": "assets/tiny"}[path])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("evaluate", ["ckpt=some.gguf", "eval.lengths=[256]", f"cache_dir={tmp_path}"])
+    plan = build.plan_evaluation(cfg)
+    assert plan.window == 256 and plan.path.endswith("assets/tiny")

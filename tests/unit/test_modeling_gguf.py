@@ -42,7 +42,7 @@ def book():
 @functools.cache
 def make_tokenizer():
     """Cut as SmolLM's: digits one by one, then bytes."""
-    return train_tokenizer([book()[:100_000]], vocab_size=400, window=256)
+    return train_tokenizer([book()[:100_000], "1  2   3    " * 500], vocab_size=400, window=256)
 
 
 def make_model(tied=False):
@@ -150,13 +150,15 @@ def test_quantised_weights_are_dequantised(tmp_path):
 
 
 def test_the_tokenizer_comes_back(tmp_path):
-    convert(write_gguf(tmp_path / "m.gguf", make_model()), tmp_path / "out")
+    kinds = [3] + [1] * 398 + [3]  # control, normal, control
+    convert(write_gguf(tmp_path / "m.gguf", make_model(), **{"tokenizer.ggml.token_type": kinds}), tmp_path / "out")
     again, own = AutoTokenizer.from_pretrained(tmp_path / "out"), make_tokenizer()
     for piece in (book()[:20_000], "in 1999,   2  3\n\n 4", "don't\tWe'll é 中文🙂", "a<|endoftext|>b"):
         ids = own(piece).input_ids
         assert again(piece).input_ids == ids
         assert again.decode(ids) == piece
     assert (again.bos_token_id, again.eos_token_id, again.model_max_length) == (0, 0, 256)
+    assert again.decode([399, 398], skip_special_tokens=True) == own.decode([398])
     assert again.chat_template == "{{ messages }}"
 
 

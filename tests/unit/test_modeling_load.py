@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from pose.errors import CheckpointError, ConfigError, GuardError
-from pose.modeling.hub import hub_answers, is_available
+from pose.modeling.hub import from_hub, hub_answers, is_available
 from pose.modeling.load import (
     build_model,
     load_config,
@@ -416,6 +416,13 @@ def test_weights_in_a_pickle_are_read_as_tensors(checkpoint):
         build_model(load_config(str(checkpoint)), str(checkpoint), "sdpa")
 
 
+def test_pickled_code_is_not_run_where_weights_are_converted(tmp_path):
+    GPTJConfig(n_embd=64, n_head=4, n_layer=1, rotary_dim=8).save_pretrained(tmp_path)
+    torch.save({"lm_head.bias": Malicious()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"more than tensors.*pickled code is never run"):
+        build_model(load_config(str(tmp_path)), str(tmp_path), "sdpa")
+
+
 def add_code(folder, **names):
     """Makes config.json name code of the folder, which ends the process when it runs."""
     config = json.loads((folder / "config.json").read_text())
@@ -488,6 +495,7 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     hub_answers.cache_clear()
     try:
+        assert from_hub("config", lambda path, revision, **options: options, "a/b", None) == {"local_files_only": True}
         start = time.perf_counter()
         with pytest.raises(CheckpointError, match="the config of some-owner/some-model cannot be loaded: "):
             load_config("some-owner/some-model")

@@ -158,6 +158,23 @@ FAMILIES["gpt_neox_serial"] = Family(
 )
 
 
+BAICHUAN_CONFIG = {key: SIZES[key] for key in SIZES if key != "pad_token_id"} | {
+    "model_type": "baichuan",
+    "architectures": ["BaichuanForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_baichuan.BaichuanConfig",
+        "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
+    },
+    "tokenizer_class": "BaichuanTokenizer",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "z_loss_weight": 0,
+}
+
+
 def save_random(family, folder):
     """A checkpoint that transformers writes itself, with every weight random: norms and biases too."""
     config = family.config(**SIZES | family.options)
@@ -402,29 +419,20 @@ def test_gptj_lacking_a_weight_is_refused(tmp_path):
         build_model(load_config(str(tmp_path)), str(tmp_path), "sdpa")
 
 
+@pytest.mark.parametrize("raw", [{"model_type": "gptj"}, BAICHUAN_CONFIG], ids=lambda raw: raw["model_type"])
+def test_scaled_checkpoints_of_other_code_are_refused(tmp_path, raw):
+    """As the released PoSE code leaves them."""
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_scaling": {"type": "vanilla_ntk", "factor": 8.0}}))
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} is a {raw['model_type']} .*'vanilla_ntk'.*unscaled model"):
+        load_config(str(tmp_path))
+
+
 @pytest.mark.parametrize("rotary_dim", [0, 18])
 def test_gptj_without_a_share_of_a_head_is_refused(tmp_path, rotary_dim):
     config = GPTJConfig(n_embd=64, n_head=4).to_dict() | {"rotary_dim": rotary_dim}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"{tmp_path}.*rotary_dim={rotary_dim} .*heads of 16 dimensions"):
         load_config(str(tmp_path))
-
-
-BAICHUAN_CONFIG = {key: SIZES[key] for key in SIZES if key != "pad_token_id"} | {
-    "model_type": "baichuan",
-    "architectures": ["BaichuanForCausalLM"],
-    "auto_map": {
-        "AutoConfig": "configuration_baichuan.BaichuanConfig",
-        "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
-    },
-    "tokenizer_class": "BaichuanTokenizer",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "z_loss_weight": 0,
-}
 
 
 def save_baichuan(folder, **changes):
