@@ -141,7 +141,8 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
 
 
 def find_model(cfg: DictConfig):
-    """Makes model.path what can be loaded, so that config.yaml says what was: a GGUF becomes the folder it converts to.
+    """Makes model.path what can be loaded, so that config.yaml says what was: of a run its model, of a
+    GGUF the folder it converts to.
 
     Raises:
         CheckpointError: the hub does not answer, and there is nothing to take in its place.
@@ -162,6 +163,8 @@ def find_model(cfg: DictConfig):
             ) from error
         rank_zero_only(print)(f"{missing}: its GGUF from the package {offline} takes its place", flush=True)
         cfg.model.path = _convert_gguf(str(file), cfg.cache_dir)
+    else:
+        cfg.model.path = open_checkpoint(path, "model.path")
 
 
 def build_sampler(node: DictConfig, window: int | None = None) -> PositionSampler:
@@ -307,8 +310,12 @@ def load_model(cfg: DictConfig, plan: Plan, config: PretrainedConfig):
     return build_model(config, path, attention, revision=cfg.model.revision)
 
 
-def open_checkpoint(ckpt: str) -> str:
+def open_checkpoint(ckpt: str, key: str = "ckpt") -> str:
     """The model folder of a run folder, or the Hugging Face folder or hub id as it is.
+
+    Args:
+        ckpt: a folder or a hub id.
+        key: of the config, for the error.
 
     Raises:
         CheckpointError: a folder that holds neither.
@@ -317,7 +324,7 @@ def open_checkpoint(ckpt: str) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         if not (path / "model" / "config.json").is_file():
             raise CheckpointError(
-                f"ckpt={ckpt} is neither a Hugging Face folder (no config.json) nor a finished run "
+                f"{key}={ckpt} is neither a Hugging Face folder (no config.json) nor a finished run "
                 "(no model/config.json)"
             )
         path = path / "model"
@@ -374,7 +381,12 @@ def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
 def _sampler(arguments: dict, window: int) -> PositionSampler:
     if arguments.get("train_len") is None:
         arguments["train_len"] = window
-    arguments = {k: _sampler(v, window) if isinstance(v, dict) and "_target_" in v else v for k, v in arguments.items()}
+    for key, value in arguments.items():
+        if isinstance(value, dict) and "_target_" in value:
+            try:
+                arguments[key] = _sampler(value, window)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("pose.", f"pose.{key}.")) from None
     return get_class(arguments.pop("_target_"))(**arguments)
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pose.build import Plan
 from pose.coverage import coverage
 from pose.modeling.card import Card, license_of, without_folders
+from pose.modeling.rotary import target_len_of
 from pose.report import plot_coverage, print_table, results_table
 from pose.runtime import locate, write_json
 
@@ -100,10 +101,10 @@ def write_card(cfg: DictConfig, plan: Plan, results: dict[str, dict[str, float]]
         license=None if base is None else license_of(base),
         model_type=plan.base.model_type,
         window=plan.geometry.window,
-        target_len=plan.sampler.target_len,
+        target_len=target_len_of(plan.config),
         sampler=plan.sampler,
         scaling=plan.scaling,
-        rope_base=plan.geometry.base,
+        rope_base=plan.geometry.base if plan.geometry.rope_type == "default" else None,
         data=[*documents, *synthetic],
         training={
             "Trained": lora,

@@ -435,7 +435,7 @@ class LongRope(RopeScaling):
         return "longrope"
 
     def resolve(self, geometry, target_len):
-        short = self.short_factor or [1.0] * (geometry.dim // 2)
+        short = [1.0] * (geometry.dim // 2) if self.short_factor is None else self.short_factor
         for key, values in (("long_factor", self.long_factor), ("short_factor", short)):
             if len(values) != geometry.dim // 2:
                 raise ConfigError(

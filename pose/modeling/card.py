@@ -34,7 +34,7 @@ class Card:
         target_len: of this model.
         sampler: of the position ids; its class and fields are shown.
         scaling: of RoPE; likewise.
-        rope_base: the base b of the unscaled model.
+        rope_base: the base b of the unscaled model; None where the base model was scaled already.
         data: names of what was trained on.
         training: further rows of the table, label: value.
         results: metrics by model: untuned, scaled, extended.
@@ -51,7 +51,7 @@ class Card:
     target_len: int
     sampler: object
     scaling: object
-    rope_base: float
+    rope_base: float | None
     data: Sequence[str]
     training: Mapping[str, str]
     results: Mapping[str, Mapping[str, float]]
@@ -102,12 +102,13 @@ class Card:
         )
 
     def _making(self) -> str:
+        base = "scaled already" if self.rope_base is None else f"base {self.rope_base:,g} before scaling"
         rows = {
             "Base model": f"{self.name}, window {self.window:,} tokens",
             "Window": f"{self.target_len:,} tokens",
             "Length in training": f"{self.sampler.example_len:,} tokens",
             "Position ids": _described(self.sampler, without=("train_len", "target_len")),
-            "RoPE": f"{_described(self.scaling)}; base {self.rope_base:,g} before scaling",
+            "RoPE": f"{_described(self.scaling)}; {base}",
             "Data": ", ".join(
                 without_folders(name) + (f" ({times} times)" if times > 1 else "")
                 for name, times in Counter(self.data).items()

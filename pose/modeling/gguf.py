@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pose.errors import CheckpointError
 
 # Raise it whenever the same file would give another folder than before.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -105,6 +105,8 @@ def convert(file: str | Path, folder: str | Path):
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if "general.license" in fields:
+            (partial / "README.md").write_text(f"---\nlicense: {fields['general.license']}\n---\n")
         partial.chmod(0o755)
         os.rename(partial, folder)
     except OSError as error:

@@ -25,7 +25,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from pose.errors import CheckpointError, ConfigError, PoseError
-from pose.modeling.load import scale_config
+from pose.modeling.load import FORMS, scale_config
 from pose.modeling.rotary import target_len_of
 from pose.rope import NTK, Dynamic, Linear, Llama3, LongRope, RopeScaling, Unscaled, Yarn, YarnRevised
 
@@ -41,9 +41,10 @@ METHODS = {
     "su": LongRope,
 }
 IGNORED = {"type", "rope_type", "original_max_position_embeddings", "finetuned"}
-RELEASED_MODELS = ("llama", "gptj", "baichuan")  # that the released code has classes for
 RELEASED_BASE = 10_000.0  # it computes with this whatever the config says
 WEIGHTS = (".safetensors", ".bin")
+LEFT_BEHIND = (".py", ".pt", ".pth")  # code, and states of optimizers and generators
+STATE = ("training_args", "trainer_state", "optimizer", "scheduler", "rng_state")
 
 
 def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None = None) -> PretrainedConfig:
@@ -66,6 +67,11 @@ def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None =
         raise CheckpointError("config.json has rope_parameters: it is of transformers 5 already")
     old = raw.get("rope_scaling") or {}
     kind = old.get("rope_type") or old.get("type") or "default"
+    if raw.get("model_type") in FORMS:
+        raise CheckpointError(
+            f"a {raw['model_type']} folder cannot be imported, its weights have a form of their own too: only models "
+            "can that transformers itself scales"
+        )
     if kind not in METHODS:
         raise CheckpointError(f"rope_scaling has the type {kind!r}, which is not known: {', '.join(METHODS)} are")
     try:
@@ -100,7 +106,7 @@ def import_folder(src: str | Path, dst: str | Path, yarn: str | None = None, win
         raw = json.loads((src / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{src} has no readable config.json: {error}") from error
-    files = [f for f in src.iterdir() if f.is_file() and f.suffix != ".py" and f.name != "training_args.bin"]
+    files = [f for f in src.iterdir() if f.is_file() and f.suffix not in LEFT_BEHIND and not f.name.startswith(STATE)]
     if not any(file.suffix in WEIGHTS for file in files):
         raise CheckpointError(f"{src} has no weights: no file that ends in {' or '.join(WEIGHTS)}")
     config = modernise(raw, yarn, window)
@@ -113,6 +119,7 @@ def import_folder(src: str | Path, dst: str | Path, yarn: str | None = None, win
         tokenizer = partial / "tokenizer_config.json"
         if tokenizer.is_file():
             options = json.loads(tokenizer.read_text()) | {"model_max_length": target_len_of(config)}
+            options.pop("auto_map", None)
             tokenizer.write_text(json.dumps(options, indent=2) + "\n")
         partial.chmod(0o755)
         partial.rename(dst)
@@ -143,7 +150,7 @@ def _is_revised(old: dict, raw: dict, yarn: str | None) -> bool:
     if yarn not in (None, "revised", "standard"):
         raise ConfigError(f"yarn={yarn!r} is not accepted: give revised or standard")
     keys_of_both = {"type", "factor", "original_max_position_embeddings"}
-    if yarn is None and set(old) <= keys_of_both and raw.get("model_type") in RELEASED_MODELS:
+    if yarn is None and set(old) <= keys_of_both and raw.get("model_type") == "llama":
         raise ConfigError(
             "its yarn can be the revised one of the released PoSE code or the standard one, and they differ: say "
             "--yarn revised or --yarn standard"

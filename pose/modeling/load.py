@@ -1,6 +1,7 @@
 """From a checkpoint, or a bare config, to a model whose RoPE is scaled before it is built."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pose.errors import CheckpointError, ConfigError
@@ -27,6 +29,7 @@ from pose.rope import RopeGeometry, RopeScaling
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
 FORMS = {"gptj": GPTJ, "baichuan": Baichuan}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
@@ -48,6 +51,12 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     config.__dict__.pop("auto_map", None)  # it would go into the export, without the code it names
     if config.model_type == "gemma" and config.hidden_act == "gelu":
         config.hidden_act = "gelu_pytorch_tanh"  # what its first folders mean by it
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if isinstance(rope_type, str) and rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+        raise CheckpointError(
+            f"{path} has a rope_scaling of type {rope_type!r}, which transformers does not know: make a plain "
+            "folder of it first, with python -m pose.modeling.legacy SRC DST"
+        )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None) is not None:
             raise ConfigError(f"{path} is a {config.model_type} model with {name}, which is not supported")
@@ -72,6 +81,9 @@ def load_tokenizer(path: str, revision: str | None = None):
         tokenizer = from_hub("tokenizer", AutoTokenizer.from_pretrained, path, revision, trust_remote_code=False)
     except CheckpointError as error:
         if "auto_map" not in settings:
+            folder = Path(path).expanduser()
+            if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+                raise _no_tokenizer(path) from error
             raise
         raise CheckpointError(
             f"the tokenizer of {path} needs code of its own (auto_map in its tokenizer_config.json), and such code is "
@@ -79,10 +91,7 @@ def load_tokenizer(path: str, revision: str | None = None):
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up for some models
-        raise CheckpointError(
-            f"{path} holds no tokenizer (no tokenizer.json, tokenizer.model or vocab.json): put one there, or give "
-            "model.tokenizer=FOLDER"
-        )
+        raise _no_tokenizer(path)
     return tokenizer
 
 
@@ -248,3 +257,9 @@ def _convert_weights(path: str, form: GPTJ | Baichuan, config: PretrainedConfig,
     if find_file(path, "generation_config.json", **hub) is not None:
         result[0].generation_config = GenerationConfig.from_pretrained(path, **hub)
     return result
+
+
+def _no_tokenizer(path: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds no tokenizer (no {', '.join(TOKENIZER_FILES)}): put one there, or give model.tokenizer=FOLDER"
+    )

@@ -123,6 +123,7 @@ def test_settings_of_a_nested_sampler_reach_it():
     [
         (["pose=mix", "pose@pose.sampler=full"], "pose.sampler=Full draws examples of 2048 tokens"),
         (["pose=mix", "pose.sampler.target_len=1024"], "pose.sampler.target_len=1024 is not pose.target_len=2048"),
+        (["pose=mix", "pose.sampler.num_chunks=0"], "pose.sampler.num_chunks=0 is not accepted"),
         (["pose.target_len=128"], "pose.target_len=128 is below the model's own window of 256"),
     ],
 )

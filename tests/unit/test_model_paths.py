@@ -72,3 +72,12 @@ def test_evaluate_takes_a_gguf_file_too(monkeypatch, tmp_path):
         cfg = compose("evaluate", ["ckpt=some.gguf", "eval.lengths=[256]", f"cache_dir={tmp_path}"])
     plan = build.plan_evaluation(cfg)
     assert plan.window == 256 and plan.path.endswith("assets/tiny")
+
+
+def test_a_run_folder_stands_for_its_model(find, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    assert find(tmp_path / "run") == f"{tmp_path}/run/model"
+    with pytest.raises(CheckpointError, match=r"model\.path=.*gguf_only is neither"):
+        (tmp_path / "gguf_only").mkdir()
+        find(tmp_path / "gguf_only")

@@ -68,6 +68,10 @@ def test_the_hub_library_reads_it():
     assert (data.base_model, data.library_name, data.license) == ("owner/name", "transformers", "apache-2.0")
 
 
+def test_a_base_that_was_scaled_already_is_said_to_be():
+    assert table(replace(CARD, rope_base=None).text(), "How it was made")["RoPE"][0].endswith("; scaled already")
+
+
 def test_how_it_was_made():
     made = table(CARD.text(), "How it was made")
     assert made["Base model"] == ["owner/name, window 2,048 tokens"]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pose.data.tokenizer import train_tokenizer
 from pose.errors import CheckpointError
+from pose.modeling.card import license_of
 from pose.modeling.gguf import cached_folder, convert, describe, find_gguf, main
 
 gguf = pytest.importorskip("gguf")
@@ -89,6 +90,7 @@ def write_gguf(path, model, quantised=None, leave_out=(), **changes):
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{{ messages }}",
+        "general.license": "mit",
     } | changes  # fmt: skip
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
     adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
@@ -132,6 +134,7 @@ def test_weights_and_config_come_back(tmp_path, tied):
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 0
+    assert license_of(tmp_path / "out") == "mit"
 
 
 def test_quantised_weights_are_dequantised(tmp_path):

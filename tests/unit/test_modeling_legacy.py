@@ -35,8 +35,10 @@ def old_folder(folder, rope_scaling, safetensors=True, **options):
     if not safetensors:
         (folder / "model.safetensors").unlink()
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": WINDOW, "bos_token": "<s>"}))
-    for name in ("modeling_llama.py", "training_args.bin"):
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": WINDOW, "bos_token": "<s>", "auto_map": {"AutoTokenizer": ["x.X", None]}})
+    )
+    for name in ("modeling_llama.py", "training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"):
         (folder / name).write_text("left behind")
     return folder, {name: tensor.double() for name, tensor in model.state_dict().items()}
 
@@ -207,7 +209,7 @@ def test_a_base_of_its_own_and_llama3_are_kept():
         (raw(YARN, rope_theta=5e5), {"yarn": "revised"}, "rope_theta=500000.0 is not what the released"),
         (raw({"type": "su", "long_factor": [1] * 7}), {}, "rope.long_factor has 7 numbers, and this model needs 8"),
         (raw(None, model_type="baichuan"), {}, "baichuan"),
-        (raw({"type": "linear", "factor": 8.0}, model_type="gptj"), {}, "no single rotary embedding"),
+        (raw({"type": "linear", "factor": 8.0}, model_type="gptj"), {}, "a gptj folder cannot be imported"),
         (raw(None, rope_parameters={"rope_theta": 1e4}), {}, "of transformers 5 already"),
     ],
 )

@@ -225,6 +225,11 @@ def test_longrope_divides_by_the_list_of_its_length(case):
     np.testing.assert_allclose(scaling.inv_freq(geometry, window), theta(base, dim), rtol=1e-12)
 
 
+def test_an_empty_list_of_divisors_is_not_taken_for_none():
+    with pytest.raises(ConfigError, match=r"rope\.short_factor has 0 numbers, and this model needs 64"):
+        resolved(LongRope, *CASES[0], long_factor=divisors(128, 0), short_factor=[])
+
+
 def test_theta_is_the_base_that_is_given():
     scaling, geometry = resolved(Theta, *CASES[0], theta=1e6)
     np.testing.assert_allclose(scaling.inv_freq(geometry), theta(1e6, 128), rtol=1e-12)
