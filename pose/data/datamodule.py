@@ -116,8 +116,10 @@ class PoseDataModule(L.LightningDataModule):
 
         self.dataset = dataset(self.sampler, self.window_len)
         if self.curriculum:
+            batches = self.num_examples / self.micro_batch  # a batch is of one phase: its rows have one length
             phases = [
-                (round(end * self.num_examples), dataset(self.sampler.resized(n, n), n)) for end, n in self.curriculum
+                (round(end * batches) * self.micro_batch, dataset(self.sampler.resized(n, n), n))
+                for end, n in self.curriculum
             ]
             self.dataset = Curriculum([*phases, (self.num_examples, self.dataset)])
 

@@ -121,6 +121,13 @@ def test_curriculum(make):
     assert (batches[0]["input_ids"][:, 0] % 1000 != 1).any()  # from anywhere in a document
 
 
+@pytest.mark.parametrize("num_examples", [4, 8, 20, 44])
+def test_a_batch_is_of_one_phase_of_the_curriculum(make, num_examples):
+    """0.3 and 0.6 of the run fall inside batches of 4."""
+    batches = list(ready(make(curriculum=[(0.3, 4), (0.6, 8)], num_examples=num_examples)).train_dataloader())
+    assert len(batches) == num_examples / 4 and all(batch["input_ids"].numel() == 64 for batch in batches)
+
+
 def test_curriculum_leaves_the_rest_of_the_run_as_it_is(make):
     plain, with_phase = ready(make()).dataset, ready(make(curriculum=[(0.5, 8)])).dataset
     for i in range(24, 48):
