@@ -160,3 +160,16 @@ def test_bad_input_ends_in_one_message_and_a_status(script, tmp_path, arguments,
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert all(word in result.stderr for word in words)
     assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "model").exists()
+
+
+def test_a_run_goes_on_from_another_and_says_what_it_starts_from(script, smoke_run, load_json, tmp_path):
+    """model.path=RUN, its scaling kept; without the measurements before training."""
+    train(
+        script, tmp_path, "experiment=smoke", f"model.path={smoke_run}", "rope=none", "pose.target_len=300",
+        "trainer.max_steps=1", "eval.before=false",
+    )  # fmt: skip
+    metrics = load_json(tmp_path / "metrics.json")
+    assert "extended" in metrics and not {"untuned", "scaled"} & set(metrics)
+    assert load_json(tmp_path / "model" / "config.json")["max_position_embeddings"] == 512
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| Window | 512 tokens |" in card and "scaled already" in card

@@ -169,6 +169,50 @@ def test_equal_chunks_share_a_budget(target_len, lengths):
     assert_follows(draw_counts(sampler, train_len + 3, 8_000), law)
 
 
+def stratified_law(train_len, target_len, num_chunks):
+    """By the definition: a stratum's uniform point falls on a whole number with the length of what they share."""
+    high, num_short = target_len - train_len, num_chunks - 1
+    shortest, longest = -(-train_len // 4), min(3 * train_len // 4, train_len - num_short)
+    law = Counter()
+    for long in range(shortest, longest + 1):
+        ends = [i * (train_len - long) // num_short for i in range(num_chunks)]
+        lengths = [long, *(b - a for a, b in pairwise(ends))]
+        width = Fraction(high + long + 1, num_short)
+        strata = []
+        for i in range(num_short):
+            chances = Counter()
+            for k in range(high + long + 1):
+                shared = min((i + 1) * width, k + 1) - max(i * width, k)
+                chances[min(k, high)] += max(shared, 0) / width
+            strata.append([(k, chance) for k, chance in chances.items() if chance])
+        for drawn in product(*strata):
+            probability = Fraction(1, 2 * (longest - shortest + 1))
+            for _, chance in drawn:
+                probability *= chance
+            skips = [0, *(k for k, _ in drawn)]
+            law[shifted(lengths, skips)] += probability
+            law[shifted(lengths[::-1], [skips[-1] - u for u in reversed(skips)])] += probability
+    assert sum(law.values()) == 1
+    return law
+
+
+@pytest.mark.parametrize(("train_len", "target_len", "num_chunks"), [(8, 13, 2), (8, 12, 3), (7, 10, 4), (5, 5, 2)])
+def test_stratified_puts_a_chunk_into_each_stratum(train_len, target_len, num_chunks):
+    counts = Counter()
+    for (positions_, _), count in draw_counts(Stratified(train_len, target_len, num_chunks), 40, 40_000).items():
+        counts[positions_] += count
+    assert_follows(counts, stratified_law(train_len, target_len, num_chunks))
+
+
+def test_stratified_shows_every_distance_about_equally_often():
+    """Its purpose: from the train window to the very end no distance is starved, as all are by PoSE in the end."""
+    rng, sampler, seen = np.random.default_rng(0), Stratified(128, 1024), np.zeros(1024)
+    for _ in range(2000):
+        ids = sampler.sample(rng, 4096).position_ids
+        seen[np.unique(np.abs(ids[:, None] - ids))] += 1
+    assert seen[128:].min() / 2000 > 0.11 and seen[128:].max() / 2000 < 0.4
+
+
 def normal_cdf(x):
     return 0.5 * (1 + erf(x / sqrt(2)))
 
