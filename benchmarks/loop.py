@@ -106,7 +106,7 @@ def bare_loop(model: PreTrainedModel, batches: Batches, bf16: bool) -> list[floa
 def lightning_loop(model: PreTrainedModel, batches: Batches, cfg: DictConfig) -> list[float]:
     """The same with the Trainer and the module of a training run."""
     module = PoseModule(
-        model,
+        lambda strategy: model,
         expected=None,
         target_len=TARGET_LEN,
         schedule=SCHEDULE,

@@ -1,9 +1,13 @@
 """From a composed config to objects, checked before any weights are loaded. Only this knows the config's keys."""
 
+import json
 import netrc
 import os
+import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,11 +18,15 @@ from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig, PretrainedConfig
+from omegaconf import DictConfig, OmegaConf, SCMode
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from pose.callbacks import ProgressBar, Throughput
+from pose import launch
+from pose.callbacks import Export, ProgressBar, Throughput
+from pose.checkpoints import Checkpoint, CheckpointIO, Checkpoints, find_checkpoint, list_checkpoints, read_checkpoint
 from pose.data.datamodule import PoseDataModule
 from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.suite import EvalOptions, Suite, default_lengths
@@ -29,10 +37,12 @@ from pose.modeling.hub import is_available
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
 from pose.modeling.lora import LoraOptions, add_lora, count_parameters, target_names
 from pose.modeling.rotary import target_len_of
+from pose.modeling.shard import Layout
 from pose.module import PoseModule
 from pose.positions import PositionSampler
 from pose.rope import Frequencies, RopeGeometry, RopeScaling, require_number
 from pose.runtime import locate
+from pose.strategies import check_strategy
 
 # Those of transformers' get_scheduler that need nothing but the steps.
 SCHEDULES = (
@@ -45,6 +55,15 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What a run that goes on has in common with before, by group, but for these keys.
+RESUME_GROUPS = {
+    "model": ("offline", "attention", "gradient_checkpointing", "export_dtype"),
+    "pose": (),
+    "rope": (),
+    "data": ("documents", "heldout", "num_workers"),
+    "finetune": (),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,8 @@ class Plan:
         trainer: built, not started.
         data: tokenised.
         suite: what is measured before and after; None for eval=none.
+        checkpoint: from which training goes on; None at the beginning.
+        is_finished: whether the run folder holds this run, complete.
     """
 
     base: PretrainedConfig
@@ -71,6 +92,18 @@ class Plan:
     trainer: L.Trainer
     data: PoseDataModule
     suite: Suite | None
+    checkpoint: Checkpoint | None
+    is_finished: bool
+
+    @property
+    def ckpt_path(self) -> Path | None:
+        """For Trainer.fit."""
+        return None if self.checkpoint is None else self.checkpoint.state
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done already."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
 
     @property
     def expected(self) -> Frequencies | None:
@@ -86,7 +119,8 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         PoseError: what cannot work, before any long work.
     """
     if OmegaConf.is_missing(cfg.data, "documents"):
-        raise ConfigError("data.documents is not set: give a .jsonl or .jsonl.gz file, or a list of them")
+        raise ConfigError("data.documents is not set: give a file, a folder or a glob, or a list of them")
+    checkpoint = find_resume(cfg, run_dir)
     find_model(cfg)
     base, config = _model_config(cfg), _model_config(cfg)
     geometry = rope_geometry(base)
@@ -118,16 +152,19 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         _check_vocabulary(tokenizer, base, tokenizer_path)
     trainer = build_trainer(cfg, run_dir)
     micro_batch = _accumulate(trainer, cfg.trainer)
-    files = OmegaConf.to_object(cfg.data.documents) if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
     data = PoseDataModule(
-        [locate(file) for file in files],
+        find_documents("data.documents", cfg.data.documents),
         tokenizer,
         sampler,
         num_examples=cfg.trainer.max_steps * cfg.trainer.global_batch,
         micro_batch=micro_batch,
+        global_batch=cfg.trainer.global_batch,
         seed=cfg.seed,
         cache_dir=cfg.cache_dir,
         text_field=cfg.data.text_field,
+        min_tokens=cfg.data.min_tokens,
+        max_documents=cfg.data.max_documents,
+        on_broken=cfg.data.on_broken,
         window_len=cfg.data.window_len,
         add_bos=cfg.data.add_bos,
         synthetic={name: share for name, share in cfg.data.synthetic.items() if share},
@@ -137,7 +174,18 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     suite = build_suite(cfg.eval, tokenizer, geometry.window, sampler.target_len, cfg.cache_dir)
     data.prepare_data()
     data.setup()
-    return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite)
+    fill_in(cfg, sampler, scaling)
+    settings = resume_settings(cfg, trainer, data)
+    if checkpoint is not None:
+        check_resume(cfg, checkpoint, settings)
+    own, t = run_dir / "checkpoints", cfg.trainer
+    saved = checkpoint.step if checkpoint is not None and checkpoint.folder.parent == own else None
+    trainer.callbacks += [
+        Checkpoints(own, t.checkpoint_every_n_steps, t.keep_checkpoints, settings, saved),
+        Export(tokenizer, run_dir / "model", DTYPES[cfg.model.export_dtype]),
+    ]
+    is_finished = cfg.resume == "auto" and finished_steps(run_dir) == t.max_steps
+    return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite, checkpoint, is_finished)
 
 
 def find_model(cfg: DictConfig):
@@ -212,8 +260,29 @@ def build_suite(node: DictConfig, tokenizer, window: int, target_len: int, cache
         return None
     if options.lengths is None:
         options.lengths = default_lengths(window, target_len)
-    documents = None if options.documents is None else locate(options.documents)
+    documents = None if options.documents is None else find_documents("eval.documents", options.documents)
     return Suite(options, tokenizer, documents, cache_dir)
+
+
+def find_documents(key: str, value):
+    """Documents as `TokenCache.build` takes them, with shipped files found.
+
+    Args:
+        key: of the config, for the error.
+        value: file, folder, glob or dataset, or a list of them.
+
+    Raises:
+        ConfigError: a dataset without a path.
+    """
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, dict):
+        if value.get("path") in (None, "???"):
+            raise ConfigError(f"{key}.path is not set: give a folder, or the id of a dataset on the hub (owner/name)")
+        return value | {"path": locate(value["path"])}
+    if isinstance(value, list):
+        return [find_documents(key, one) for one in value]
+    return locate(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -276,38 +345,130 @@ def load_exported(cfg: DictConfig, plan: Plan, folder: Path):
     return build_model(load_config(str(folder)), str(folder), attention)
 
 
-def fill_in(cfg: DictConfig, plan: Plan):
+def fill_in(cfg: DictConfig, sampler: PositionSampler, scaling: RopeScaling):
     """Writes what was worked out into the config, so that config.yaml says it."""
-    cfg.pose.train_len = plan.sampler.train_len
-    if plan.scaling.name != "none":
-        cfg.rope.factor = plan.scaling.factor
+    cfg.pose.train_len = sampler.train_len
+    if scaling.name != "none":
+        cfg.rope.factor = scaling.factor
 
 
-def build_module(cfg: DictConfig, plan: Plan, model) -> PoseModule:
-    """The LightningModule around a model that was built from plan.config."""
+def find_resume(cfg: DictConfig, run_dir: Path) -> Checkpoint | None:
+    """The checkpoint from which the run goes on, by the key `resume`.
+
+    Raises:
+        ConfigError: the run folder holds another run, which a start from the beginning would overwrite.
+        CheckpointError: no whole checkpoint where one is named.
+    """
+    own = run_dir / "checkpoints"
+    if cfg.resume not in (None, "auto"):
+        path = Path(locate(cfg.resume))
+        if (path / "manifest.json").is_file():
+            return read_checkpoint(path)
+        for folder in (path / "checkpoints", path):
+            if list_checkpoints(folder):
+                return find_checkpoint(folder)
+        raise CheckpointError(
+            f"resume={cfg.resume} holds no checkpoint: give auto, a run folder (with checkpoints/), or one of its "
+            "checkpoints/step-N"
+        )
+    if cfg.resume == "auto":
+        checkpoint = find_checkpoint(own)
+        if checkpoint is not None or finished_steps(run_dir) == cfg.trainer.max_steps:
+            return checkpoint
+    if list_checkpoints(own) or (run_dir / "model").exists():
+        raise ConfigError(
+            f"hydra.run.dir={run_dir} holds a run already, which would be overwritten: give another folder"
+            + (", or resume=auto to go on with it" if list_checkpoints(own) else "")
+        )
+    return None
+
+
+def finished_steps(run_dir: Path) -> int | None:
+    """The optimizer steps of a complete run, which has written its metrics.json last; None without one."""
+    try:
+        return int(json.loads((run_dir / "metrics.json").read_text())["train/steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def resume_settings(cfg: DictConfig, trainer: L.Trainer, data: PoseDataModule) -> dict[str, Any]:
+    """What decides the weights that come out, by key: a run can only go on under the same."""
+    strategy = trainer.strategy
+    settings = {
+        "data": data.fingerprint,
+        "seed": cfg.seed,
+        "trainer.global_batch": cfg.trainer.global_batch,
+        "trainer.precision": trainer.precision,
+        "trainer.gradient_clip": cfg.trainer.gradient_clip,
+        "strategy": type(strategy).__name__
+        if isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
+        else "any",
+    }
+    if isinstance(strategy, DeepSpeedStrategy):  # whose checkpoints are of one number of processes
+        settings |= {"the number of processes": trainer.world_size, "strategy.stage": cfg.strategy.get("stage")}
+    for group, left_out in RESUME_GROUPS.items():
+        values = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
+        settings |= {f"{group}.{key}": value for key, value in values.items() if key not in left_out}
+    return json.loads(json.dumps(settings))
+
+
+def check_resume(cfg: DictConfig, checkpoint: Checkpoint, settings: dict[str, Any]):
+    """Whether the run may go on from a checkpoint.
+
+    Raises:
+        ConfigError: a setting that decides the weights is another than before, or the run is over.
+    """
+    changed = [
+        f"{key}={settings.get(key)!r}, which was {checkpoint.settings.get(key)!r}"
+        for key in sorted(settings.keys() | checkpoint.settings.keys())
+        if settings.get(key) != checkpoint.settings.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the run cannot go on from {checkpoint.folder} with {'; '.join(changed)}. Give the values of before, or "
+            "start anew in another folder"
+        )
+    if checkpoint.step > cfg.trainer.max_steps:
+        raise ConfigError(
+            f"trainer.max_steps={cfg.trainer.max_steps} is fewer than the {checkpoint.step} steps that "
+            f"{checkpoint.folder} has done: give at least as many"
+        )
+
+
+def build_module(cfg: DictConfig, plan: Plan) -> PoseModule:
+    """The LightningModule, whose model is loaded when the strategy is there."""
     options = vars(OmegaConf.to_object(cfg.finetune))
-    lora: LoraOptions = options.pop("lora")
-    if lora.rank is not None:
-        add_lora(model, lora)
+    del options["lora"]
+    return PoseModule(
+        partial(load_for_training, cfg, plan),
+        expected=plan.expected,
+        target_len=plan.sampler.target_len,
+        max_steps=cfg.trainer.max_steps,
+        on_nonfinite=cfg.trainer.on_nonfinite,
+        seed=cfg.seed,
+        **options,
+    )
+
+
+def load_for_training(cfg: DictConfig, plan: Plan, strategy: Strategy) -> PreTrainedModel:
+    """The model of plan.config, with its adapters, in train mode."""
+    torch.manual_seed(cfg.seed)  # of random weights and adapters, whatever was measured before
+    lora: LoraOptions = OmegaConf.to_object(cfg.finetune).lora
+    prepare = None if lora.rank is None else partial(add_lora, options=lora)
+    model = load_model(cfg, plan, plan.config, getattr(strategy, "layout", None), prepare)
     trainable, total = count_parameters(model)
     rank_zero_only(print)(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})", flush=True)
     model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
     if cfg.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return PoseModule(
-        model,
-        expected=plan.expected,
-        target_len=plan.sampler.target_len,
-        max_steps=cfg.trainer.max_steps,
-        **options,
-    )
+    return model
 
 
-def load_model(cfg: DictConfig, plan: Plan, config: PretrainedConfig):
-    """The configured model with the given config, in memory; weights in fp32."""
+def load_model(cfg: DictConfig, plan: Plan, config: PretrainedConfig, layout: Layout | None = None, prepare=None):
+    """The configured model with the given config, in fp32, whole in memory; or as `build_model` deals it out."""
     path = None if cfg.model.path is None else locate(cfg.model.path)
     attention = _attention(cfg.model.attention, plan.trainer.strategy.root_device)
-    return build_model(config, path, attention, revision=cfg.model.revision)
+    return build_model(config, path, attention, revision=cfg.model.revision, layout=layout, prepare=prepare)
 
 
 def open_checkpoint(ckpt: str, key: str = "ckpt") -> str:
@@ -338,13 +499,17 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
         ConfigError: a value that Lightning does not accept; carries its message.
     """
     t = cfg.trainer
-    for key in ("max_steps", "global_batch", "micro_batch", "log_every_n_steps"):
-        if t[key] < 1:
+    for key in (
+        "max_steps", "global_batch", "micro_batch", "log_every_n_steps", "checkpoint_every_n_steps", "keep_checkpoints"
+    ):  # fmt: skip
+        if t[key] is not None and t[key] < 1:
             raise ConfigError(f"trainer.{key}={t[key]} is not accepted: give an integer of at least 1")
+    if t.on_nonfinite not in ("stop", "skip"):
+        raise ConfigError(f"trainer.on_nonfinite={t.on_nonfinite!r} is unknown: choose stop or skip")
     strategy = instantiate(cfg.strategy) if "_target_" in cfg.strategy else cfg.strategy.name
     devices = OmegaConf.to_object(t.devices) if OmegaConf.is_list(t.devices) else t.devices
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             max_steps=t.max_steps,
             max_epochs=-1,
             accelerator=t.accelerator,
@@ -356,23 +521,35 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
             log_every_n_steps=min(t.log_every_n_steps, t.max_steps),  # a short run logs its end
             logger=build_loggers(cfg, run_dir),
             callbacks=[ProgressBar(), Throughput()],
+            plugins=[CheckpointIO(), *launch.plugins()],
             default_root_dir=run_dir,
             enable_checkpointing=False,
             enable_model_summary=False,
         )
+        check_strategy(trainer.strategy, trainer.precision)
+        trainer.fit_loop.__class__ = FitLoop
+        return trainer
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"the trainer cannot be built from {OmegaConf.to_object(t)}: {error}") from error
 
 
+class FitLoop(_FitLoop):
+    """Comes to its end, which exports, also where a run goes on from its last step and nothing is left to train."""
+
+    @property
+    def skip(self) -> bool:
+        return False
+
+
 def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
     """metrics.csv always, and what the group `logger` adds."""
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
     options = OmegaConf.to_container(cfg.logger)
     name = options.pop("name")
     if name == "tensorboard":
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
     elif name == "wandb":
-        loggers.append(_wandb(options, run_dir))
+        loggers.append(_wandb(options, run_dir, goes_on=cfg.resume is not None))
     elif name != "csv":
         raise ConfigError(f"logger.name={name!r} is unknown: choose csv, tensorboard or wandb")
     return loggers
@@ -457,11 +634,18 @@ def _precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if fast_bf16 else "32-true"
 
 
-def _wandb(options: dict, run_dir: Path) -> Logger:
+def _wandb(options: dict, run_dir: Path, goes_on: bool) -> Logger:
     offline = options.pop("offline")
     if offline is None:
         offline = not _has_wandb_account()
-    return WandbLogger(save_dir=run_dir, offline=offline, **options)
+    id_file = run_dir / ".wandb_id"  # under which a run goes on
+    if goes_on and id_file.is_file():
+        run_id = id_file.read_text()
+    else:
+        run_id = uuid.uuid4().hex[:8]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        rank_zero_only(id_file.write_text)(run_id)
+    return WandbLogger(save_dir=run_dir, offline=offline, id=run_id, resume="allow", **options)
 
 
 def _has_wandb_account() -> bool:

@@ -1,10 +1,13 @@
-"""What a user sees of a training while it goes on."""
+"""What happens beside the steps of a training: what a user sees of it, and the export at its end."""
 
 import time
+from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+
+from pose.modeling.export import export_model
 
 
 class ProgressBar(TQDMProgressBar):
@@ -32,8 +35,26 @@ class ProgressBar(TQDMProgressBar):
 class Throughput(L.Callback):
     """Logs train/tokens_per_second over all devices, and on a GPU its peak memory in GiB."""
 
+    def __init__(self):
+        self.seconds_before = 0.0  # of the same run, up to the checkpoint it goes on from
+
+    @property
+    def seconds(self) -> float:
+        """Of training, in the whole run."""
+        return self.seconds_before + time.perf_counter() - self.begin
+
     def on_train_start(self, trainer, pl_module):
         self.tokens, self.start = 0, time.perf_counter()
+        self.begin = self.start
+
+    def state_dict(self):
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict):
+        self.seconds_before = state_dict["seconds"]
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.callback_metrics["train/seconds"] = torch.tensor(self.seconds)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.tokens += batch["input_ids"].numel() * trainer.world_size
@@ -45,3 +66,19 @@ class Throughput(L.Callback):
             metrics["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
         pl_module.log_dict(metrics)
         self.tokens, self.start = 0, now
+
+
+class Export(L.Callback):
+    """Exports the model when the training is complete, while the strategy can still put it together.
+
+    Args:
+        tokenizer: of the model.
+        folder: to export to.
+        dtype: of the saved weights.
+    """
+
+    def __init__(self, tokenizer, folder: str | Path, dtype: torch.dtype):
+        self.tokenizer, self.folder, self.dtype = tokenizer, folder, dtype
+
+    def on_train_end(self, trainer, pl_module):
+        export_model(pl_module.model, self.tokenizer, self.folder, self.dtype, trainer.is_global_zero)

@@ -2,7 +2,13 @@
 
 
 class PoseError(Exception):
-    """Base of the errors below; the command line prints the message alone, without a traceback."""
+    """Base of the errors below; the command line prints the message alone, without a traceback.
+
+    Attributes:
+        status: of the process that ends with it.
+    """
+
+    status = 1
 
 
 class ConfigError(PoseError):
@@ -19,3 +25,13 @@ class CheckpointError(PoseError):
 
 class GuardError(PoseError):
     """A run that would train, and be silently wrong."""
+
+
+class TrainingError(PoseError):
+    """A training that cannot go on: its loss is not finite, or memory or disk are full."""
+
+
+class Interrupted(PoseError):
+    """A training that was asked to stop, and has written a checkpoint to go on from."""
+
+    status = 143  # 128 + SIGTERM, as of a process that SIGTERM ends

@@ -1,5 +1,6 @@
 """What a run leaves behind: coverage, metrics, model card, the loggers' last entries, the table it ends with."""
 
+import csv
 import json
 import shlex
 from collections.abc import Callable
@@ -50,27 +51,54 @@ def cover(plan: Plan, run_dir: Path) -> dict[str, float]:
     return found
 
 
+def pick_up(plan: Plan, run_dir: Path) -> dict[str, dict[str, float]]:
+    """Makes a run that goes on one with what was before: metrics.csv up to its step, and what was measured.
+
+    Returns:
+        The metrics of models that were measured before training, by name; {} at the beginning.
+    """
+    measured = run_dir / "measured.json"
+    if plan.checkpoint is None:
+        measured.unlink(missing_ok=True)
+        return {}
+    rank_zero_only(print)(f"Going on from step {plan.step:,} of {plan.trainer.max_steps:,}", flush=True)
+    if plan.trainer.is_global_zero:
+        file = run_dir / "metrics.csv"
+        rows = list(csv.DictReader(file.open(newline=""))) if file.is_file() else []
+        experiment = next(logger for logger in plan.trainer.loggers if isinstance(logger, CSVLogger)).experiment
+        experiment.metrics = [
+            {name: value for name, value in row.items() if value} for row in rows if int(row["step"]) < plan.step
+        ]
+        experiment.save()
+    return json.loads(measured.read_text()) if measured.is_file() else {}
+
+
 @rank_zero_only
-def measure(plan: Plan, results: dict[str, dict[str, float]], name: str, load: Callable[[], torch.nn.Module]):
-    """Adds the metrics of a model to results, under name; nothing is loaded for eval=none."""
-    if plan.suite is None:
+def measure(
+    plan: Plan, run_dir: Path, results: dict[str, dict[str, float]], name: str, load: Callable[[], torch.nn.Module]
+):
+    """Adds the metrics of a model to results, under name, unless they are there; nothing is loaded for eval=none.
+
+    What was measured before training is kept on disk, for a run that goes on.
+    """
+    if plan.suite is None or name in results:
         return
     print(f"Measuring the {name} model ...", flush=True)
-    model = load()
-    home = next(model.parameters()).device
-    device = plan.trainer.strategy.root_device
-    results[name] = plan.suite.run(model.to(device))
-    model.to(home)
+    results[name] = plan.suite.run(load().to(plan.trainer.strategy.root_device))
+    if name != "extended":
+        write_json(run_dir / "measured.json", results)
 
 
-def save_metrics(
-    run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], seconds: float, covered: dict[str, float]
-):
-    """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's."""
+def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], covered: dict[str, float]):
+    """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's.
+
+    It is the last thing a run writes: a folder that has it is complete.
+    """
     logged = {f"coverage/{name}": value for name, value in covered.items()}
     logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
-    logged["train/seconds"] = seconds
+    logged["train/steps"] = plan.trainer.global_step
     write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
+    (run_dir / "measured.json").unlink(missing_ok=True)
 
 
 def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]]):
@@ -96,6 +124,7 @@ def write_card(cfg: DictConfig, plan: Plan, results: dict[str, dict[str, float]]
     lora += ", with embeddings and norms" if tune.lora.train_embeddings_and_norms else ""
     synthetic = [f"{share:.0%} {name} examples" for name, share in cfg.data.synthetic.items() if share]
     documents = cfg.data.documents if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
+    documents = [f"{one.path} ({one.get('split', 'train')})" if OmegaConf.is_dict(one) else one for one in documents]
     Card(
         base=base,
         license=None if base is None else license_of(base),

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from transformers import logging as transformers_logging
 
-from pose.errors import PoseError
+from pose.errors import Interrupted, PoseError, TrainingError
 
 PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent
@@ -34,15 +34,44 @@ PACKAGES = (
 def readable_errors():
     """Ends the process with the message alone, and status 1, for errors that a user can mend.
 
-    In a sweep the error goes to Hydra, which runs the other jobs and fails at the end.
+    In a sweep the error goes to Hydra, which runs the other jobs and fails at the end; a request to stop
+    ends the sweep.
     """
     try:
         yield
     except PoseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        if in_sweep and not isinstance(error, Interrupted):
             raise
-        raise SystemExit(1) from None
+        raise SystemExit(error.status) from None
+
+
+@contextlib.contextmanager
+def explained_memory_errors(cfg: DictConfig):
+    """Turns an out-of-memory error of the training into one that names what to lower.
+
+    Raises:
+        TrainingError: memory ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        out_of_memory = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+        if not out_of_memory and not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
+            raise
+        choices = {
+            f"trainer.micro_batch (it is {cfg.trainer.micro_batch}; the global batch stays)": cfg.trainer.micro_batch
+            > 1,
+            "model.gradient_checkpointing=true": not cfg.model.gradient_checkpointing,
+            f"pose.train_len (it is {cfg.pose.train_len})": True,
+            "finetune=lora": cfg.finetune.lora.rank is None,
+            "strategy=fsdp, zero3 or zero3_offload over more devices": True,
+        }
+        advice = "; ".join(choice for choice, helps in choices.items() if helps)
+        raise TrainingError(
+            f"out of memory ({str(error).strip().splitlines()[0]}). What lowers it, the cheapest first: {advice}"
+        ) from error
 
 
 def locate(path: str) -> str:
@@ -102,11 +131,17 @@ def write_json(path: Path, content: dict):
 
 
 @rank_zero_only
-def save_config(cfg: DictConfig, run_dir: Path):
-    """config.yaml and provenance.json."""
+def save_config(cfg: DictConfig, run_dir: Path, step: int = 0):
+    """config.yaml and provenance.json; that of a run which goes on keeps what it was before, under `earlier`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    write_json(run_dir / "provenance.json", provenance())
+    file, content = run_dir / "provenance.json", provenance()
+    if step:
+        content["from_step"] = step
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(file.read_text())
+            content["earlier"] = [*before.pop("earlier", []), before]
+    write_json(file, content)
 
 
 def _version(package: str) -> str | None:

@@ -40,9 +40,12 @@ class SyntheticShares:
 class DataConfig:
     """What is read, and how examples are drawn from it."""
 
-    documents: Any = MISSING  # .jsonl[.gz] file, or a list of them
-    heldout: str | None = None  # .jsonl[.gz] file of documents kept for evaluation
-    text_field: str = "text"  # the key of the text in each line
+    documents: Any = MISSING  # file, folder, glob, or dataset {path, name, split, ...}, or a list: docs/DATA.md
+    heldout: Any = None  # the same, of documents kept for evaluation
+    text_field: str = "text"  # the key of the text, for documents that do not name their own
+    min_tokens: int = 1  # tokens; shorter documents are left out
+    max_documents: int | None = None  # the first so many of the others; null: all
+    on_broken: str = "error"  # error or skip: a line or row that cannot be read
     window_len: int | None = None  # tokens of a document an example is drawn from; null: the whole document
     add_bos: bool | None = None  # a document begins with BOS; null: as the tokenizer does
     synthetic: SyntheticShares = field(default_factory=SyntheticShares)  # retrieval examples among the text
@@ -75,6 +78,9 @@ class TrainerConfig:
     precision: str = "auto"  # of Lightning; auto is bf16-mixed where the hardware has it
     gradient_clip: float | None = None  # largest gradient norm; null: none
     log_every_n_steps: int = 10  # optimizer steps
+    checkpoint_every_n_steps: int | None = 100  # optimizer steps; null: only when the scheduler asks to stop
+    keep_checkpoints: int = 2  # the newest ones, which stay in RUN/checkpoints
+    on_nonfinite: str = "stop"  # stop or skip: a step in which a loss is infinite or NaN
 
 
 @dataclass
@@ -90,6 +96,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: Any = MISSING
     eval: EvalOptions = field(default_factory=EvalOptions)
+    resume: str | None = None  # auto: go on in the run folder, or start; or a run folder, or a checkpoint
     seed: int = 0  # of data, dropout and initialisation
     num_threads: int | None = None  # CPU threads of torch; null: all cores
     cache_dir: str = "~/.cache/pose"  # token caches

@@ -1,43 +1,68 @@
-"""Documents become tokens once: a memory-mapped file for each documents file and tokenizer."""
+"""Documents become tokens once: a memory-mapped folder for each set of documents, tokenizer and options."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from itertools import islice
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from pose.data.documents import read_documents
-from pose.errors import DataError
+from pose.data.documents import Broken, Document, Files, find_files
+from pose.data.hub import HubDataset, HubSource
+from pose.data.tokenise import Tokeniser, all_cores
+from pose.errors import ConfigError, DataError
 
 # Raise it whenever the same documents and tokenizer would give other files than before.
-FORMAT_VERSION = 1
-DOCUMENTS_AT_ONCE = 16
+FORMAT_VERSION = 2
+BYTES_TO_REMEMBER = 64 << 20  # smaller files are hashed at every start
+A_DAY = 24 * 3600.0  # seconds
+DAMAGE = (OSError, ValueError, KeyError, TypeError)
+
+_reported: set[Path] = set()
 
 
 class TokenCache:
-    """The tokens of a documents file, memory-mapped: opening it costs no memory and no time.
+    """The tokens of a set of documents, memory-mapped: opening it takes 8 bytes of memory a document.
 
     Indexing gives the tokens of one document, uint16 or uint32 [Lx], as a view of the file.
 
     Args:
         folder: as `build` leaves it.
+
+    Attributes:
+        lengths: tokens of each document, int64 [documents].
+        ids: of the documents, read as they are asked for.
+        info: counts of what was read, kept and dropped, and the dtype.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: the folder is damaged.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index = json.loads((self.folder / "index.json").read_text())
-        self.ids: list[str] = index["ids"]
-        self.lengths = np.array(index["lengths"], np.int64)
-        self.ends = self.lengths.cumsum()
-        self.dtype = np.dtype(index["dtype"])
-        expected = int(self.lengths.sum()) * self.dtype.itemsize
-        if (self.folder / "tokens.bin").stat().st_size != expected:
-            raise ValueError(f"{self.folder}/tokens.bin does not have the {expected} bytes of its index")
+        self.info: dict[str, Any] = json.loads((self.folder / "index.json").read_text())
+        num, num_tokens = self.info["kept"], self.info["tokens"]
+        self.dtype = np.dtype(self.info["dtype"])
+        index = np.fromfile(self.folder / "index.bin", np.int64)
+        if num < 1 or index.shape != (2 * num,):
+            raise ValueError(f"{self.folder}/index.bin does not have the {num} documents of index.json")
+        self.ends, id_ends = index.reshape(num, 2).T.copy()
+        self.lengths = np.diff(self.ends, prepend=0)
+        self.ids = _Ids(self.folder / "ids.bin", id_ends)
+        _expect_size(self.folder / "tokens.bin", num_tokens * self.dtype.itemsize)
+        _expect_size(self.folder / "ids.bin", int(id_ends[-1]))
+        if self.ends[-1] != num_tokens or self.lengths.min() < 1 or np.diff(id_ends).min(initial=0) < 0:
+            raise ValueError(f"{self.folder}/index.bin does not belong to tokens.bin")
         self._tokens = None
 
     def __len__(self) -> int:
@@ -49,78 +74,332 @@ class TokenCache:
         end = self.ends[document]
         return self._tokens[end - self.lengths[document] : end]
 
-    def __getstate__(self):
-        return self.__dict__ | {"_tokens": None}
+    def __reduce__(self):
+        return type(self), (self.folder,)
 
     @classmethod
-    def build(cls, path: str | Path, tokenizer, cache_dir: str | Path, text_field: str = "text") -> "TokenCache":
-        """Opens the cache of a documents file, tokenising the file first if there is none yet.
+    def build(
+        cls,
+        documents: str | Path | Mapping | Sequence,
+        tokenizer,
+        cache_dir: str | Path,
+        text_field: str = "text",
+        *,
+        min_tokens: int = 1,
+        max_documents: int | None = None,
+        on_broken: str = "error",
+    ) -> "TokenCache":
+        """Opens the cache of a set of documents, tokenising them first if there is none yet.
 
-        The key is what the tokens depend on: the file's bytes, the tokenizer, `text_field` and
-        FORMAT_VERSION. The folder appears in one rename, so a killed build leaves nothing that
-        looks whole, and two jobs that start at once both end with the same files.
+        The key is what the tokens depend on: the files' bytes and names (for a dataset of the hub its
+        commit), the tokenizer, every option, and FORMAT_VERSION. Of several jobs that start at once one
+        tokenises and the others wait for it. The folder appears in one rename, so a killed build leaves
+        nothing that looks whole; where the file system has no locks, each job builds and one is first.
 
         Args:
-            path: a .jsonl or .jsonl.gz file.
+            documents: a file, folder or glob (`find_files`), a dataset as the fields of `HubDataset`, or a
+                list of these, read in order; what is named twice counts twice.
             tokenizer: a transformers tokenizer; no special tokens are added.
             cache_dir: the folder that holds all caches.
-            text_field: the key of the text in each line.
+            text_field: the key of the text, for documents that do not name their own.
+            min_tokens: shorter documents are left out.
+            max_documents: the first so many of the others are taken, and no more is read; None takes all.
+            on_broken: "error" or "skip", for lines and rows that cannot be read.
 
         Raises:
-            DataError: the documents file is missing or broken, or holds no document, or cache_dir cannot be written.
+            ConfigError: a value that cannot be meant.
+            DataError: documents are missing or broken, or none is left, or cache_dir cannot be written.
         """
-        folder = Path(cache_dir).expanduser() / _key(Path(path), tokenizer, text_field)
-        if folder.is_dir():
+        for key, value in (("min_tokens", min_tokens), ("max_documents", max_documents)):
+            if not (isinstance(value, int) and value >= 1) and (key, value) != ("max_documents", None):
+                raise ConfigError(f"data.{key}={value!r} is not accepted: give an integer of at least 1")
+        broken = Broken(on_broken)
+        root = Path(cache_dir).expanduser()
+        memo = _Memo(root / ".memo")
+        sources, prints = zip(*(_open_source(spec, text_field, memo) for spec in _as_list(documents)), strict=True)
+        options = [min_tokens, max_documents, on_broken]
+        folder = root / _key(sources, list(prints), tokenizer, options)
+        cache = cls._open(folder)
+        if cache is None:
             try:
-                return cls(folder)
-            except (OSError, ValueError, KeyError, TypeError):  # damaged
-                shutil.rmtree(folder, ignore_errors=True)
+                (root / ".locks").mkdir(parents=True, exist_ok=True)
+                with _lock(root / ".locks" / folder.name, f"{sources[0].name} is being tokenised by another job"):
+                    cache = cls._open(folder) or cls._build(
+                        folder, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents
+                    )
+            except OSError as error:
+                raise DataError(
+                    f"cache_dir={cache_dir} cannot be written to ({error}): give another folder, or room in this one"
+                ) from error
+        _report(cache)
+        return cache
+
+    @classmethod
+    def _open(cls, folder: Path) -> "TokenCache | None":
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-        except OSError as error:
-            raise DataError(f"cache_dir={cache_dir} cannot be written to ({error}): give another folder") from error
+            return cls(folder)
+        except DAMAGE:  # or not there
+            return None
+
+    @classmethod
+    def _build(cls, folder: Path, sources, tokeniser, broken, min_tokens, max_documents) -> "TokenCache":
+        for old in folder.parent.glob(folder.name + ".*"):  # of killed jobs
+            if time.time() - old.stat().st_mtime > A_DAY:
+                shutil.rmtree(old, ignore_errors=True)
+        building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
         try:
-            _tokenise(Path(path), tokenizer, text_field, building)
+            with all_cores():
+                _tokenise(sources, tokeniser, broken, min_tokens, max_documents, building)
             building.chmod(0o755)
-            try:
-                os.rename(building, folder)
-            except OSError:  # another job was first, with the same files
-                if not folder.is_dir():
-                    raise
+            cache = cls._open(folder)  # of a job that was first, where there are no locks
+            if cache is None:
+                with suppress(FileNotFoundError):  # damaged: moved in one step, so that two jobs do not meet in it
+                    os.rename(folder, building / "damaged")
+                    shutil.rmtree(building / "damaged")
+                with suppress(OSError):
+                    os.rename(building, folder)
+                cache = cls(folder)
+            return cache
         finally:
             shutil.rmtree(building, ignore_errors=True)
-        return cls(folder)
 
 
-def _tokenise(path: Path, tokenizer, text_field: str, folder: Path):
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    ids, lengths = [], []
-    documents = read_documents(path, text_field)
-    with open(folder / "tokens.bin", "wb") as out, tqdm(desc=f"Tokenising {path.name}", unit=" documents") as bar:
-        while batch := list(islice(documents, DOCUMENTS_AT_ONCE)):
-            texts = [document.text for document in batch]
-            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            for document, tokens in zip(batch, encoded, strict=True):
-                out.write(np.array(tokens, dtype).tobytes())
-                ids.append(document.id)
-                lengths.append(len(tokens))
-            bar.update(len(batch))
-    if not ids:
-        raise DataError(f"{path} holds no document")
-    index = {"ids": ids, "lengths": lengths, "dtype": dtype.name, "source": path.name}
-    (folder / "index.json").write_text(json.dumps(index))
+class _Ids(Sequence):
+    """Strings in a file, by the byte at which each ends."""
+
+    def __init__(self, path: Path, ends: np.ndarray):
+        self.path, self.ends = path, ends
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> str:
+        i = range(len(self))[i]
+        begin = int(self.ends[i - 1]) if i else 0
+        with open(self.path, "rb") as file:
+            file.seek(begin)
+            return file.read(int(self.ends[i]) - begin).decode()
 
 
-def _key(path: Path, tokenizer, text_field: str) -> str:
-    if not path.is_file():
-        raise DataError(f"no documents file at {path}: give a .jsonl or .jsonl.gz file")
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+class _Memo:
+    """Small answers that were expensive to find, a JSON file each; one that cannot be read or written is none."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def _path(self, key) -> Path:
+        return self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+
+    def get(self, key):
+        try:
+            entry = json.loads(self._path(key).read_text())
+            return entry["value"] if entry["key"] == key else None
+        except DAMAGE:
+            return None
+
+    def set(self, key, value):
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False) as file:
+                json.dump({"key": key, "value": value}, file)
+            os.replace(file.name, self._path(key))
+
+
+@contextmanager
+def _lock(path: Path, waiting: str) -> Iterator[None]:
+    """Holds a file's lock, which the kernel takes from a process that dies; nothing where there are no locks."""
+    with open(path, "a") as file:
+        with suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{waiting}: waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _tokenise(sources, tokeniser: Tokeniser, broken: Broken, min_tokens: int, max_documents: int | None, folder: Path):
+    """Writes tokens.bin, ids.bin, index.bin (int64 [documents, 2]: where tokens and id end) and index.json."""
+    read = kept = too_short = without_text = length = start = id_end = 0
+    sizes = [source.size for source in sources]
+    name = sources[0].name + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+    bar = tqdm(
+        desc=f"Tokenising {name}", total=None if None in sizes else sum(sizes),
+        unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5,
+    )  # fmt: skip
+    characters, began = 0, time.monotonic()
+    with (
+        open(folder / "tokens.bin", "wb") as out,
+        open(folder / "ids.bin", "wb") as ids,
+        open(folder / "index.bin", "wb") as index,
+        bar,
+    ):
+        for batch in _batches(sources, tokeniser, broken):
+            rows = tokeniser.encode([text for _, text, _, _ in batch])
+            for (document_id, text, left_out, is_last), row in zip(batch, rows, strict=True):
+                out.write(row[left_out:])
+                length += len(row) - left_out
+                characters += len(text)
+                if not is_last:
+                    continue
+                read += 1
+                if length < min_tokens:
+                    without_text += not length and not text
+                    too_short += bool(length or text)
+                    out.seek(start * tokeniser.dtype.itemsize)
+                else:
+                    kept, start = kept + 1, start + length
+                    id_end += ids.write(document_id.encode())
+                    index.write(np.array([start, id_end]))
+                length = 0
+                if kept == max_documents:
+                    break
+            seconds = max(time.monotonic() - began, 1e-9)
+            bar.update(sum(source.position for source in sources) - bar.n)
+            bar.set_postfix_str(f"{kept:,} documents, {characters / 1e6 / seconds:.1f} M characters/s", refresh=False)
+            if kept == max_documents:
+                break
+        out.truncate(start * tokeniser.dtype.itemsize)
+    counts = {
+        "documents": name,
+        "read": read,
+        "kept": kept,
+        "tokens": start,
+        "too_short": too_short,
+        "min_tokens": min_tokens,
+        "without_text": without_text,
+        "broken": broken.count,
+        "first_broken": broken.first,
+        "dtype": tokeniser.dtype.name,
+    }
+    if not kept:
+        raise DataError(_nothing(counts))
+    (folder / "index.json").write_text(json.dumps(counts, indent=1))
+
+
+def _batches(sources, tokeniser: Tokeniser, broken: Broken) -> Iterator[list[tuple[str, str, int, bool]]]:
+    """(id, piece of text, tokens to leave out, whether it is the document's last) in lists of about batch_size."""
+    batch, size = [], 0
+    for source in sources:
+        for document in source.read(broken):
+            for piece, left_out, is_last in _pieces(document, tokeniser):
+                batch.append((document.id, piece, left_out, is_last))
+                size += len(piece) + 64
+                if size >= tokeniser.batch_size:
+                    yield batch
+                    batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(document: Document, tokeniser: Tokeniser) -> Iterator[tuple[str, int, bool]]:
+    waiting = None
+    for piece, left_out in tokeniser.pieces(document.text):
+        if waiting is not None:
+            yield *waiting, False
+        waiting = piece, left_out
+    yield *waiting, True
+
+
+def _open_source(spec, text_field: str, memo: _Memo) -> tuple[Files | HubSource, Any]:
+    """A source, and what its documents depend on."""
+    if isinstance(spec, str | Path):
+        paths = find_files(spec)
+        files = Files(paths, Path(spec).name or str(spec), text_field)
+        return files, ["files", text_field, [[path.name, _digest(path, memo)] for path in paths]]
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"data.documents has {spec!r}: give a file, a folder, a glob, or the fields of a dataset")
+    known = [field.name for field in fields(HubDataset)]
+    if unknown := set(spec) - set(known):
+        raise ConfigError(f"data.documents has a dataset with {sorted(unknown)}: its fields are {', '.join(known)}")
+    if not isinstance(spec.get("path"), str):
+        raise ConfigError(f"data.documents has a dataset without a path: {dict(spec)}")
+    given = {key: value for key, value in spec.items() if value is not None}
+    dataset = HubDataset(**{"text_field": text_field} | given)
+    what = [dataset.name, dataset.split, dataset.data_files, dataset.format, dataset.text_field]
+    if dataset.is_local:
+        folder = Path(dataset.path).expanduser()
+        inside = sorted(file for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts)
+        content = [[str(file.relative_to(folder)), _digest(file, memo)] for file in inside]
+        return HubSource(dataset, None), ["folder", *what, content]
+    commit = dataset.commit(memo)
+    return HubSource(dataset, commit), ["hub", dataset.path, commit, *what]
+
+
+def _as_list(documents) -> list:
+    if isinstance(documents, str | Path | Mapping):
+        return [documents]
+    if not isinstance(documents, Sequence) or not documents:
+        raise ConfigError(
+            f"data.documents={documents!r} is not accepted: give a file, folder, glob or dataset, or a list"
+        )
+    return list(documents)
+
+
+def _digest(path: Path, memo: _Memo) -> str:
+    """SHA-256 of a file. Of a large one it is remembered, for as long as nothing says that the file has changed."""
+    stat = path.stat()
+    key = ["digest", str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    large = stat.st_size >= BYTES_TO_REMEMBER
+    if large and (known := memo.get(key)) is not None:
+        return known
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if large and time.time() - max(stat.st_mtime, stat.st_ctime) > 2:  # a later change has a later time
+        memo.set(key, digest)
+    return digest
+
+
+def _key(sources, prints: list, tokenizer, options: list) -> str:
     if getattr(tokenizer, "is_fast", False):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         rules = json.dumps([rules | {"truncation": None, "padding": None}])  # which calls set, and do not matter here
     else:
         rules = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    key = json.dumps([FORMAT_VERSION, content, hashlib.sha256(rules.encode()).hexdigest(), text_field])
-    return f"{path.name.split('.')[0]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    key = json.dumps([FORMAT_VERSION, prints, hashlib.sha256(rules.encode()).hexdigest(), options])
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in sources[0].name.split(".")[0])
+    return f"{name[:48]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _expect_size(path: Path, size: int):
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} does not have the {size} bytes of its index")
+
+
+def _nothing(counts: dict) -> str:
+    if not counts["read"] and not counts["broken"]:
+        return f"{counts['documents']} holds no document"
+    places = "".join(f"\n  {place}" for place in counts["first_broken"])
+    return (
+        f"{counts['documents']} holds no document of at least data.min_tokens={counts['min_tokens']} tokens: "
+        f"{_dropped(counts)}{places}"
+    )
+
+
+def _dropped(counts: dict) -> str:
+    parts = {
+        f"shorter than {counts['min_tokens']} tokens": counts["too_short"],
+        "without text": counts["without_text"],
+        "broken": counts["broken"],
+    }
+    return ", ".join(f"{count:,} {what}" for what, count in parts.items() if count)
+
+
+@rank_zero_only
+def _report(cache: TokenCache):
+    """Says once what a cache holds and what was dropped."""
+    if cache.folder in _reported:
+        return
+    _reported.add(cache.folder)
+    counts = cache.info
+    dropped = _dropped(counts)
+    print(
+        f"{counts['documents']}: {counts['kept']:,} documents of {counts['tokens']:,} tokens"
+        + (f"; left out: {dropped}" if dropped else ""),
+        *(f"  broken: {place}" for place in counts["first_broken"]),
+        sep="\n",
+        flush=True,
+    )

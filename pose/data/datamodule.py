@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from pose.data.cache import TokenCache
 from pose.data.examples import Curriculum, PoseDataset, collate
@@ -22,14 +23,18 @@ class PoseDataModule(L.LightningDataModule):
     """From documents files to batches.
 
     Args:
-        documents: .jsonl or .jsonl.gz files; a file named twice counts twice.
+        documents: files, folders, globs or datasets, one or a list, as `TokenCache.build` takes them.
         tokenizer: a transformers tokenizer.
         sampler: which tokens an example shows and which position ids they get.
         num_examples: examples in the whole run, over all processes.
         micro_batch: examples in a batch of one process.
+        global_batch: examples in an optimizer step, over all processes; None: micro_batch.
         seed: of everything that is drawn.
         cache_dir: the folder of all token caches.
-        text_field: the key of the text in each line.
+        text_field: the key of the text, for documents that do not name their own.
+        min_tokens: shorter documents are left out.
+        max_documents: the first so many of the others; None takes all.
+        on_broken: "error" or "skip", for lines and rows that cannot be read.
         window_len: tokens of a document that one example is drawn from; None takes documents whole.
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
         synthetic: share of examples by name of a task in `pose.data.synthetic.TASKS`.
@@ -38,20 +43,24 @@ class PoseDataModule(L.LightningDataModule):
 
     Raises:
         ConfigError: shares that do not add up, an unknown task, or a BOS the tokenizer does not have.
-        DataError: a documents file is broken, or no document is long enough.
+        DataError: documents are broken or missing, or none is long enough.
     """
 
     def __init__(
         self,
-        documents: Sequence[str | Path],
+        documents: str | Path | Mapping | Sequence,
         tokenizer,
         sampler: PositionSampler,
         *,
         num_examples: int,
         micro_batch: int,
+        global_batch: int | None = None,
         seed: int,
         cache_dir: str | Path,
         text_field: str = "text",
+        min_tokens: int = 1,
+        max_documents: int | None = None,
+        on_broken: str = "error",
         window_len: int | None = None,
         add_bos: bool | None = None,
         synthetic: Mapping[str, float] | None = None,
@@ -59,9 +68,11 @@ class PoseDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ):
         super().__init__()
-        self.files, self.tokenizer, self.sampler = list(documents), tokenizer, sampler
+        self.documents, self.tokenizer, self.sampler = documents, tokenizer, sampler
         self.num_examples, self.micro_batch, self.seed = num_examples, micro_batch, seed
+        self.global_batch = micro_batch if global_batch is None else global_batch
         self.cache_dir, self.text_field, self.window_len = cache_dir, text_field, window_len
+        self.choice = {"min_tokens": min_tokens, "max_documents": max_documents, "on_broken": on_broken}
         self.bos_id = bos_id(tokenizer, add_bos)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
         self.curriculum = [tuple(phase) if isinstance(phase, Sequence) else (phase,) for phase in curriculum]
@@ -93,14 +104,14 @@ class PoseDataModule(L.LightningDataModule):
             )
 
     def prepare_data(self):
-        for file in dict.fromkeys(self.files):
-            TokenCache.build(file, self.tokenizer, self.cache_dir, self.text_field)
+        self._open()
 
     def setup(self, stage: str | None = None):
         if self.dataset is not None:
             return
-        caches = [TokenCache.build(file, self.tokenizer, self.cache_dir, self.text_field) for file in self.files]
-        documents = list(chain.from_iterable(_Document.all(cache) for cache in caches))
+        cache = self._open()
+        self.fingerprint = cache.folder.name  # of all the text and its tokens
+        documents = _Documents(cache)
         tasks = {TASKS[name](self.tokenizer, documents): share for name, share in self.synthetic.items()}
         for task in tasks:  # what does not fit is an error now, not in the middle of the run
             for length in (self.sampler.example_len, *(length for _, length in self.curriculum)):
@@ -116,20 +127,61 @@ class PoseDataModule(L.LightningDataModule):
 
         self.dataset = dataset(self.sampler, self.window_len)
         if self.curriculum:
-            batches = self.num_examples / self.micro_batch  # a batch is of one phase: its rows have one length
+            steps = self.num_examples / self.global_batch  # an optimizer step is of one phase: its rows have one length
             phases = [
-                (round(end * batches) * self.micro_batch, dataset(self.sampler.resized(n, n), n))
+                (round(end * steps) * self.global_batch, dataset(self.sampler.resized(n, n), n))
                 for end, n in self.curriculum
             ]
             self.dataset = Curriculum([*phases, (self.num_examples, self.dataset)])
 
+    def _open(self) -> TokenCache:
+        return TokenCache.build(self.documents, self.tokenizer, self.cache_dir, self.text_field, **self.choice)
+
     def train_dataloader(self) -> DataLoader:
-        # In order: example i of the run is item i. Under DDP Lightning's DistributedSampler deals
-        # the items out in turn, so a global batch holds the same examples for any number of processes.
+        step, rank, world = 0, 0, 1
+        if self.trainer is not None:  # a run that goes on begins its data at the step it has reached
+            step, rank, world = self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
+        self.order = InOrder(self.dataset, step * self.global_batch, rank, world)
         return DataLoader(
-            self.dataset, self.micro_batch, shuffle=False, num_workers=self.num_workers,
+            self.dataset, self.micro_batch, sampler=self.order, num_workers=self.num_workers,
             collate_fn=collate, persistent_workers=self.num_workers > 0,
         )  # fmt: skip
+
+    def describe(self, batch_idx: int, row: int) -> str:
+        """Which example is in a row of a batch of this process's loader, for messages: epoch, index, document."""
+        items = islice(self.order, batch_idx * self.micro_batch, (batch_idx + 1) * self.micro_batch)
+        rows = [(item, i) for item in items for i in range(self.dataset.num_rows(item))]
+        return self.dataset.describe(*rows[row])
+
+
+class InOrder(DistributedSampler):
+    """Deals the items of a dataset out in turn: process r of W has start + r, start + r + W, ...
+
+    So a global batch has the same examples for any number of processes, and a run goes on where it stopped.
+    """
+
+    def __init__(self, dataset: Dataset, start: int, rank: int, world: int):
+        super().__init__(dataset, world, rank, shuffle=False)
+        self.start = start
+
+    def __iter__(self):
+        return iter(range(self.start + self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.start + self.rank, len(self.dataset), self.num_replicas))
+
+
+class _Documents(Sequence):
+    """The documents of a cache."""
+
+    def __init__(self, cache: TokenCache):
+        self.cache = cache
+
+    def __len__(self):
+        return len(self.cache)
+
+    def __getitem__(self, index: int) -> "_Document":
+        return _Document(self.cache, range(len(self))[index])
 
 
 class _Document(Sequence):
@@ -138,10 +190,9 @@ class _Document(Sequence):
     def __init__(self, cache: TokenCache, index: int):
         self.cache, self.index = cache, index
 
-    @classmethod
-    def all(cls, cache: TokenCache):
-        """Those of a cache that are not empty."""
-        return (cls(cache, i) for i in range(len(cache)) if cache.lengths[i])
+    @property
+    def id(self) -> str:
+        return self.cache.ids[self.index]
 
     def __len__(self):
         return int(self.cache.lengths[self.index])

@@ -83,12 +83,8 @@ class PoseDataset(Dataset):
     def example(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         """One example: input_ids, labels (IGNORE where no loss is taken), position_ids; int64 [L]."""
         rng = np.random.default_rng((self.seed, epoch, index))
-        if self.synthetic:
-            draw, share = rng.random(), 0.0
-            for task, fraction in self.synthetic.items():
-                share += fraction
-                if draw < share:
-                    return self._synthetic_example(rng, task)
+        if (task := self._task(rng)) is not None:
+            return self._synthetic_example(rng, task)
         document = self.documents[self._epoch_order(epoch)[index]]
         if self.window_len is not None and len(document) > self.window_len:
             start = int(rng.integers(len(document) - self.window_len, endpoint=True))
@@ -100,6 +96,29 @@ class PoseDataset(Dataset):
             tokens = document[np.maximum(layout.content_ids - 1, 0)].astype(np.int64)
             tokens[layout.content_ids == 0] = self.bos_id
         return _tensors(tokens, tokens, layout.position_ids)
+
+    def num_rows(self, i: int) -> int:
+        """Rows of a batch that item i becomes."""
+        return 1
+
+    def describe(self, i: int, row: int = 0) -> str:
+        """Where item i comes from, for messages."""
+        epoch, index = divmod(i, self.epoch_len)
+        if self._task(np.random.default_rng((self.seed, epoch, index))) is not None:
+            return f"example (epoch {epoch}, index {index}), a retrieval task"
+        document = self._epoch_order(epoch)[index]
+        name = getattr(self.documents[document], "id", f"number {document}")
+        return f"example (epoch {epoch}, index {index}), document {name}"
+
+    def _task(self, rng: np.random.Generator):
+        """The retrieval task that an example is of, drawn first; None for text."""
+        if self.synthetic:
+            draw, share = rng.random(), 0.0
+            for task, fraction in self.synthetic.items():
+                share += fraction
+                if draw < share:
+                    return task
+        return None
 
     def _breaks(self, document: np.ndarray) -> np.ndarray | None:
         """The indices in x (BOS included) at which a new sentence begins, for a sampler that looks at them."""
@@ -139,10 +158,20 @@ class Curriculum(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         """Tensors [rows, length] with rows * length the same for every item."""
-        dataset = next(dataset for end, dataset in self.phases if i < end)
-        rows = self.phases[-1][1].sampler.example_len // dataset.sampler.example_len
+        dataset, rows = self._phase(i), self.num_rows(i)
         examples = [dataset.example(*divmod(i * rows + row, dataset.epoch_len)) for row in range(rows)]
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+    def num_rows(self, i: int) -> int:
+        """Rows of a batch that item i becomes."""
+        return self.phases[-1][1].sampler.example_len // self._phase(i).sampler.example_len
+
+    def describe(self, i: int, row: int = 0) -> str:
+        """Where a row of item i comes from, for messages."""
+        return self._phase(i).describe(i * self.num_rows(i) + row)
+
+    def _phase(self, i: int) -> PoseDataset:
+        return next(dataset for end, dataset in self.phases if i < end)
 
 
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -23,8 +24,8 @@ class EvalOptions:
     """What is measured: the group `eval`. Lengths are in tokens."""
 
     tasks: list[str] = field(default_factory=list)  # perplexity, passkey
-    documents: str | None = None  # .jsonl[.gz] file, for perplexity
-    text_field: str = "text"  # the key of the text in each line
+    documents: Any = None  # for perplexity: file, folder, glob, or dataset {path, name, split, ...}: docs/DATA.md
+    text_field: str = "text"  # the key of the text, for documents that do not name their own
     max_documents: int | None = None  # the first so many documents that are long enough
     lengths: list[int] | None = None  # null: the window, doubled up to the target
     windows: int = 8  # windows per document and length
@@ -54,7 +55,7 @@ class EvalOptions:
         if self.seed < 0:
             raise ConfigError(f"eval.seed={self.seed} is not accepted: give an integer of at least 0")
         if "perplexity" in self.tasks and self.documents is None:
-            raise ConfigError("eval.documents is not set, and perplexity needs a .jsonl or .jsonl.gz file")
+            raise ConfigError("eval.documents is not set, and perplexity needs a file, folder or dataset")
 
 
 class Suite:
@@ -63,15 +64,15 @@ class Suite:
     Args:
         options: what to measure; `lengths` filled in.
         tokenizer: of the models.
-        documents: the file of options.documents, found.
+        documents: those of options.documents, found.
         cache_dir: the folder of all token caches.
 
     Raises:
         ConfigError: a prompt or a stride that does not fit the lengths.
-        DataError: the documents file is broken, or no document has max(lengths) tokens.
+        DataError: the documents are broken, or none has max(lengths) tokens.
     """
 
-    def __init__(self, options: EvalOptions, tokenizer, documents: str | Path | None, cache_dir: str | Path):
+    def __init__(self, options: EvalOptions, tokenizer, documents, cache_dir: str | Path):
         self.options = options
         self.lengths = sorted(set(options.lengths))
         self.bos_id = bos_id(tokenizer, options.add_bos)
@@ -94,14 +95,14 @@ class Suite:
                 )
             self._open(documents, tokenizer, cache_dir)
 
-    def _open(self, path, tokenizer, cache_dir):
-        cache = TokenCache.build(path, tokenizer, cache_dir, self.options.text_field)
+    def _open(self, documents, tokenizer, cache_dir):
+        cache = TokenCache.build(documents, tokenizer, cache_dir, self.options.text_field)
         longest = self.lengths[-1]
         usable = [i for i in range(len(cache)) if cache.lengths[i] >= longest][: self.options.max_documents]
         if not usable:
             raise DataError(
-                f"none of the {len(cache)} documents of {path} has {longest} tokens, the longest of eval.lengths: "
-                f"the longest has {cache.lengths.max()}"
+                f"none of the {len(cache)} documents of {cache.info['documents']} has {longest} tokens, the longest of "
+                f"eval.lengths: the longest has {cache.lengths.max()}"
             )
         if len(usable) < len(cache):
             print(

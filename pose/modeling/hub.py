@@ -12,8 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from pose.errors import CheckpointError
@@ -82,7 +81,9 @@ def find_file(path: str, name: str, **hub) -> str | None:
 
 
 def read_weights(path: str, **hub) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint with its name, a file at a time. Pickled code in a .bin file is never run.
+    """Every tensor of a checkpoint with its name, mapped into memory: bytes are read when they are looked at.
+
+    Pickled code in a .bin file is never run.
 
     Args:
         path: a local folder, or a hub id.
@@ -104,7 +105,9 @@ def read_weights(path: str, **hub) -> Iterator[tuple[str, torch.Tensor]]:
         files = [cached_file(path, name, **hub) for name in names]
     for file in files:
         if file.endswith(".safetensors"):
-            yield from load_file(file).items()
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no dict
+                    yield name, tensors.get_tensor(name)
         else:
             mapped = zipfile.is_zipfile(file)  # files of old versions of torch cannot be memory-mapped
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=mapped).items()

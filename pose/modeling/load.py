@@ -1,6 +1,7 @@
 """From a checkpoint, or a bare config, to a model whose RoPE is scaled before it is built."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pose.modeling.baichuan import Baichuan
 from pose.modeling.gptj import GPTJ
 from pose.modeling.hub import find_file, from_hub, read_weights
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
+from pose.modeling.shard import Layout, Weights, fill, parameters_on_meta, random_weights
 from pose.modeling.spm_tokenizer import load_spm_tokenizer
 from pose.rope import RopeGeometry, RopeScaling
 
@@ -178,6 +180,8 @@ def build_model(
     attention: str = "auto",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    layout: Layout | None = None,
+    prepare: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """Builds a model from a (scaled) config and loads its weights.
 
@@ -186,33 +190,72 @@ def build_model(
         path: folder or hub id of the weights; None initialises them at random.
         attention: a backend of `pose.modeling.attention`.
         dtype: of the weights. Frequencies are fp32 whatever it is, and stay so.
+        revision: of the hub repository.
+        layout: how the processes share the weights; None gives each process all of them.
+        prepare: changes the model before it is dealt out (`pose.modeling.lora.add_lora`).
 
     Raises:
         CheckpointError: the weights cannot be loaded, or do not fit the config.
     """
     config = copy.deepcopy(config)  # the model owns its config: another built from the same must not change it
     options = {"config": config, "attn_implementation": resolve_backend(attention), "dtype": dtype}
-    form = None
-    if path is None:
+    form = None if path is None else from_hub("config", _read_form, path, revision)
+    missing: list[str] = []
+    if layout is not None:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(**options)
+        model.tie_weights()
+    elif path is None:
         model = AutoModelForCausalLM.from_config(**options)
     else:
         options["output_loading_info"] = True
-        form = from_hub("config", _read_form, path, revision)
         if form is not None:
             model, info = from_hub("weights", _convert_weights, path, revision, form=form, **options)
         else:
             load = AutoModelForCausalLM.from_pretrained
             model, info = from_hub("weights", load, path, revision, trust_remote_code=False, **options)
         missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
-        if missing:
-            raise CheckpointError(f"{path} lacks weights of its own config: {', '.join(missing[:5])}")
+    initial = random_weights(model) if path is None and layout is not None else None
     rotate_by_example_length(model)
     for name, parameter in model.named_parameters():
         if form is not None and name.endswith(form.frozen):
             parameter.requires_grad_(False)
+    if prepare is not None:
+        prepare(model)
+    if layout is not None:
+        layout.wrap(model)
+        if initial is not None:
+            fill(model, initial, layout)
+        else:
+            missing = from_hub("weights", _fill, path, revision, model=model, layout=layout)
+    if missing:
+        raise CheckpointError(f"{path} lacks weights of its own config: {', '.join(missing[:5])}")
     keep_frequencies_fp32(model)
     model.base_model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
+    model.source = None if path is None else lambda: from_hub("weights", checkpoint_weights, path, revision)
     return model
+
+
+def checkpoint_weights(path: str, **hub) -> Weights:
+    """The weights of a checkpoint by the names that its class in transformers has for them. Args as `read_weights`."""
+    form = _read_form(path, **hub)
+    for name, tensor in read_weights(path, **hub):
+        if form is None:
+            yield name, tensor
+        else:
+            yield from form.convert(name, tensor).items()
+
+
+def _fill(path: str, model: PreTrainedModel, layout: Layout, **hub) -> list[str]:
+    """What from_pretrained does, for a model in parts."""
+    missing = fill(model, checkpoint_weights(path, **hub), layout)
+    _load_generation_config(model, path, **hub)
+    return missing
+
+
+def _load_generation_config(model: PreTrainedModel, path: str, **hub):
+    if find_file(path, "generation_config.json", **hub) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(path, **hub)
 
 
 def _refuse_padding(module, args, kwargs):
@@ -254,8 +297,7 @@ def _convert_weights(path: str, form: GPTJ | Baichuan, config: PretrainedConfig,
     for name, tensor in read_weights(path, **hub):
         weights |= {new_name: new.to(dtype) for new_name, new in form.convert(name, tensor).items()}
     result = form.model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
-    if find_file(path, "generation_config.json", **hub) is not None:
-        result[0].generation_config = GenerationConfig.from_pretrained(path, **hub)
+    _load_generation_config(result[0], path, **hub)
     return result
 
 

@@ -6,6 +6,8 @@ layer with weight W [out, in] computes with W + alpha / rank * B A, where A is [
 """
 
 import importlib.util
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -89,7 +91,8 @@ def add_lora(model: PreTrainedModel, options: LoraOptions):
     stays frozen, as in LongLoRA.
 
     Args:
-        model: built by `pose.modeling.load.build_model`.
+        model: built by `pose.modeling.load.build_model`; one on the meta device gets adapters there, whose values
+            are `initial_adapters`.
         options: rank, targets and so on.
 
     Raises:
@@ -101,7 +104,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions):
     config = LoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets
     )  # fmt: skip
-    inject_adapter_in_model(config, model)
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=next(model.parameters()).is_meta)
     if options.train_embeddings_and_norms:
         model.get_input_embeddings().requires_grad_(True)
         for module in model.modules():
@@ -119,9 +122,25 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     }
 
 
+def initial_adapters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What peft would give the adapters of a model, by name, drawn in its order from the same state: it draws A twice."""
+    for name, module in model.named_modules():
+        if not (hasattr(module, "base_layer") and hasattr(module, "lora_A")):
+            continue
+        for key in module.active_adapters:
+            rank, (num_out, num_in) = module.r[key], (module.out_features, module.in_features)
+            down = nn.Linear(num_in, rank, bias=False).weight.detach()
+            up = nn.Linear(rank, num_out, bias=False).weight.detach()
+            yield f"{name}.lora_A.{key}.weight", nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+            yield f"{name}.lora_B.{key}.weight", nn.init.zeros_(up)
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable parameters, and all of them; tied ones count once."""
-    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in model.parameters()]
+    """Trainable parameters, and all of them, in all processes together; tied ones count once."""
+    sizes = [
+        (parameter.requires_grad, math.prod(getattr(parameter, "ds_shape", parameter.shape)))  # of ZeRO-3: a part
+        for parameter in model.parameters()
+    ]
     return sum(size for trainable, size in sizes if trainable), sum(size for _, size in sizes)
 
 

@@ -55,8 +55,18 @@ def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) 
     Returns:
         fp32 scalar, in nats per token. An example without a loss counts as 0.
     """
+    return loss_and_example_losses(hidden, head, labels)[0]
+
+
+def loss_and_example_losses(
+    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`causal_lm_loss`, and without gradients what each example adds to it, fp32 [B]: its own mean."""
     targets = labels[:, 1:]
     scored = targets != IGNORE
     nll = token_nll(hidden[:, :-1][scored], head, targets[scored])
     weights = (1 / scored.sum(1, keepdim=True).clamp(min=1)).expand_as(scored)[scored]
-    return (nll * weights).sum() / len(labels)
+    weighted = nll * weights
+    by_token = torch.zeros(scored.shape, dtype=nll.dtype, device=nll.device)
+    by_token[scored] = weighted.detach()
+    return weighted.sum() / len(labels), by_token.sum(1)

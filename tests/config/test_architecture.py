@@ -15,10 +15,13 @@ ALLOWED = {
     "modeling": {"modeling", "rope", "errors", "data.examples"},
     "evaluation": {"evaluation", "data", "modeling", "errors"},
     "module": {"modeling", "rope", "errors"},
-    "callbacks": set(),
+    "strategies": {"modeling", "errors"},
+    "callbacks": {"modeling"},
+    "checkpoints": {"errors"},
     "report": {"coverage"},
+    "launch": {"errors"},
 }
-KNOW_HYDRA = {"schema", "runtime", "build", "outcome", "report"}
+KNOW_HYDRA = {"schema", "runtime", "build", "outcome", "report", "launch"}
 
 
 def imports(file: Path) -> set[str]:

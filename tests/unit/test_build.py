@@ -126,8 +126,8 @@ def test_the_model_trains_in_train_mode(plan, documents):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides)
     planned = plan(*overrides)
-    module = build.build_module(cfg, planned, build.load_model(cfg, planned, planned.config))
-    assert module.model.training and module.model.is_gradient_checkpointing
+    model = build.load_for_training(cfg, planned, planned.trainer.strategy)
+    assert model.training and model.is_gradient_checkpointing
 
 
 def test_lengths_default_to_doublings(plan):

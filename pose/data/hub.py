@@ -1,0 +1,226 @@
+"""Documents of a dataset on the Hugging Face hub, or of a local folder in that form, streamed by `datasets`."""
+
+import gzip
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from pose.data.documents import Broken, Document, document_of
+from pose.errors import ConfigError, DataError
+
+FORMATS = ("json", "parquet", "csv", "text")
+RETRIES = 5  # in a row, without a document in between
+FIRST_WAIT = 1.0  # seconds; doubles with each
+HUB_TIMEOUT = 10.0  # seconds, for the question which commit is meant
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the hub, read row by row without being downloaded whole; no code of it is run.
+
+    Attributes:
+        path: hub id (owner/name), or a local folder.
+        name: configuration (subset); None is the dataset's default.
+        split: such as train, validation, test.
+        revision: branch, tag or commit; None is main.
+        data_files: file or glob in the dataset, or a list of them; None takes what the dataset says.
+        format: a reader of FORMATS for `data_files`, where the dataset has only a loading script.
+        text_field: the column of the text.
+
+    Raises:
+        ConfigError: a value that cannot be meant.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    data_files: Any = None
+    format: str | None = None
+    text_field: str = "text"
+
+    def __post_init__(self):
+        if not self.path or (not self.is_local and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path)):
+            raise ConfigError(f"path={self.path!r} of a dataset is neither a folder nor a hub id: give owner/name")
+        if not isinstance(self.split, str) or not self.split:
+            raise ConfigError(f"split={self.split!r} of the dataset {self.path} is not accepted: give its name")
+        if self.format is not None and self.format not in FORMATS:
+            raise ConfigError(f"format={self.format!r} of the dataset {self.path}: choose {', '.join(FORMATS)}")
+        if self.format is not None and self.data_files is None:
+            raise ConfigError(f"format={self.format} of the dataset {self.path} needs data_files, a glob in it")
+        files = [self.data_files] if isinstance(self.data_files, str) else list(self.data_files or [])
+        if not all(isinstance(file, str) and ".." not in Path(file).parts for file in files):
+            raise ConfigError(f"data_files={self.data_files!r} of the dataset {self.path}: give globs inside of it")
+        object.__setattr__(self, "data_files", files or None)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the path is a folder."""
+        return Path(self.path).expanduser().is_dir()
+
+    @property
+    def label(self) -> str:
+        """Name on screen."""
+        return f"{self.path} ({', '.join(part for part in (self.name, self.split) if part)})"
+
+    def commit(self, memo: Mapping) -> str:
+        """The commit that the revision names.
+
+        Args:
+            memo: remembers the last answer for the case that the hub does not give one.
+
+        Raises:
+            DataError: there is no such dataset or revision, or no answer and none to remember.
+        """
+        if self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision):
+            return self.revision
+        key = ["commit", self.path, self.revision]
+        try:
+            sha = huggingface_hub.HfApi().dataset_info(self.path, revision=self.revision, timeout=HUB_TIMEOUT).sha
+        except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError, HFValidationError) as error:
+            raise DataError(
+                f"the dataset {self.path} (revision {self.revision or 'main'}) is not on the hub, or not open to you: "
+                f"look at https://huggingface.co/datasets/{self.path}, and log in with `hf auth login` if it asks for "
+                f"it ({_line(error)})"
+            ) from error
+        except Exception as error:
+            if not _is_passing(error, local=False):
+                raise
+            if (sha := memo.get(key)) is None:
+                raise DataError(
+                    f"the hub does not answer, and {self.path} was not read here before: look to the network, or "
+                    f"download the dataset elsewhere and give its folder in place of the hub id ({_line(error)})"
+                ) from error
+            print(f"The hub does not answer: {self.path} is taken at {sha[:12]}, as last time", flush=True)
+            return sha
+        memo.set(key, sha)
+        return sha
+
+    def rows(self, commit: str | None):
+        """The rows as `datasets` streams them.
+
+        Args:
+            commit: of the hub repository; None for a local folder.
+        """
+        datasets = _datasets()
+        path = str(Path(self.path).expanduser()) if self.is_local else self.path
+        if self.format is None:
+            return datasets.load_dataset(
+                path, self.name, split=self.split, data_files=self.data_files, revision=commit, streaming=True
+            )
+        root = path if self.is_local else f"hf://datasets/{path}@{commit}"
+        files = [f"{root}/{file}" for file in self.data_files]
+        return datasets.load_dataset(self.format, data_files={self.split: files}, split=self.split, streaming=True)
+
+    def read(self, broken: Broken, commit: str | None = None, sleep: Callable[[float], None] = time.sleep):
+        """Every document, going on where it stopped when the hub fails in between.
+
+        Args:
+            broken: what is done about rows without a text.
+            commit: see `rows`.
+            sleep: waits so many seconds.
+
+        Yields:
+            Document: those without text included.
+
+        Raises:
+            DataError: the hub fails RETRIES times in a row, or the dataset cannot be read; names it.
+        """
+        state, number, failures = None, 0, 0
+        while True:
+            try:
+                rows = self.rows(commit)
+                if state is not None:
+                    rows.load_state_dict(state)
+                for record in rows:
+                    number, failures, state = number + 1, 0, rows.state_dict()
+                    where = f"{self.label}, row {number}"
+                    document = document_of(record, self.text_field, where, f"{self.split}:{number}", broken)
+                    if document is not None:
+                        yield document
+                return
+            except (DataError, ConfigError):
+                raise
+            except Exception as error:  # whatever datasets, its readers and its file systems raise
+                if not _is_passing(error, self.is_local):
+                    raise DataError(self._cannot(number, error)) from error
+                failures += 1
+                if failures > RETRIES:
+                    raise DataError(
+                        f"the dataset {self.label} failed {failures} times in a row after row {number} "
+                        f"({_line(error)}): start again later, or download it (hf download {self.path} --repo-type "
+                        "dataset --local-dir FOLDER) and give the folder in place of the hub id"
+                    ) from error
+                wait = FIRST_WAIT * 2 ** (failures - 1)
+                print(
+                    f"{self.label} failed after row {number} ({_line(error)}): attempt {failures} of {RETRIES} to go "
+                    f"on from there, in {wait:g} s",
+                    flush=True,
+                )
+                sleep(wait)
+
+    def _cannot(self, number: int, error: Exception) -> str:
+        message = f"the dataset {self.label} cannot be read past row {number}: {_line(error)}"
+        if "scripts are no longer supported" in str(error):
+            return f"{message}. Code of a dataset is never run: name its files with data_files and their format"
+        return (
+            f"{message}. Check name, split and data_files; broken lines can be skipped in files of your own: "
+            f"hf download {self.path} --repo-type dataset --local-dir FOLDER, data.documents=FOLDER"
+        )
+
+
+class HubSource:
+    """The documents of a HubDataset at one commit, as `pose.data.cache` reads them.
+
+    Args:
+        dataset: which.
+        commit: see `HubDataset.rows`.
+    """
+
+    size, position = None, 0
+
+    def __init__(self, dataset: HubDataset, commit: str | None):
+        self.dataset, self.commit, self.name = dataset, commit, dataset.label
+
+    def read(self, broken: Broken) -> Iterator[Document]:
+        """As `HubDataset.read`."""
+        return self.dataset.read(broken, self.commit)
+
+
+def _is_passing(error: Exception, local: bool) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        return status is None or status in (408, 425, 429) or status >= 500
+    if isinstance(error, FileNotFoundError | PermissionError | gzip.BadGzipFile):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    networking = type(error).__module__.split(".")[0] in ("httpx", "httpcore", "aiohttp", "requests", "urllib3")
+    return networking or (isinstance(error, OSError) and not local)
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _datasets():
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            "datasets of the hub need the package datasets: pip install datasets backports.zstd"
+        ) from error
+    return datasets

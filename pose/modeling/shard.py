@@ -1,0 +1,305 @@
+"""Models in parts: no process ever holds all the weights of one.
+
+A model is built without weights. Each weight is read when its turn comes, given to the processes in
+parts (FSDP2, ZeRO-3), and forgotten. What is not a weight, the inverse frequencies above all, is
+computed in full and in fp32 by every process.
+
+W processes of rank r; a weight of n elements.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from pose.modeling.lora import initial_adapters
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+class Layout(Protocol):
+    """How the weights of a model are dealt out to the processes.
+
+    Attributes:
+        device: of the buffers.
+    """
+
+    device: torch.device
+
+    def wrap(self, model: PreTrainedModel):
+        """Prepares a model whose parameters are on the meta device."""
+
+    def place(self, parameter: nn.Parameter, whole: torch.Tensor) -> nn.Parameter:
+        """This process's part of a weight, as what takes the place of its meta parameter."""
+
+
+class Whole:
+    """Every process keeps all weights, on its device and in one dtype: the first stages of ZeRO.
+
+    Args:
+        device, dtype: of the weights.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+
+    def wrap(self, model: PreTrainedModel):
+        pass
+
+    def place(self, parameter: nn.Parameter, whole: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(whole.to(self.device, self.dtype, copy=True), parameter.requires_grad)
+
+
+class FullyShard:
+    """FSDP2: each process keeps a slice of every weight, in fp32, and gathers a decoder layer while it computes.
+
+    With a compute dtype, weights are gathered in it, and gradients reduced in fp32: half the traffic and half the
+    working set of autocast, which would gather fp32. The optimizer sees the fp32 slices alone.
+
+    Args:
+        mesh: one-dimensional, over all processes.
+        device: of the slices.
+        compute_dtype: in which layers compute; None is fp32.
+    """
+
+    def __init__(self, mesh, device: torch.device, compute_dtype: torch.dtype | None):
+        self.mesh, self.device = mesh, device
+        self.policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+
+    def wrap(self, model: PreTrainedModel):
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=self.mesh, mp_policy=self.policy)
+        # Embeddings, last norm and head in one group, so that tied ones can be: it is gathered by a call of the model,
+        # and `with_root` makes one of whatever else uses these weights.
+        fully_shard(model, mesh=self.mesh, mp_policy=self.policy)
+        model.call = _call
+        register_fsdp_forward_method(model, "call")
+
+    def place(self, parameter: nn.Parameter, whole: torch.Tensor) -> nn.Parameter:
+        chunks = whole.chunk(self.mesh.size())
+        rank = self.mesh.get_local_rank()
+        part = (chunks[rank] if rank < len(chunks) else whole[:0]).to(self.device, parameter.dtype, copy=True)
+        part = DTensor.from_local(
+            part, self.mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )  # fmt: skip
+        return nn.Parameter(part, parameter.requires_grad)
+
+
+class Zero3:
+    """DeepSpeed's ZeRO stage 3: each process keeps n / W elements of every weight, in the dtype it computes in.
+
+    Rank 0 reads and the others receive. The fp32 master weights are made by the engine, from these
+    (`set_masters` makes them exact).
+
+    Args:
+        config: of DeepSpeed, with batch size and precision in it.
+        device: on which weights are put together.
+    """
+
+    def __init__(self, config: dict[str, Any], device: torch.device):
+        self.config, self.device = config, device
+        enabled = [
+            dtype
+            for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+            if config.get(key, {}).get("enabled")
+        ]
+        self.dtype = enabled[0] if enabled else torch.float32
+
+    def wrap(self, model: PreTrainedModel):
+        pass
+
+    def place(self, parameter: nn.Parameter, whole: torch.Tensor) -> nn.Parameter:
+        import deepspeed
+
+        if torch.distributed.get_rank() == 0:
+            data = whole.to(self.device, self.dtype, copy=True)
+        else:
+            data = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+        placed = nn.Parameter(data, parameter.requires_grad)
+        deepspeed.zero.Init(module=nn.ParameterList([placed]), config_dict_or_path=self.config)
+        return placed
+
+
+@contextlib.contextmanager
+def parameters_on_meta():
+    """Models built inside have parameters without memory; their buffers are computed, on the CPU."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module, name, parameter):
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a model's layers."""
+    return max((m for m in model.base_model.children() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def fill(model: PreTrainedModel, weights: Weights, layout: Layout) -> list[str]:
+    """Gives every parameter of a model on the meta device its value, each process its part.
+
+    Args:
+        model: as `layout.wrap` left it; adapters (`pose.modeling.lora`) get their initial values.
+        weights: of the model, whole, by their names in a checkpoint; read one after the other, by every process in
+            the same order.
+        layout: how they are dealt out.
+
+    Returns:
+        The names of parameters that got no value: missing among the weights, or there with another shape.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    meta = _by_checkpoint_name(model)
+    waiting = {id(parameter) for parameter in meta.values()}
+
+    def place(parameter: nn.Parameter, tensor: torch.Tensor):
+        placed = layout.place(parameter, tensor)
+        for module, name in owners[id(parameter)]:
+            setattr(module, name, placed)
+        waiting.discard(id(parameter))
+
+    for name, tensor in weights:
+        parameter = find(meta, name, model.base_model_prefix)
+        if parameter is None or id(parameter) not in waiting:  # masks and frequencies of old checkpoints; a tied head
+            continue
+        if tensor.shape == parameter.shape:
+            place(parameter, tensor)
+    for name, tensor in initial_adapters(model):
+        place(meta[name], tensor)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(layout.device))
+    return [name for name, parameter in meta.items() if id(parameter) in waiting]
+
+
+def find(parameters: dict[str, Any], name: str, prefix: str):
+    """The parameter that a name in a checkpoint means, with or without the prefix of the base model; or None."""
+    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        if candidate in parameters:
+            return parameters[candidate]
+    return None
+
+
+def random_weights(model: PreTrainedModel) -> Weights:
+    """The initial weights of a model on the meta device, those that transformers would draw from the same state.
+
+    transformers draws twice: while a layer is made, and again for the whole model.
+    """
+    leaves = [
+        (name, copy.deepcopy(module))
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+
+    def drawn():
+        for _, leaf in leaves:
+            if hasattr(leaf, "reset_parameters"):
+                copy.deepcopy(leaf).to_empty(device="cpu").reset_parameters()
+        for name, leaf in leaves:
+            module = copy.deepcopy(leaf).to_empty(device="cpu")
+            with torch.no_grad():
+                model._init_weights(module)
+            for kind, parameter in module.named_parameters(recurse=False):
+                yield f"{name}.{kind}" if name else kind, parameter.data
+
+    return drawn()
+
+
+def with_root(model: PreTrainedModel, function: Callable, *args) -> Any:
+    """function(*args), which may use any part of the model by itself: under FSDP2 embeddings, norm and head are whole.
+
+    What it returns is what a backward pass may begin at.
+    """
+    if not isinstance(model, FSDPModule):
+        return function(*args)
+    result = model.call(function, *args)
+    if not torch.is_grad_enabled():
+        model.reshard()  # otherwise the backward pass does
+    return result
+
+
+def set_masters(model: PreTrainedModel, weights: Weights):
+    """Sets DeepSpeed's fp32 master weights to those of the checkpoint: the engine made them from rounded ones.
+
+    Args:
+        model: inside the engine.
+        weights: as for `fill`.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    parameters = _by_checkpoint_name(model)
+    for name, tensor in weights:
+        parameter = find(parameters, name, model.base_model_prefix)
+        if parameter is None or not parameter.requires_grad:
+            continue
+        if not hasattr(parameter, "ds_id"):
+            safe_set_full_fp32_param(parameter, tensor.flatten())
+            continue
+        size = parameter.ds_tensor.numel()
+        start = torch.distributed.get_rank() * size
+        part = tensor.flatten()[start : start + size].float()
+        safe_set_local_fp32_param(parameter, nn.functional.pad(part, (0, size - len(part))))
+
+
+def full_weight(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter as it trains, whole and in the highest precision there is; every process must ask for it.
+
+    Args:
+        parameter: of a model under any strategy.
+
+    Returns:
+        fp32 where the optimizer keeps fp32, of the parameter's full shape.
+    """
+    parameter = (
+        parameter.detach() if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping") else parameter
+    )
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if master is not None:
+            return master.detach().view(full_shape(parameter))
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+    return parameter.detach()
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter, of which a process may hold a part."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def full_numel(parameter: torch.Tensor) -> int:
+    """The elements of the whole parameter."""
+    return math.prod(full_shape(parameter))
+
+
+def _by_checkpoint_name(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _call(function: Callable, *args):
+    return function(*args)

@@ -1,0 +1,115 @@
+"""The strategies that deal a model out to several processes, as Lightning's with what this project needs of them.
+
+`layout` says how the weights are dealt out while the model is built (`pose.modeling.shard`), and
+`make_optimizer` gives the AdamW that fits. Each keeps fp32 master weights in mixed precision.
+"""
+
+import importlib.util
+import warnings
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
+
+from pose.errors import ConfigError
+from pose.modeling.shard import FullyShard, Layout, Whole, Zero3, set_masters
+
+
+class FSDP(ModelParallelStrategy):
+    """PyTorch's FSDP2: weights, gradients and optimizer states are sharded over all processes."""
+
+    precisions = ("32-true", "bf16-mixed")
+
+    def __init__(self):
+        super().__init__(tensor_parallel_size=1)
+
+    def setup_environment(self):
+        self._data_parallel_size = self.num_nodes * self.num_processes  # "auto" would be the nodes alone
+        super().setup_environment()
+
+    @property
+    def layout(self) -> Layout:
+        compute_dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        return FullyShard(self.device_mesh["data_parallel"], self.root_device, compute_dtype)
+
+
+class DeepSpeed(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO (arXiv 1910.02054).
+
+    Args:
+        stage: 1 shards optimizer states, 2 gradients too, 3 weights too.
+        offload_optimizer: keep optimizer states and fp32 weights in CPU memory, and take the steps there.
+        offload_parameters: keep the weights in CPU memory as well; stage 3 only.
+
+    Raises:
+        ConfigError: the package is missing, or a value is not accepted.
+    """
+
+    precisions = ("32-true", "bf16-mixed", "16-mixed")
+    needs_gpu = True
+
+    def __init__(self, stage: int, offload_optimizer: bool = False, offload_parameters: bool = False):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError(
+                "this strategy needs the package deepspeed, which is not installed: pip install -r "
+                "requirements-gpu.txt, or choose strategy=fsdp"
+            )
+        if stage not in (1, 2, 3):
+            raise ConfigError(f"strategy.stage={stage!r} is not accepted: choose 1, 2 or 3")
+        if offload_parameters and stage != 3:
+            raise ConfigError(f"strategy.offload_parameters=true needs strategy.stage=3, and it is {stage}")
+        super().__init__(stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters)
+        self.stage, self.offload_optimizer = stage, offload_optimizer
+
+    @property
+    def layout(self) -> Layout:
+        self._init_config_if_needed()
+        if self.stage == 3:
+            return Zero3(self.config, self.root_device)
+        return Whole(self.root_device, Zero3(self.config, self.root_device).dtype)
+
+    @contextmanager
+    def model_sharded_context(self):
+        yield  # the layout does it, one weight at a time
+
+    def make_optimizer(self, groups: list[dict], **options) -> torch.optim.Optimizer:
+        """AdamW for the parameter groups; on the CPU, DeepSpeed's own, which is compiled when first used."""
+        if not self.offload_optimizer:
+            return torch.optim.AdamW(groups, fused=self.precision_plugin.precision != "16-mixed", **options)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+
+    def init_deepspeed(self):
+        with warnings.catch_warnings():  # PoseModule clips by itself, but not here
+            warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")
+            super().init_deepspeed()
+
+    def setup(self, trainer: L.Trainer):
+        super().setup(trainer)
+        model = self.lightning_module.model
+        if model.source is not None and self.precision_plugin.precision != "32-true":
+            set_masters(model, model.source())
+
+    def teardown(self):
+        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as patches
+
+        torch.nn.functional.linear = getattr(patches, "linear_bk", torch.nn.functional.linear)
+        super().teardown()
+
+
+def check_strategy(strategy: Strategy, precision: str):
+    """Whether a strategy can work on the devices it has got.
+
+    Raises:
+        ConfigError: it cannot; says what can.
+    """
+    precisions = getattr(strategy, "precisions", None)
+    if precisions is not None and precision not in precisions:
+        raise ConfigError(
+            f"trainer.precision={precision} is not supported by this strategy: choose {', '.join(precisions)}"
+        )
+    if isinstance(strategy, DeepSpeed) and strategy.needs_gpu and not isinstance(strategy.accelerator, CUDAAccelerator):
+        raise ConfigError("DeepSpeed's strategies need a GPU: choose strategy=fsdp or ddp to train on the CPU")
