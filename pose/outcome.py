@@ -63,7 +63,7 @@ def pick_up(plan: Plan, run_dir: Path) -> dict[str, dict[str, float]]:
         return {}
     rank_zero_only(print)(f"Going on from step {plan.step:,} of {plan.trainer.max_steps:,}", flush=True)
     if plan.trainer.is_global_zero:
-        file = run_dir / "metrics.csv"
+        file = plan.checkpoint.folder.parents[1] / "metrics.csv"
         rows = list(csv.DictReader(file.open(newline=""))) if file.is_file() else []
         experiment = next(logger for logger in plan.trainer.loggers if isinstance(logger, CSVLogger)).experiment
         experiment.metrics = [

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -72,6 +73,8 @@ def print_table(table: Table):
 
 def plot_training(csv_file: Path, png: Path):
     """The loss over the steps, from Lightning's metrics.csv."""
+    if not csv_file.is_file():  # nothing was logged: a run that was complete
+        return
     with open(csv_file) as file:
         rows = [(int(row["step"]) + 1, row.get("train/loss")) for row in csv.DictReader(file)]
     rows = [(step, float(loss)) for step, loss in rows if loss]
@@ -214,15 +217,17 @@ def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
 def _write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
     jobs = []
     for file in sorted(folder.glob("*/metrics.json"), key=lambda f: (len(f.parent.name), f.parent.name)):
-        overrides = OmegaConf.load(file.parent / ".hydra" / "overrides.yaml")
+        overrides = OmegaConf.to_container(OmegaConf.load(file.parent / ".hydra" / "overrides.yaml"))
         metrics = {k: v for k, v in json.loads(file.read_text()).items() if isinstance(v, int | float)}
         jobs.append((" ".join(overrides), metrics))
     if jobs:
         names = sorted({name for _, metrics in jobs for name in metrics})
-        with open(folder / "sweep.csv", "w", newline="") as file:
+        partial = folder / f"sweep.csv.{os.getpid()}"  # jobs may end at the same moment
+        with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, ["overrides", *names])
             writer.writeheader()
             writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
+        os.replace(partial, folder / "sweep.csv")
     return jobs
 
 

@@ -1,6 +1,7 @@
 """The process around a run: readable errors, quiet libraries, seeds, shipped files, provenance."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from transformers import logging as transformers_logging
 
 from pose.errors import Interrupted, PoseError, TrainingError
@@ -40,11 +42,22 @@ def readable_errors():
     try:
         yield
     except PoseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        rank, during_training = os.environ.get("RANK", "0"), isinstance(error, (Interrupted, TrainingError))
+        if rank == "0" or not isinstance(error, Interrupted):  # which all processes raise alike
+            where = "" if rank == "0" else f"[process {rank}] "
+            bar = "\n" if during_training else ""
+            print(f"{bar}{where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
         if in_sweep and not isinstance(error, Interrupted):
             raise
         raise SystemExit(error.status) from None
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+            raise
+        print(
+            f"\nThe disk is full ({error}): make room; nothing that was complete is lost", file=sys.stderr, flush=True
+        )
+        raise SystemExit(1) from None
 
 
 @contextlib.contextmanager
@@ -60,18 +73,13 @@ def explained_memory_errors(cfg: DictConfig):
         out_of_memory = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
         if not out_of_memory and not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
             raise
-        choices = {
-            f"trainer.micro_batch (it is {cfg.trainer.micro_batch}; the global batch stays)": cfg.trainer.micro_batch
-            > 1,
-            "model.gradient_checkpointing=true": not cfg.model.gradient_checkpointing,
-            f"pose.train_len (it is {cfg.pose.train_len})": True,
-            "finetune=lora": cfg.finetune.lora.rank is None,
-            "strategy=fsdp, zero3 or zero3_offload over more devices": True,
-        }
-        advice = "; ".join(choice for choice, helps in choices.items() if helps)
-        raise TrainingError(
-            f"out of memory ({str(error).strip().splitlines()[0]}). What lowers it, the cheapest first: {advice}"
-        ) from error
+        batch, length = cfg.trainer.micro_batch, cfg.pose.train_len
+        advice = [f"trainer.micro_batch (it is {batch}; the global batch stays)"] if batch > 1 else []
+        advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
+        advice += [] if cfg.finetune.lora.rank else ["finetune=lora"]
+        advice += ["strategy=fsdp, zero3 or zero3_offload", f"pose.train_len (it is {length})"]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrainingError(f"out of memory ({reason}). What helps, the cheapest first: {'; '.join(advice)}") from error
 
 
 def locate(path: str) -> str:
@@ -94,6 +102,7 @@ def quiet_libraries():
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*exists and is not empty.*",
+        ".*across ranks is zero.*",  # of a run that goes on from its last step
     ):
         warnings.filterwarnings("ignore", message)
 
