@@ -528,9 +528,11 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
         )
         check_strategy(trainer.strategy, trainer.precision)
         trainer.fit_loop.__class__ = FitLoop
-        return trainer
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"the trainer cannot be built from {OmegaConf.to_object(t)}: {error}") from error
+    if t.on_nonfinite == "skip" and isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ConfigError("trainer.on_nonfinite=skip is not for DeepSpeed, which takes its steps by itself: give stop")
+    return trainer
 
 
 class FitLoop(_FitLoop):

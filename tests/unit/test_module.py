@@ -7,15 +7,16 @@ import lightning as L
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pose import module as pose_module
 from pose.data.datamodule import PoseDataModule
-from pose.errors import TrainingError
+from pose.errors import Interrupted, TrainingError
 from pose.modeling.attention import BACKENDS
 from pose.module import SKIPS_IN_A_ROW, PoseModule
 from pose.positions import PoSE
-from pose.runtime import explained_memory_errors
+from pose.runtime import explained_memory_errors, readable_errors
 
 TOKENIZER = AutoTokenizer.from_pretrained("assets/tiny")
 NUM_DOCUMENTS = 6
@@ -179,6 +180,21 @@ def test_out_of_memory_names_what_to_lower(error):
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="shapes"), explained_memory_errors(None):
         raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_said_in_one_line(error, capsys):
+    with pytest.raises(SystemExit) as caught, readable_errors():
+        raise error
+    assert caught.value.code == 1 and "The disk is full" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError), readable_errors():
+        raise FileNotFoundError("x")
+
+
+def test_an_interrupted_run_has_the_status_of_sigterm(capsys):
+    with pytest.raises(SystemExit) as caught, readable_errors():
+        raise Interrupted("asked to stop at step 3")
+    assert caught.value.code == 143 and "asked to stop at step 3" in capsys.readouterr().err
 
 
 def test_the_number_of_processes_does_not_change_a_global_batch(data):
