@@ -4,7 +4,6 @@ import glob
 import gzip
 import io
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +79,8 @@ class Files:
 
     def __init__(self, paths: Sequence[Path], name: str, text_field: str = "text"):
         self.paths, self.name, self.text_field = list(paths), name, text_field
-        self.size = sum(path.stat().st_size for path in self.paths)
+        self._sizes = [path.stat().st_size for path in self.paths]
+        self.size = sum(self._sizes)
         self._before, self._tell = 0, lambda: 0
 
     @property
@@ -97,7 +97,7 @@ class Files:
         Raises:
             DataError: as `broken` says, and for a Parquet file without the column; names file and line.
         """
-        for path in self.paths:
+        for path, size in zip(self.paths, self._sizes, strict=True):
             try:
                 file = open(path, "rb")  # noqa: SIM115
             except OSError as error:
@@ -105,7 +105,7 @@ class Files:
             with file:
                 self._tell = file.tell
                 yield from READERS[_kind(path)](path, file, self.text_field, broken)
-                self._before, self._tell = self._before + os.fstat(file.fileno()).st_size, lambda: 0
+                self._before, self._tell = self._before + size, lambda: 0
 
 
 def find_files(pattern: str | Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """Documents of a dataset on the Hugging Face hub, or of a local folder in that form, streamed by `datasets`."""
 
-import gzip
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,6 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -19,10 +17,9 @@ from huggingface_hub.errors import (
 
 from pose.data.documents import Broken, Document, document_of
 from pose.errors import ConfigError, DataError
+from pose.network import FIRST_WAIT, RETRIES, first_line, may_pass
 
 FORMATS = ("json", "parquet", "csv", "text")
-RETRIES = 5  # in a row, without a document in between
-FIRST_WAIT = 1.0  # seconds; doubles with each
 HUB_TIMEOUT = 10.0  # seconds, for the question which commit is meant
 
 
@@ -93,15 +90,15 @@ class HubDataset:
             raise DataError(
                 f"the dataset {self.path} (revision {self.revision or 'main'}) is not on the hub, or not open to you: "
                 f"look at https://huggingface.co/datasets/{self.path}, and log in with `hf auth login` if it asks for "
-                f"it ({_line(error)})"
+                f"it ({first_line(error)})"
             ) from error
         except Exception as error:
-            if not _is_passing(error, local=False):
+            if not may_pass(error):
                 raise
             if (sha := memo.get(key)) is None:
                 raise DataError(
                     f"the hub does not answer, and {self.path} was not read here before: look to the network, or "
-                    f"download the dataset elsewhere and give its folder in place of the hub id ({_line(error)})"
+                    f"download the dataset elsewhere and give its folder in place of the hub id ({first_line(error)})"
                 ) from error
             print(f"The hub does not answer: {self.path} is taken at {sha[:12]}, as last time", flush=True)
             return sha
@@ -154,25 +151,25 @@ class HubDataset:
             except (DataError, ConfigError):
                 raise
             except Exception as error:  # whatever datasets, its readers and its file systems raise
-                if not _is_passing(error, self.is_local):
+                if not may_pass(error, self.is_local):
                     raise DataError(self._cannot(number, error)) from error
                 failures += 1
                 if failures > RETRIES:
                     raise DataError(
                         f"the dataset {self.label} failed {failures} times in a row after row {number} "
-                        f"({_line(error)}): start again later, or download it (hf download {self.path} --repo-type "
-                        "dataset --local-dir FOLDER) and give the folder in place of the hub id"
+                        f"({first_line(error)}): start again later, or download it (hf download {self.path} "
+                        "--repo-type dataset --local-dir FOLDER) and give the folder in place of the hub id"
                     ) from error
                 wait = FIRST_WAIT * 2 ** (failures - 1)
                 print(
-                    f"{self.label} failed after row {number} ({_line(error)}): attempt {failures} of {RETRIES} to go "
-                    f"on from there, in {wait:g} s",
+                    f"{self.label} failed after row {number} ({first_line(error)}): attempt {failures} of {RETRIES} "
+                    f"to go on from there, in {wait:g} s",
                     flush=True,
                 )
                 sleep(wait)
 
     def _cannot(self, number: int, error: Exception) -> str:
-        message = f"the dataset {self.label} cannot be read past row {number}: {_line(error)}"
+        message = f"the dataset {self.label} cannot be read past row {number}: {first_line(error)}"
         if "scripts are no longer supported" in str(error):
             return f"{message}. Code of a dataset is never run: name its files with data_files and their format"
         return (
@@ -197,23 +194,6 @@ class HubSource:
     def read(self, broken: Broken) -> Iterator[Document]:
         """As `HubDataset.read`."""
         return self.dataset.read(broken, self.commit)
-
-
-def _is_passing(error: Exception, local: bool) -> bool:
-    """Whether the same request may succeed a little later."""
-    if isinstance(error, HfHubHTTPError):
-        status = getattr(error.response, "status_code", None)
-        return status is None or status in (408, 425, 429) or status >= 500
-    if isinstance(error, FileNotFoundError | PermissionError | gzip.BadGzipFile):
-        return False
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    networking = type(error).__module__.split(".")[0] in ("httpx", "httpcore", "aiohttp", "requests", "urllib3")
-    return networking or (isinstance(error, OSError) and not local)
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _datasets():

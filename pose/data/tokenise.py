@@ -98,17 +98,18 @@ class Tokeniser:
 def all_cores():
     """Lets tokenizers use its threads, and has processes forked afterwards use none of them.
 
-    A forked process does not have the threads of its parent: tokenizers would say so in every
-    DataLoader worker. What the user has set in TOKENIZERS_PARALLELISM stays.
+    A forked process does not have the threads of its parent, and would wait for them. What the user
+    has set in TOKENIZERS_PARALLELISM stays.
     """
+    global _set_in
     name = "TOKENIZERS_PARALLELISM"
-    ours = os.environ.get(name) == _AFTERWARDS
-    if ours:
-        del os.environ[name]
+    if _set_in == os.getpid():
+        os.environ.pop(name, None)
     try:
         yield
     finally:
-        os.environ.setdefault(name, _AFTERWARDS)
+        if name not in os.environ:
+            os.environ[name], _set_in = "false", os.getpid()
 
 
-_AFTERWARDS = "False"  # an unusual spelling, by which it is known again as set here
+_set_in: int | None = None  # the process that has set TOKENIZERS_PARALLELISM here

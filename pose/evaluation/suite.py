@@ -55,7 +55,9 @@ class EvalOptions:
         if self.seed < 0:
             raise ConfigError(f"eval.seed={self.seed} is not accepted: give an integer of at least 0")
         if "perplexity" in self.tasks and self.documents is None:
-            raise ConfigError("eval.documents is not set, and perplexity needs a file, folder or dataset")
+            raise ConfigError(
+                "eval.documents is not set, and perplexity needs a file (.jsonl, .txt, .parquet), a folder or a dataset"
+            )
 
 
 class Suite:
@@ -100,9 +102,10 @@ class Suite:
         longest = self.lengths[-1]
         usable = [i for i in range(len(cache)) if cache.lengths[i] >= longest][: self.options.max_documents]
         if not usable:
+            name = documents if isinstance(documents, str | Path) else cache.info["documents"]
             raise DataError(
-                f"none of the {len(cache)} documents of {cache.info['documents']} has {longest} tokens, the longest of "
-                f"eval.lengths: the longest has {cache.lengths.max()}"
+                f"none of the {len(cache)} documents of {name} has {longest} tokens, the longest of eval.lengths: "
+                f"the longest has {cache.lengths.max()}"
             )
         if len(usable) < len(cache):
             print(

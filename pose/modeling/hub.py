@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from pose.errors import CheckpointError
+from pose.network import FIRST_WAIT, RETRIES, first_line, may_pass
 
 _LIBRARY_ERRORS = (SafetensorError, huggingface_hub.errors.StrictDataclassError)
 WEIGHT_FILES = tuple(
@@ -44,15 +46,38 @@ def from_hub(what: str, load: Callable, path: str, revision: str | None, **kwarg
     if folder is None and not hub_answers():
         kwargs["local_files_only"] = True
     try:
-        return load(folder or path, revision=revision, **kwargs)
+        return _with_retries(lambda: load(folder or path, revision=revision, **kwargs), f"the {what} of {path}")
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"the {what} of {path} cannot be loaded: a .bin file holds more than tensors, or is damaged, and pickled "
             "code is never run. Take a folder with safetensors"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, *_LIBRARY_ERRORS) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"the {what} of {path} cannot be loaded: {first_line}") from error
+        raise CheckpointError(f"the {what} of {path} cannot be loaded: {first_line(error)}") from error
+
+
+def _with_retries(load: Callable, what: str, sleep: Callable[[float], None] = time.sleep) -> Any:
+    """load(), again where the network failed in between: what has been downloaded is in the hub's cache."""
+    for attempt in range(1, RETRIES + 1):
+        try:
+            return load()
+        except Exception as error:  # transformers wraps what the hub's library raises in errors of its own
+            if not any(may_pass(cause, local=True) for cause in _causes(error)):
+                raise
+            wait = FIRST_WAIT * 2 ** (attempt - 1)
+            print(
+                f"Downloading {what} failed ({first_line(error)}): attempt {attempt} of {RETRIES} "
+                f"to go on, in {wait:g} s",
+                flush=True,
+            )
+            sleep(wait)
+    return load()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def is_available(path: str, revision: str | None = None) -> bool:

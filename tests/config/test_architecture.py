@@ -8,11 +8,12 @@ import pytest
 POSE = Path(__file__).resolve().parents[2] / "pose"
 ALLOWED = {
     "errors": set(),
+    "network": set(),
     "positions": {"errors"},
     "coverage": {"positions", "errors"},
     "rope": {"errors"},
-    "data": {"data", "positions", "errors"},
-    "modeling": {"modeling", "rope", "errors", "data.examples"},
+    "data": {"data", "positions", "errors", "network"},
+    "modeling": {"modeling", "rope", "errors", "network", "data.examples"},
     "evaluation": {"evaluation", "data", "modeling", "errors"},
     "module": {"modeling", "rope", "errors"},
     "strategies": {"modeling", "errors"},

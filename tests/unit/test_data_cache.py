@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pose.data import cache as cache_module
+from pose.data import tokenise
 from pose.data.cache import TokenCache
-from pose.errors import DataError
+from pose.data.documents import Files
+from pose.data.tokenise import Tokeniser
+from pose.errors import ConfigError, DataError
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 NUM_DOCUMENTS = 40  # more than two batches of the tokeniser
@@ -30,7 +34,7 @@ def texts():
     rng = np.random.default_rng(0)
     words = ["the", "pass", "key", "is", "12345", "grass", "–", "☃", "été\n"]
     texts = [" ".join(rng.choice(words, rng.integers(1, 200))) for _ in range(NUM_DOCUMENTS)]
-    return [*texts[:7], "", *texts[8:]]  # an empty one
+    return texts
 
 
 @pytest.fixture
@@ -51,27 +55,30 @@ def word_tokenizer(num: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-class Counting:
-    """A tokenizer that counts the texts it is given."""
+@pytest.fixture
+def tokenised(monkeypatch):
+    """The texts that are given to a tokenizer by the code under test."""
+    texts = []
+    encode = Tokeniser.encode
+    monkeypatch.setattr(Tokeniser, "encode", lambda self, batch: texts.extend(batch) or encode(self, batch))
+    return texts
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.texts = tokenizer, 0
 
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
+def folders(cache_dir):
+    """The caches, whole or not, in a folder."""
+    return [entry for entry in cache_dir.iterdir() if not entry.name.startswith(".")]
 
-    def __len__(self):
-        return len(self.tokenizer)
 
-    def __call__(self, texts, **kwargs):
-        self.texts += len(texts)
-        return self.tokenizer(texts, **kwargs)
+def read_with(monkeypatch, change):
+    """Has the documents pass through change(documents) while they are read."""
+    read = Files.read
+    monkeypatch.setattr(Files, "read", lambda self, broken: change(read(self, broken)))
 
 
 def assert_holds(cache, texts, tokenizer):
     """The cache is what the bare tokenizers library makes of each text, in order."""
     assert len(cache) == len(texts)
-    assert cache.ids == [f"d{i}" for i in range(len(texts))]
+    assert list(cache.ids) == [f"d{i}" for i in range(len(texts))]
     for i, text in enumerate(texts):
         expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         assert cache[i].tolist() == expected
@@ -105,13 +112,12 @@ def test_no_special_tokens_are_added(tmp_path):
     assert cache[0].tolist() == [1]
 
 
-def test_second_build_tokenises_nothing(path, texts, tokenizer, tmp_path):
-    counting = Counting(tokenizer)
-    first = TokenCache.build(path, counting, tmp_path / "cache")
-    assert counting.texts == len(texts)
+def test_second_build_tokenises_nothing(path, texts, tokenizer, tmp_path, tokenised):
+    first = TokenCache.build(path, tokenizer, tmp_path / "cache")
+    assert tokenised == texts
     stamp = (first.folder / "tokens.bin").stat().st_mtime_ns
-    second = TokenCache.build(path, counting, tmp_path / "cache")
-    assert counting.texts == len(texts)
+    second = TokenCache.build(path, tokenizer, tmp_path / "cache")
+    assert len(tokenised) == len(texts)
     assert second.folder == first.folder and (second.folder / "tokens.bin").stat().st_mtime_ns == stamp
     assert_holds(second, texts, tokenizer)
 
@@ -153,20 +159,37 @@ def test_tokenizers_that_differ_in_merges_alone_have_two_caches(tmp_path):
     assert [cache[0].tolist() for cache in caches] == [[3, 2], [0, 4]]
 
 
+def rewrite_index(**changes):
+    def change(folder):
+        index = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps(index | changes))
+
+    return change
+
+
+def cut(name, by):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - by)
+
+
 DAMAGE = {
-    "tokens cut": lambda folder: os.truncate(folder / "tokens.bin", (folder / "tokens.bin").stat().st_size - 2),
+    "tokens cut": cut("tokens.bin", 2),
     "tokens empty": lambda folder: os.truncate(folder / "tokens.bin", 0),
     "tokens longer": lambda folder: (folder / "tokens.bin").open("ab").write(b"xx"),
     "tokens gone": lambda folder: (folder / "tokens.bin").unlink(),
+    "ids cut": cut("ids.bin", 1),
+    "ids gone": lambda folder: (folder / "ids.bin").unlink(),
+    "ends cut": cut("index.bin", 16),
+    "ends in zeros": lambda folder: (folder / "index.bin").write_bytes(bytes(16 * NUM_DOCUMENTS)),
+    "ends gone": lambda folder: (folder / "index.bin").unlink(),
     "index cut": lambda folder: os.truncate(folder / "index.json", 20),
     "index empty": lambda folder: os.truncate(folder / "index.json", 0),
     "index gone": lambda folder: (folder / "index.json").unlink(),
     "index not text": lambda folder: (folder / "index.json").write_bytes(b"\xff\xfe\x00"),
-    "index without a key": lambda folder: (folder / "index.json").write_text('{"ids": []}'),
+    "index without a key": lambda folder: (folder / "index.json").write_text('{"kept": 1}'),
     "index a list": lambda folder: (folder / "index.json").write_text("[]"),
-    "index of no type": lambda folder: (folder / "index.json").write_text(
-        '{"ids": [], "lengths": [], "dtype": "no such"}'
-    ),
+    "index of no type": rewrite_index(dtype="no such"),
+    "index of a wrong type": rewrite_index(dtype="uint32"),
+    "everything gone": lambda folder: [file.unlink() for file in folder.iterdir()],
 }
 
 
@@ -177,7 +200,7 @@ def test_a_damaged_cache_is_rebuilt(path, texts, tokenizer, tmp_path, damage):
     cache = TokenCache.build(path, tokenizer, tmp_path / "cache")
     assert cache.folder == folder
     assert_holds(cache, texts, tokenizer)
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert folders(tmp_path / "cache") == [folder]
 
 
 def test_a_broken_documents_file_leaves_nothing(tmp_path, tokenizer):
@@ -185,7 +208,7 @@ def test_a_broken_documents_file_leaves_nothing(tmp_path, tokenizer):
     path.write_text('{"text": "x"}\n' * 20 + "broken\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 21"):
         TokenCache.build(path, tokenizer, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert folders(tmp_path / "cache") == []
 
 
 def test_errors_of_the_file_itself(tmp_path, tokenizer):
@@ -208,22 +231,21 @@ def in_processes(num: int, function):
 
 @pytest.mark.parametrize("after", [0, 20, NUM_DOCUMENTS])
 def test_a_killed_build_leaves_nothing_that_looks_whole(path, texts, tokenizer, tmp_path, monkeypatch, after):
-    """SIGKILL before the first document, between two batches, and once all tokens are made."""
+    """SIGKILL before the first document, between two batches, and once all tokens are made; its lock goes with it."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    read_documents = cache_module.read_documents
 
-    def killing(*arguments):
-        for number, document in enumerate(read_documents(*arguments)):
+    def killing(documents):
+        for number, document in enumerate(documents):
             if number == after:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield document
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "read_documents", killing)
+        read_with(patch, killing)
         codes = in_processes(1, lambda _: TokenCache.build(path, tokenizer, tmp_path / "cache"))
     assert codes == [-signal.SIGKILL]
-    left = list((tmp_path / "cache").iterdir())
+    left = folders(tmp_path / "cache")
     assert left, "the build was killed before it began"
     for folder in left:
         with pytest.raises((OSError, ValueError, KeyError)):
@@ -233,40 +255,74 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(path, texts, tokenizer, 
     assert_holds(cache, texts, tokenizer)
 
 
-def test_two_builds_at_once_both_end_right(path, texts, tokenizer, tmp_path, monkeypatch):
-    """A barrier holds both in the middle of their work, so neither finds the other's result first."""
+def test_what_killed_builds_left_is_removed_a_day_later(path, texts, tokenizer, tmp_path):
+    folder = TokenCache.build(path, tokenizer, tmp_path / "cache").folder
+    (folder / "index.json").unlink()
+    fresh, old = (folder.with_name(f"{folder.name}.{name}") for name in ("fresh", "old"))
+    fresh.mkdir()
+    old.mkdir()
+    os.utime(old, (0, 0))
+    TokenCache.build(path, tokenizer, tmp_path / "cache")
+    assert sorted(folders(tmp_path / "cache")) == [folder, fresh]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_of_two_jobs_at_once_one_tokenises_and_the_other_waits(
+    path, texts, tokenizer, tmp_path, monkeypatch, capfd, damaged
+):
+    """Also when both have found the cache damaged: the first waits in its work until the second has come."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    read_documents = cache_module.read_documents
-    barrier = multiprocessing.get_context("fork").Barrier(2)
+    if damaged:
+        DAMAGE["tokens cut"](TokenCache.build(path, tokenizer, tmp_path / "cache").folder)
+    barrier, lock = multiprocessing.get_context("fork").Barrier(2), cache_module._lock
 
     def together(*arguments):
-        yield from read_documents(*arguments)
+        barrier.wait(30)  # both have found no whole cache
+        return lock(*arguments)
+
+    def slowly(documents):
+        time.sleep(0.5)
+        with open(tmp_path / "builds", "a") as builds:
+            builds.write("x")
+        yield from documents
+
+    def build(_):
+        assert_holds(TokenCache.build(path, tokenizer, tmp_path / "cache"), texts, tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_lock", together)
+        read_with(patch, slowly)
+        assert in_processes(2, build) == [0, 0]
+    assert (tmp_path / "builds").read_text() == "x"
+    assert "waiting for it" in capfd.readouterr().out
+    (folder,) = folders(tmp_path / "cache")
+    assert_holds(TokenCache(folder), texts, tokenizer)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_without_locks_two_jobs_both_end_right(path, texts, tokenizer, tmp_path, monkeypatch, damaged):
+    """On a file system that refuses locks; a barrier holds both in the middle of their work."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    if damaged:
+        DAMAGE["ids gone"](TokenCache.build(path, tokenizer, tmp_path / "cache").folder)
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    def together(documents):
+        yield from documents
         barrier.wait(30)
 
     def build(_):
         assert_holds(TokenCache.build(path, tokenizer, tmp_path / "cache"), texts, tokenizer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "read_documents", together)
+        patch.setattr(cache_module.fcntl, "flock", refused)
+        read_with(patch, together)
         assert in_processes(2, build) == [0, 0]
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = folders(tmp_path / "cache")
     assert_holds(TokenCache(folder), texts, tokenizer)
-
-
-def test_a_build_that_began_too_early_spares_the_other_jobs_files(path, texts, tokenizer, tmp_path, monkeypatch):
-    """Another job finishes while this one, which found no cache, tokenises; its files must stay readable."""
-    read_documents, other = cache_module.read_documents, []
-
-    def overtaken(*arguments):
-        if not other:
-            other.append(None)
-            other[0] = TokenCache.build(path, tokenizer, tmp_path / "cache")
-        yield from read_documents(*arguments)
-
-    monkeypatch.setattr(cache_module, "read_documents", overtaken)
-    assert_holds(TokenCache.build(path, tokenizer, tmp_path / "cache"), texts, tokenizer)
-    assert_holds(other[0], texts, tokenizer)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_pickling_carries_no_tokens_and_reads_the_same(path, texts, tokenizer, tmp_path):
@@ -291,3 +347,99 @@ def test_home_is_expanded(path, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     cache = TokenCache.build(path, tokenizer, "~/cache")
     assert cache.folder.parent == tmp_path / "home" / "cache"
+
+
+def test_home_paths_ids_and_counts_are_read_back(tmp_path, capsys):
+    """What is left out is said in numbers, once, and holds for a cache that is only opened too."""
+    cache_module._reported.clear()
+    path = tmp_path / "a.jsonl"
+    lines = ['{"text": "w1 w2 w3"}', '{"text": ""}', '{"text": null}', '{"text": "w4"}', '{"text": "w5 w6", "id": "é"}']
+    path.write_text("\n".join(lines))
+    build = lambda: TokenCache.build(path, word_tokenizer(10), tmp_path / "cache", min_tokens=2)  # noqa: E731
+    for cache in (build(), build()):
+        assert [cache[i].tolist() for i in range(len(cache))] == [[1, 2, 3], [5, 6]]
+        assert list(cache.ids) == ["a.jsonl:1", "é"] and cache.lengths.tolist() == [3, 2]
+    said = "a.jsonl: 2 documents of 5 tokens; left out: 1 shorter than 2 tokens, 2 without text\n"
+    assert capsys.readouterr().out == said
+
+
+def test_max_documents_counts_those_that_are_long_enough_and_reads_no_further(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "PIECE", 0)  # a batch is one document
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"text": "w1"}\n{"text": "w2 w2"}\n')
+    second.write_text('{"text": "w3 w3"}\n{"text": "w4 w4"}\n' + '{"text": "w5 w5 w5"}\n' * 5 + "broken")
+    build = lambda most: TokenCache.build(  # noqa: E731
+        [first, second], word_tokenizer(10), tmp_path / "cache", min_tokens=2, max_documents=most
+    )
+    for most, expected in ((1, [2]), (3, [2, 3, 4])):
+        cache = build(most)
+        assert [int(cache[i][0]) for i in range(len(cache))] == expected
+        assert (cache.folder / "tokens.bin").stat().st_size == 2 * 2 * most
+    with pytest.raises(DataError, match=r"b\.jsonl, line 8"):
+        build(99)
+
+
+def test_files_in_a_list_or_folder_are_one_set_in_order(tmp_path):
+    for name, text in (("b.txt", "w1"), ("a.jsonl", '{"text": "w2"}'), ("c.jsonl", '{"text": "w3"}')):
+        (tmp_path / name).write_text(text)
+    tokens = lambda documents: [  # noqa: E731
+        int(row[0]) for row in TokenCache.build(documents, word_tokenizer(10), tmp_path / "cache")
+    ]
+    assert tokens(tmp_path) == [2, 1, 3]
+    assert tokens([tmp_path / "c.jsonl", tmp_path / "b.txt", tmp_path / "c.jsonl"]) == [3, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_tokens": 0}, r"data\.min_tokens=0.*at least 1"),
+        ({"max_documents": 0}, r"data\.max_documents=0.*at least 1"),
+        ({"on_broken": "ignore"}, r"data\.on_broken='ignore'.*error or skip"),
+    ],
+)
+def test_options_that_cannot_be_meant(path, tokenizer, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        TokenCache.build(path, tokenizer, tmp_path / "cache", **options)
+
+
+def test_broken_lines_are_counted_and_never_all(tmp_path, capsys):
+    cache_module._reported.clear()
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w1"}\nbroken\n[]\n{"text": "w2"}')
+    cache = TokenCache.build(path, word_tokenizer(10), tmp_path / "cache", on_broken="skip")
+    assert [int(cache[i][0]) for i in range(2)] == [1, 2] and cache.info["broken"] == 2
+    out = capsys.readouterr().out
+    assert "2 broken" in out and f"{path}, line 2: not valid JSON" in out and f"{path}, line 3: a list" in out
+    path.write_text("broken\n{}\n")
+    with pytest.raises(DataError, match=r"(?s)holds no document.*2 broken.*line 1.*line 2"):
+        TokenCache.build(path, word_tokenizer(10), tmp_path / "cache", on_broken="skip")
+    assert len(folders(tmp_path / "cache")) == 1
+
+
+def test_a_large_files_digest_is_remembered_until_the_file_changes(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(cache_module, "BYTES_TO_REMEMBER", 1)
+    path = write(tmp_path / "a.jsonl", ["w1"])
+    build = lambda: TokenCache.build(path, word_tokenizer(10), tmp_path / "cache")[0].tolist()  # noqa: E731
+    assert build() == [1]
+    assert not list((tmp_path / "cache" / ".memo").glob("*")), "a file this young may change without a trace"
+    now = time.time()
+    monkeypatch.setattr(cache_module.time, "time", lambda: now + 10)
+    build()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.hashlib, "file_digest", None)  # it is not read again
+        assert build() == [1]
+    stat = path.stat()
+    write(path, ["w2"])  # as large, and as old
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert build() == [2]
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(path, tokenizer, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_tokenise", full)
+        with pytest.raises(DataError, match=r"cache_dir=.*No space left.*room"):
+            TokenCache.build(path, tokenizer, tmp_path / "cache")
+    assert folders(tmp_path / "cache") == []

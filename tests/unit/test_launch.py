@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -12,8 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.conf import ConfigSourceInfo
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
 from pose import launch, schema
@@ -143,6 +149,7 @@ def test_under_torchrun_the_folder_is_rank_zeros(environment, job):
         assert launch.join(Path(f"at/{attempt}0")) == Path(f"at/{attempt}0")
         environment({"RANK": "1"})
         assert launch.join(Path(f"at/{attempt}1")) == Path(f"at/{attempt}0")
+    assert [store.get(f"pose/run_dir/{attempt}") for attempt in "01"] == [b"at/00", b"at/10"]  # no late reader errs
 
 
 def test_a_sweep_is_not_for_torchrun(environment, job):
@@ -154,7 +161,13 @@ def test_a_sweep_is_not_for_torchrun(environment, job):
     assert launch.join(Path("sweep/0")) == Path("sweep/0")
 
 
-def test_a_process_whose_parent_is_gone_ends(environment):
+def test_a_process_whose_parent_is_gone_ends(environment, monkeypatch):
+    calls = []
+    libc = SimpleNamespace(prctl=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(launch.ctypes, "CDLL", lambda name: libc)  # this process has not to end with its parent
+    environment({"POSE_PARENT": str(os.getppid())})
+    assert launch.join(Path("x")) == Path("x")
+    assert calls == [(1, 9)] or sys.platform != "linux"
     environment({"POSE_PARENT": "1" if os.getppid() != 1 else "2"})
     with pytest.raises(SystemExit) as error:
         launch.join(Path("x"))
@@ -181,36 +194,76 @@ def test_the_job_is_handed_on_and_the_sweep_is_not(job, tmp_path):
     (tmp_path / "conf dir" / "pose" / "mine.yaml").write_text("defaults: [pose]\nnum_chunks: 3\n")
     settings = (
         "pose=mine", "data.documents='a b=c,d.jsonl'", "model.path=\"it's, [x]\"", "seed=${hydra:job.num}",
+        "pose.target_len=${num_threads}",
+        "num_threads=4096",
         f"hydra.searchpath=['file://{tmp_path}/conf dir']", "hydra.job.chdir=true",
     )  # fmt: skip
     sweep = (
         "hydra.mode=MULTIRUN", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=x",
-        "++hydra.sweep.subdir=y", "hydra.run.dir=z", "+hydra.sweeper.params.seed='1,2'", "hydra.job_logging=null",
+        "++hydra.sweep.subdir=y", "hydra.run.dir=z", "hydra.sweeper.max_batch_size=2",
+        "hydra.job_logging.root.level=WARN",
     )  # fmt: skip
     job(*settings, *sweep, "hydra.job.num=7", "hydra.job.id=job_7")
     for rank in (0, 1):
         given = launch.command(rank, tmp_path)
         assert given[2:6] == ["--config-path", str(CONF), "--config-name", "train"]
         assert set(settings) <= set(given)
-        assert set(sweep) & set(given) == ({"hydra.job_logging=null"} if rank == 0 else set())
+        assert set(sweep) & set(given) == ({"hydra.job_logging.root.level=WARN"} if rank == 0 else set())
         assert ("hydra/job_logging=stdout" in given) is (rank == 1)
         child = job(*given[6:])
         assert (child.pose.num_chunks, child.data.documents, child.model.path) == (3, "a b=c,d.jsonl", "it's, [x]")
-        assert child.seed == 7 and child.hydra.job.chdir and child.hydra.mode.name == "RUN"
+        assert (child.seed, child.pose.target_len) == (7, 4096)
+        assert child.hydra.job.chdir and child.hydra.mode.name == "RUN"
         assert child.hydra.output_subdir is None and "launcher" not in " ".join(child.hydra.overrides.hydra)
         job(*settings, *sweep, "hydra.job.num=7", "hydra.job.id=job_7")
 
 
 def test_a_config_folder_of_the_command_line_is_handed_on(job, tmp_path):
     cfg = job()
+    OmegaConf.set_readonly(cfg.hydra, False)
     cfg.hydra.runtime.config_sources = [
-        {"path": "/a b", "schema": "file", "provider": "command-line"},
-        {"path": "hydra.conf", "schema": "pkg", "provider": "hydra"},
-        {"path": "/conf", "schema": "file", "provider": "main"},
+        ConfigSourceInfo("/a b", "file", "command-line"),
+        ConfigSourceInfo("hydra.conf", "pkg", "hydra"),
+        ConfigSourceInfo("/conf", "file", "main"),
     ]
     HydraConfig.instance().set_config(cfg)
     given = launch.command(0, tmp_path)
     assert given[given.index("--config-dir") + 1] == "/a b" and given[given.index("--config-path") + 1] == "/conf"
+
+
+def test_workers_of_a_sweep_find_the_package(monkeypatch):
+    """Those of submitit are started in the folder of the sweep's command, which may be any."""
+    monkeypatch.setenv("PYTHONPATH", "my")
+    launch.Workers().on_multirun_start(config=None)
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(CONF.parent), "my"]
+    monkeypatch.delenv("PYTHONPATH")
+    launch.Workers().on_multirun_start(config=None)
+    assert os.environ["PYTHONPATH"] == str(CONF.parent)
+
+
+def commands_of_the_docs():
+    """What stands after train.py in the bash blocks of docs/CLUSTERS.md."""
+    text = (CONF.parent / "docs" / "CLUSTERS.md").read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    return [shlex.split(line.split("train.py", 1)[1]) for line in blocks.splitlines() if "train.py" in line]
+
+
+@pytest.mark.parametrize("arguments", commands_of_the_docs(), ids=" ".join)
+def test_the_commands_of_the_docs_compose(job, arguments):
+    overrides = OverridesParser.create().parse_overrides([a for a in arguments if a not in ("-m", "...")])
+    task = [o for o in overrides if not o.is_hydra_override()]
+    hydra = [o.input_line for o in overrides if o.is_hydra_override()]
+    (jobs,) = BasicSweeper.split_arguments(task, None)
+    assert len(jobs) == (3 if "-m" in arguments else 1)
+    for overrides in jobs:
+        cfg = job(*overrides, *hydra)
+        if "experiment=paper_table1_16k" in overrides:
+            assert (cfg.trainer.devices, cfg.trainer.global_batch, cfg.trainer.max_steps) == (8, 64, 1000)
+            assert cfg.finetune.lr == 2e-5 and cfg.strategy.stage == 3
+        if "-m" in arguments and "experiment=paper_table1_16k" in overrides:
+            given = instantiate(cfg.hydra.launcher).params
+            assert (given["nodes"], given["tasks_per_node"], given["gpus_per_node"]) == (1, 1, cfg.trainer.devices)
+            assert (given["max_num_timeout"], given["signal_delay_s"], given["timeout_min"]) == (10, 600, 24 * 60)
 
 
 # How they end
@@ -315,11 +368,26 @@ def test_a_request_to_stop_is_passed_on_and_waited_for(processes, send, tmp_path
     assert error.value.status == 143 and (tmp_path / "saved0").exists()
 
 
-def test_a_keyboard_interrupt_ends_all(processes, send):
+@pytest.fixture
+def on_interrupt():
+    """Sets what SIGINT does in this process; a shell has the processes in its background ignore it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_keyboard_interrupt_ends_all(processes, send, on_interrupt):
+    on_interrupt(signal.default_int_handler)
     send(signal.SIGINT, "ready0", "ready1")
     with pytest.raises(Interrupted) as error:
         processes(*(f"on(2, lambda: os._exit(1)); tell('ready{rank}'); time.sleep(60)" for rank in range(2)))
     assert error.value.status == 130
+
+
+def test_a_signal_that_is_ignored_stays_ignored(processes, send, on_interrupt):
+    on_interrupt(signal.SIG_IGN)
+    send(signal.SIGINT, "ready0")
+    processes("on(2, lambda: os._exit(1)); tell('ready0'); time.sleep(0.5)")
 
 
 def test_a_run_that_was_asked_to_stop_when_it_was_done_is_done(processes, send):

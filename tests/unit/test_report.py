@@ -147,7 +147,7 @@ def test_sweep_table_joins_the_jobs(tmp_path, capsys):
     """In the order of the jobs, 10 after 2; no row for a job that failed, and numbers alone."""
     job(tmp_path / "0", ["rope=linear"], {"tail_ppl@256": 20.5, "passkey@256": 1.0, "model": "a name"})
     job(tmp_path / "2", ["rope=ntk"], {"tail_ppl@256": 19.0})
-    job(tmp_path / "10", ["rope=yarn", "pose.num_chunks=3"], {"tail_ppl@256": 18, "tail_ppl@512": 17.5})
+    job(tmp_path / "10", ["rope=yarn", "seed=${hydra:job.num}"], {"tail_ppl@256": 18, "tail_ppl@512": 17.5})
     job(tmp_path / "3", ["rope=broken"])
     SweepTable().on_multirun_end(config(tmp_path))
     with open(tmp_path / "sweep.csv", newline="") as file:
@@ -156,10 +156,10 @@ def test_sweep_table_joins_the_jobs(tmp_path, capsys):
         ["overrides", "passkey@256", "tail_ppl@256", "tail_ppl@512"],
         ["rope=linear", "1.0", "20.5", ""],
         ["rope=ntk", "", "19.0", ""],
-        ["rope=yarn pose.num_chunks=3", "", "18", "17.5"],
+        ["rope=yarn seed=${hydra:job.num}", "", "18", "17.5"],
     ]
     printed = capsys.readouterr().out
-    for text in ("rope=linear", "rope=yarn pose.num_chunks=3", "20.5", "17.5", "100%"):
+    for text in ("rope=linear", "rope=yarn", "20.5", "17.5", "100%"):
         assert text in printed
 
 
