@@ -3,6 +3,7 @@
 import json
 import netrc
 import os
+import re
 import uuid
 from dataclasses import dataclass
 from functools import partial
@@ -506,6 +507,10 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
             raise ConfigError(f"trainer.{key}={t[key]} is not accepted: give an integer of at least 1")
     if t.on_nonfinite not in ("stop", "skip"):
         raise ConfigError(f"trainer.on_nonfinite={t.on_nonfinite!r} is unknown: choose stop or skip")
+    if re.search("spawn|fork|notebook", cfg.strategy.get("name", "")):
+        raise ConfigError(
+            f"strategy.name={cfg.strategy.name!r} starts processes in a way that is not used here: take ddp"
+        )
     strategy = instantiate(cfg.strategy) if "_target_" in cfg.strategy else cfg.strategy.name
     devices = OmegaConf.to_object(t.devices) if OmegaConf.is_list(t.devices) else t.devices
     try:

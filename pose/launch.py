@@ -22,6 +22,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
@@ -42,6 +43,14 @@ NOT_PASSED_ON = {"mode", "run", "sweep", "sweeper", "launcher", "output_subdir"}
 GRACE = 15.0  # seconds that the other processes have when one has failed, until SIGTERM, and again until SIGKILL
 POLL = 0.2  # seconds
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+class Workers(Callback):
+    """A Hydra callback: the workers of a sweep, on other machines too, find this package from any folder."""
+
+    def on_multirun_start(self, config, **kwargs):
+        paths = [str(SCRIPT.parent), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def join(run_dir: Path) -> Path:
@@ -151,7 +160,7 @@ def run(num_processes: int, run_dir: Path):
     # The store at which the processes meet is held here, as torchrun holds it: no port is chosen, given up, and
     # perhaps taken by another job before the processes get to it.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    threads = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // num_processes))
+    threads = max(1, torch.get_num_threads() // num_processes)  # where num_threads does not say
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), "GROUP_RANK": "0",
@@ -197,12 +206,13 @@ def command(rank: int, run_dir: Path) -> list[str]:
     """The command line of one process of the job that Hydra is at."""
     job = HydraConfig.get()
     sources = {source.provider: source.path for source in job.runtime.config_sources if source.schema == "file"}
+    overrides = OmegaConf.to_container(job.overrides, resolve=False)  # as they were given, references included
     left_out = NOT_PASSED_ON | ({"job_logging"} if rank else set())
     arguments = [sys.executable, str(SCRIPT), "--config-path", sources["main"], "--config-name", job.job.config_name]
     if "command-line" in sources:
         arguments += ["--config-dir", sources["command-line"]]
-    arguments += list(job.overrides.task)
-    arguments += [override for override in job.overrides.hydra if _hydra_key(override) not in left_out]
+    arguments += overrides["task"]
+    arguments += [override for override in overrides["hydra"] if _hydra_key(override) not in left_out]
     # .hydra is there already, written by the process that starts this one
     arguments += ["hydra.mode=RUN", f"hydra.run.dir={_quoted(run_dir.absolute())}", "hydra.output_subdir=null"]
     for key in ("num", "id"):  # settings may name them

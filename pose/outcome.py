@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def pick_up(plan: Plan, run_dir: Path) -> dict[str, dict[str, float]]:
     """
     measured = run_dir / "measured.json"
     if plan.checkpoint is None:
-        measured.unlink(missing_ok=True)
+        rank_zero_only(measured.unlink)(missing_ok=True)
         return {}
     rank_zero_only(print)(f"Going on from step {plan.step:,} of {plan.trainer.max_steps:,}", flush=True)
     if plan.trainer.is_global_zero:
@@ -73,20 +74,25 @@ def pick_up(plan: Plan, run_dir: Path) -> dict[str, dict[str, float]]:
     return json.loads(measured.read_text()) if measured.is_file() else {}
 
 
-@rank_zero_only
 def measure(
     plan: Plan, run_dir: Path, results: dict[str, dict[str, float]], name: str, load: Callable[[], torch.nn.Module]
 ):
     """Adds the metrics of a model to results, under name, unless they are there; nothing is loaded for eval=none.
 
-    What was measured before training is kept on disk, for a run that goes on.
+    Process 0 measures. What was measured before training is kept on disk, for a run that goes on and for the other
+    processes, which wait for it there: a process group would not wait so long.
     """
+    measured = run_dir / "measured.json"
     if plan.suite is None or name in results:
+        return
+    if rank_zero_only.rank != 0:
+        while not (measured.is_file() and name in json.loads(measured.read_text())):
+            time.sleep(1)
         return
     print(f"Measuring the {name} model ...", flush=True)
     results[name] = plan.suite.run(load().to(plan.trainer.strategy.root_device))
     if name != "extended":
-        write_json(run_dir / "measured.json", results)
+        write_json(measured, results)
 
 
 def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], covered: dict[str, float]):

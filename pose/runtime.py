@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import warnings
@@ -102,6 +103,7 @@ def quiet_libraries():
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*exists and is not empty.*",
+        ".*ended before the epoch ended.*",  # here the data begins at the step
         ".*across ranks is zero.*",  # of a run that goes on from its last step
     ):
         warnings.filterwarnings("ignore", message)
@@ -120,8 +122,8 @@ def set_up(cfg: DictConfig):
 def provenance() -> dict:
     """What is needed to repeat a run: command, commit, versions, machine."""
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "overrides": list(HydraConfig.get().overrides.task),
+        "command": shlex.join(["python", *sys.argv]),
+        "overrides": OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),

@@ -1,0 +1,124 @@
+"""Several processes for a job, and several jobs: sweeps, launchers, torchrun, pre-emption. On two CPU processes."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+SHORT = ("experiment=smoke", "eval=none", "trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.precision=32-true")
+TWO = ("strategy=ddp", "trainer.devices=2")
+
+
+def weights(folder):
+    """Every weight in one vector."""
+    found = load_file(folder / "model" / "model.safetensors")
+    return torch.cat([found[name].flatten() for name in sorted(found)])
+
+
+def seeds_of(sweep):
+    """The seed of every job that is in sweep.csv."""
+    with open(sweep / "sweep.csv", newline="") as file:
+        return [row["overrides"].split("seed=")[1].split()[0] for row in csv.DictReader(file)]
+
+
+def test_jobs_of_two_processes_one_after_the_other_two_at_once_and_by_torchrun(script, tmp_path):
+    """The same weights, to the bit: no group has anything of another."""
+    elsewhere = tmp_path / "a b=c,d"
+    elsewhere.mkdir()
+    train = REPOSITORY / "train.py"
+    result = script(train, "-m", *SHORT, *TWO, "seed=0,1", "hydra.sweep.dir=in turn", cwd=elsewhere)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Sweep (in turn/sweep.csv)" in result.stdout
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    result = script(train, "-m", *joblib, *SHORT, *TWO, "seed=0,1", "hydra.sweep.dir=at once", cwd=elsewhere)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Sweep (at once/sweep.csv)" in result.stdout
+    # Without a folder: its name has the second at which a process starts, and the processes agree on one.
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    result = script(*torchrun, train, *SHORT, *TWO, "seed=1", cwd=elsewhere)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (alone,) = (model.parent for model in elsewhere.glob("outputs/*/*/model"))
+
+    jobs = {seed: weights(elsewhere / "in turn" / seed) for seed in ("0", "1")}
+    assert not torch.equal(jobs["0"], jobs["1"]) and torch.equal(jobs["1"], weights(alone))
+    for seed in ("0", "1"):
+        assert torch.equal(weights(elsewhere / "at once" / seed), jobs[seed])
+    for sweep in ("in turn", "at once"):
+        assert seeds_of(elsewhere / sweep) == ["0", "1"]
+        for seed in ("0", "1"):
+            overrides = (elsewhere / sweep / seed / ".hydra" / "overrides.yaml").read_text()
+            assert f"- seed={seed}\n" in overrides and "hydra" not in overrides
+            logs = [file.name for file in (elsewhere / sweep / seed).glob("*.log")]
+            assert logs == ["train.log"]
+
+
+def test_a_sweep_by_submitit(script, tmp_path):
+    """From any folder; a job that fails is named, and the others are done."""
+    local = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
+    result = script(
+        REPOSITORY / "train.py", "-m", *local, *SHORT, "finetune.lr=1e-4,nan", "seed=3",
+        "hydra.sweep.dir=sweep", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode != 0 and "finetune.lr=nan" in result.stderr
+    assert seeds_of(tmp_path / "sweep") == ["3"] and (tmp_path / "sweep" / "0" / "model").is_dir()
+    assert not (tmp_path / "sweep" / "1" / "model").exists()
+
+
+def children_of(pid):
+    """The processes that `pose.launch` has started for a process, by their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            if state != "Z" and f"POSE_PARENT={pid}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # ended, or another user's
+            continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_two_processes_are_preempted_go_on_and_end_with_a_parent_that_is_killed(tmp_path):
+    command = [
+        sys.executable, "train.py", *SHORT, *TWO, "trainer.max_steps=100000", "trainer.checkpoint_every_n_steps=1",
+        "resume=auto", f"hydra.run.dir={tmp_path}",
+    ]  # fmt: skip
+
+    def newest():
+        return max((int(path.name.removeprefix("step-")) for path in tmp_path.glob("checkpoints/step-*")), default=0)
+
+    def start(step):
+        """Goes on beyond the step."""
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while newest() <= step:
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-3000:]
+            time.sleep(0.1)
+        return process, children_of(process.pid)
+
+    process, children = start(0)
+    assert len(children) == 2
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and not children_of(process.pid)
+    assert f"step-{newest()}. The same command with resume=auto goes on" in errors and "Traceback" not in errors
+
+    process, children = start(newest())
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while children_of(process.pid):
+        assert time.monotonic() < deadline, "processes without a parent go on"
+        time.sleep(0.1)
+    process.stderr.close()
+    assert os.path.isdir(tmp_path / "checkpoints")
