@@ -178,7 +178,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     fill_in(cfg, sampler, scaling)
     settings = resume_settings(cfg, trainer, data)
     if checkpoint is not None:
-        check_resume(cfg, checkpoint, settings)
+        check_resume(cfg, checkpoint, settings, run_dir)
     own, t = run_dir / "checkpoints", cfg.trainer
     saved = checkpoint.step if checkpoint is not None and checkpoint.folder.parent == own else None
     trainer.callbacks += [
@@ -413,11 +413,12 @@ def resume_settings(cfg: DictConfig, trainer: L.Trainer, data: PoseDataModule) -
     return json.loads(json.dumps(settings))
 
 
-def check_resume(cfg: DictConfig, checkpoint: Checkpoint, settings: dict[str, Any]):
+def check_resume(cfg: DictConfig, checkpoint: Checkpoint, settings: dict[str, Any], run_dir: Path):
     """Whether the run may go on from a checkpoint.
 
     Raises:
-        ConfigError: a setting that decides the weights is another than before, or the run is over.
+        ConfigError: a setting that decides the weights is another than before, or the run is over, or it would
+            unpickle what came from elsewhere.
     """
     changed = [
         f"{key}={settings.get(key)!r}, which was {checkpoint.settings.get(key)!r}"
@@ -428,6 +429,11 @@ def check_resume(cfg: DictConfig, checkpoint: Checkpoint, settings: dict[str, An
         raise ConfigError(
             f"the run cannot go on from {checkpoint.folder} with {'; '.join(changed)}. Give the values of before, or "
             "start anew in another folder"
+        )
+    if settings["strategy"] != "any" and run_dir not in checkpoint.folder.parents and not cfg.trust_pickle:
+        raise ConfigError(
+            f"resume={cfg.resume}: the checkpoints of this strategy are read by unpickling, which can run code, and "
+            "this one is of another folder. If you trust whoever made it, set trust_pickle=true"
         )
     if checkpoint.step > cfg.trainer.max_steps:
         raise ConfigError(
@@ -531,12 +537,10 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        check_strategy(trainer.strategy, trainer.precision)
+        check_strategy(trainer.strategy, trainer.precision, t.on_nonfinite)
         trainer.fit_loop.__class__ = FitLoop
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"the trainer cannot be built from {OmegaConf.to_object(t)}: {error}") from error
-    if t.on_nonfinite == "skip" and isinstance(trainer.strategy, DeepSpeedStrategy):
-        raise ConfigError("trainer.on_nonfinite=skip is not for DeepSpeed, which takes its steps by itself: give stop")
     return trainer
 
 

@@ -1,7 +1,6 @@
 """The LightningModule: one step, one optimizer, one schedule."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import lightning as L
 import numpy as np
@@ -173,7 +172,6 @@ class PoseModule(L.LightningModule):
             {"params": [p for p in parameters if len(full_shape(p)) < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]  # adapters alone are all matrices
-        make = getattr(self.trainer.strategy, "make_optimizer", partial(torch.optim.AdamW, fused=self._fused))
-        optimizer = make(groups, lr=self.lr, betas=self.betas)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=self._fused)
         scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

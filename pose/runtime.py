@@ -97,12 +97,14 @@ def quiet_libraries():
     """Silences messages of libraries that a user can do nothing about."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "compilers.C.base"):  # DeepSpeed looks for its libraries
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*lr_scheduler.step.*before.*optimizer.step.*",
         ".*exists and is not empty.*",
+        ".*`torch.distributed.* is deprecated.*",  # which DeepSpeed calls
         ".*ended before the epoch ended.*",  # here the data begins at the step
         ".*across ranks is zero.*",  # of a run that goes on from its last step
     ):

@@ -97,6 +97,7 @@ class TrainConfig:
     logger: Any = MISSING
     eval: EvalOptions = field(default_factory=EvalOptions)
     resume: str | None = None  # auto: go on in the run folder, or start; or a run folder, or a checkpoint
+    trust_pickle: bool = False  # resume from another folder under fsdp or zero, whose checkpoints can run code
     seed: int = 0  # of data, dropout and initialisation
     num_threads: int | None = None  # CPU threads of torch; null: all cores
     cache_dir: str = "~/.cache/pose"  # token caches

@@ -1,7 +1,7 @@
 """The strategies that deal a model out to several processes, as Lightning's with what this project needs of them.
 
-`layout` says how the weights are dealt out while the model is built (`pose.modeling.shard`), and
-`make_optimizer` gives the AdamW that fits. Each keeps fp32 master weights in mixed precision.
+`layout` says how the weights are dealt out while the model is built (`pose.modeling.shard`). Each keeps fp32 master
+weights in mixed precision.
 """
 
 import importlib.util
@@ -61,7 +61,10 @@ class DeepSpeed(DeepSpeedStrategy):
         if offload_parameters and stage != 3:
             raise ConfigError(f"strategy.offload_parameters=true needs strategy.stage=3, and it is {stage}")
         super().__init__(stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters)
-        self.stage, self.offload_optimizer = stage, offload_optimizer
+        self.stage = stage
+        # torch's fused AdamW takes the steps on the CPU too: DeepSpeed's own would be compiled first, for minutes.
+        self.config["zero_force_ds_cpu_optimizer"] = False
+        self.config["data_types"] = {"grad_accum_dtype": "fp32"}  # or micro-batches would add up in bf16
 
     @property
     def layout(self) -> Layout:
@@ -74,13 +77,9 @@ class DeepSpeed(DeepSpeedStrategy):
     def model_sharded_context(self):
         yield  # the layout does it, one weight at a time
 
-    def make_optimizer(self, groups: list[dict], **options) -> torch.optim.Optimizer:
-        """AdamW for the parameter groups; on the CPU, DeepSpeed's own, which is compiled when first used."""
-        if not self.offload_optimizer:
-            return torch.optim.AdamW(groups, fused=self.precision_plugin.precision != "16-mixed", **options)
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    def backward(self, closure_loss, optimizer, *args, **kwargs):
+        # Lightning has divided the loss by the accumulated batches, and DeepSpeed would once more.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def init_deepspeed(self):
         with warnings.catch_warnings():  # PoseModule clips by itself, but not here
@@ -100,7 +99,7 @@ class DeepSpeed(DeepSpeedStrategy):
         super().teardown()
 
 
-def check_strategy(strategy: Strategy, precision: str):
+def check_strategy(strategy: Strategy, precision: str, on_nonfinite: str = "stop"):
     """Whether a strategy can work on the devices it has got.
 
     Raises:
@@ -113,3 +112,8 @@ def check_strategy(strategy: Strategy, precision: str):
         )
     if isinstance(strategy, DeepSpeed) and strategy.needs_gpu and not isinstance(strategy.accelerator, CUDAAccelerator):
         raise ConfigError("DeepSpeed's strategies need a GPU: choose strategy=fsdp or ddp to train on the CPU")
+    if isinstance(strategy, DeepSpeedStrategy) and on_nonfinite == "skip":
+        raise ConfigError(
+            "trainer.on_nonfinite=skip is not supported by DeepSpeed, which takes its steps by itself: choose stop, or "
+            "strategy=fsdp"
+        )

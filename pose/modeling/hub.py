@@ -46,7 +46,9 @@ def from_hub(what: str, load: Callable, path: str, revision: str | None, **kwarg
     if folder is None and not hub_answers():
         kwargs["local_files_only"] = True
     try:
-        return _with_retries(lambda: load(folder or path, revision=revision, **kwargs), f"the {what} of {path}")
+        if folder is not None or "local_files_only" in kwargs:
+            return load(folder or path, revision=revision, **kwargs)
+        return _with_retries(lambda: load(path, revision=revision, **kwargs), f"the {what} of {path}")
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"the {what} of {path} cannot be loaded: a .bin file holds more than tensors, or is damaged, and pickled "

@@ -123,7 +123,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def initial_adapters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What peft would give the adapters of a model, by name, drawn in its order from the same state: it draws A twice."""
+    """What peft would give the adapters of a model, by name, drawn in its order from the same state; A twice."""
     for name, module in model.named_modules():
         if not (hasattr(module, "base_layer") and hasattr(module, "lora_A")):
             continue

@@ -9,7 +9,6 @@ W processes of rank r; a weight of n elements.
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -199,24 +198,27 @@ def find(parameters: dict[str, Any], name: str, prefix: str):
 def random_weights(model: PreTrainedModel) -> Weights:
     """The initial weights of a model on the meta device, those that transformers would draw from the same state.
 
-    transformers draws twice: while a layer is made, and again for the whole model.
+    transformers draws twice, when a layer is made and when all are there: first so for the base model, then for the
+    head.
     """
-    leaves = [
-        (name, copy.deepcopy(module))
+    leaves = {
+        name: copy.deepcopy(module)
         for name, module in model.named_modules()
         if next(module.parameters(recurse=False), None) is not None
-    ]
+    }
+    base = [name for name in leaves if name.startswith(f"{model.base_model_prefix}.")]
 
     def drawn():
-        for _, leaf in leaves:
-            if hasattr(leaf, "reset_parameters"):
-                copy.deepcopy(leaf).to_empty(device="cpu").reset_parameters()
-        for name, leaf in leaves:
-            module = copy.deepcopy(leaf).to_empty(device="cpu")
-            with torch.no_grad():
-                model._init_weights(module)
-            for kind, parameter in module.named_parameters(recurse=False):
-                yield f"{name}.{kind}" if name else kind, parameter.data
+        for names in (base, [name for name in leaves if name not in base]):
+            for name in names:
+                if hasattr(leaves[name], "reset_parameters"):
+                    copy.deepcopy(leaves[name]).to_empty(device="cpu").reset_parameters()
+            for name in names:
+                module = copy.deepcopy(leaves[name]).to_empty(device="cpu")
+                with torch.no_grad():
+                    model._init_weights(module)
+                for kind, parameter in module.named_parameters(recurse=False):
+                    yield f"{name}.{kind}" if name else kind, parameter.data
 
     return drawn()
 
@@ -228,7 +230,7 @@ def with_root(model: PreTrainedModel, function: Callable, *args) -> Any:
     """
     if not isinstance(model, FSDPModule):
         return function(*args)
-    result = model.call(function, *args)
+    result = model.call(lambda: function(*args))  # without arguments, which would be cast to the compute dtype
     if not torch.is_grad_enabled():
         model.reshard()  # otherwise the backward pass does
     return result
@@ -258,40 +260,32 @@ def set_masters(model: PreTrainedModel, weights: Weights):
 
 
 def full_weight(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter as it trains, whole and in the highest precision there is; every process must ask for it.
+    """A parameter as it trains, whole; every process must ask for it.
 
     Args:
         parameter: of a model under any strategy.
 
     Returns:
-        fp32 where the optimizer keeps fp32, of the parameter's full shape.
+        Of the full shape; the fp32 that the optimizer steps on, where the parameter itself is of fewer bits.
     """
-    parameter = (
-        parameter.detach() if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping") else parameter
-    )
     if isinstance(parameter, DTensor):
-        return parameter.full_tensor()
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        import deepspeed
+        return parameter.detach().full_tensor()
+    in_zero3 = hasattr(parameter, "ds_id")
+    if parameter.requires_grad and (in_zero3 or hasattr(parameter, "_hp_mapping")):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if master is not None:
-            return master.detach().view(full_shape(parameter))
-        if hasattr(parameter, "ds_id"):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                return parameter.detach().clone()
+        return safe_get_full_fp32_param(parameter).detach().view(full_shape(parameter))
+    if in_zero3:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
     return parameter.detach()
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of the whole parameter, of which a process may hold a part."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def full_numel(parameter: torch.Tensor) -> int:
-    """The elements of the whole parameter."""
-    return math.prod(full_shape(parameter))
 
 
 def _by_checkpoint_name(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -301,5 +295,5 @@ def _by_checkpoint_name(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
-def _call(function: Callable, *args):
-    return function(*args)
+def _call(function: Callable):
+    return function()

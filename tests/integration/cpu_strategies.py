@@ -6,6 +6,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from pose.strategies import DeepSpeed
 
+BUCKET = 300_000  # elements of a reduction; DeepSpeed's default would outweigh every small model
+
 
 class CpuDeepSpeed(DeepSpeed):
     """The strategy of a GPU, with processes of gloo. Every weight is partitioned, however small."""
@@ -14,7 +16,7 @@ class CpuDeepSpeed(DeepSpeed):
 
     def __init__(self, stage: int, offload_optimizer: bool = False, offload_parameters: bool = False):
         super().__init__(stage, offload_optimizer, offload_parameters)
-        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        self.config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": BUCKET}
 
     @property
     def root_device(self) -> torch.device:

@@ -1,0 +1,279 @@
+"""Two processes of gloo on the CPU, under every strategy, against one process that has the whole model.
+
+One group of processes trains all cases, since a start costs as much as a case.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import strategy_worker  # noqa: E402
+from cpu_strategies import BUCKET  # noqa: E402
+
+ZERO = "strategy._target_=cpu_strategies.CpuDeepSpeed"
+STRATEGIES = {
+    "ddp": ["strategy=ddp"],
+    "fsdp": ["strategy=fsdp"],
+    "zero1": ["strategy=zero1", ZERO],
+    "zero2": ["strategy=zero2", ZERO],
+    "zero3": ["strategy=zero3", ZERO],
+    "zero3_offload": ["strategy=zero3_offload", ZERO],
+}
+SHARDED = ("fsdp", "zero3", "zero3_offload")
+NUM_LAYERS = 3
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 100,  # which two processes cannot share evenly in every matrix
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+COMMON = [
+    "model.tokenizer=assets/tiny",
+    "model.gradient_checkpointing=true",
+    "pose.target_len=256",
+    "data.synthetic={passkey:0,copy:0.3,key_value:0}",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=4",
+    "trainer.global_batch=8",
+    "trainer.micro_batch=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.checkpoint_every_n_steps=null",
+    "finetune.warmup_steps=2",
+    "finetune.weight_decay=0.1",
+    "eval=none",
+]
+# From random weights, an untied head. Some gradients are above the clipping norm, and none would be at half its size.
+RANDOM = [
+    "experiment=pretrain_tiny",
+    *(f"++model.init.{key}={value}" for key, value in SHAPE.items()),
+    "model.init.tie_word_embeddings=false",
+    "data.curriculum=[]",
+    "data.documents=assets/corpora/books.train.jsonl.gz",
+    "data.synthetic.passkey=0",
+    "rope=yarn",
+    "pose=pose",
+    "model.export_dtype=float32",
+    "finetune.lr=1e-3",
+    "trainer.gradient_clip=1.2",
+    "trainer.precision=32-true",
+    "trainer.checkpoint_every_n_steps=2",
+]
+TIED = ["trainer.max_steps=2", "finetune.lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Path:
+    """A model with tied embeddings, saved in fp32 that bf16 cannot hold, in two files."""
+    folder = tmp_path_factory.mktemp("tied")
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE))
+    model.save_pretrained(folder, max_shard_size="600KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tied, tmp_path_factory):
+    """The run folders by name; whole/... are those of one process."""
+    out, cache = tmp_path_factory.mktemp("strategies"), tmp_path_factory.mktemp("cache")
+    random, from_tied = [*RANDOM, *COMMON_AFTER], [f"model.path={tied}", *COMMON, *TIED]
+    kinds = {
+        "random": random,
+        "bf16": [*from_tied, "trainer.precision=bf16-mixed"],
+        "lora": [
+            *from_tied, "trainer.precision=32-true", "finetune=lora", "finetune.lora.train_embeddings_and_norms=true",
+        ],
+        "frozen": [*from_tied, "trainer.precision=bf16-mixed", "finetune.lr=1e-12"],
+    }  # fmt: skip
+    cases = {}
+    for kind, names in {
+        "random": STRATEGIES,
+        "bf16": ("fsdp", "zero1", "zero2", "zero3"),
+        "lora": ("ddp", "fsdp", "zero3"),
+        "frozen": ("zero1", "zero2", "zero3_offload"),
+    }.items():
+        for name in names:
+            cases[f"{kind}/{name}"] = [*kinds[kind], *STRATEGIES[name], "trainer.devices=2", f"cache_dir={cache}"]
+    for name in ("ddp", "fsdp", "zero2", "zero3"):
+        resumed = [f"resume={out}/random/{name}/checkpoints/step-2", "trust_pickle=true"]
+        cases[f"resumed/{name}"] = [*cases[f"random/{name}"], *resumed]
+    threads = torch.get_num_threads()
+    for kind, overrides in kinds.items():
+        strategy_worker.train(f"{kind}/whole", [*overrides, "trainer.devices=1", f"cache_dir={cache}"], out)
+    torch.set_num_threads(threads)
+    (out / "cases.json").write_text(json.dumps(cases))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    result = subprocess.run(
+        [*command, str(HERE / "strategy_worker.py"), str(out / "cases.json"), str(out)],
+        env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-6000:]
+    return out
+
+
+COMMON_AFTER = [item for item in COMMON if not item.startswith(("data.synthetic", "trainer.checkpoint"))]
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    with open(folder / "metrics.csv") as file:
+        return [float(row[key]) for row in csv.DictReader(file) if row[key]]
+
+
+def losses(folder: Path) -> list[float]:
+    return logged(folder, "train/loss")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def seen(folder: Path) -> list[dict]:
+    return [json.loads((folder / f"seen.{rank}.json").read_text()) for rank in range(2)]
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_processes_train_the_same_model_as_one(runs, name):
+    one, two = runs / "random" / "whole", runs / "random" / name
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5) and len(losses(one)) == 4
+    norms = logged(one, "train/grad_norm")
+    assert min(norms) < 1.2 < max(norms) < 2.4
+    # Adam divides by the gradient's size: rounding of the smallest gradients shows, at a thousandth of a step of 1e-3.
+    assert largest_difference(weights(one), weights(two)) < 1e-5
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_global_batch_has_the_same_examples_and_the_same_learning_rate(runs, name):
+    one, two = json.loads((runs / "random" / "whole" / "seen.0.json").read_text()), seen(runs / "random" / name)
+
+    def by_step(*processes):
+        steps = {}
+        for process in processes:
+            for step, rows in process["batches"]:
+                steps.setdefault(step, []).extend(rows)
+        return {step: sorted(rows) for step, rows in steps.items()}
+
+    expected = by_step(one)
+    assert by_step(*two) == expected and {len(rows) for rows in expected.values()} == {8}
+    assert not set(by_step(two[0])[0]) & set(by_step(two[1])[0])
+    # linear, of 4 steps with 2 of warm-up: 0, 1/2, 1, 1/2 of the peak
+    for process in two:
+        assert [process["lr"][str(step)] for step in range(4)] == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize("kind", ["random", "bf16"])
+def test_frequencies_are_fp32_inside_every_strategy(runs, kind):
+    whole = json.loads((runs / kind / "whole" / "seen.0.json").read_text())["inv_freq"]
+    names = [folder.name for folder in (runs / kind).iterdir() if folder.name != "whole"]
+    assert len(names) >= 4 and whole[0][0] == "torch.float32"
+    for name in names:
+        for process in seen(runs / kind / name):
+            assert [(dtype, values) for dtype, _, values in process["inv_freq"]] == [(d, v) for d, _, v in whole]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_no_process_holds_a_whole_model(runs, name):
+    for process in seen(runs / "random" / name):
+        assert process["held"] <= 0.51 * process["total"]
+        assert process["whole_at_once"] <= 2  # the one that is dealt out, and the one read before it
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero1", "zero2", "zero3"])
+def test_bf16_stays_close_to_one_process(runs, name):
+    one, two = runs / "bf16" / "whole", runs / "bf16" / name
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    assert largest_difference(weights(one), weights(two)) < 2.5e-3  # two steps of at most 1e-3, in either direction
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3_offload"])
+def test_master_weights_are_the_checkpoints_own(runs, tied, name):
+    """Under bf16-mixed DeepSpeed makes them from bf16 weights, which would show in what is exported."""
+    before = LlamaForCausalLM.from_pretrained(tied).state_dict()
+    after = weights(runs / "frozen" / name)
+    matrix = before["model.layers.0.mlp.up_proj.weight"]
+    assert (matrix.bfloat16().float() - matrix).abs().max() > 1e-5  # so that rounding would show
+    for key, value in after.items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+def test_adapters_are_merged_into_the_same_weights(runs, name):
+    one, two = weights(runs / "lora" / "whole"), weights(runs / "lora" / name)
+    assert largest_difference(one, two) < 1e-5
+    assert losses(runs / "lora" / name) == pytest.approx(losses(runs / "lora" / "whole"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(runs, name):
+    whole, resumed = runs / "random" / name, runs / "resumed" / name
+    assert largest_difference(weights(whole), weights(resumed)) == 0
+    assert len(losses(resumed)) == 2
+
+
+def persistent_bytes(strategy: str, total: float, trainable: float, processes: int, weight: int) -> float:
+    """The formula of docs/STRATEGIES.md: bytes of weights, gradients and optimizer states in one process.
+
+    Args:
+        strategy: a choice of conf/strategy.
+        total, trainable: parameters.
+        processes: W.
+        weight: bytes of a weight as it computes under DeepSpeed: 2 in bf16-mixed, 4 in 32-true.
+    """
+    share = 1 / processes
+    return {
+        "ddp": 4 * total + 12 * trainable,
+        "fsdp": (4 * total + 12 * trainable) * share,
+        "zero1": weight * total + (8 - weight + 12 * share) * trainable,
+        "zero2": weight * total + 16 * trainable * share,
+        "zero3": (weight * total + 16 * trainable) * share,
+        "zero3_offload": (weight * total + 20 * trainable) * share,
+    }[strategy]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("random", name) for name in STRATEGIES]
+    + [("bf16", name) for name in ("fsdp", "zero1", "zero2", "zero3")]
+    + [("frozen", "zero3_offload")]
+    + [("lora", name) for name in ("ddp", "fsdp", "zero3")],
+)
+def test_memory_is_that_of_the_formula(runs, kind, name):
+    weight = 2 if kind in ("bf16", "frozen") else 4
+    # Buffers of one or two reductions, which do not grow with the model
+    buckets = {"zero1": 2 if kind == "random" else 0, "zero3": 1, "zero3_offload": 1}.get(name, 0)
+    for process in seen(runs / kind / name):
+        expected = persistent_bytes(name, process["total"], process["trainable"], 2, weight) + buckets * BUCKET * weight
+        assert process["live"] == pytest.approx(expected, rel=0.02)
+
+
+def test_the_table_of_the_docs_is_the_formula():
+    total = 6_738_415_616  # LLaMA-7B
+    lines = (HERE.parents[1] / "docs" / "STRATEGIES.md").read_text().splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    assert [row[0] for row in rows] == list(STRATEGIES)
+    for name, _, on_eight, on_one in rows:
+        for cell, processes in ((on_eight, 8), (on_one, 1)):
+            assert float(cell) == pytest.approx(persistent_bytes(name, total, total, processes, 2) / 2**30, abs=0.06)
