@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from pose import build, launch, outcome, runtime, schema
+from pose.checkpoints import end_at_signals
 from pose.report import plot_results, plot_training
 
 schema.register()
@@ -17,21 +18,22 @@ def main(cfg: DictConfig):
     with runtime.readable_errors():
         run_dir = launch.join(Path(HydraConfig.get().runtime.output_dir))
         runtime.set_up(cfg)
+        end_at_signals()
         plan = build.plan_training(cfg, run_dir)
         if plan.is_finished:
-            print(f"The run in {run_dir} is finished: a larger trainer.max_steps would go on", flush=True)
+            outcome.say_finished(run_dir)
             return
         if launch.is_needed(plan.trainer):
-            launch.run(plan.trainer.num_devices, run_dir)
+            launch.run(plan.trainer.num_devices, run_dir, plan.checkpoint and plan.checkpoint.folder)
             return
-        runtime.save_config(cfg, run_dir, plan.step)
+        runtime.save_config(cfg, run_dir, plan.settings, plan.step)
         covered = outcome.cover(plan, run_dir)
-        results = outcome.pick_up(plan, run_dir)
+        results = outcome.pick_up(cfg, plan, run_dir)
 
         if cfg.model.path is not None and cfg.eval.before:
-            outcome.measure(plan, run_dir, results, "untuned", lambda: build.load_model(cfg, plan, plan.base))
+            outcome.measure(cfg, plan, run_dir, results, "untuned", lambda: build.load_model(cfg, plan, plan.base))
             if plan.scaling.name != "none":
-                outcome.measure(plan, run_dir, results, "scaled", lambda: build.load_model(cfg, plan, plan.config))
+                outcome.measure(cfg, plan, run_dir, results, "scaled", lambda: build.load_model(cfg, plan, plan.config))
 
         module = build.build_module(cfg, plan)
         with runtime.explained_memory_errors(cfg):
@@ -39,7 +41,9 @@ def main(cfg: DictConfig):
         if not plan.trainer.is_global_zero:
             return
 
-        outcome.measure(plan, run_dir, results, "extended", lambda: build.load_exported(cfg, plan, run_dir / "model"))
+        outcome.measure(
+            cfg, plan, run_dir, results, "extended", lambda: build.load_exported(cfg, plan, run_dir / "model")
+        )
         outcome.write_card(cfg, plan, results, run_dir)
         plot_training(run_dir / "metrics.csv", run_dir / "plots" / "training.png")
         plot_results(results, run_dir / "plots" / "evaluation.png", plan.geometry.window)

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, SCMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from pose import launch
+from pose import launch, runtime
 from pose.callbacks import Export, ProgressBar, Throughput
 from pose.checkpoints import Checkpoint, CheckpointIO, Checkpoints, find_checkpoint, list_checkpoints, read_checkpoint
 from pose.data.datamodule import PoseDataModule
@@ -58,13 +58,8 @@ SCHEDULES = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What a run that goes on has in common with before, by group, but for these keys.
-RESUME_GROUPS = {
-    "model": ("offline", "attention", "gradient_checkpointing", "export_dtype"),
-    "pose": (),
-    "rope": (),
-    "data": ("documents", "heldout", "num_workers"),
-    "finetune": (),
-}
+RESUME_GROUPS = {"pose": (), "rope": (), "data": ("documents", "heldout", "num_workers"), "finetune": ()}
+OF_NO_WEIGHT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,7 @@ class Plan:
         trainer: built, not started.
         data: tokenised.
         suite: what is measured before and after; None for eval=none.
+        settings: what decides the weights, by key.
         checkpoint: from which training goes on; None at the beginning.
         is_finished: whether the run folder holds this run, complete.
     """
@@ -93,6 +89,7 @@ class Plan:
     trainer: L.Trainer
     data: PoseDataModule
     suite: Suite | None
+    settings: dict[str, Any]
     checkpoint: Checkpoint | None
     is_finished: bool
 
@@ -151,7 +148,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
             new.bos_token_id, new.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     else:
         _check_vocabulary(tokenizer, base, tokenizer_path)
-    trainer = build_trainer(cfg, run_dir)
+    trainer = build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     micro_batch = _accumulate(trainer, cfg.trainer)
     data = PoseDataModule(
         find_documents("data.documents", cfg.data.documents),
@@ -176,17 +173,22 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     data.prepare_data()
     data.setup()
     fill_in(cfg, sampler, scaling)
-    settings = resume_settings(cfg, trainer, data)
+    settings = resume_settings(cfg, trainer, data, base)
+    is_finished = cfg.resume == "auto" and finished_steps(run_dir) == cfg.trainer.max_steps
     if checkpoint is not None:
         check_resume(cfg, checkpoint, settings, run_dir)
+    elif is_finished:
+        before = runtime.read_json(run_dir / "provenance.json").get("settings") or settings
+        check_resume(cfg, Checkpoint(run_dir / "model", cfg.trainer.max_steps, before), settings, run_dir)
     own, t = run_dir / "checkpoints", cfg.trainer
     saved = checkpoint.step if checkpoint is not None and checkpoint.folder.parent == own else None
     trainer.callbacks += [
         Checkpoints(own, t.checkpoint_every_n_steps, t.keep_checkpoints, settings, saved),
         Export(tokenizer, run_dir / "model", DTYPES[cfg.model.export_dtype]),
     ]
-    is_finished = cfg.resume == "auto" and finished_steps(run_dir) == t.max_steps
-    return Plan(base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite, checkpoint, is_finished)
+    return Plan(
+        base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite, settings, checkpoint, is_finished
+    )  # fmt: skip
 
 
 def find_model(cfg: DictConfig):
@@ -361,56 +363,61 @@ def find_resume(cfg: DictConfig, run_dir: Path) -> Checkpoint | None:
         CheckpointError: no whole checkpoint where one is named.
     """
     own = run_dir / "checkpoints"
-    if cfg.resume not in (None, "auto"):
-        path = Path(locate(cfg.resume))
-        if (path / "manifest.json").is_file():
-            return read_checkpoint(path)
-        for folder in (path / "checkpoints", path):
-            if list_checkpoints(folder):
-                return find_checkpoint(folder)
-        raise CheckpointError(
-            f"resume={cfg.resume} holds no checkpoint: give auto, a run folder (with checkpoints/), or one of its "
-            "checkpoints/step-N"
-        )
+    if (chosen := launch.chosen_checkpoint()) is not None:  # by the process that started this one
+        return read_checkpoint(chosen, verify=False) if chosen else None
+    is_complete = finished_steps(run_dir) is not None
     if cfg.resume == "auto":
         checkpoint = find_checkpoint(own)
-        if checkpoint is not None or finished_steps(run_dir) == cfg.trainer.max_steps:
+        if checkpoint is not None or not is_complete or finished_steps(run_dir) == cfg.trainer.max_steps:
             return checkpoint
-    if list_checkpoints(own) or (run_dir / "model").exists():
+    path = None if cfg.resume in (None, "auto") else Path(locate(cfg.resume)).absolute()
+    is_elsewhere = path is None or run_dir.absolute() not in (path, *path.parents)
+    if is_elsewhere and (list_checkpoints(own) or (run_dir / "model").exists()):
         raise ConfigError(
             f"hydra.run.dir={run_dir} holds a run already, which would be overwritten: give another folder"
             + (", or resume=auto to go on with it" if list_checkpoints(own) else "")
         )
-    return None
+    if path is None:
+        return None
+    if (path / "manifest.json").is_file():
+        return read_checkpoint(path)
+    for folder in (path / "checkpoints", path):
+        if list_checkpoints(folder):
+            return find_checkpoint(folder)
+    raise CheckpointError(
+        f"resume={cfg.resume} holds no checkpoint: give auto, a run folder (with checkpoints/), or one of its "
+        "checkpoints/step-N"
+    )
 
 
 def finished_steps(run_dir: Path) -> int | None:
     """The optimizer steps of a complete run, which has written its metrics.json last; None without one."""
-    try:
-        return int(json.loads((run_dir / "metrics.json").read_text())["train/steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    steps = runtime.read_json(run_dir / "metrics.json").get("train/steps")
+    return int(steps) if steps is not None and (run_dir / "model" / "config.json").is_file() else None
 
 
-def resume_settings(cfg: DictConfig, trainer: L.Trainer, data: PoseDataModule) -> dict[str, Any]:
+def resume_settings(
+    cfg: DictConfig, trainer: L.Trainer, data: PoseDataModule, base: PretrainedConfig
+) -> dict[str, Any]:
     """What decides the weights that come out, by key: a run can only go on under the same."""
     strategy = trainer.strategy
+    is_sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
     settings = {
-        "data": data.fingerprint,
+        "data.documents": data.fingerprint,
         "seed": cfg.seed,
         "trainer.global_batch": cfg.trainer.global_batch,
         "trainer.precision": trainer.precision,
         "trainer.gradient_clip": cfg.trainer.gradient_clip,
-        "strategy": type(strategy).__name__
-        if isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
-        else "any",
+        "strategy": type(strategy).__name__ if is_sharded else "any",
     }
     if isinstance(strategy, DeepSpeedStrategy):  # whose checkpoints are of one number of processes
         settings |= {"the number of processes": trainer.world_size, "strategy.stage": cfg.strategy.get("stage")}
+    model = {key: value for key, value in base.to_dict().items() if key not in OF_NO_WEIGHT}
+    settings |= {f"model's {key}": value for key, value in model.items()}  # wherever it was read from
     for group, left_out in RESUME_GROUPS.items():
         values = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
         settings |= {f"{group}.{key}": value for key, value in values.items() if key not in left_out}
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings, default=str))
 
 
 def check_resume(cfg: DictConfig, checkpoint: Checkpoint, settings: dict[str, Any], run_dir: Path):
@@ -499,7 +506,7 @@ def open_checkpoint(ckpt: str, key: str = "ckpt") -> str:
     return str(path) if path.is_dir() else ckpt
 
 
-def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
+def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
     """Lightning's Trainer.
 
     Raises:
@@ -530,7 +537,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path) -> L.Trainer:
             precision=_precision(t.precision, t.accelerator),
             gradient_clip_val=t.gradient_clip,
             log_every_n_steps=min(t.log_every_n_steps, t.max_steps),  # a short run logs its end
-            logger=build_loggers(cfg, run_dir),
+            logger=build_loggers(cfg, run_dir, step),
             callbacks=[ProgressBar(), Throughput()],
             plugins=[CheckpointIO(), *launch.plugins()],
             default_root_dir=run_dir,
@@ -552,13 +559,13 @@ class FitLoop(_FitLoop):
         return False
 
 
-def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
+def build_loggers(cfg: DictConfig, run_dir: Path, step: int = 0) -> list[Logger]:
     """metrics.csv always, and what the group `logger` adds."""
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
     options = OmegaConf.to_container(cfg.logger)
     name = options.pop("name")
     if name == "tensorboard":
-        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None))
     elif name == "wandb":
         loggers.append(_wandb(options, run_dir, goes_on=cfg.resume is not None))
     elif name != "csv":

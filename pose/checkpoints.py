@@ -13,6 +13,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from pose.errors import CheckpointError, Interrupted, TrainingError
+from pose.network import first_line
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of schedulers, some time before they kill
 
@@ -51,7 +54,7 @@ class Checkpoint:
 def find_checkpoint(folder: str | Path) -> Checkpoint | None:
     """The newest whole checkpoint of a folder of checkpoints; None where there is none.
 
-    Says which damaged ones it passes over.
+    Says which damaged ones it passes over. They are removed when the run has written the next one.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
@@ -62,10 +65,10 @@ def find_checkpoint(folder: str | Path) -> Checkpoint | None:
             return read_checkpoint(candidate)
         except CheckpointError as error:
             damaged.append(str(error))
-            rank_zero_only(print)(f"Warning: {error}; the one before it is taken", flush=True)
+            rank_zero_only(print)(f"Warning: {error}; it is passed over", flush=True)
     if damaged:
         raise CheckpointError(
-            f"no checkpoint in {folder} is whole: {'; '.join(damaged)}. Remove the folder to start from the beginning"
+            f"no checkpoint in {folder} is whole: {'; '.join(damaged)}. Remove the run's folder to start anew"
         )
     return None
 
@@ -73,11 +76,15 @@ def find_checkpoint(folder: str | Path) -> Checkpoint | None:
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints of a folder, damaged or not, by step."""
     found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
 
 
-def read_checkpoint(folder: str | Path) -> Checkpoint:
+def read_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
     """Checks every file of a checkpoint against its manifest.
+
+    Args:
+        folder: of the checkpoint.
+        verify: whether to read the files; without it their sizes are compared.
 
     Raises:
         CheckpointError: no checkpoint there, or one that is damaged; names the file.
@@ -85,14 +92,16 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        checkpoint = Checkpoint(folder, manifest["step"], manifest["settings"])
-        for name, (size, digest) in manifest["files"].items():
-            file = folder / name
-            if not file.is_file() or file.stat().st_size != size or _digest(file) != digest:
-                raise CheckpointError(f"the checkpoint {folder} is damaged: {name} is not the file that was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step, settings, files = manifest["step"], manifest["settings"], manifest["files"]
+        if not (isinstance(step, int) and isinstance(settings, dict) and files):
+            raise ValueError("of another form")
+        entries = [(folder / name, size, digest) for name, (size, digest) in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: its manifest.json cannot be read") from error
-    return checkpoint
+    for file, size, digest in entries:
+        if not file.is_file() or file.stat().st_size != size or (verify and _digest(file) != digest):
+            raise CheckpointError(f"the checkpoint {folder} is damaged: {file.name} is not the file that was written")
+    return Checkpoint(folder, step, settings)
 
 
 class CheckpointIO(TorchCheckpointIO):
@@ -156,6 +165,7 @@ class Checkpoints(L.Callback):
     def on_train_end(self, trainer, pl_module):
         if self.every_n_steps:
             self.save(trainer)
+        end_at_signals(replace=True)
 
     def save(self, trainer: L.Trainer):
         """Writes a checkpoint of the step the trainer is at, if there is none yet. Every process must call this.
@@ -166,6 +176,11 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if step == self.saved:
             return
+        if not trainer.strategy.reduce_boolean_decision(_is_finite(trainer.lightning_module)):
+            raise TrainingError(
+                f"weights are infinite or NaN after step {step}: it is not saved, and the checkpoints before it stay. "
+                "Start anew in another folder with a lower finetune.lr or with trainer.gradient_clip=1"
+            )
         partial, folder = self.folder / f".step-{step}.partial", self.folder / f"step-{step}"
         try:
             if trainer.is_global_zero:
@@ -177,20 +192,29 @@ class Checkpoints(L.Callback):
             if trainer.is_global_zero:
                 _remove(folder)
                 partial.rename(folder)
-                for old in list_checkpoints(self.folder)[: -self.keep]:
-                    _remove(old)
-            trainer.strategy.barrier("checkpoint written")
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        except (OSError, RuntimeError) as error:
+            if not isinstance(error, OSError) and "inline_container" not in str(error):  # torch.save on a full disk
+                raise
             if trainer.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
-            kept = [path.name for path in list_checkpoints(self.folder)]
+            kept = ", ".join(path.name for path in list_checkpoints(self.folder)) or "none before it"
             free = shutil.disk_usage(next(path for path in partial.parents if path.is_dir())).free
             raise TrainingError(
-                f"the checkpoint of step {step} cannot be written to {self.folder} ({str(error).splitlines()[0]}; "
-                f"{free / 2**20:,.0f} MiB are free). There is still {', '.join(kept) or 'none before it'}: make room, "
-                "and the same command with resume=auto goes on from there"
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {first_line(error)} "
+                f"({free / 2**20:,.0f} MiB are free). There is still {kept}. When the cause is mended, the same "
+                "command with resume=auto goes on from there"
             ) from error
+        if trainer.is_global_zero:
+            self._prune(step)
+        trainer.strategy.barrier("checkpoint written")
         self.saved = step
+
+    def _prune(self, step: int):
+        """Leaves the newest ones, this one the newest: those beyond it are damaged, or of a way that was given up."""
+        found = list_checkpoints(self.folder)
+        upto = [path for path in found if _step(path) <= step]
+        for path in [*upto[: -self.keep], *found[len(upto) :]]:
+            _remove(path)
 
     def _seal(self, trainer: L.Trainer, partial: Path, step: int):
         """Writes the manifest; each process reads a share of the files."""
@@ -211,6 +235,38 @@ class Checkpoints(L.Callback):
         self.signal = number
 
 
+def end_at_signals(replace: bool = False):
+    """Has SIGTERM and SIGUSR1 end the process with the status of SIGTERM, outside of training: what is written in one
+    step is whole or not there.
+
+    Args:
+        replace: handlers that are there; without it only the system's own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in STOP_SIGNALS:
+        if replace or signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number, frame):
+    name = signal.Signals(number).name
+    print(f"\nStopped by {name}: the same command with resume=auto goes on", file=sys.stderr, flush=True)
+    raise SystemExit(Interrupted.status)
+
+
+@torch.no_grad()
+def _is_finite(module: torch.nn.Module) -> bool:
+    """Whether the trained weights that this process holds are; one look at the device."""
+    parts = [getattr(p, "ds_tensor", p) for p in module.parameters() if p.requires_grad]
+    parts = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
+    return bool(torch.stack([part.isfinite().all() for part in parts]).all())
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 def _digest(file: Path) -> str:
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
@@ -222,4 +278,4 @@ def _remove(folder: Path):
         doomed = folder.with_name(f".{folder.name.lstrip('.')}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

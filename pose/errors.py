@@ -6,9 +6,11 @@ class PoseError(Exception):
 
     Attributes:
         status: of the process that ends with it.
+        is_everywhere: whether every process of a job raises the same, so that one has to say it.
     """
 
     status = 1
+    is_everywhere = False
 
 
 class ConfigError(PoseError):
@@ -35,3 +37,4 @@ class Interrupted(PoseError):
     """A training that was asked to stop, and has written a checkpoint to go on from."""
 
     status = 143  # 128 + SIGTERM, as of a process that SIGTERM ends
+    is_everywhere = True

@@ -37,6 +37,7 @@ from pose.errors import ConfigError, Interrupted, PoseError, TrainingError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
 PARENT = "POSE_PARENT"  # environment variable of a process started here: the id of the one that did
+CHECKPOINT = "POSE_CHECKPOINT"  # and of the checkpoint that it chose
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what torchrun sets, and other launchers after it
 # Settings of Hydra that are of the sweep, or that every process gets anew
 NOT_PASSED_ON = {"mode", "run", "sweep", "sweeper", "launcher", "output_subdir"}
@@ -143,7 +144,12 @@ def is_needed(trainer: L.Trainer) -> bool:
     return devices > 1 or "SUBMITIT_EXECUTOR" in os.environ
 
 
-def run(num_processes: int, run_dir: Path):
+def chosen_checkpoint() -> str | None:
+    """The checkpoint that the process which started this one has found whole: "" for none, None if nobody chose."""
+    return os.environ.get(CHECKPOINT) if PARENT in os.environ else None
+
+
+def run(num_processes: int, run_dir: Path, checkpoint: Path | None = None):
     """Runs this job in processes of its own, and waits for them.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on, and waited for: a checkpoint may take minutes. When a process fails,
@@ -152,6 +158,7 @@ def run(num_processes: int, run_dir: Path):
     Args:
         num_processes: one for each device.
         run_dir: of the job.
+        checkpoint: from which it goes on.
 
     Raises:
         TrainingError: a process failed; has the status of the first that did, 128 + n for signal n.
@@ -164,7 +171,7 @@ def run(num_processes: int, run_dir: Path):
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes), "GROUP_RANK": "0",
-        PARENT: str(os.getpid()),
+        PARENT: str(os.getpid()), CHECKPOINT: str(checkpoint.absolute()) if checkpoint else "",
     }  # fmt: skip
     children: list[subprocess.Popen] = []
     with _noted_signals() as received:

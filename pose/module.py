@@ -96,7 +96,12 @@ class PoseModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer):
         # One look at the device for each optimizer step, by all processes together.
         losses, self._unchecked = self._unchecked, {}
-        broken = bool(losses) and not torch.cat(list(losses.values())).isfinite().all()
+        looked_at = [torch.cat(list(losses.values()))] if losses else []
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients and self._fused:  # with a scaler, infinite ones are its business
+            norm = torch.nn.utils.get_total_norm(gradients)
+            looked_at.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm)[None])
+        broken = bool(looked_at) and not torch.cat([part.float() for part in looked_at]).isfinite().all()
         if not self.trainer.strategy.reduce_boolean_decision(broken, all=False):
             self._num_skipped_in_a_row = 0
             return
@@ -113,13 +118,17 @@ class PoseModule(L.LightningModule):
             torch.distributed.all_gather_object(everywhere, found)
             found = [line for lines in everywhere for line in lines]
         what = f"the loss of step {step} is not finite: {'; '.join(found)}"
+        if not found:
+            what = f"the gradient of step {step} is not finite, though its losses are"
         self._num_skipped_in_a_row += 1
         if self.on_nonfinite == "stop" or self._num_skipped_in_a_row == SKIPS_IN_A_ROW:
             skipped = f" (the last {SKIPS_IN_A_ROW - 1} steps were skipped)" if self.on_nonfinite == "skip" else ""
-            raise TrainingError(
-                f"{what}{skipped}. Look at these examples, lower finetune.lr, set trainer.gradient_clip=1, or leave "
-                "such steps out with trainer.on_nonfinite=skip"
+            error = TrainingError(
+                f"{what}{skipped}. Go on here without such steps (resume=auto trainer.on_nonfinite=skip), or start in "
+                "another folder with a lower finetune.lr or with trainer.gradient_clip=1"
             )
+            error.is_everywhere = True
+            raise error
         self.num_skipped += 1
         rank_zero_only(print)(f"\nStep {step} is skipped ({self.num_skipped} so far): {what}", flush=True)
         optimizer.zero_grad()
@@ -133,11 +142,17 @@ class PoseModule(L.LightningModule):
             self.log("train/skipped_steps", float(self.num_skipped))
 
     def on_save_checkpoint(self, checkpoint: dict):
-        checkpoint["pose"] = {"recent_losses": list(self._recent_losses), "num_skipped": self.num_skipped}
+        recent = torch.stack(self._recent_losses) if self._recent_losses else torch.empty(0, device=self.device)
+        checkpoint["pose"] = {
+            "recent_losses": torch.atleast_2d(self.all_gather(recent)).cpu(),  # a row a process
+            "skipped": (self.num_skipped, self._num_skipped_in_a_row),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict):
-        self._recent_losses = [loss.to(self.device) for loss in checkpoint["pose"]["recent_losses"]]
-        self.num_skipped = checkpoint["pose"]["num_skipped"]
+        recent = checkpoint["pose"]["recent_losses"].to(self.device)
+        same_processes = len(recent) == self.trainer.world_size
+        self._recent_losses = list(recent[self.trainer.global_rank] if same_processes else recent.mean(0))
+        self.num_skipped, self._num_skipped_in_a_row = checkpoint["pose"]["skipped"]
         self._logged_step = checkpoint["global_step"]
         # The loops begin anew at the step, and the data from there on, so that the number of processes and the
         # micro-batch may be others than before.
@@ -148,6 +163,12 @@ class PoseModule(L.LightningModule):
         checkpoint["loops"]["fit_loop"] = loop
 
     def on_train_start(self):
+        # Of a run that goes on the schedule may be longer than it was when this learning rate was worked out.
+        scheduler = self.lr_schedulers()
+        for group, base, rate in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * rate(scheduler.last_epoch)
         # After the strategy has wrapped, cast and restored the model: what trains is what is probed.
         with self.trainer.precision_plugin.forward_context():
             with_root(self.model, run_guards, self.model, self.expected, self.target_len, self.device)

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, SCMode
 
 from pose.build import Plan
 from pose.coverage import coverage
 from pose.modeling.card import Card, license_of, without_folders
 from pose.modeling.rotary import target_len_of
 from pose.report import plot_coverage, print_table, results_table
-from pose.runtime import locate, write_json
+from pose.runtime import locate, read_json, write_json
 
 
 @rank_zero_only
@@ -52,30 +52,53 @@ def cover(plan: Plan, run_dir: Path) -> dict[str, float]:
     return found
 
 
-def pick_up(plan: Plan, run_dir: Path) -> dict[str, dict[str, float]]:
+@rank_zero_only
+def say_finished(run_dir: Path):
+    """What can be done with a run that is complete."""
+    print(
+        f"The run in {run_dir} is finished. A larger trainer.max_steps goes on with it; python evaluate.py "
+        f"ckpt={run_dir} measures it again",
+        flush=True,
+    )
+
+
+def pick_up(cfg: DictConfig, plan: Plan, run_dir: Path) -> dict[str, dict[str, float]]:
     """Makes a run that goes on one with what was before: metrics.csv up to its step, and what was measured.
 
     Returns:
-        The metrics of models that were measured before training, by name; {} at the beginning.
+        The metrics of models that were measured before training, by name, as this run would measure them.
     """
-    measured = run_dir / "measured.json"
-    if plan.checkpoint is None:
-        rank_zero_only(measured.unlink)(missing_ok=True)
-        return {}
-    rank_zero_only(print)(f"Going on from step {plan.step:,} of {plan.trainer.max_steps:,}", flush=True)
-    if plan.trainer.is_global_zero:
-        file = plan.checkpoint.folder.parents[1] / "metrics.csv"
-        rows = list(csv.DictReader(file.open(newline=""))) if file.is_file() else []
+    if plan.checkpoint is not None and rank_zero_only.rank == 0:
+        print(f"Going on from step {plan.step:,} of {plan.trainer.max_steps:,}", flush=True)
+        rows = logged_rows(plan.checkpoint.folder.parents[1] / "metrics.csv")
         experiment = next(logger for logger in plan.trainer.loggers if isinstance(logger, CSVLogger)).experiment
-        experiment.metrics = [
-            {name: value for name, value in row.items() if value} for row in rows if int(row["step"]) < plan.step
-        ]
+        experiment.metrics = [row for row in rows if int(row["step"]) < plan.step]
         experiment.save()
-    return json.loads(measured.read_text()) if measured.is_file() else {}
+    if plan.suite is None:
+        return {}
+    measured = read_json(run_dir / "measured.json")
+    return measured["results"] if measured.get("under") == _measured_under(cfg, plan) else {}
+
+
+def logged_rows(csv_file: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv, each with what it has; those that are damaged are left out, and counted."""
+    if not csv_file.is_file():
+        return []
+    lines = csv_file.read_text(errors="replace").replace("\0", "").splitlines(keepends=True)
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))  # the last one may be cut off
+    whole = [row for row in rows if None not in row.values() and (row.get("step") or "").isdigit()]
+    if missing := max(len(lines) - 1, 0) - len(whole):
+        print(f"Warning: {missing} rows of {csv_file} are damaged, and left out", flush=True)
+    return [{name: value for name, value in row.items() if name and value} for row in whole]
 
 
 def measure(
-    plan: Plan, run_dir: Path, results: dict[str, dict[str, float]], name: str, load: Callable[[], torch.nn.Module]
+    cfg: DictConfig,
+    plan: Plan,
+    run_dir: Path,
+    results: dict[str, dict[str, float]],
+    name: str,
+    load: Callable[[], torch.nn.Module],
 ):
     """Adds the metrics of a model to results, under name, unless they are there; nothing is loaded for eval=none.
 
@@ -85,14 +108,21 @@ def measure(
     measured = run_dir / "measured.json"
     if plan.suite is None or name in results:
         return
+    under = _measured_under(cfg, plan)
     if rank_zero_only.rank != 0:
-        while not (measured.is_file() and name in json.loads(measured.read_text())):
+        while (found := read_json(measured)).get("under") != under or name not in found["results"]:
             time.sleep(1)
         return
     print(f"Measuring the {name} model ...", flush=True)
     results[name] = plan.suite.run(load().to(plan.trainer.strategy.root_device))
     if name != "extended":
-        write_json(measured, results)
+        write_json(measured, {"under": under, "results": results})
+
+
+def _measured_under(cfg: DictConfig, plan: Plan) -> dict:
+    """What the metrics of a model before training depend on."""
+    options = OmegaConf.to_container(cfg.eval, resolve=True, structured_config_mode=SCMode.DICT)
+    return json.loads(json.dumps({"eval": options, "model.path": cfg.model.path, "settings": plan.settings}))
 
 
 def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], covered: dict[str, float]):
@@ -101,10 +131,11 @@ def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]]
     It is the last thing a run writes: a folder that has it is complete.
     """
     logged = {f"coverage/{name}": value for name, value in covered.items()}
+    for row in logged_rows(run_dir / "metrics.csv"):
+        logged |= {name: float(value) for name, value in row.items() if name.startswith("train/")}
     logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
     logged["train/steps"] = plan.trainer.global_step
     write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
-    (run_dir / "measured.json").unlink(missing_ok=True)
 
 
 def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]]):

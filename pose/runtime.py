@@ -32,6 +32,8 @@ PACKAGES = (
     "torch", "transformers", "lightning", "hydra-core", "deepspeed", "tokenizers", "numpy", "safetensors", "peft"
 )  # fmt: skip
 
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of it
+
 
 @contextlib.contextmanager
 def readable_errors():
@@ -44,7 +46,7 @@ def readable_errors():
         yield
     except PoseError as error:
         rank, during_training = os.environ.get("RANK", "0"), isinstance(error, (Interrupted, TrainingError))
-        if rank == "0" or not isinstance(error, Interrupted):  # which all processes raise alike
+        if rank == "0" or not error.is_everywhere:
             where = "" if rank == "0" else f"[process {rank}] "
             bar = "\n" if during_training else ""
             print(f"{bar}{where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -58,6 +60,11 @@ def readable_errors():
         print(
             f"\nThe disk is full ({error}): make room; nothing that was complete is lost", file=sys.stderr, flush=True
         )
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not any(sign in str(error) for sign in LOST_PROCESS):
+            raise
+        print(f"\n[process {os.environ['RANK']}] another process of the job is gone", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
@@ -77,8 +84,8 @@ def explained_memory_errors(cfg: DictConfig):
         batch, length = cfg.trainer.micro_batch, cfg.pose.train_len
         advice = [f"trainer.micro_batch (it is {batch}; the global batch stays)"] if batch > 1 else []
         advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
-        advice += [] if cfg.finetune.lora.rank else ["finetune=lora"]
-        advice += ["strategy=fsdp, zero3 or zero3_offload", f"pose.train_len (it is {length})"]
+        advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
+        advice += ["there strategy=fsdp, zero3 or zero3_offload", f"there pose.train_len (it is {length})"]
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(f"out of memory ({reason}). What helps, the cheapest first: {'; '.join(advice)}") from error
 
@@ -106,6 +113,7 @@ def quiet_libraries():
         ".*exists and is not empty.*",
         ".*`torch.distributed.* is deprecated.*",  # which DeepSpeed calls
         ".*ended before the epoch ended.*",  # here the data begins at the step
+        ".*smaller than the logging interval.*",
         ".*across ranks is zero.*",  # of a run that goes on from its last step
     ):
         warnings.filterwarnings("ignore", message)
@@ -143,17 +151,30 @@ def write_json(path: Path, content: dict):
     os.replace(partial, path)
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file's object; {} where there is none, or nothing that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 @rank_zero_only
-def save_config(cfg: DictConfig, run_dir: Path, step: int = 0):
-    """config.yaml and provenance.json; that of a run which goes on keeps what it was before, under `earlier`."""
+def save_config(cfg: DictConfig, run_dir: Path, settings: dict | None = None, step: int = 0):
+    """config.yaml and provenance.json, which keeps what it was at earlier starts with `resume`.
+
+    Args:
+        cfg: as it was worked out.
+        run_dir: to write to.
+        settings: that decide the weights.
+        step: from which training goes on.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    file, content = run_dir / "provenance.json", provenance()
-    if step:
-        content["from_step"] = step
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(file.read_text())
-            content["earlier"] = [*before.pop("earlier", []), before]
+    file, content = run_dir / "provenance.json", provenance() | {"settings": settings, "from_step": step}
+    if cfg.get("resume") is not None and (before := read_json(file)):
+        content["earlier"] = [*before.pop("earlier", []), before]
     write_json(file, content)
 
 

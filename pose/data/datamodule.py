@@ -1,6 +1,7 @@
 """The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
 
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -144,7 +145,7 @@ class PoseDataModule(L.LightningDataModule):
         self.order = InOrder(self.dataset, step * self.global_batch, rank, world)
         return DataLoader(
             self.dataset, self.micro_batch, sampler=self.order, num_workers=self.num_workers,
-            collate_fn=collate, persistent_workers=self.num_workers > 0,
+            collate_fn=collate, persistent_workers=self.num_workers > 0, worker_init_fn=_outlive_signals,
         )  # fmt: skip
 
     def describe(self, batch_idx: int, row: int) -> str:
@@ -152,6 +153,12 @@ class PoseDataModule(L.LightningDataModule):
         items = islice(self.order, batch_idx * self.micro_batch, (batch_idx + 1) * self.micro_batch)
         rows = [(item, i) for item in items for i in range(self.dataset.num_rows(item))]
         return self.dataset.describe(*rows[row])
+
+
+def _outlive_signals(worker: int):
+    """Schedulers signal every process of a job: the one that trains says when those that read for it end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class InOrder(DistributedSampler):

@@ -18,7 +18,7 @@ ALLOWED = {
     "module": {"modeling", "rope", "errors"},
     "strategies": {"modeling", "errors"},
     "callbacks": {"modeling"},
-    "checkpoints": {"errors"},
+    "checkpoints": {"errors", "network"},
     "report": {"coverage"},
     "launch": {"errors"},
 }

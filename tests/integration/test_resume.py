@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A model from random weights, with dropout, that trains fast enough to be killed often.
 SMALL = (
@@ -30,11 +30,12 @@ SMALL = (
 )  # fmt: skip
 
 
-def _train(arguments: list[str], log: str, limit: int | None):
+def _train(arguments: list[str], log: str, limit: int | None, cwd: Path):
     if limit is not None:  # no file can grow beyond
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    os.setsid()  # a process group of its own, to be signalled as a whole
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
-    os.chdir(REPOSITORY)
+    os.chdir(cwd)
     sys.argv = ["train.py", "--config-path", str(REPOSITORY / "conf"), *arguments]
     import train
 
@@ -49,9 +50,9 @@ def start(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     path, sys.path[:] = list(sys.path), [str(REPOSITORY), *sys.path]
 
-    def start_(folder, *overrides, limit=None):
+    def start_(folder, *overrides, limit=None, cwd=REPOSITORY):
         arguments = [*SMALL, *overrides, f"hydra.run.dir={folder}", f"cache_dir={cache}"]
-        process = context.Process(target=_train, args=(arguments, f"{folder}.log", limit))
+        process = context.Process(target=_train, args=(arguments, f"{folder}.log", limit, cwd))
         process.start()
         return process
 
@@ -63,8 +64,8 @@ def start(tmp_path_factory):
 def finish(start):
     """Runs train.py to its end; returns the status."""
 
-    def finish_(folder, *overrides, limit=None) -> int:
-        process = start(folder, *overrides, limit=limit)
+    def finish_(folder, *overrides, **options) -> int:
+        process = start(folder, *overrides, **options)
         process.join(300)
         return process.exitcode
 
@@ -144,6 +145,29 @@ def test_a_signal_writes_a_checkpoint_and_ends_in_good_order(start, finish, unin
     assert_same_end(run, uninterrupted)
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["from_step"] == step and len(provenance["earlier"]) == 1
+
+
+def test_a_signal_to_every_process_of_a_run_with_workers(start, finish, uninterrupted, tmp_path):
+    """As SLURM sends it: the processes that read must outlive it."""
+    run = tmp_path / "run"
+    process = start(run, "data.num_workers=2", "trainer.checkpoint_every_n_steps=null")
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143, Path(f"{run}.log").read_text()[-3000:]
+    assert len(steps(run)) == 1 and "Traceback" not in Path(f"{run}.log").read_text()
+    assert finish(run, "data.num_workers=2") == 0
+    assert_same_end(run, uninterrupted)
+
+
+def test_a_process_that_is_signalled_before_it_trains_ends(start, tmp_path):
+    process, log = start(tmp_path / "run"), tmp_path / "run.log"
+    while not (log.exists() and "documents of" in log.read_text()):
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(60)
+    assert process.exitcode == 143
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(finish, uninterrupted, tmp_path):
@@ -226,10 +250,11 @@ def test_a_damaged_checkpoint_is_passed_over(finish, uninterrupted, tmp_path):
     [
         (["seed=1"], ["seed=1, which was 0"]),
         (["finetune.lr=1e-3"], ["finetune.lr=0.001, which was 0.0015"]),
-        (["data.documents=assets/corpora/proofs.train.jsonl.gz"], ["data="]),
+        (["data.documents=assets/corpora/proofs.train.jsonl.gz"], ["data.documents="]),
         (["trainer.max_steps=10"], ["trainer.max_steps=10 is fewer than the 40 steps"]),
         (["resume=null"], ["holds a run already", "resume=auto"]),
-        (["resume=assets/tiny"], ["resume=assets/tiny holds no checkpoint"]),
+        (["resume=assets/tiny"], ["holds a run already"]),
+        (["+model.init.attention_bias=true"], ["model's attention_bias=True, which was False"]),
         (["trainer.on_nonfinite=ignore"], ["trainer.on_nonfinite='ignore'", "stop or skip"]),
         (["trainer.keep_checkpoints=0"], ["trainer.keep_checkpoints=0"]),
     ],
@@ -240,6 +265,39 @@ def test_what_a_run_cannot_go_on_with(finish, uninterrupted, tmp_path, overrides
     assert finish(run, *overrides) == 1
     log = Path(f"{run}.log").read_text()
     assert all(word in log for word in words) and "Traceback" not in log
+
+
+def test_it_goes_on_from_any_folder_and_with_a_damaged_log(finish, uninterrupted, tmp_path):
+    """The tokenizer's path is another there, the same file; the log lost the end of a line."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    shutil.rmtree(run / "model")
+    (run / "metrics.json").unlink()
+    (run / "provenance.json").write_text("[]")
+    with open(run / "metrics.csv", "r+") as file:
+        file.truncate((run / "metrics.csv").stat().st_size - 5)
+    whole = rows(run)[:-1]
+    assert finish(run, f"model.tokenizer={REPOSITORY}/assets/tiny", cwd=tmp_path) == 0, Path(f"{run}.log").read_text()[
+        -3000:
+    ]
+    assert "rows of" in Path(f"{run}.log").read_text() and rows(run) == whole
+    got, wanted = weights(run), weights(uninterrupted)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert json.loads((run / "metrics.json").read_text())["train/loss"] > 0
+
+
+def test_another_run_in_the_folder_is_not_overwritten(finish, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    assert finish(run, f"resume={uninterrupted}") == 1
+    assert "holds a run already" in Path(f"{run}.log").read_text()
+    assert finish(run, f"resume={run}/checkpoints/step-39") == 0, "going back inside of it is asked for"
+    assert steps(run) == [39, 40]
+
+
+def test_a_path_without_a_checkpoint_is_named(finish, tmp_path):
+    assert finish(tmp_path / "run", "resume=assets/tiny") == 1
+    assert "resume=assets/tiny holds no checkpoint" in Path(f"{tmp_path}/run.log").read_text()
 
 
 def test_another_run_can_be_gone_on_with_elsewhere(finish, uninterrupted, tmp_path):

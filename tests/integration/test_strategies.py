@@ -20,6 +20,7 @@ sys.path.insert(0, str(HERE))
 import strategy_worker  # noqa: E402
 from cpu_strategies import BUCKET  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strategies")]
 ZERO = "strategy._target_=cpu_strategies.CpuDeepSpeed"
 STRATEGIES = {
     "ddp": ["strategy=ddp"],

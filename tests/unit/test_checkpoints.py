@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pose.checkpoints import CheckpointIO, Checkpoints, find_checkpoint, list_checkpoints, read_checkpoint
-from pose.errors import CheckpointError, TrainingError
+from pose.errors import CheckpointError, Interrupted, TrainingError
 
 
 class Line(L.LightningModule):
@@ -88,7 +88,18 @@ def empty(folder):
     (folder / "manifest.json").write_text("{}")
 
 
-DAMAGES = [remove("state"), remove("manifest.json"), cut, flip, scribble, empty]
+def rewrite(**entries):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text()) | entries
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+DAMAGES = [
+    remove("state"), remove("manifest.json"), cut, flip, scribble, empty, rewrite(files=None), rewrite(files=[]),
+    rewrite(files={}), rewrite(step="4"), rewrite(settings=None), rewrite(files={"state": 3}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -101,11 +112,47 @@ def test_a_damaged_one_is_passed_over_with_a_warning(fit, capsys, damage):
     assert "Warning" in (printed := capsys.readouterr().out) and "step-4" in printed
 
 
+def test_a_damaged_newer_one_makes_way_for_the_next(fit):
+    """It counts for none of those that are kept: else the one just written would go in its place."""
+    folder = fit(8, every_n_steps=4)
+    flip(folder / "step-8")
+    fit(6, every_n_steps=3, keep=1)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-6"]
+    assert find_checkpoint(folder).step == 6
+
+
+def test_weights_that_are_not_finite_are_not_saved(fit, monkeypatch, tmp_path):
+    training_step = Line.training_step
+
+    def diverges(self, batch, batch_idx):
+        if self.global_step == 5:
+            self.layer.weight.data.fill_(torch.inf)
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Line, "training_step", diverges)
+    with pytest.raises(TrainingError, match=r"infinite or NaN after step 6: it is not saved.*another folder"):
+        fit(9)
+    assert find_checkpoint(tmp_path / "checkpoints").step == 4
+
+
+def test_a_signal_to_another_process_stops_this_one(fit, monkeypatch):
+    asked = []
+
+    def reduce_boolean_decision(self, decision, all=True):
+        asked.append((decision, all))
+        return True if all else len(asked) > 3
+
+    monkeypatch.setattr("lightning.pytorch.strategies.Strategy.reduce_boolean_decision", reduce_boolean_decision)
+    with pytest.raises(Interrupted, match="asked to stop at step 3"):
+        fit(9, every_n_steps=None)
+    assert asked[:4] == [(False, False)] * 4
+
+
 def test_when_all_are_damaged_nothing_is_guessed(fit):
     folder = fit(4)
     for checkpoint in list_checkpoints(folder):
         flip(checkpoint)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole.*Remove the folder"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole.*Remove the run's folder"):
         find_checkpoint(folder)
 
 

@@ -36,7 +36,7 @@ def data(tmp_path):
     return data
 
 
-def fit(data, **options) -> tuple[PoseModule, L.Trainer]:
+def fit(data, callbacks=(), **options) -> tuple[PoseModule, L.Trainer]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -53,8 +53,9 @@ def fit(data, **options) -> tuple[PoseModule, L.Trainer]:
         warmup_steps=0, schedule="constant", max_steps=15, **options,
     )  # fmt: skip
     trainer = L.Trainer(
-        max_steps=15, max_epochs=-1, accumulate_grad_batches=2, accelerator="cpu", logger=False, callbacks=[Weights()],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        max_steps=15, max_epochs=-1, accumulate_grad_batches=2, accelerator="cpu", logger=False,
+        callbacks=[Weights(), *callbacks], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(module, data)
     return module, trainer
@@ -128,6 +129,52 @@ def test_skipping_without_end_stops(data, break_loss):
     break_loss(lambda row, i: i >= 4)
     with pytest.raises(TrainingError, match=f"loss of step {SKIPS_IN_A_ROW + 1} .*last {SKIPS_IN_A_ROW - 1} steps"):
         fit(data, on_nonfinite="skip")
+
+
+def test_skipped_steps_may_be_many_but_not_in_a_row(data, break_loss):
+    break_loss(lambda row, i: i // 4 % 2 == 0)
+    module, _ = fit(data, on_nonfinite="skip")
+    assert module.num_skipped == 8
+
+
+def test_a_gradient_that_is_not_finite_counts_too(data):
+    class Explodes(L.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 2:
+                next(pl_module.parameters()).grad[0, 0] = torch.inf
+
+    with pytest.raises(TrainingError, match="the gradient of step 3 is not finite, though its losses are"):
+        fit(data, callbacks=[Explodes()])
+    module, _ = fit(data, callbacks=[Explodes()], on_nonfinite="skip")
+    assert module.num_skipped == 1 and all(p.isfinite().all() for p in module.parameters())
+
+
+def test_what_another_process_finds_counts_here(data, monkeypatch):
+    asked = []
+
+    def reduce_boolean_decision(self, decision, all=True):
+        asked.append((decision, all))
+        return len(asked) == 4
+
+    monkeypatch.setattr("lightning.pytorch.strategies.Strategy.reduce_boolean_decision", reduce_boolean_decision)
+    module, trainer = fit(data, on_nonfinite="skip")
+    assert module.num_skipped == 1 and asked == [(False, False)] * 15
+    before = next(callback.before for callback in trainer.callbacks if isinstance(callback, Weights))
+    assert [step for step in range(14) if torch.equal(before[step], before[step + 1])] == [3]
+
+
+def test_the_logged_loss_is_the_mean_since_the_last(data, monkeypatch):
+    honest, losses = pose_module.loss_and_example_losses, []
+
+    def record(*arguments):
+        losses.append(honest(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(pose_module, "loss_and_example_losses", record)
+    _, trainer = fit(data)
+    torch.testing.assert_close(
+        trainer.callback_metrics["train/loss"], torch.stack([loss for loss, _ in losses[-2:]]).mean()
+    )
 
 
 def test_dropout_is_of_the_step_alone(data, monkeypatch):
