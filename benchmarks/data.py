@@ -6,7 +6,9 @@ from a DataLoader with one worker process, copied over to this process, from the
 """
 
 import argparse
+import contextlib
 import itertools
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,8 +36,9 @@ def build_data(args: argparse.Namespace, cache_dir: str | Path, num_workers: int
         window_len=args.target_len,
         num_workers=num_workers,
     )
-    data.prepare_data()
-    data.setup()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+        data.prepare_data()
+        data.setup()
     return data
 
 

@@ -103,8 +103,8 @@ def all_cores():
     """
     global _set_in
     name = "TOKENIZERS_PARALLELISM"
-    if _set_in == os.getpid():
-        os.environ.pop(name, None)
+    if _set_in == os.getpid() and os.environ.get(name) == "false":
+        del os.environ[name]
     try:
         yield
     finally:
