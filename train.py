@@ -1,5 +1,6 @@
 """Extends a model's context window: python train.py [group=choice ...] [key=value ...]"""
 
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -30,20 +31,20 @@ def main(cfg: DictConfig):
         covered = outcome.cover(plan, run_dir)
         results = outcome.pick_up(cfg, plan, run_dir)
 
-        if cfg.model.path is not None and cfg.eval.before:
-            outcome.measure(cfg, plan, run_dir, results, "untuned", lambda: build.load_model(cfg, plan, plan.base))
-            if plan.scaling.name != "none":
-                outcome.measure(cfg, plan, run_dir, results, "scaled", lambda: build.load_model(cfg, plan, plan.config))
-
-        module = build.build_module(cfg, plan)
         with runtime.explained_memory_errors(cfg):
+            if cfg.model.path is not None and cfg.eval.before:
+                load_untuned = partial(build.load_model, cfg, plan, plan.base)
+                outcome.measure(cfg, plan, run_dir, results, "untuned", load_untuned)
+                if plan.scaling.name != "none":
+                    load_scaled = partial(build.load_model, cfg, plan, plan.config)
+                    outcome.measure(cfg, plan, run_dir, results, "scaled", load_scaled)
+            module = build.build_module(cfg, plan)
             plan.trainer.fit(module, plan.data, ckpt_path=plan.ckpt_path, weights_only=True)
-        if not plan.trainer.is_global_zero:
-            return
+            if not plan.trainer.is_global_zero:
+                return
+            load_extended = partial(build.load_exported, cfg, plan, run_dir / "model")
+            outcome.measure(cfg, plan, run_dir, results, "extended", load_extended)
 
-        outcome.measure(
-            cfg, plan, run_dir, results, "extended", lambda: build.load_exported(cfg, plan, run_dir / "model")
-        )
         outcome.write_card(cfg, plan, results, run_dir)
         plot_training(run_dir / "metrics.csv", run_dir / "plots" / "training.png")
         plot_results(results, run_dir / "plots" / "evaluation.png", plan.geometry.window)

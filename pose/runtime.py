@@ -70,7 +70,7 @@ def readable_errors():
 
 @contextlib.contextmanager
 def explained_memory_errors(cfg: DictConfig):
-    """Turns an out-of-memory error of the training into one that names what to lower.
+    """Turns an out-of-memory error into one that names what to lower.
 
     Raises:
         TrainingError: memory ran out.
@@ -86,6 +86,7 @@ def explained_memory_errors(cfg: DictConfig):
         advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
         advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
         advice += ["there strategy=fsdp, zero3 or zero3_offload", f"there pose.train_len (it is {length})"]
+        advice += ["where it was measuring, eval.before=false or eval=none"]
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(f"out of memory ({reason}). What helps, the cheapest first: {'; '.join(advice)}") from error
 

@@ -123,9 +123,11 @@ class TokenCache:
         if cache is None:
             try:
                 (root / ".locks").mkdir(parents=True, exist_ok=True)
-                with _lock(root / ".locks" / folder.name, f"{sources[0].name} is being tokenised by another job"):
+                with _lock(
+                    root / ".locks" / folder.name, f"{sources[0].name} is being tokenised by another job"
+                ) as alone:
                     cache = cls._open(folder) or cls._build(
-                        folder, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents
+                        folder, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, alone
                     )
             except OSError as error:
                 raise DataError(
@@ -142,9 +144,11 @@ class TokenCache:
             return None
 
     @classmethod
-    def _build(cls, folder: Path, sources, tokeniser, broken, min_tokens, max_documents) -> "TokenCache":
-        for old in folder.parent.glob(folder.name + ".*"):  # of killed jobs
-            if time.time() - old.stat().st_mtime > A_DAY:
+    def _build(cls, folder: Path, sources, tokeniser, broken, min_tokens, max_documents, alone) -> "TokenCache":
+        for old in folder.parent.glob(
+            folder.name + ".*"
+        ):  # of killed jobs, or where there are no locks of running ones
+            if alone or time.time() - old.stat().st_mtime > A_DAY:
                 shutil.rmtree(old, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
         try:
@@ -206,16 +210,18 @@ class _Memo:
 
 
 @contextmanager
-def _lock(path: Path, waiting: str) -> Iterator[None]:
-    """Holds a file's lock, which the kernel takes from a process that dies; nothing where there are no locks."""
+def _lock(path: Path, waiting: str) -> Iterator[bool]:
+    """Holds a file's lock, which the kernel takes from a process that dies; yields whether there is one to hold."""
     with open(path, "a") as file:
+        alone = False
         with suppress(OSError):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"{waiting}: waiting for it", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone
 
 
 def _tokenise(sources, tokeniser: Tokeniser, broken: Broken, min_tokens: int, max_documents: int | None, folder: Path):
@@ -235,8 +241,8 @@ def _tokenise(sources, tokeniser: Tokeniser, broken: Broken, min_tokens: int, ma
         bar,
     ):
         for batch in _batches(sources, tokeniser, broken):
-            rows = tokeniser.encode([text for _, text, _, _ in batch])
-            for (document_id, text, left_out, is_last), row in zip(batch, rows, strict=True):
+            rows = tokeniser.encode([text for _, text, _, _, _ in batch])
+            for (document_id, text, left_out, is_last, num_broken), row in zip(batch, rows, strict=True):
                 out.write(row[left_out:])
                 length += len(row) - left_out
                 characters += len(text)
@@ -253,6 +259,7 @@ def _tokenise(sources, tokeniser: Tokeniser, broken: Broken, min_tokens: int, ma
                     index.write(np.array([start, id_end]))
                 length = 0
                 if kept == max_documents:
+                    broken.forget_after(num_broken)
                     break
             seconds = max(time.monotonic() - began, 1e-9)
             bar.update(sum(source.position for source in sources) - bar.n)
@@ -277,17 +284,23 @@ def _tokenise(sources, tokeniser: Tokeniser, broken: Broken, min_tokens: int, ma
     (folder / "index.json").write_text(json.dumps(counts, indent=1))
 
 
-def _batches(sources, tokeniser: Tokeniser, broken: Broken) -> Iterator[list[tuple[str, str, int, bool]]]:
-    """(id, piece of text, tokens to leave out, whether it is the document's last) in lists of about batch_size."""
+def _batches(sources, tokeniser: Tokeniser, broken: Broken) -> Iterator[list[tuple[str, str, int, bool, int]]]:
+    """(id, piece of text, tokens to leave out, whether it is the document's last, broken places before it), in lists of
+    about batch_size. What is there before an error comes before it: no more than that may be asked for."""
     batch, size = [], 0
-    for source in sources:
-        for document in source.read(broken):
-            for piece, left_out, is_last in _pieces(document, tokeniser):
-                batch.append((document.id, piece, left_out, is_last))
-                size += len(piece) + 64
-                if size >= tokeniser.batch_size:
-                    yield batch
-                    batch, size = [], 0
+    try:
+        for source in sources:
+            for document in source.read(broken):
+                for piece, left_out, is_last in _pieces(document, tokeniser):
+                    batch.append((document.id, piece, left_out, is_last, broken.count))
+                    size += len(piece) + 64
+                    if size >= tokeniser.batch_size:
+                        yield batch
+                        batch, size = [], 0
+    except DataError:
+        if batch:
+            yield batch
+        raise
     if batch:
         yield batch
 

@@ -1,9 +1,10 @@
 """Documents as files hold them: JSON lines, Parquet, plain text; plain or compressed, one file or many."""
 
+import codecs
 import glob
 import gzip
-import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,10 @@ class Broken:
         if len(self.first) < 5:
             self.first.append(message)
 
+    def forget_after(self, count: int):
+        """Counts the first ones alone: what came after them was read ahead, and is not used."""
+        self.count, self.first = count, self.first[:count]
+
 
 class Files:
     """The documents of files, in order.
@@ -104,8 +109,10 @@ class Files:
                 raise DataError(f"{path} cannot be read: {error}") from error
             with file:
                 self._tell = file.tell
-                yield from READERS[_kind(path)](path, file, self.text_field, broken)
-                self._before, self._tell = self._before + size, lambda: 0
+                try:
+                    yield from READERS[_kind(path)](path, file, self.text_field, broken)
+                finally:
+                    self._before, self._tell = self._before + size, lambda: 0
 
 
 def find_files(pattern: str | Path) -> list[Path]:
@@ -120,8 +127,13 @@ def find_files(pattern: str | Path) -> list[Path]:
     """
     path = Path(pattern)
     if path.is_dir():
-        inside = (file for file in path.rglob("*") if _kind(file) and file.is_file())
-        found = sorted(file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        found, seen = [], set()
+        for folder, folders, names in os.walk(path, followlinks=True):
+            place = os.path.realpath(folder)
+            folders[:] = [] if place in seen else [name for name in folders if not name.startswith(".")]
+            seen.add(place)
+            found += [Path(folder, name) for name in names if _kind(Path(name)) and not name.startswith(".")]
+        found = sorted(file for file in found if file.is_file())
         if not found:
             raise DataError(f"the folder {path} holds no file that is read here: {ACCEPTED}")
         return found
@@ -181,7 +193,7 @@ def document_of(record: dict, text_field: str, where: str, place: str, broken: B
 
 
 def _kind(path: Path) -> str | None:
-    suffixes = path.suffixes[-2:]
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in PACKED:
         suffix = suffixes[0] if len(suffixes) == 2 else ""
         return suffix if suffix in (".jsonl", ".txt") else None
@@ -189,25 +201,41 @@ def _kind(path: Path) -> str | None:
 
 
 def _unpack(path: Path, file: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(file)
-    if path.suffix == ".zst":
-        pyarrow = _pyarrow(path)
-        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 20)
+    if path.suffix.lower() == ".zst":
+        zstd = _zstd(path)
+        return zstd.open(file, options={zstd.DecompressionParameter.window_log_max: 31})
     return file
+
+
+def _zstd(path: Path):
+    try:
+        from backports import zstd
+    except ImportError as error:
+        raise ConfigError(f"{path} needs the package backports.zstd: pip install backports.zstd") from error
+    return zstd
 
 
 def _read_jsonl(path: Path, file: BinaryIO, text_field: str, broken: Broken) -> Iterator[Document]:
     number = 0
     try:
         for number, line in enumerate(_unpack(path, file), 1):
-            if not line.isspace():
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line and not line.isspace():
                 document = _parse(line, path, number, text_field, broken)
                 del line  # a long one is not held while its text is worked on
                 if document is not None:
                     yield document
-    except (OSError, EOFError, zlib.error) as error:
+    except Exception as error:
+        if not _is_damage(error):
+            raise
         broken.found(f"{path} cannot be read past line {number}: {error}", error)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error is of the file or its archive."""
+    return isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ == "ZstdError"
 
 
 def _parse(line: bytes, path: Path, number: int, text_field: str, broken: Broken) -> Document | None:
@@ -227,7 +255,9 @@ def _read_txt(path: Path, file: BinaryIO, text_field: str, broken: Broken) -> It
     except UnicodeDecodeError as error:
         number = error.object.count(b"\n", 0, error.start) + 1
         broken.found(f"{path}, line {number}: not UTF-8 ({error.reason})", error)
-    except (OSError, EOFError, zlib.error) as error:
+    except Exception as error:
+        if not _is_damage(error):
+            raise
         broken.found(f"{path} cannot be read: {error}", error)
     else:
         yield Document(path.name, text)
@@ -241,11 +271,11 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str, broken: Broken) -
     try:
         parquet = ParquetFile(file)
         names = parquet.schema_arrow.names
-        kind = parquet.schema_arrow.field(text_field).type if text_field in names else None
-        if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        kind = parquet.schema_arrow.field(text_field).type if names.count(text_field) == 1 else None
+        if kind is None or not _is_text(kind, pyarrow.types):
+            columns = ", ".join(f"{field.name} ({field.type})" for field in parquet.schema_arrow)
             raise DataError(
-                f"{path}: no column of text named {text_field!r}; it has the columns {sorted(names)} "
-                "(choose one with data.text_field)"
+                f"{path}: no single column of text named {text_field!r}; it has {columns} (choose with data.text_field)"
             )
         columns = [name for name in (text_field, "id") if name in names]
         for batch in parquet.iter_batches(_rows_at_once(parquet, text_field), columns=columns, use_threads=False):
@@ -262,6 +292,12 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str, broken: Broken) -
                     yield document
     except (OSError, pyarrow.ArrowException) as error:
         broken.found(f"{path} cannot be read past row {number}: {error}", error)
+
+
+def _is_text(kind, types) -> bool:
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type, types)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _rows_at_once(parquet, text_field: str) -> int:

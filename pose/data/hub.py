@@ -58,7 +58,7 @@ class HubDataset:
         if self.format is not None and self.data_files is None:
             raise ConfigError(f"format={self.format} of the dataset {self.path} needs data_files, a glob in it")
         files = [self.data_files] if isinstance(self.data_files, str) else list(self.data_files or [])
-        if not all(isinstance(file, str) and ".." not in Path(file).parts for file in files):
+        if not all(isinstance(file, str) and _is_inside(file) for file in files):
             raise ConfigError(f"data_files={self.data_files!r} of the dataset {self.path}: give globs inside of it")
         object.__setattr__(self, "data_files", files or None)
 
@@ -176,6 +176,11 @@ class HubDataset:
             f"{message}. Check name, split and data_files; broken lines can be skipped in files of your own: "
             f"hf download {self.path} --repo-type dataset --local-dir FOLDER, data.documents=FOLDER"
         )
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a glob names files of the dataset alone, of which its cache is a copy."""
+    return ".." not in Path(file).parts and not Path(file).is_absolute() and "://" not in file
 
 
 class HubSource:

@@ -10,7 +10,8 @@ given to it in pieces. That the pieces have the tokens of the whole is not assum
 * A piece is given with the character before it, the anchor, whose tokens are taken away again: so a
   tokenizer that puts a space before every text does to a piece what it does inside a text.
 
-Text without such a place, and a tokenizer without a Rust backend, is tokenised whole.
+So a rule of a tokenizer may look at 256 characters around a place, and no further. Text without such a
+place, and a tokenizer without a Rust backend, is tokenised whole.
 """
 
 import os
@@ -44,7 +45,8 @@ class Tokeniser:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        largest = max(tokenizer.get_vocab().values())
+        self.dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
         self.batch_size = 4 * PIECE * max(os.cpu_count() or 1, 4)
         self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         self._cuts = None

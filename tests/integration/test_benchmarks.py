@@ -35,6 +35,12 @@ def test_data(script):
         assert f"{speed['median']:,.0f}" in line, name
 
 
+def test_tokenise(script):
+    line, content = run(script, "benchmarks.tokenise", "assets/corpora/books.heldout.jsonl.gz")
+    assert line.startswith("tokenise: ") and content["documents"] > 0 and content["peak_mib"] > 0
+    assert content["tokens"] > 1e5 and content["seconds"] > 0
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_loop(script, precision):
     """Both loops end with the same weights: they did the same work."""

@@ -255,15 +255,23 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(path, texts, tokenizer, 
     assert_holds(cache, texts, tokenizer)
 
 
-def test_what_killed_builds_left_is_removed_a_day_later(path, texts, tokenizer, tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_killed_builds_left_is_removed(path, texts, tokenizer, tmp_path, monkeypatch, locks):
+    """By who holds the lock; where there are none a day later, for another job may be at it."""
     folder = TokenCache.build(path, tokenizer, tmp_path / "cache").folder
     (folder / "index.json").unlink()
     fresh, old = (folder.with_name(f"{folder.name}.{name}") for name in ("fresh", "old"))
     fresh.mkdir()
     old.mkdir()
     os.utime(old, (0, 0))
+    if not locks:
+        monkeypatch.setattr(cache_module.fcntl, "flock", no_locks)
     TokenCache.build(path, tokenizer, tmp_path / "cache")
-    assert sorted(folders(tmp_path / "cache")) == [folder, fresh]
+    assert sorted(folders(tmp_path / "cache")) == ([folder] if locks else [folder, fresh])
+
+
+def no_locks(*_):
+    raise OSError("no locks here")
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -377,6 +385,29 @@ def test_max_documents_counts_those_that_are_long_enough_and_reads_no_further(tm
         assert (cache.folder / "tokens.bin").stat().st_size == 2 * 2 * most
     with pytest.raises(DataError, match=r"b\.jsonl, line 8"):
         build(99)
+
+
+@pytest.mark.parametrize("on_broken", ["error", "skip"])
+def test_what_is_broken_beyond_max_documents_does_not_count(tmp_path, on_broken):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w1"}\nbroken\n{"text": "w2"}\n{"text": "w3"}\nbroken\n' if on_broken == "skip" else
+                    '{"text": "w1"}\n{"text": "w2"}\nbroken\n')  # fmt: skip
+    cache = TokenCache.build(path, word_tokenizer(9), tmp_path / "cache", max_documents=2, on_broken=on_broken)
+    assert len(cache) == 2 and cache.info["broken"] == (on_broken == "skip") == len(cache.info["first_broken"])
+
+
+def test_tokens_of_what_is_left_out_last_are_not_in_the_file(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["w1 w1 w1", "w2 w2"])
+    cache = TokenCache.build(path, word_tokenizer(9), tmp_path / "cache", min_tokens=3)
+    assert (cache.folder / "tokens.bin").stat().st_size == 2 * 3 and list(cache[0]) == [1, 1, 1]
+
+
+def test_a_renamed_file_is_another_cache_and_a_tokenizers_state_is_not(path, tokenizer, tmp_path):
+    """The ids of documents name the file; truncation is set by a call, and no matter here."""
+    first = TokenCache.build(path, tokenizer, tmp_path / "cache").folder
+    tokenizer("a b c", truncation=True, max_length=2, padding="max_length")
+    assert TokenCache.build(path, tokenizer, tmp_path / "cache").folder == first
+    assert TokenCache.build(path.rename(tmp_path / "b.jsonl"), tokenizer, tmp_path / "cache").folder != first
 
 
 def test_files_in_a_list_or_folder_are_one_set_in_order(tmp_path):

@@ -114,10 +114,12 @@ def numbered_archive(num: int = 4000) -> bytes:
     return gzip.compress(lines(*({"text": f"{i}{'abcdefgh'[i % 8] * (i % 50)}"} for i in range(num))))
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.99])
+@pytest.mark.parametrize("keep", [0.3, 0.999])
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_a_truncated_archive_names_the_last_line_read(tmp_path, keep, kind):
-    whole = numbered_archive() if kind == "gz" else zstd(gzip.decompress(numbered_archive(200_000)))
+    archive = numbered_archive(4000 if kind == "gz" else 20_000)
+    whole_lines = gzip.decompress(archive).splitlines()
+    whole = archive if kind == "gz" else zstd(gzip.decompress(archive))
     path = tmp_path / f"cut.jsonl.{kind}"
     path.write_bytes(whole[: int(keep * len(whole))])
     read = []
@@ -127,6 +129,8 @@ def test_a_truncated_archive_names_the_last_line_read(tmp_path, keep, kind):
     assert f"{path} cannot be read past line {len(read)}:" in str(error.value)
     documents, broken = skipped(path)
     assert documents == read and broken.first == [str(error.value)]
+    if keep > 0.9:
+        assert len(documents) > 0.9 * len(whole_lines), "what came before the last block is kept"
 
 
 def test_a_damaged_archive_is_a_data_error(tmp_path):
@@ -181,11 +185,43 @@ def test_parquet_that_is_broken(tmp_path):
     documents, broken = skipped(path)
     assert [document.text for document in documents] == ["x", "y"] and broken.count == 1
     for field in ("body", "n"):
-        with pytest.raises(DataError, match=rf"no column of text named '{field}'.*\['n', 'text'\].*data.text_field"):
+        with pytest.raises(
+            DataError, match=rf"no single column of text named '{field}'.*text \(string\), n \(int64\).*data.text_field"
+        ):
             skipped(path, field)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"a\.parquet cannot be read past row 0"):
         list(read_documents(path))
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "string_view", "large_string"])
+def test_parquet_columns_of_text_in_other_forms(tmp_path, kind):
+    text = pyarrow.array(["a b", "c", "a b"])
+    text = text.dictionary_encode() if kind == "dictionary" else text.cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    assert [document.text for document in read_documents(tmp_path / "a.parquet")] == ["a b", "c", "a b"]
+
+
+def test_two_columns_of_one_name(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no single column of text named 'text'"):
+        list(read_documents(tmp_path / "a.parquet"))
+
+
+def test_a_byte_order_mark_before_a_blank_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\n{"text": "a"}\n')
+    assert [document.text for document in read_documents(tmp_path / "a.jsonl")] == ["a"]
+
+
+def test_linked_folders_and_capital_suffixes_are_read_and_circles_end(tmp_path):
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    write(other / "A.JSONL", lines({"text": "x"}))
+    (folder / "link").symlink_to(other)
+    (other / "back").symlink_to(folder)
+    assert "A.JSONL" in {path.name for path in find_files(folder)} and len(find_files(folder)) == 1
 
 
 def test_folders_and_globs_are_sorted_and_leave_out_what_is_not_read_here(tmp_path):

@@ -222,6 +222,8 @@ def test_the_commit_is_pinned_and_remembered_for_when_the_hub_is_away(
         ({"path": "a/b", "format": "pandas", "data_files": "x"}, "format='pandas'.*json, parquet"),
         ({"path": "a/b", "format": "json"}, "needs data_files"),
         ({"path": "a/b", "data_files": "../x"}, "globs inside"),
+        ({"path": "a/b", "data_files": "/x/y.jsonl"}, "globs inside"),
+        ({"path": "a/b", "data_files": "hf://datasets/c/d/x"}, "globs inside"),
         ({"path": "a/b", "trust_remote_code": True}, r"\['trust_remote_code'\].*its fields are path"),
         ({"name": "x"}, "without a path"),
     ],
