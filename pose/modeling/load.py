@@ -25,7 +25,16 @@ from pose.modeling.baichuan import Baichuan
 from pose.modeling.gptj import GPTJ
 from pose.modeling.hub import find_file, from_hub, read_weights
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
-from pose.modeling.shard import Layout, Weights, fill, parameters_on_meta, random_weights
+from pose.modeling.shard import (
+    Layout,
+    Weights,
+    fill,
+    keep_used_conversions,
+    note_conversions,
+    parameters_on_meta,
+    random_weights,
+    renamed,
+)
 from pose.modeling.spm_tokenizer import load_spm_tokenizer
 from pose.rope import RopeGeometry, RopeScaling
 
@@ -205,6 +214,7 @@ def build_model(
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(**options)
         model.tie_weights()
+        note_conversions(model, from_checkpoint=path is not None)
     elif path is None:
         model = AutoModelForCausalLM.from_config(**options)
     else:
@@ -237,7 +247,7 @@ def build_model(
 
 
 def checkpoint_weights(path: str, **hub) -> Weights:
-    """The weights of a checkpoint by the names that its class in transformers has for them. Args as `read_weights`."""
+    """The weights of a checkpoint by the names that transformers reads them under. Args as `read_weights`."""
     form = _read_form(path, **hub)
     for name, tensor in read_weights(path, **hub):
         if form is None:
@@ -248,7 +258,11 @@ def checkpoint_weights(path: str, **hub) -> Weights:
 
 def _fill(path: str, model: PreTrainedModel, layout: Layout, **hub) -> list[str]:
     """What from_pretrained does, for a model in parts."""
-    missing = fill(model, checkpoint_weights(path, **hub), layout)
+    try:
+        missing = fill(model, renamed(model, checkpoint_weights(path, **hub)), layout)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    keep_used_conversions(model)
     _load_generation_config(model, path, **hub)
     return missing
 

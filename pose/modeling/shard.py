@@ -9,6 +9,7 @@ W processes of rank r; a weight of n elements.
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -17,7 +18,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
+from pose.errors import CheckpointError
 from pose.modeling.lora import initial_adapters
 
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -153,8 +157,8 @@ def fill(model: PreTrainedModel, weights: Weights, layout: Layout) -> list[str]:
 
     Args:
         model: as `layout.wrap` left it; adapters (`pose.modeling.lora`) get their initial values.
-        weights: of the model, whole, by their names in a checkpoint; read one after the other, by every process in
-            the same order.
+        weights: of the model, whole, by its names for them (`renamed`); read one after the other, by every process
+            in the same order.
         layout: how they are dealt out.
 
     Returns:
@@ -185,6 +189,63 @@ def fill(model: PreTrainedModel, weights: Weights, layout: Layout) -> list[str]:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(layout.device))
     return [name for name, parameter in meta.items() if id(parameter) in waiting]
+
+
+def note_conversions(model: PreTrainedModel, from_checkpoint: bool):
+    """Notes on a model how its names differ from those of its checkpoints: for `renamed`, and for save_pretrained.
+
+    transformers would look it up when it saves, by the model's class, which `Layout.wrap` may replace by another.
+
+    Args:
+        model: on the meta device, before `Layout.wrap`.
+        from_checkpoint: whether it is to be filled from one: `keep_used_conversions` comes after that. A model of
+            random weights is saved under the names that transformers gives to one.
+    """
+    conversions = get_model_conversion_mapping(model, add_legacy=from_checkpoint)
+    model._weight_conversions = [c for c in conversions if from_checkpoint or not isinstance(c, PrefixChange)]
+
+
+def keep_used_conversions(model: PreTrainedModel):
+    """Forgets what the names of the checkpoint had no need of, as from_pretrained: the model is saved under them."""
+    model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion.was_used()]
+
+
+def renamed(model: PreTrainedModel, weights: Weights) -> Weights:
+    """The weights of a checkpoint by the names that the model has for them, as from_pretrained renames them.
+
+    Args:
+        model: that `note_conversions` has seen.
+        weights: by their names in the checkpoint.
+
+    Raises:
+        CheckpointError: transformers makes a weight of the model out of several in the checkpoint, or the reverse; or
+            the checkpoint has two different weights for one tied parameter, which from_pretrained would untie.
+    """
+    parameters = _by_checkpoint_name(model)
+    owners = Counter(id(parameter) for parameter in parameters.values())
+    renamings = [c for c in model._weight_conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
+    tied: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in weights:
+        new_name, converter = rename_source_key(name, renamings, converters)
+        parameter = find(parameters, new_name, model.base_model_prefix)
+        if parameter is None:  # a name of the model, which the renaming was not meant for
+            new_name, converter = name, None
+            parameter = find(parameters, name, model.base_model_prefix)
+        if converter is not None:
+            raise CheckpointError(
+                f"{name} is merged with other weights, or split, when a {model.config.model_type} model is loaded, so "
+                "this checkpoint cannot be dealt out to several processes: take strategy=ddp or finetune=lora with "
+                "strategy=auto"
+            )
+        if owners[id(parameter)] > 1:
+            first, other = tied.setdefault(id(parameter), (name, tensor))
+            if first != name and not torch.equal(other.float(), tensor.float()):
+                raise CheckpointError(
+                    f"{first} and {name} differ, and the config says that they are one (tie_word_embeddings: true): "
+                    "set it to false in config.json, or remove the one that is not the model's"
+                )
+        yield new_name, tensor
 
 
 def find(parameters: dict[str, Any], name: str, prefix: str):
@@ -241,12 +302,12 @@ def set_masters(model: PreTrainedModel, weights: Weights):
 
     Args:
         model: inside the engine.
-        weights: as for `fill`.
+        weights: those that the model was filled from, by their names in the checkpoint.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     parameters = _by_checkpoint_name(model)
-    for name, tensor in weights:
+    for name, tensor in renamed(model, weights):
         parameter = find(parameters, name, model.base_model_prefix)
         if parameter is None or not parameter.requires_grad:
             continue

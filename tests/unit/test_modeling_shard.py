@@ -9,14 +9,16 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.accelerators import CPUAccelerator
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from pose import build, runtime, schema, strategies
 from pose.errors import CheckpointError, ConfigError
+from pose.modeling.export import export_model
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import LoraOptions, add_lora
 from pose.modeling.rotary import rotary_modules
-from pose.modeling.shard import FullyShard, Whole, decoder_layers, fill, parameters_on_meta
+from pose.modeling.shard import FullyShard, Whole, decoder_layers, fill, parameters_on_meta, set_masters
 
 schema.register()
 SHAPE = {
@@ -30,11 +32,31 @@ def small_config(model_type: str = "llama", **options):
     return AutoConfig.for_model(model_type, **SHAPE | options)
 
 
+def save(folder, model_type: str = "llama", **options):
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(small_config(model_type, **options)).save_pretrained(folder)
+    return folder
+
+
+def rewrite(folder, change):
+    """change(tensors) on what the weights' file holds."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(small_config()).save_pretrained(tmp_path)
-    return tmp_path
+    return save(tmp_path)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of one process, this one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 def equal(one, two) -> bool:
@@ -70,6 +92,67 @@ def test_a_folder_is_filled_in_with_or_without_the_prefix(folder):
     assert equal(whole, filled)
     tokens = torch.arange(12)[None]
     torch.testing.assert_close(filled(tokens).logits, whole(tokens).logits)
+
+
+@pytest.mark.parametrize("head", ["embed_out.weight", "lm_head.weight"])  # on the hub, and in the class
+def test_names_that_transformers_changes_while_it_loads(head, tmp_path, monkeypatch):
+    save(tmp_path, "gpt_neox")
+    rewrite(tmp_path, lambda tensors: tensors.update({head: tensors.pop("embed_out.weight")}))
+    whole = build_model(load_config(str(tmp_path)), str(tmp_path), "sdpa")
+    filled = build_model(load_config(str(tmp_path)), str(tmp_path), "sdpa", layout=LAYOUT)
+    assert equal(whole, filled)
+    masters = {}
+    monkeypatch.setattr("deepspeed.utils.safe_set_full_fp32_param", lambda p, value: masters.update({id(p): value}))
+    set_masters(filled, filled.source())
+    for name, parameter in filled.named_parameters():
+        assert torch.equal(masters[id(parameter)], whole.get_parameter(name).flatten())
+
+
+@pytest.mark.parametrize("source", ["embed_out.weight", "lm_head.weight", "random"])
+def test_an_export_has_the_names_of_one_process(source, mesh, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
+    save(tmp_path, "gpt_neox", vocab_size=len(tokenizer))
+    path = None if source == "random" else str(tmp_path)
+    if path is not None:
+        rewrite(tmp_path, lambda tensors: tensors.update({source: tensors.pop("embed_out.weight")}))
+    tensors = []
+    for layout in (None, FullyShard(mesh, torch.device("cpu"), None)):
+        torch.manual_seed(8)
+        model = build_model(load_config(str(tmp_path)), path, "sdpa", layout=layout)
+        export_model(model, tokenizer, tmp_path / "export")
+        tensors.append(load_file(tmp_path / "export" / "model.safetensors"))
+    whole, sharded = tensors
+    assert whole.keys() == sharded.keys() and all(torch.equal(whole[name], sharded[name]) for name in whole)
+    assert ("embed_out.weight" if source == "random" else source) in sharded
+
+
+@pytest.mark.parametrize("change", [lambda head: head * 2, lambda head: head[1:].clone()])
+def test_tied_embeddings_that_differ_are_named(change, tmp_path):
+    save(tmp_path, tie_word_embeddings=True)
+    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+    build = partial(build_model, load_config(str(tmp_path)), str(tmp_path), "sdpa")
+    whole = build()
+    rewrite(tmp_path, lambda tensors: tensors.update({head: tensors[embeddings].clone()}))
+    filled = build(layout=LAYOUT)
+    assert equal(whole, filled) and filled.get_output_embeddings().weight is filled.get_input_embeddings().weight
+    rewrite(tmp_path, lambda tensors: tensors.update({head: change(tensors[head])}))
+    message = rf"{tmp_path}: {head} and {embeddings} differ, .* \(tie_word_embeddings: true\): set it to false"
+    with pytest.raises(CheckpointError, match=message):
+        build(layout=LAYOUT)
+    with pytest.raises(CheckpointError, match=f"{head} and {embeddings} differ"):
+        set_masters(filled, filled.source())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"), [("mixtral", {"num_local_experts": 2}), ("qwen3_moe", {"num_experts": 2, "head_dim": 8})]
+)
+def test_experts_that_are_merged_while_they_are_read_are_refused(model_type, options, tmp_path):
+    save(tmp_path, model_type, **options)
+    message = (
+        rf"{tmp_path}: model.*experts.0\..* a {model_type} model .* strategy=ddp or finetune=lora with strategy=auto"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        build_model(load_config(str(tmp_path)), str(tmp_path), "sdpa", layout=LAYOUT)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape"])
