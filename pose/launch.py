@@ -9,6 +9,7 @@ job's own overrides in the job's own folder, whatever started the job; the proce
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
@@ -95,6 +97,29 @@ def join(run_dir: Path) -> Path:
             "give a folder, such as hydra.run.dir=outputs/$SLURM_JOB_ID"
         )
     return run_dir
+
+
+@contextlib.contextmanager
+def alone_in(run_dir: Path):
+    """Keeps other runs out of a folder while it lasts; a process that is killed keeps nobody out.
+
+    Raises:
+        ConfigError: another run is at work there.
+    """
+    if PARENT in os.environ or rank_zero_only.rank:  # whoever started this one has seen to it
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the processes that read
+        except (BlockingIOError, PermissionError) as error:
+            raise ConfigError(
+                f"another run is at work in hydra.run.dir={run_dir}: give another folder, or wait"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def num_started() -> int | None:

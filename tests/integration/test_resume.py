@@ -170,6 +170,18 @@ def test_a_process_that_is_signalled_before_it_trains_ends(start, tmp_path):
     assert process.exitcode == 143
 
 
+def test_two_runs_in_one_folder_do_not_meet(start, finish, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    first = start(run)
+    while not (run / "metrics.csv").exists():
+        time.sleep(0.01)
+    assert finish(run) == 1, "while the first is at work"
+    assert "another run is at work" in Path(f"{run}.log").read_text()
+    first.join()
+    assert first.exitcode == 0
+    assert_same_end(run, uninterrupted)
+
+
 def test_a_longer_run_goes_on_from_a_shorter_one(finish, uninterrupted, tmp_path):
     """With a schedule that does not depend on the length, raising max_steps is the longer run."""
     constant = ("finetune.schedule=constant_with_warmup", "data.curriculum=[]")
