@@ -1,10 +1,6 @@
 """From a composed config to objects, checked before any weights are loaded. Only this knows the config's keys."""
 
-import json
-import netrc
-import os
 import re
-import uuid
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,19 +14,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, SCMode
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from pose import launch, runtime
 from pose.callbacks import Export, ProgressBar, Throughput
-from pose.checkpoints import Checkpoint, CheckpointIO, Checkpoints, find_checkpoint, list_checkpoints, read_checkpoint
+from pose.checkpoints import Checkpoint, CheckpointIO, Checkpoints
 from pose.data.datamodule import PoseDataModule
 from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.suite import EvalOptions, Suite, default_lengths
+from pose.loggers import build_loggers
 from pose.modeling.attention import resolve_backend
 from pose.modeling.gguf import cached_folder, describe, find_gguf
 from pose.modeling.guards import check_loss
@@ -41,6 +37,7 @@ from pose.modeling.rotary import target_len_of
 from pose.modeling.shard import Layout
 from pose.module import PoseModule
 from pose.positions import PositionSampler
+from pose.resume import check_resume, find_resume, finished_steps, resume_settings
 from pose.rope import Frequencies, RopeGeometry, RopeScaling, require_number
 from pose.runtime import locate
 from pose.strategies import check_strategy
@@ -56,10 +53,6 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# What a run that goes on has in common with before, by group, but for these keys.
-RESUME_GROUPS = {"pose": (), "rope": (), "data": ("documents", "heldout", "num_workers"), "finetune": ()}
-OF_NO_WEIGHT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 @dataclass(frozen=True)
@@ -355,100 +348,6 @@ def fill_in(cfg: DictConfig, sampler: PositionSampler, scaling: RopeScaling):
         cfg.rope.factor = scaling.factor
 
 
-def find_resume(cfg: DictConfig, run_dir: Path) -> Checkpoint | None:
-    """The checkpoint from which the run goes on, by the key `resume`.
-
-    Raises:
-        ConfigError: the run folder holds another run, which a start from the beginning would overwrite.
-        CheckpointError: no whole checkpoint where one is named.
-    """
-    own = run_dir / "checkpoints"
-    if (chosen := launch.chosen_checkpoint()) is not None:  # by the process that started this one
-        return read_checkpoint(chosen, verify=False) if chosen else None
-    is_complete = finished_steps(run_dir) is not None
-    if cfg.resume == "auto":
-        checkpoint = find_checkpoint(own)
-        if checkpoint is not None or not is_complete or finished_steps(run_dir) == cfg.trainer.max_steps:
-            return checkpoint
-    path = None if cfg.resume in (None, "auto") else Path(locate(cfg.resume)).absolute()
-    is_elsewhere = path is None or run_dir.absolute() not in (path, *path.parents)
-    if is_elsewhere and (list_checkpoints(own) or (run_dir / "model").exists()):
-        raise ConfigError(
-            f"hydra.run.dir={run_dir} holds a run already, which would be overwritten: give another folder"
-            + (", or resume=auto to go on with it" if list_checkpoints(own) else "")
-        )
-    if path is None:
-        return None
-    if (path / "manifest.json").is_file():
-        return read_checkpoint(path)
-    for folder in (path / "checkpoints", path):
-        if list_checkpoints(folder):
-            return find_checkpoint(folder)
-    raise CheckpointError(
-        f"resume={cfg.resume} holds no checkpoint: give auto, a run folder (with checkpoints/), or one of its "
-        "checkpoints/step-N"
-    )
-
-
-def finished_steps(run_dir: Path) -> int | None:
-    """The optimizer steps of a complete run, which has written its metrics.json last; None without one."""
-    steps = runtime.read_json(run_dir / "metrics.json").get("train/steps")
-    return int(steps) if steps is not None and (run_dir / "model" / "config.json").is_file() else None
-
-
-def resume_settings(
-    cfg: DictConfig, trainer: L.Trainer, data: PoseDataModule, base: PretrainedConfig
-) -> dict[str, Any]:
-    """What decides the weights that come out, by key: a run can only go on under the same."""
-    strategy = trainer.strategy
-    is_sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
-    settings = {
-        "data.documents": data.fingerprint,
-        "seed": cfg.seed,
-        "trainer.global_batch": cfg.trainer.global_batch,
-        "trainer.precision": trainer.precision,
-        "trainer.gradient_clip": cfg.trainer.gradient_clip,
-        "strategy": type(strategy).__name__ if is_sharded else "any",
-    }
-    if isinstance(strategy, DeepSpeedStrategy):  # whose checkpoints are of one number of processes
-        settings |= {"the number of processes": trainer.world_size, "strategy.stage": cfg.strategy.get("stage")}
-    model = {key: value for key, value in base.to_dict().items() if key not in OF_NO_WEIGHT}
-    settings |= {f"model's {key}": value for key, value in model.items()}  # wherever it was read from
-    for group, left_out in RESUME_GROUPS.items():
-        values = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
-        settings |= {f"{group}.{key}": value for key, value in values.items() if key not in left_out}
-    return json.loads(json.dumps(settings, default=str))
-
-
-def check_resume(cfg: DictConfig, checkpoint: Checkpoint, settings: dict[str, Any], run_dir: Path):
-    """Whether the run may go on from a checkpoint.
-
-    Raises:
-        ConfigError: a setting that decides the weights is another than before, or the run is over, or it would
-            unpickle what came from elsewhere.
-    """
-    changed = [
-        f"{key}={settings.get(key)!r}, which was {checkpoint.settings.get(key)!r}"
-        for key in sorted(settings.keys() | checkpoint.settings.keys())
-        if settings.get(key) != checkpoint.settings.get(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"the run cannot go on from {checkpoint.folder} with {'; '.join(changed)}. Give the values of before, or "
-            "start anew in another folder"
-        )
-    if settings["strategy"] != "any" and run_dir not in checkpoint.folder.parents and not cfg.trust_pickle:
-        raise ConfigError(
-            f"resume={cfg.resume}: the checkpoints of this strategy are read by unpickling, which can run code, and "
-            "this one is of another folder. If you trust whoever made it, set trust_pickle=true"
-        )
-    if checkpoint.step > cfg.trainer.max_steps:
-        raise ConfigError(
-            f"trainer.max_steps={cfg.trainer.max_steps} is fewer than the {checkpoint.step} steps that "
-            f"{checkpoint.folder} has done: give at least as many"
-        )
-
-
 def build_module(cfg: DictConfig, plan: Plan) -> PoseModule:
     """The LightningModule, whose model is loaded when the strategy is there."""
     options = vars(OmegaConf.to_object(cfg.finetune))
@@ -559,20 +458,6 @@ class FitLoop(_FitLoop):
         return False
 
 
-def build_loggers(cfg: DictConfig, run_dir: Path, step: int = 0) -> list[Logger]:
-    """metrics.csv always, and what the group `logger` adds."""
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
-    options = OmegaConf.to_container(cfg.logger)
-    name = options.pop("name")
-    if name == "tensorboard":
-        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None))
-    elif name == "wandb":
-        loggers.append(_wandb(options, run_dir, goes_on=cfg.resume is not None))
-    elif name != "csv":
-        raise ConfigError(f"logger.name={name!r} is unknown: choose csv, tensorboard or wandb")
-    return loggers
-
-
 def _sampler(arguments: dict, window: int) -> PositionSampler:
     if arguments.get("train_len") is None:
         arguments["train_len"] = window
@@ -650,26 +535,3 @@ def _precision(precision: str, accelerator: str) -> str:
         instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         fast_bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
     return "bf16-mixed" if fast_bf16 else "32-true"
-
-
-def _wandb(options: dict, run_dir: Path, goes_on: bool) -> Logger:
-    offline = options.pop("offline")
-    if offline is None:
-        offline = not _has_wandb_account()
-    id_file = run_dir / ".wandb_id"  # under which a run goes on
-    if goes_on and id_file.is_file():
-        run_id = id_file.read_text()
-    else:
-        run_id = uuid.uuid4().hex[:8]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        rank_zero_only(id_file.write_text)(run_id)
-    return WandbLogger(save_dir=run_dir, offline=offline, id=run_id, resume="allow", **options)
-
-
-def _has_wandb_account() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

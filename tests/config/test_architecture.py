@@ -22,7 +22,7 @@ ALLOWED = {
     "report": {"coverage"},
     "launch": {"errors"},
 }
-KNOW_HYDRA = {"schema", "runtime", "build", "outcome", "report", "launch"}
+KNOW_HYDRA = {"schema", "runtime", "build", "outcome", "report", "launch", "resume", "loggers"}
 
 
 def imports(file: Path) -> set[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pose import build, schema
+from pose import build, loggers, schema
 from pose.errors import CheckpointError, ConfigError, DataError, PoseError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -142,7 +142,7 @@ def test_shipped_files_are_found_from_anywhere(plan, tmp_path, monkeypatch):
 def test_wandb_is_offline_without_an_account(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert not build._has_wandb_account()
+    assert not loggers._has_wandb_account()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert build._has_wandb_account()
+    assert loggers._has_wandb_account()
