@@ -1,6 +1,8 @@
 """Failures of a network: which may pass, and how long to wait for it."""
 
 import gzip
+import time
+from collections.abc import Callable
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -26,6 +28,23 @@ def may_pass(error: BaseException, local: bool = False) -> bool:
         return True
     networking = type(error).__module__.startswith(("httpx", "httpcore", "aiohttp", "requests", "urllib3"))
     return networking or (isinstance(error, OSError) and not local)
+
+
+def wait_for_network(what: str, error: BaseException, attempt: int, sleep: Callable[[float], None] = time.sleep):
+    """Says what failed and waits before the next attempt.
+
+    Args:
+        what: was under way.
+        error: that may pass.
+        attempt: the next one, from 1 to RETRIES.
+        sleep: waits so many seconds.
+    """
+    wait = FIRST_WAIT * 2 ** (attempt - 1)
+    print(
+        f"{what} failed ({first_line(error)}): attempt {attempt} of {RETRIES} to go on from there, in {wait:g} s",
+        flush=True,
+    )
+    sleep(wait)
 
 
 def first_line(error: BaseException) -> str:

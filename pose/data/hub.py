@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from pose.data.documents import Broken, Document, document_of
 from pose.errors import ConfigError, DataError
-from pose.network import FIRST_WAIT, RETRIES, first_line, may_pass
+from pose.network import RETRIES, first_line, may_pass, wait_for_network
 
 FORMATS = ("json", "parquet", "csv", "text")
 HUB_TIMEOUT = 10.0  # seconds, for the question which commit is meant
@@ -160,13 +160,7 @@ class HubDataset:
                         f"({first_line(error)}): start again later, or download it (hf download {self.path} "
                         "--repo-type dataset --local-dir FOLDER) and give the folder in place of the hub id"
                     ) from error
-                wait = FIRST_WAIT * 2 ** (failures - 1)
-                print(
-                    f"{self.label} failed after row {number} ({first_line(error)}): attempt {failures} of {RETRIES} "
-                    f"to go on from there, in {wait:g} s",
-                    flush=True,
-                )
-                sleep(wait)
+                wait_for_network(f"{self.label} after row {number}", error, failures, sleep)
 
     def _cannot(self, number: int, error: Exception) -> str:
         message = f"the dataset {self.label} cannot be read past row {number}: {first_line(error)}"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from pose.errors import CheckpointError
-from pose.network import FIRST_WAIT, RETRIES, first_line, may_pass
+from pose.network import RETRIES, first_line, may_pass, wait_for_network
 
 _LIBRARY_ERRORS = (SafetensorError, huggingface_hub.errors.StrictDataclassError)
 WEIGHT_FILES = tuple(
@@ -66,13 +66,7 @@ def _with_retries(load: Callable, what: str, sleep: Callable[[float], None] = ti
         except Exception as error:  # transformers wraps what the hub's library raises in errors of its own
             if not any(may_pass(cause, local=True) for cause in _causes(error)):
                 raise
-            wait = FIRST_WAIT * 2 ** (attempt - 1)
-            print(
-                f"Downloading {what} failed ({first_line(error)}): attempt {attempt} of {RETRIES} "
-                f"to go on, in {wait:g} s",
-                flush=True,
-            )
-            sleep(wait)
+            wait_for_network(f"Downloading {what}", error, attempt, sleep)
     return load()
 
 

@@ -206,6 +206,18 @@ def test_a_run_killed_after_its_training_is_exported_by_the_next_start(finish, u
     assert_same_end(run, uninterrupted)
 
 
+def test_without_checkpoints_a_run_is_complete_or_starts_anew(finish, uninterrupted, tmp_path):
+    run, none = tmp_path / "run", "trainer.checkpoint_every_n_steps=null"
+    assert finish(run, none) == 0 and steps(run) == []
+    assert finish(run, none) == 0 and "is finished" in Path(f"{run}.log").read_text()
+    assert finish(run, none, "seed=1") == 1 and "seed=1, which was 0" in Path(f"{run}.log").read_text()
+    (run / "metrics.json").unlink()  # as if killed in the last evaluation
+    (run / ".model.half").mkdir()  # and before in an export
+    assert finish(run, none) == 0
+    assert_same_end(run, uninterrupted)
+    assert not (run / ".model.half").exists()
+
+
 def test_the_micro_batch_may_change(finish, tmp_path):
     """The examples of a global batch stay the same, and so, up to rounding, do the weights."""
     whole, run = tmp_path / "whole", tmp_path / "run"

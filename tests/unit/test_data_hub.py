@@ -108,13 +108,13 @@ def test_after_a_failure_it_goes_on_without_repeating_or_losing(repository, fail
     assert got == list(range(1, 31))
     assert waits[: hub.RETRIES] == [1, 2, 4, 8, 16]
     said = capsys.readouterr().out
-    assert f"failed after row {int(word[1:]) - 1} (reset by peer): attempt 1 of 5 to go on from there, in 1 s" in said
+    assert f"after row {int(word[1:]) - 1} failed (reset by peer): attempt 1 of 5 to go on from there, in 1 s" in said
 
 
 def test_in_the_end_it_says_which_dataset_and_what_to_do_and_leaves_nothing(
     repository, fail, monkeypatch, tokenizer, tmp_path
 ):
-    monkeypatch.setattr(hub, "FIRST_WAIT", 0)
+    monkeypatch.setattr("pose.network.FIRST_WAIT", 0)
     fail([("w12", ConnectionError("gone"))] * (hub.RETRIES + 1))
     documents = {"path": str(repository), "name": "reports", "text_field": "report"}
     with pytest.raises(DataError, match=r"\(reports, train\) failed 6 times .* row 11 \(gone\).*hf download"):

@@ -36,7 +36,7 @@ def data(tmp_path):
     return data
 
 
-def fit(data, callbacks=(), **options) -> tuple[PoseModule, L.Trainer]:
+def fit(data, callbacks=(), steps=15, ckpt_path=None, **options) -> tuple[PoseModule, L.Trainer]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -50,14 +50,14 @@ def fit(data, callbacks=(), **options) -> tuple[PoseModule, L.Trainer]:
     )
     module = PoseModule(
         lambda strategy: model, expected=None, target_len=64, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1,
-        warmup_steps=0, schedule="constant", max_steps=15, **options,
+        warmup_steps=0, max_steps=steps, **{"schedule": "constant"} | options,
     )  # fmt: skip
     trainer = L.Trainer(
-        max_steps=15, max_epochs=-1, accumulate_grad_batches=2, accelerator="cpu", logger=False,
+        max_steps=steps, max_epochs=-1, accumulate_grad_batches=2, accelerator="cpu", logger=False,
         callbacks=[Weights(), *callbacks], enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, log_every_n_steps=1,
     )  # fmt: skip
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module, trainer
 
 
@@ -175,6 +175,27 @@ def test_the_logged_loss_is_the_mean_since_the_last(data, monkeypatch):
     torch.testing.assert_close(
         trainer.callback_metrics["train/loss"], torch.stack([loss for loss, _ in losses[-2:]]).mean()
     )
+
+
+class Rates(L.Callback):
+    """Notes the learning rate of every step."""
+
+    def __init__(self):
+        self.rates = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates[trainer.global_step] = optimizer.param_groups[0]["lr"]
+
+
+def test_a_longer_run_follows_the_longer_schedule_at_once(data, tmp_path):
+    """Also in the first step after a checkpoint that the shorter one ended with, at a learning rate of 0."""
+    rates = Rates()
+    _, trainer = fit(data, [rates], steps=5, schedule="linear")
+    assert rates.rates == pytest.approx({step: 1e-2 * (1 - step / 5) for step in range(5)})
+    trainer.save_checkpoint(tmp_path / "state")
+    rates = Rates()
+    fit(data, [rates], steps=15, schedule="linear", ckpt_path=tmp_path / "state")
+    assert rates.rates == pytest.approx({step: 1e-2 * (1 - step / 15) for step in range(5, 15)})
 
 
 def test_dropout_is_of_the_step_alone(data, monkeypatch):
