@@ -123,7 +123,7 @@ class Checkpoints(L.Callback):
         every_n_steps: optimizer steps; None writes one only when asked to stop.
         keep: the newest ones that stay.
         settings: what a run that goes on must have in common with this one; JSON.
-        saved: the step of the folder's checkpoint from which training goes on.
+        saved: the step of the folder's checkpoint from which training goes on, which is not written again.
     """
 
     def __init__(
@@ -207,7 +207,6 @@ class Checkpoints(L.Callback):
         if trainer.is_global_zero:
             self._prune(step)
         trainer.strategy.barrier("checkpoint written")
-        self.saved = step
 
     def _prune(self, step: int):
         """Leaves the newest ones, this one the newest: those beyond it are damaged, or of a way that was given up."""

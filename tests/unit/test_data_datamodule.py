@@ -128,6 +128,13 @@ def test_a_batch_is_of_one_phase_of_the_curriculum(make, num_examples):
     assert len(batches) == num_examples / 4 and all(batch["input_ids"].numel() == 64 for batch in batches)
 
 
+def test_an_optimizer_step_is_of_one_phase_of_the_curriculum(make):
+    """0.3 and 0.6 of 48 fall inside steps of 12 examples, at places where batches of 4 could end."""
+    data = ready(make(curriculum=[(0.3, 4), (0.6, 8)], global_batch=12)).dataset
+    lengths = [data[i]["input_ids"].shape[-1] for i in range(48)]
+    assert [set(lengths[step * 12 : step * 12 + 12]) for step in range(4)] == [{4}, {8}, {16}, {16}]
+
+
 def test_curriculum_leaves_the_rest_of_the_run_as_it_is(make):
     plain, with_phase = ready(make()).dataset, ready(make(curriculum=[(0.5, 8)])).dataset
     for i in range(24, 48):

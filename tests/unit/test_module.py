@@ -132,9 +132,15 @@ def test_skipping_without_end_stops(data, break_loss):
 
 
 def test_skipped_steps_may_be_many_but_not_in_a_row(data, break_loss):
-    break_loss(lambda row, i: i // 4 % 2 == 0)
+    break_loss(lambda row, i: i // 4 % 3 != 2)
     module, _ = fit(data, on_nonfinite="skip")
-    assert module.num_skipped == 8
+    assert module.num_skipped == SKIPS_IN_A_ROW
+
+
+def test_a_loss_that_is_not_finite_leaves_the_logged_mean(data, break_loss):
+    break_loss(lambda row, i: i == 57)  # in the first batch of the last step
+    module, trainer = fit(data, on_nonfinite="skip")
+    assert module.num_skipped == 1 and trainer.callback_metrics["train/loss"].isfinite()
 
 
 def test_a_gradient_that_is_not_finite_counts_too(data):
@@ -209,6 +215,16 @@ def test_dropout_is_of_the_step_alone(data, monkeypatch):
     monkeypatch.setitem(globals(), "PoseModule", Draw)
     for seed in (3, 3, 4):
         fit(data, seed=seed)
+
+    class OnProcess1(Draw):
+        def on_train_batch_start(self, *arguments):
+            with monkeypatch.context() as patch:
+                patch.setattr(L.Trainer, "global_rank", property(lambda trainer: 1))
+                super().on_train_batch_start(*arguments)
+
+    monkeypatch.setitem(globals(), "PoseModule", OnProcess1)
+    fit(data, seed=3)
+    assert all(values.pop() != values[0] for values in draws.values()), "each process has its own"
     assert len(draws) == 30 and len({values[0] for values in draws.values()}) == 30
     assert all(first == again != other for first, again, other in draws.values())
 
