@@ -1,6 +1,7 @@
-"""Measures how far a model reaches: python evaluate.py ckpt=X [eval=choice] [eval.key=value ...]
+"""Measures how far models reach: python evaluate.py ckpt=X [eval=choice] [eval.key=value ...]
 
-X is a run folder of train.py, any Hugging Face folder, or a hub id.
+X is a run folder of train.py, any Hugging Face folder, a .gguf file or a hub id, or a list of them: ckpt=[X,Y].
+A killed evaluation goes on where it was when the same command is given again.
 """
 
 from pathlib import Path
@@ -9,8 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pose import build, runtime, schema
-from pose.report import FAMILIES, plot_results, print_table, results_table
+from pose import compare, runtime, schema
 
 schema.register()
 
@@ -20,14 +20,14 @@ def main(cfg: DictConfig):
     with runtime.readable_errors():
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         runtime.set_up(cfg)
-        plan = build.plan_evaluation(cfg)
+        candidates = compare.plan_evaluation(cfg)
         runtime.save_config(cfg, run_dir)
-
-        metrics = plan.suite.run(build.load_checkpoint(cfg, plan))
-        runtime.write_json(run_dir / "metrics.json", metrics)
-        results = {Path(cfg.ckpt).name or cfg.ckpt: metrics}
-        plot_results(results, run_dir / "plots" / "evaluation.png", plan.window)
-        print_table(results_table(results, f"Results ({run_dir}/metrics.json)", tuple(FAMILIES)))
+        results, took = {}, {}
+        for candidate in candidates:
+            with runtime.explained_memory_errors(cfg):
+                results[candidate.name], took[candidate.name] = compare.measure(cfg, candidate)
+            compare.save(cfg, run_dir, candidates, results, took)
+        compare.show(run_dir, candidates, results)
 
 
 if __name__ == "__main__":

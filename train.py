@@ -37,8 +37,9 @@ def run(cfg: DictConfig, run_dir: Path):
     results = outcome.pick_up(cfg, plan, run_dir)
 
     with runtime.explained_memory_errors(cfg):
+        load_untuned = partial(build.load_model, cfg, plan, plan.base)
+        outcome.measure_short(cfg, plan, run_dir, load_untuned)
         if cfg.model.path is not None and cfg.eval.before:
-            load_untuned = partial(build.load_model, cfg, plan, plan.base)
             outcome.measure(cfg, plan, run_dir, results, "untuned", load_untuned)
             if plan.scaling.name != "none":
                 load_scaled = partial(build.load_model, cfg, plan, plan.config)
@@ -56,6 +57,7 @@ def run(cfg: DictConfig, run_dir: Path):
     outcome.finish_loggers(plan, cfg, results | {"coverage": covered})
     outcome.save_metrics(run_dir, plan, results, covered)
     outcome.print_results(run_dir, plan, results)
+    outcome.warn_of_short(cfg, plan, results)
 
 
 if __name__ == "__main__":

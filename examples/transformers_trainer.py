@@ -14,7 +14,8 @@ sys.path.insert(0, str(ASSETS.parent))  # so that it runs without `pip install .
 
 from pose.data.collator import PoseCollator
 from pose.data.documents import read_documents
-from pose.evaluation.perplexity import truncated_perplexity
+from pose.data.tokenizer import token_bytes
+from pose.evaluation.perplexity import Perplexity
 from pose.evaluation.scoring import Scorer
 from pose.modeling.export import export_model
 from pose.modeling.guards import run_guards
@@ -34,8 +35,9 @@ def main(steps: int, out: str, base: str = f"{ASSETS}/tiny", target_len: int = 2
     )
 
     def show(when):
-        found = truncated_perplexity(Scorer(model, 4096), heldout, [256, target_len], windows=4, tail=128, bin=256)
-        print(when, {k: round(v, 1) for k, v in found.items() if k.startswith("tail_ppl")}, flush=True)
+        task = Perplexity(heldout, ["book"], [256, target_len], windows=4, token_bytes=token_bytes(tokenizer))
+        found = task.summarise({unit: task.measure(Scorer(model, 4096), unit) for unit in task.units()})
+        print(when, {k: round(e.value, 1) for k, e in found.items() if k.startswith("tail_ppl")}, flush=True)
 
     class Guards(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **kwargs):

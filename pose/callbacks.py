@@ -43,6 +43,11 @@ class Throughput(L.Callback):
         """Of training, in the whole run."""
         return self.seconds_before + time.perf_counter() - self.begin
 
+    def leave_out(self, seconds: float):
+        """Takes from the time of training what was none of it, and has just passed."""
+        self.start += seconds
+        self.begin += seconds
+
     def on_train_start(self, trainer, pl_module):
         self.tokens, self.start = 0, time.perf_counter()
         self.begin = self.start
@@ -69,7 +74,7 @@ class Throughput(L.Callback):
 
 
 class Export(L.Callback):
-    """Exports the model when the training is complete, while the strategy can still put it together.
+    """Exports the model, while the strategy can still put it together: when the training is complete, as a callback.
 
     Args:
         tokenizer: of the model.
@@ -81,4 +86,8 @@ class Export(L.Callback):
         self.tokenizer, self.folder, self.dtype = tokenizer, folder, dtype
 
     def on_train_end(self, trainer, pl_module):
+        self.save(trainer, pl_module)
+
+    def save(self, trainer: L.Trainer, pl_module: L.LightningModule):
+        """Exports the model as it is now; every process must call this."""
         export_model(pl_module.model, self.tokenizer, self.folder, self.dtype, trainer.is_global_zero)

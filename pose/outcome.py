@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 
 from pose.build import Plan
 from pose.coverage import coverage
+from pose.evaluation.suite import values
 from pose.modeling.card import Card, license_of, without_folders
 from pose.modeling.rotary import target_len_of
 from pose.report import plot_coverage, print_table, results_table
 from pose.runtime import locate, read_json, write_json
+from pose.watch import read_best, short_perplexity, short_warning
 
 
 @rank_zero_only
@@ -63,21 +66,26 @@ def say_finished(run_dir: Path):
 
 
 def pick_up(cfg: DictConfig, plan: Plan, run_dir: Path) -> dict[str, dict[str, float]]:
-    """Makes a run that goes on one with what was before: metrics.csv up to its step, and what was measured.
+    """Makes a run that goes on one with what was before: metrics.csv up to its step, RUN/best, and what was measured.
 
     Returns:
         The metrics of models that were measured before training, by name, as this run would measure them.
     """
     if plan.checkpoint is not None and rank_zero_only.rank == 0:
         print(f"Going on from step {plan.step:,} of {plan.trainer.max_steps:,}", flush=True)
-        rows = logged_rows(plan.checkpoint.folder.parents[1] / "metrics.csv")
+        source = plan.checkpoint.folder.parents[1]
+        rows = logged_rows(source / "metrics.csv")
         experiment = next(logger for logger in plan.trainer.loggers if isinstance(logger, CSVLogger)).experiment
         experiment.metrics = [row for row in rows if int(row["step"]) < plan.step]
         experiment.save()
+        best = read_best(source / "best") if plan.watch is not None and source.resolve() != run_dir.resolve() else None
+        if best is not None and best["step"] <= plan.step:
+            _copy(source / "best", run_dir / "best")
     if plan.suite is None:
         return {}
-    measured = read_json(run_dir / "measured.json")
-    return measured["results"] if measured.get("under") == _measured_under(cfg, plan) else {}
+    under = _measured_under(cfg, plan)
+    found = {name: _measured(run_dir, name, under) for name in ("untuned", "scaled")}
+    return {name: metrics for name, metrics in found.items() if metrics is not None}
 
 
 def logged_rows(csv_file: Path) -> list[dict[str, str]]:
@@ -86,7 +94,8 @@ def logged_rows(csv_file: Path) -> list[dict[str, str]]:
         return []
     lines = csv_file.read_text(errors="replace").replace("\0", "").splitlines(keepends=True)
     rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))  # the last one may be cut off
-    whole = [row for row in rows if None not in row.values() and (row.get("step") or "").isdigit()]
+    # -1 is before the first step
+    whole = [row for row in rows if None not in row.values() and (row.get("step") or "").removeprefix("-").isdigit()]
     if missing := max(len(lines) - 1, 0) - len(whole):
         print(f"Warning: {missing} rows of {csv_file} are damaged, and left out", flush=True)
     return [{name: value for name, value in row.items() if name and value} for row in whole]
@@ -102,27 +111,77 @@ def measure(
 ):
     """Adds the metrics of a model to results, under name, unless they are there; nothing is loaded for eval=none.
 
-    Process 0 measures. What was measured before training is kept on disk, for a run that goes on and for the other
-    processes, which wait for it there: a process group would not wait so long.
+    What was measured before training is kept for a run that goes on.
     """
-    measured = run_dir / "measured.json"
     if plan.suite is None or name in results:
         return
-    under = _measured_under(cfg, plan)
-    if rank_zero_only.rank != 0:
-        while (found := read_json(measured)).get("under") != under or name not in found["results"]:
-            time.sleep(1)
-        return
-    print(f"Measuring the {name} model ...", flush=True)
-    results[name] = plan.suite.run(load().to(plan.trainer.strategy.root_device))
+
+    def run() -> dict[str, float]:
+        print(f"Measuring the {name} model ...", flush=True)
+        return values(plan.suite.run(load().to(plan.trainer.strategy.root_device)))
+
     if name != "extended":
-        write_json(measured, {"under": under, "results": results})
+        results[name] = _measure_once(run_dir, name, _measured_under(cfg, plan), run)
+    elif rank_zero_only.rank == 0:
+        results[name] = run()
+
+
+def measure_short(cfg: DictConfig, plan: Plan, run_dir: Path, load: Callable[[], torch.nn.Module]):
+    """Measures the untuned model at its own window, which `watch` compares with; nothing where it does not."""
+    if plan.watch is None or plan.watch.short is None:
+        return
+
+    def run() -> dict[str, float]:
+        print("Measuring the untuned model on short texts ...", flush=True)
+        return {"ppl": short_perplexity(plan.watch.short, load().to(plan.trainer.strategy.root_device))}
+
+    under = {"units": [task.units() for task in plan.watch.short.tasks], "settings": plan.settings}
+    under |= {"model.path": cfg.model.path}
+    plan.watch.untuned = _measure_once(run_dir, "short", json.loads(json.dumps(under)), run)["ppl"]
+
+
+def _measure_once(run_dir: Path, name: str, under: dict, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What run() gives in process 0, or gave before, in this run's folder, under the same settings.
+
+    The other processes wait for it there: a process group would not wait so long.
+    """
+    metrics = _measured(run_dir, name, under)
+    if metrics is None and rank_zero_only.rank == 0:
+        metrics = run()
+        measured = run_dir / "measured.json"
+        write_json(measured, read_json(measured) | {name: {"under": under, "metrics": metrics}})
+    while metrics is None:
+        time.sleep(1)
+        metrics = _measured(run_dir, name, under)
+    return metrics
+
+
+def _measured(run_dir: Path, name: str, under: dict) -> dict[str, float] | None:
+    entry = read_json(run_dir / "measured.json").get(name)
+    return entry["metrics"] if isinstance(entry, dict) and entry.get("under") == under else None
 
 
 def _measured_under(cfg: DictConfig, plan: Plan) -> dict:
     """What the metrics of a model before training depend on."""
     options = OmegaConf.to_container(cfg.eval, resolve=True, structured_config_mode=SCMode.DICT)
     return json.loads(json.dumps({"eval": options, "model.path": cfg.model.path, "settings": plan.settings}))
+
+
+def _copy(source: Path, folder: Path):
+    """A folder under another name, whole or not there."""
+    partial = folder.with_name(f".{folder.name}.copy")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, partial)
+    partial.rename(folder)
+
+
+def warn_of_short(cfg: DictConfig, plan: Plan, results: dict[str, dict[str, float]]):
+    """Says whether the trained model is worse at short texts than the untuned one, where both were measured there."""
+    window, limit = plan.geometry.window, cfg.watch.max_short_increase
+    before, after = (results.get(name, {}).get(f"ppl@{window}") for name in ("untuned", "extended"))
+    if None not in (before, after, limit) and after / before - 1 > limit:
+        print(short_warning(window, "after the training", before, after / before - 1, limit), flush=True)
 
 
 def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], covered: dict[str, float]):
@@ -135,6 +194,9 @@ def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]]
         logged |= {name: float(value) for name, value in row.items() if name.startswith("train/")}
     logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
     logged["train/steps"] = plan.trainer.global_step
+    if plan.watch is not None and plan.watch.found is not None:
+        best = plan.watch.found
+        logged |= {f"best/{best['metric']}": best["value"], "best/step": best["step"]}
     write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
 
 
@@ -146,6 +208,9 @@ def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]
         title += f"; held out: {documents}" if documents else ""
         print_table(results_table(results, title, ("tail_ppl", "passkey")))
     print(f"Run folder  {run_dir}\nModel       {run_dir}/model  (any transformers loads it)")
+    if plan.watch is not None and plan.watch.found is not None:
+        best = plan.watch.found
+        print(f"Best        {run_dir}/best  ({best['metric']} {best['value']:.4g} at step {best['step']:,})")
     if results:
         print(f"Metrics     {run_dir}/metrics.json\nPlots       {run_dir}/plots/")
 

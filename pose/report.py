@@ -2,10 +2,11 @@
 
 import csv
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -21,20 +22,26 @@ from rich.console import Console
 from rich.table import Table
 
 from pose.coverage import Coverage
+from pose.evaluation.task import Estimate
 
-Metrics = Mapping[str, float]
+Metrics = Mapping[str, float]  # or estimates (pose.evaluation.task), which have an interval
 FAMILIES = {
-    "tail_ppl": "perplexity of the last tokens",
     "ppl": "perplexity",
+    "tail_ppl": "perplexity of the last tokens",
     "sliding_ppl": "sliding-window perplexity",
+    "bits_per_byte": "bits per byte",
     "passkey": "passkey",
+    "needle": "needle",
 }
+SHARES = re.compile("passkey|needle|ruler/.*|harness/.*")  # families whose values are shares, in [0, 1]
 POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
+NEEDLE = re.compile(r"needle@(\d+)/([\d.]+)")
+RULER = re.compile(r"ruler/(.+)@(\d+)")
 
 
 def lengths_of(metrics: Metrics, family: str) -> dict[int, float]:
     """{N: value} of the metrics family@N, by N."""
-    found = ((re.fullmatch(rf"{family}@(\d+)", name), value) for name, value in metrics.items())
+    found = ((re.fullmatch(rf"{re.escape(family)}@(\d+)", name), value) for name, value in metrics.items())
     return dict(sorted((int(match[1]), value) for match, value in found if match))
 
 
@@ -63,6 +70,44 @@ def results_table(results: Mapping[str, Metrics | list[Metrics]], title: str, fa
     return table
 
 
+def comparison_tables(results: Mapping[str, Mapping[str, Estimate]], title: str) -> list[Table]:
+    """Checkpoints side by side: a table by length, a part of it for each family, and one of standard benchmarks.
+
+    Args:
+        results: estimates by checkpoint; a cell has the value, and below it its 95 % interval.
+        title: of the first table.
+    """
+    names = [name for found in results.values() for name in found]
+    families = [*FAMILIES, *dict.fromkeys(name.split("@")[0] for name in names if name.startswith("ruler/"))]
+    by_family = {
+        family: {checkpoint: lengths_of(found, family) for checkpoint, found in results.items()} for family in families
+    }
+    lengths = sorted({n for rows in by_family.values() for row in rows.values() for n in row})
+    tables = []
+    if lengths:
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        table.add_column("", overflow="fold", max_width=40)
+        for n in lengths:
+            table.add_column(f"@{n:,}", justify="right")
+        for family, rows in by_family.items():
+            if any(rows.values()):
+                table.add_row(f"[bold]{FAMILIES.get(family, family)}")
+                for checkpoint, row in rows.items():
+                    table.add_row(checkpoint, *(_estimate(family, row.get(n)) for n in lengths))
+                table.add_section()
+        tables.append(table)
+    benchmarks = list(dict.fromkeys(name for name in names if name.startswith("harness/")))
+    if benchmarks:
+        table = Table(title="Standard benchmarks", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        table.add_column("", overflow="fold", max_width=40)
+        for name in benchmarks:
+            table.add_column(name.removeprefix("harness/"), justify="right", overflow="fold")
+        for checkpoint, found in results.items():
+            table.add_row(checkpoint, *(_estimate(name, found.get(name)) for name in benchmarks))
+        tables.append(table)
+    return tables
+
+
 def print_table(table: Table):
     """Prints to the terminal, or 120 columns wide to a file."""
     console = Console()
@@ -86,51 +131,116 @@ def plot_training(csv_file: Path, png: Path):
     _save(figure, png)
 
 
-def plot_results(results: Mapping[str, Metrics], png: Path, window: int | None = None):
-    """Perplexity by length, perplexity by position, passkey by length; a line for each model.
+PANELS = {
+    "tail_ppl": ("perplexity of the last tokens", "window (tokens)"),
+    "position": ("perplexity by position", "position in the window (tokens)"),
+    "passkey": ("passkey accuracy", "prompt (tokens)"),
+    "ppl": ("perplexity", "window (tokens)"),
+    "sliding_ppl": ("sliding-window perplexity", "window (tokens)"),
+    "bits_per_byte": ("bits per byte", "window (tokens)"),
+    "needle": ("needle accuracy", "prompt (tokens)"),
+    "ruler": ("RULER, mean of its tasks", "prompt (tokens)"),
+}
+DEFAULT_PANELS = ("tail_ppl", "position", "passkey")
+
+
+def plot_results(
+    results: Mapping[str, Metrics], png: Path, window: int | None = None, panels: Sequence[str] = DEFAULT_PANELS
+):
+    """Metrics by length or by position, a panel each; a line for each model, and its 95 % interval where there is one.
 
     Args:
-        results: metrics by model.
+        results: metrics or estimates by model.
         png: file to write.
         window: tokens; marked by a dotted line when given.
+        panels: of PANELS; those without data are left out.
     """
-    panels = {
-        "tail_ppl": ("perplexity of the last tokens", "window (tokens)"),
-        "position": ("perplexity by position", "position in the window (tokens)"),
-        "passkey": ("passkey accuracy", "prompt (tokens)"),
-    }
-    series = {
-        name: {
-            model: _position_series(m) if name == "position" else lengths_of(m, name) for model, m in results.items()
-        }
-        for name in panels
-    }
+    series = {name: {model: _series(metrics, name) for model, metrics in results.items()} for name in panels}
     shown = [name for name in panels if any(series[name].values())]
     if not shown:
         return
-    figure, all_axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 4), layout="constrained", squeeze=False)
-    for name, axes in zip(shown, all_axes[0], strict=True):
-        title, label = panels[name]
+    columns = min(len(shown), 3)
+    rows = math.ceil(len(shown) / columns)
+    size = (4.6 * columns, 4 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for name, axes in zip_longest(shown, grid.flat):
+        if name is None:
+            axes.axis("off")
+            continue
+        title, label = PANELS[name]
         for model, points in series[name].items():
             if points:
-                axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=model)
+                found = [_value(value) for value in points.values()]
+                (line,) = axes.plot(list(points), found, marker="o", markersize=3, label=model)
+                bounds = [(n, e.low, e.high) for n, e in points.items() if getattr(e, "low", None) is not None]
+                if bounds:
+                    axes.fill_between(*zip(*bounds, strict=True), alpha=0.15, color=line.get_color(), linewidth=0)
         if window:
             axes.axvline(window, color="grey", linestyle=":", label=f"window of {window}")
         axes.set(title=title, xlabel=label)
+        is_share = name in ("passkey", "needle", "ruler")
         if name == "position":
             axes.set_yscale("log")
         else:
             ticks = sorted({n for points in series[name].values() for n in points})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [str(n) for n in ticks])
-        if name == "passkey":
+        if is_share:
             axes.set_ylim(-0.05, 1.05)
-        if name == "tail_ppl":
+        if name in ("tail_ppl", "ppl", "sliding_ppl"):
             axes.set_yscale("log")
-        if name != "passkey":
+        if not is_share:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
-    all_axes[0][0].legend()
+    grid[0][0].legend()
+    _save(figure, png)
+
+
+def plot_needle(results: Mapping[str, Metrics], png: Path):
+    """Heatmaps of needle@N/D, one a model: length across, depth down, the share found in each cell."""
+    found = {}
+    for model, metrics in results.items():
+        cells = ((NEEDLE.fullmatch(name), value) for name, value in metrics.items())
+        found[model] = {(float(m[2]), int(m[1])): _value(value) for m, value in cells if m}
+    _plot_heatmaps(
+        {model: cells for model, cells in found.items() if cells}, png, "prompt (tokens)", "depth of the needle"
+    )
+
+
+def plot_ruler(results: Mapping[str, Metrics], png: Path):
+    """Heatmaps of ruler/TASK@N, one a model: length across, tasks down, the score in each cell."""
+    found = {}
+    for model, metrics in results.items():
+        cells = ((RULER.fullmatch(name), value) for name, value in metrics.items())
+        found[model] = {(m[1], int(m[2])): _value(value) for m, value in cells if m}
+    _plot_heatmaps({model: cells for model, cells in found.items() if cells}, png, "prompt (tokens)", "")
+
+
+def _plot_heatmaps(found: Mapping[str, Mapping[tuple, float]], png: Path, xlabel: str, ylabel: str):
+    """Cells by (row, column), with values in [0, 1]; rows in the order they come in."""
+    if not found:
+        return
+    rows = list(dict.fromkeys(row for cells in found.values() for row, _ in cells))
+    columns = sorted({column for cells in found.values() for _, column in cells})
+    across = min(len(found), 3)
+    down = math.ceil(len(found) / across)
+    size = (across * max(3.6, 1.6 + 0.7 * len(columns)), down * max(3.0, 1.4 + 0.36 * len(rows)))
+    figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for item, axes in zip_longest(found.items(), grid.flat):
+        if item is None:
+            axes.axis("off")
+            continue
+        model, cells = item
+        values = np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows])
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (y, x), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize="x-small")
+        axes.set_xticks(range(len(columns)), [f"{column:,}" for column in columns], rotation=30)
+        axes.set_yticks(range(len(rows)), [f"{row:.0%}" if isinstance(row, float) else row for row in rows])
+        axes.set_title(model, fontsize="small", wrap=True)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+    figure.colorbar(image, ax=grid, shrink=0.8)
     _save(figure, png)
 
 
@@ -238,26 +348,53 @@ def _distance_bins(train_len: int, target_len: int) -> list[int]:
     return [*sorted(edge for edge in edges if 1 <= edge < target_len), target_len]
 
 
-def _position_series(metrics: Metrics) -> dict[float, float]:
-    """{middle of the bin: perplexity}."""
-    found = ((POSITION.fullmatch(name), value) for name, value in metrics.items())
-    return dict(sorted(((int(m[1]) + int(m[2])) / 2, value) for m, value in found if m))
+def _series(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
+    """What a panel shows of one model, by length, or by the middle of the bin."""
+    if panel == "position":
+        found = ((POSITION.fullmatch(name), value) for name, value in metrics.items())
+        return dict(sorted(((int(m[1]) + int(m[2])) / 2, value) for m, value in found if m))
+    if panel == "ruler":
+        found = ((RULER.fullmatch(name), value) for name, value in metrics.items())
+        by_length: dict[int, list[float]] = {}
+        for match, value in found:
+            if match:
+                by_length.setdefault(int(match[2]), []).append(_value(value))
+        return {n: sum(scores) / len(scores) for n, scores in sorted(by_length.items())}
+    return lengths_of(metrics, panel)
+
+
+def _value(metric) -> float:
+    """Of a number or an estimate."""
+    return getattr(metric, "value", metric)
+
+
+def _estimate(family: str, estimate) -> str:
+    """A cell: the value, and below it the interval."""
+    if estimate is None:
+        return ""
+    value = _show(family, estimate.value)
+    return (
+        value if estimate.low is None else f"{value}\n[dim]{_show(family, estimate.low)}-{_show(family, estimate.high)}"
+    )
 
 
 def _share(value: float) -> str:
     return f"{value:.2f}" if value == 0 or value >= 0.01 else f"{value:.0e}"
 
 
-def _cell(family: str, values: list[float]) -> str:
-    def show(value):
-        if family == "passkey":
-            return f"{value:.0%}"
-        return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+def _show(family: str, value: float) -> str:
+    if SHARES.fullmatch(family):
+        return f"{value:.0%}"
+    if family == "bits_per_byte":
+        return f"{value:.3f}"
+    return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
 
+
+def _cell(family: str, values: list[float]) -> str:
     if not values:
         return ""
-    mean = show(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({show(min(values))}-{show(max(values))})"
+    mean = _show(family, sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({_show(family, min(values))}-{_show(family, max(values))})"
 
 
 def _save(figure, png: Path):

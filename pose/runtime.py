@@ -29,7 +29,8 @@ REPOSITORY = PACKAGE.parent
 # The configs: in the package where it is installed, beside it in the repository.
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else REPOSITORY / "conf"
 PACKAGES = (
-    "torch", "transformers", "lightning", "hydra-core", "deepspeed", "tokenizers", "numpy", "safetensors", "peft"
+    "torch", "transformers", "lightning", "hydra-core", "deepspeed", "tokenizers", "numpy", "safetensors", "peft",
+    "lm-eval", "wonderwords",
 )  # fmt: skip
 
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of it
@@ -81,14 +82,21 @@ def explained_memory_errors(cfg: DictConfig):
         out_of_memory = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
         if not out_of_memory and not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
             raise
-        batch, length = cfg.trainer.micro_batch, cfg.pose.train_len
-        advice = [f"trainer.micro_batch (it is {batch}; the global batch stays)"] if batch > 1 else []
-        advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
-        advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
-        advice += ["there strategy=fsdp, zero3 or zero3_offload", f"there pose.train_len (it is {length})"]
-        advice += ["where it was measuring, eval.before=false or eval=none"]
+        advice = _memory_advice(cfg)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(f"out of memory ({reason}). What helps, the cheapest first: {'; '.join(advice)}") from error
+
+
+def _memory_advice(cfg: DictConfig) -> list[str]:
+    if "trainer" not in cfg:
+        advice = [f"eval.batch_tokens (it is {cfg.eval.batch_tokens}; a single window is the least)"]
+        return [*advice, "dtype=bfloat16", f"shorter eval.lengths (they are {list(cfg.eval.lengths)})"]
+    batch, length = cfg.trainer.micro_batch, cfg.pose.train_len
+    advice = [f"trainer.micro_batch (it is {batch}; the global batch stays)"] if batch > 1 else []
+    advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
+    advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
+    advice += ["there strategy=fsdp, zero3 or zero3_offload", f"there pose.train_len (it is {length})"]
+    return [*advice, "where it was measuring, eval.before=false or eval=none"]
 
 
 def locate(path: str) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from pose.evaluation.suite import EvalOptions
+from pose.evaluation.options import EvalOptions
 from pose.modeling.lora import LoraOptions
+from pose.watch import WatchOptions
 
 
 @dataclass
@@ -96,6 +97,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: Any = MISSING
     eval: EvalOptions = field(default_factory=EvalOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     resume: str | None = None  # auto: go on in the run folder, or start; or a run folder, or a checkpoint
     trust_pickle: bool = False  # resume from another folder under fsdp or zero, whose checkpoints can run code
     seed: int = 0  # of data, dropout and initialisation
@@ -107,14 +109,15 @@ class TrainConfig:
 class EvaluateConfig:
     """Everything `evaluate.py` takes."""
 
-    ckpt: str = MISSING  # run folder, Hugging Face folder, or hub id
+    ckpt: Any = MISSING  # run folder, Hugging Face folder, .gguf file, or hub id; or a list of them
     revision: str | None = None  # of the hub repository
     attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
     dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto is bfloat16 on a GPU, else float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...
     eval: EvalOptions = field(default_factory=EvalOptions)
+    reuse: bool = True  # outcomes of earlier evaluations that nothing distinguishes from this one
     num_threads: int | None = None  # CPU threads of torch; null: all cores
-    cache_dir: str = "~/.cache/pose"  # token caches
+    cache_dir: str = "~/.cache/pose"  # token caches, and outcomes
 
 
 @dataclass

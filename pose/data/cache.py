@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 from pose.data.documents import Broken, Document, Files, find_files
 from pose.data.hub import HubDataset, HubSource
+from pose.data.memo import DAMAGE, Memo, digest
 from pose.data.tokenise import Tokeniser, all_cores
 from pose.errors import ConfigError, DataError
 
 # Raise it whenever the same documents and tokenizer would give other files than before.
 FORMAT_VERSION = 2
-BYTES_TO_REMEMBER = 64 << 20  # smaller files are hashed at every start
 A_DAY = 24 * 3600.0  # seconds
-DAMAGE = (OSError, ValueError, KeyError, TypeError)
 
 _reported: set[Path] = set()
 
@@ -115,7 +114,7 @@ class TokenCache:
                 raise ConfigError(f"data.{key}={value!r} is not accepted: give an integer of at least 1")
         broken = Broken(on_broken)
         root = Path(cache_dir).expanduser()
-        memo = _Memo(root / ".memo")
+        memo = Memo(root / ".memo")
         sources, prints = zip(*(_open_source(spec, text_field, memo) for spec in _as_list(documents)), strict=True)
         options = [min_tokens, max_documents, on_broken]
         folder = root / _key(sources, list(prints), tokenizer, options)
@@ -183,30 +182,6 @@ class _Ids(Sequence):
         with open(self.path, "rb") as file:
             file.seek(begin)
             return file.read(int(self.ends[i]) - begin).decode()
-
-
-class _Memo:
-    """Small answers that were expensive to find, a JSON file each; one that cannot be read or written is none."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def _path(self, key) -> Path:
-        return self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-
-    def get(self, key):
-        try:
-            entry = json.loads(self._path(key).read_text())
-            return entry["value"] if entry["key"] == key else None
-        except DAMAGE:
-            return None
-
-    def set(self, key, value):
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False) as file:
-                json.dump({"key": key, "value": value}, file)
-            os.replace(file.name, self._path(key))
 
 
 @contextmanager
@@ -314,12 +289,12 @@ def _pieces(document: Document, tokeniser: Tokeniser) -> Iterator[tuple[str, int
     yield *waiting, True
 
 
-def _open_source(spec, text_field: str, memo: _Memo) -> tuple[Files | HubSource, Any]:
+def _open_source(spec, text_field: str, memo: Memo) -> tuple[Files | HubSource, Any]:
     """A source, and what its documents depend on."""
     if isinstance(spec, str | Path):
         paths = find_files(spec)
         files = Files(paths, Path(spec).name or str(spec), text_field)
-        return files, ["files", text_field, [[path.name, _digest(path, memo)] for path in paths]]
+        return files, ["files", text_field, [[path.name, digest(path, memo)] for path in paths]]
     if not isinstance(spec, Mapping):
         raise ConfigError(f"data.documents has {spec!r}: give a file, a folder, a glob, or the fields of a dataset")
     known = [field.name for field in fields(HubDataset)]
@@ -333,7 +308,7 @@ def _open_source(spec, text_field: str, memo: _Memo) -> tuple[Files | HubSource,
     if dataset.is_local:
         folder = Path(dataset.path).expanduser()
         inside = sorted(file for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts)
-        content = [[str(file.relative_to(folder)), _digest(file, memo)] for file in inside]
+        content = [[str(file.relative_to(folder)), digest(file, memo)] for file in inside]
         return HubSource(dataset, None), ["folder", *what, content]
     commit = dataset.commit(memo)
     return HubSource(dataset, commit), ["hub", dataset.path, commit, *what]
@@ -347,23 +322,6 @@ def _as_list(documents) -> list:
             f"data.documents={documents!r} is not accepted: give a file, folder, glob or dataset, or a list"
         )
     return list(documents)
-
-
-def _digest(path: Path, memo: _Memo) -> str:
-    """SHA-256 of a file. Of a large one it is remembered, for as long as nothing says that the file has changed."""
-    stat = path.stat()
-    key = ["digest", str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    large = stat.st_size >= BYTES_TO_REMEMBER
-    if large and (known := memo.get(key)) is not None:
-        return known
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if large and time.time() - max(stat.st_mtime, stat.st_ctime) > 2:  # a later change has a later time
-        memo.set(key, digest)
-    return digest
 
 
 def _key(sources, prints: list, tokenizer, options: list) -> str:

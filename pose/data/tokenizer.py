@@ -1,11 +1,13 @@
-"""Trains the tiny model's tokenizer: byte-level BPE, digits one by one.
+"""The tiny model's tokenizer, trained: byte-level BPE, digits one by one. And how many bytes a token of any stands for.
 
 python -m pose.data.tokenizer assets/tiny assets/corpora/*.train.jsonl.gz
 """
 
 import argparse
+import re
 from collections.abc import Iterable
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -45,6 +47,41 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, window: int) -> PreTr
         model_max_length=window,
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_bytes(tokenizer) -> np.ndarray:
+    """How many UTF-8 bytes of text each token stands for.
+
+    The tokens of a text then sum to its bytes, for tokenizers that lose nothing: byte-level BPE, and sentencepiece,
+    where the space that some models put before a text counts too. Added and special tokens count as they are written.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        int64 [largest id + 1]; 0 for ids that no token has.
+    """
+    vocab = tokenizer.get_vocab()
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    sizes = np.zeros(max(vocab.values()) + 1, np.int64)
+    byte_level = _is_byte_level(tokenizer)
+    for token, i in vocab.items():
+        if i in added:
+            sizes[i] = len(added[i].encode())
+        elif byte_level:
+            sizes[i] = len(token)  # a letter for each byte
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            sizes[i] = 1
+        else:
+            sizes[i] = len(token.replace("▁", " ").encode())
+    return sizes
+
+
+def _is_byte_level(tokenizer) -> bool:
+    """Whether tokens are written in the 256 letters of GPT-2, one for each byte."""
+    if not tokenizer.is_fast:
+        return hasattr(tokenizer, "byte_decoder")
+    return "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
 
 
 def main():

@@ -1,64 +1,158 @@
 """Passkey retrieval accuracy, teacher-forced: one batched forward pass per batch of prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby, takewhile
+from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
+from pose.data.haystack import tokenizer_digest
 from pose.data.passkey import PasskeyPrompt, PasskeyPrompts
+from pose.evaluation.generation import end_ids, greedy
 from pose.evaluation.scoring import Scorer
+from pose.evaluation.task import Estimate, Task, wilson
+
+MORE_TOKENS = 3  # that are decoded beyond one for each digit: a space before the number, and where it ends
 
 
-def passkey_prompts(
-    prompts: PasskeyPrompts, length: int, trials: int, seed: int, depths: Sequence[float] | None
-) -> list[PasskeyPrompt]:
-    """The prompts of one length: a pure function of the arguments."""
-    return [
-        prompts.sample(np.random.default_rng((seed, length, t)), length, depths[t % len(depths)] if depths else None)
-        for t in range(trials)
-    ]
+class NumberPrompt(Protocol):
+    """A prompt that asks for a number, together with its answer.
+
+    Attributes:
+        input_ids: int64; the last num_answer are the answer.
+        num_answer: tokens of the answer.
+        key: its digits.
+    """
+
+    input_ids: np.ndarray
+    num_answer: int
+    key: str
 
 
-def passkey_accuracy(
-    scorer: Scorer,
-    prompts: PasskeyPrompts,
-    lengths: Sequence[int],
-    *,
-    trials: int,
-    seed: int,
-    depths: Sequence[float] | None = None,
-    progress: bool = True,
-) -> dict[str, float]:
-    """The share of prompts whose key would be generated greedily, and no digit more.
+def written(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bool]:
+    """Whether greedy decoding, given each prompt without its answer, writes the key and no digit more.
 
-    With the key already in place, each of its tokens must be the most likely one, and the most
-    likely one after it must not go on with a digit: so greedy
-    decoding gives the key, in the tokens that the tokenizer splits it into.
+    It is the digits that are compared, after any spaces: in which tokens they are written does not matter.
+    """
+    verdicts: list[bool] = [False] * len(prompts)
+    ends = end_ids(scorer.model, tokenizer)
+    by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].num_answer)
+    for num_answer, group in groupby(by_length, key=lambda i: prompts[i].num_answer):
+        indices = list(group)
+        texts = []
+        for batch in scorer.batches(prompts[i].input_ids[:-num_answer] for i in indices):
+            new_tokens = max(len(prompts[i].key) for i in indices) + MORE_TOKENS
+            texts += [tokenizer.decode(row) for row in greedy(scorer.model, batch, new_tokens, ends)]
+        for i, text in zip(indices, texts, strict=True):
+            verdicts[i] = _leading_digits(text) == prompts[i].key
+    return verdicts
+
+
+def found(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bool]:
+    """The verdicts of `written`, from one forward pass over prompts with their answers.
+
+    As far as the most likely tokens are those of the answer, they are what greedy decoding writes, and so is the first
+    one that is not, or that follows. Nearly always that shows the verdict: it is another digit, or ends the number.
+    Where it does not (the tokenizer has other tokens for the same digits, and the model prefers them), the prompt is
+    decoded. Where frequencies depend on the length of the text (`depends_on_length`), those of prompt and answer
+    together are taken here, and those of the text so far in `written`: there the two may differ.
 
     Args:
         scorer: of the model.
+        tokenizer: the model's.
+        prompts: all of one length.
+    """
+    num = max(prompt.num_answer for prompt in prompts) + 1
+    batches = scorer.batches(prompt.input_ids for prompt in prompts)
+    predictions = np.concatenate([scorer.predictions(batch, num) for batch in batches])
+    ends = end_ids(scorer.model, tokenizer)
+    verdicts = [
+        _verdict(tokenizer, ends, predicted[-prompt.num_answer - 1 :], prompt)
+        for prompt, predicted in zip(prompts, predictions, strict=True)
+    ]
+    open_ones = [i for i, verdict in enumerate(verdicts) if verdict is None]
+    for i, verdict in zip(open_ones, written(scorer, tokenizer, [prompts[i] for i in open_ones]), strict=True):
+        verdicts[i] = verdict
+    return verdicts
+
+
+def _verdict(tokenizer, ends: Sequence[int], predicted: np.ndarray, prompt: NumberPrompt) -> bool | None:
+    """Whether the beginning of what is written shows the key, or that it is not written; None where it does not."""
+    answer = prompt.input_ids[-prompt.num_answer :]
+    right = np.cumprod(predicted[:-1] == answer).sum()
+    tokens = predicted[: right + 1]
+    if tokens[-1] in ends:
+        return _leading_digits(tokenizer.decode(tokens[:-1])) == prompt.key
+    text = tokenizer.decode(tokens).lstrip(" ")
+    digits = _leading_digits(text)
+    if len(digits) < len(text) or not prompt.key.startswith(digits):
+        return digits == prompt.key
+    return None
+
+
+def _leading_digits(text: str) -> str:
+    return "".join(takewhile("0123456789".__contains__, text.lstrip(" ")))
+
+
+class Passkey(Task):
+    """The share of prompts whose key is written by greedy decoding, and no digit more; a length is a unit.
+
+    Metrics: passkey@N for each N, tokens of prompt and key together.
+
+    Args:
         prompts: for the model's tokenizer.
-        lengths: tokens of prompt and key together.
+        lengths: the N.
         trials: prompts per length.
         seed: of keys and places.
         depths: places of the key in [0, 1], taken in turn; None draws them.
-        progress: whether to show a bar.
+        generate: whether prompts are decoded (`written`) instead of teacher-forced (`found`); the verdicts are equal.
 
-    Returns:
-        passkey@N for each N, in [0, 1].
+    Raises:
+        ConfigError: a length that is too short; names the shortest.
     """
-    tokenizer = prompts.tokenizer
-    accuracy = {}
-    for n in tqdm(lengths, desc="Passkey", unit="length", leave=False, disable=not progress):
-        drawn = passkey_prompts(prompts, n, trials, seed, depths)
-        num = max(prompt.num_answer for prompt in drawn) + 1
-        batches = scorer.batches(prompt.input_ids for prompt in drawn)
-        predictions = np.concatenate([scorer.predictions(batch, num) for batch in batches])
-        correct = 0
-        for prompt, predicted in zip(drawn, predictions, strict=True):
-            answer = prompt.input_ids[-prompt.num_answer :]
-            following = tokenizer.convert_ids_to_tokens(int(predicted[-1])) or ""
-            found = np.array_equal(predicted[-prompt.num_answer - 1 : -1], answer)
-            correct += bool(found and not following[:1].isdigit())
-        accuracy[f"passkey@{n}"] = correct / trials
-    return accuracy
+
+    name = "passkey"
+
+    def __init__(
+        self,
+        prompts: PasskeyPrompts,
+        lengths: Sequence[int],
+        *,
+        trials: int,
+        seed: int,
+        depths: Sequence[float] | None = None,
+        generate: bool = False,
+    ):
+        self.prompts, self.lengths = prompts, sorted(set(lengths))
+        self.trials, self.seed, self.generate = trials, seed, generate
+        self.depths = None if depths is None else list(depths)
+        for length in self.lengths:
+            self.drawn(length)
+
+    def drawn(self, length: int) -> list[PasskeyPrompt]:
+        """The prompts of a length; prompt t is a pure function of (seed, length, t) and depths."""
+        return [
+            self.prompts.sample(
+                np.random.default_rng((self.seed, length, t)),
+                length,
+                self.depths[t % len(self.depths)] if self.depths else None,
+            )
+            for t in range(self.trials)
+        ]
+
+    def units(self) -> dict[str, dict[str, Any]]:
+        depends = {
+            "trials": self.trials, "seed": self.seed, "depths": self.depths, "generate": self.generate,
+            "bos": self.prompts.bos.tolist(), "tokenizer": tokenizer_digest(self.prompts.tokenizer),
+        }  # fmt: skip
+        return {str(length): {"length": length, **depends} for length in self.lengths}
+
+    def measure(self, scorer: Scorer, unit: str) -> dict[str, list]:
+        """By prompt: `found`, 0 or 1, and `depths`, the share of the prompt before the line with the key."""
+        prompts = self.drawn(int(unit))
+        verdicts = (written if self.generate else found)(scorer, self.prompts.tokenizer, prompts)
+        places = [prompt.key_start / len(prompt.input_ids) for prompt in prompts]
+        return {"found": [int(verdict) for verdict in verdicts], "depths": places}
+
+    def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
+        return {f"passkey@{n}": wilson(sum(outcome["found"]), len(outcome["found"])) for n, outcome in outcomes.items()}

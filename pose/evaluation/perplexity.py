@@ -4,29 +4,175 @@ Lx tokens in a document, N in a window; a token at index i of a window is scored
 so the first of a window is never scored.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pose.evaluation.scoring import Scorer
+from pose.evaluation.task import Estimate, Task, ratio
+
+Sums = dict[str, list[float]]  # by metric: loss in nats, scored tokens and, for ppl@N, their bytes
 
 
-class Mean:
-    """A running mean of losses, weighted by tokens."""
+class Perplexity(Task):
+    """Perplexity at several window lengths, by position, and of sliding windows; a document is a unit.
 
-    def __init__(self):
-        self.total, self.count = 0.0, 0
+    Metrics, N one of the lengths:
+        ppl@N, bits_per_byte@N: `truncated`.
+        position_ppl@A-B, tail_ppl@N: there too.
+        sliding_ppl@N: `sliding`; with a stride.
 
-    def add(self, nll: np.ndarray):
-        """Adds losses in nats, of any shape."""
-        self.total += float(nll.sum())
-        self.count += nll.size
+    Args:
+        documents: token arrays, each of at least max(lengths) tokens.
+        ids: their names.
+        lengths: the N, in tokens.
+        token_bytes: int [vocabulary], UTF-8 bytes of each token (`pose.data.tokenizer.token_bytes`).
+        windows: windows of the longest N per document.
+        tail: last tokens of a window that `tail_ppl` scores; None for no such metric.
+        bin: tokens in a bin of perplexity by position.
+        stride: in tokens, at most min(lengths) - 1; None for no sliding windows.
+        sliding_tokens: tokens of each document that the window slides over; None takes all.
+        bos_id: put before every window, in place of its first token, when given.
+    """
 
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean loss."""
-        return float(np.exp(self.total / self.count))
+    name = "perplexity"
+
+    def __init__(
+        self,
+        documents: Sequence[np.ndarray],
+        ids: Sequence[str],
+        lengths: Sequence[int],
+        *,
+        token_bytes: np.ndarray,
+        windows: int = 8,
+        tail: int | None = 128,
+        bin: int = 256,
+        stride: int | None = None,
+        sliding_tokens: int | None = None,
+        bos_id: int | None = None,
+    ):
+        self.documents = {
+            f"{i}:{name}": document for i, (document, name) in enumerate(zip(documents, ids, strict=True))
+        }
+        self.lengths, self.token_bytes = sorted(set(lengths)), token_bytes
+        self.windows, self.tail, self.bin = windows, tail, bin
+        self.stride, self.sliding_tokens, self.bos_id = stride, sliding_tokens, bos_id
+
+    def units(self) -> dict[str, dict[str, Any]]:
+        options = {
+            "lengths": self.lengths, "windows": self.windows, "tail": self.tail, "bin": self.bin, "stride": self.stride,
+            "sliding_tokens": self.sliding_tokens, "bos_id": self.bos_id, "token_bytes": _sha256(self.token_bytes),
+        }  # fmt: skip
+        return {
+            unit: {"sha256": _sha256(document), "tokens": len(document), **options}
+            for unit, document in self.documents.items()
+        }
+
+    def measure(self, scorer: Scorer, unit: str) -> Sums:
+        document = self.documents[unit]
+        sums = truncated(
+            scorer, document, self.lengths, token_bytes=self.token_bytes,
+            windows=self.windows, tail=self.tail, bin=self.bin, bos_id=self.bos_id,
+        )  # fmt: skip
+        if self.stride is not None:
+            cut = document[: self.sliding_tokens]
+            sums |= sliding(scorer, cut, self.lengths, stride=self.stride, bos_id=self.bos_id)
+        return sums
+
+    def summarise(self, outcomes: Mapping[str, Sums]) -> dict[str, Estimate]:
+        estimates = {}
+        for name in dict.fromkeys(name for sums in outcomes.values() for name in sums):
+            nll, tokens, *num_bytes = zip(*(sums[name] for sums in outcomes.values() if name in sums), strict=True)
+            estimates[name] = ratio(nll, tokens, np.exp)
+            if num_bytes:
+                bits = np.array(nll) / np.log(2)
+                estimates[name.replace("ppl", "bits_per_byte")] = ratio(bits, num_bytes[0])
+        return estimates
+
+
+def truncated(
+    scorer: Scorer,
+    document: np.ndarray,
+    lengths: Sequence[int],
+    *,
+    token_bytes: np.ndarray,
+    windows: int,
+    tail: int | None,
+    bin: int,
+    bos_id: int | None = None,
+) -> Sums:
+    """The losses of one document's windows: those of the longest N, evenly spaced, the first at the document's start.
+
+    A token's loss does not depend on what follows it: so one forward pass of a window serves all shorter lengths
+    (exactly, but for models whose frequencies depend on the length, which take a pass for each).
+
+    Args:
+        As `Perplexity`.
+
+    Returns:
+        ppl@N: every token after the first of the windows' first N, with its bytes.
+        position_ppl@A-B: tokens at index A to B-1 of the windows of the longest N.
+        tail_ppl@N: the last `tail` tokens of windows that end where the windows of the longest N end: the same tokens
+            for every N, so that only their context differs. Lengths of no more than `tail` have none.
+    """
+    lengths = sorted(set(lengths))
+    longest = lengths[-1]
+    starts = np.array(spread(len(document) - longest, windows))
+    whole = _nll(scorer, document, starts, longest, longest - 1, bos_id)
+    sums: Sums = {}
+    for n in lengths:
+        nll = _nll(scorer, document, starts, n, n - 1, bos_id) if scorer.by_length and n < longest else whole
+        scored = np.concatenate([document[start + 1 : start + n] for start in starts])
+        sums[f"ppl@{n}"] = [*_sum(nll[:, : n - 1]), int(token_bytes[scored].sum())]
+    for n in lengths if tail is not None else ():
+        if n > tail:
+            nll = whole if n == longest else _nll(scorer, document, starts + longest - n, n, tail, bos_id)
+            sums[f"tail_ppl@{n}"] = _sum(nll[:, -tail:])
+    for a in range(0, longest, bin):
+        b = min(a + bin, longest)
+        if b > 1:
+            sums[f"position_ppl@{a}-{b}"] = _sum(whole[:, max(a, 1) - 1 : b - 1])
+    return sums
+
+
+def sliding(
+    scorer: Scorer, document: np.ndarray, lengths: Sequence[int], *, stride: int, bos_id: int | None = None
+) -> Sums:
+    """Sliding windows, as Press et al. 2021 (arXiv 2012.15832) and transformers' documentation have them.
+
+    Windows of N begin at 0, stride, 2 stride, ..., and each scores the tokens that none before it has. The last one
+    ends at the document's end, and is shorter where the stride does not divide. Windows of several N that begin at one
+    place take one forward pass: the shorter are its beginning (but for models whose frequencies depend on the length).
+
+    Returns:
+        sliding_ppl@N: all of the document but its first token.
+    """
+    if scorer.by_length and len(lengths) > 1:
+        return {k: v for n in lengths for k, v in sliding(scorer, document, [n], stride=stride, bos_id=bos_id).items()}
+    spans: dict[int, list[tuple[int, int, int]]] = {}  # by start: N, and what it scores there, from the start
+    for n in lengths:
+        scored = 1
+        for start in range(0, len(document), stride):
+            end = min(start + n, len(document))
+            spans.setdefault(start, []).append((n, scored - start, end - start))
+            scored = end
+            if end == len(document):
+                break
+    alike: dict[tuple, list[int]] = {}  # these share batches
+    for start, scores in spans.items():
+        alike.setdefault(tuple(scores), []).append(start)
+    sums = {f"sliding_ppl@{n}": [0.0, 0] for n in lengths}
+    for scores, starts in alike.items():
+        size = max(end for _, _, end in scores)
+        scored = np.unique(np.concatenate([np.arange(begin, end) for _, begin, end in scores]))
+        nll = np.full((len(starts), size), np.nan)
+        nll[:, scored] = _nll(scorer, document, starts, size, scored, bos_id)
+        for n, begin, end in scores:
+            name = f"sliding_ppl@{n}"
+            sums[name] = [a + b for a, b in zip(sums[name], _sum(nll[:, begin:end]), strict=True)]
+    return sums
 
 
 def spread(last: int, num: int) -> list[int]:
@@ -34,104 +180,10 @@ def spread(last: int, num: int) -> list[int]:
     return sorted({i * last // max(num - 1, 1) for i in range(num)})
 
 
-def truncated_perplexity(
-    scorer: Scorer,
-    documents: Sequence[np.ndarray],
-    lengths: Sequence[int],
-    *,
-    windows: int,
-    tail: int,
-    bin: int,
-    bos_id: int | None = None,
-    progress: bool = True,
-) -> dict[str, float]:
-    """Perplexity at several window lengths.
-
-    Args:
-        scorer: of the model.
-        documents: token arrays, each of at least max(lengths) tokens.
-        lengths: the N.
-        windows: windows per document and length.
-        tail: last tokens of a window that `tail_ppl` scores; lengths of no more have none.
-        bin: tokens in a bin of perplexity by position.
-        bos_id: put before every window, in place of its first token, when given.
-        progress: whether to show a bar.
-
-    Returns:
-        ppl@N: every token after the first, of windows evenly spaced over the document, the first at
-            its start.
-        tail_ppl@N: the last `tail` tokens of windows that end where the windows of the longest N
-            end: the same tokens for every N, so that only their context differs.
-        position_ppl@A-B: tokens at index A to B-1 of the windows of the longest N.
-    """
-    longest = max(lengths)
-    means: dict[str, Mean] = {}
-    bar = tqdm(total=len(documents) * len(lengths), desc="Perplexity", unit="pass", leave=False, disable=not progress)
-    for document in documents:
-        ends = [start + longest for start in spread(len(document) - longest, windows)]
-        for n in lengths:
-            starts = spread(len(document) - n, windows)
-            tails = [end - n for end in ends]
-            nll = _score(scorer, document, sorted({*starts, *tails}), n, n - 1, bos_id)
-            for start in starts:
-                means.setdefault(f"ppl@{n}", Mean()).add(nll[start])
-                if n == longest:
-                    for a in range(0, n, bin):
-                        b = min(a + bin, n)
-                        means.setdefault(f"position_ppl@{a}-{b}", Mean()).add(nll[start][max(a, 1) - 1 : b - 1])
-            if n > tail:
-                for start in tails:
-                    means.setdefault(f"tail_ppl@{n}", Mean()).add(nll[start][-tail:])
-            bar.update()
-    bar.close()
-    return {name: mean.perplexity for name, mean in means.items() if mean.count}
-
-
-def sliding_perplexity(
-    scorer: Scorer,
-    documents: Sequence[np.ndarray],
-    lengths: Sequence[int],
-    *,
-    stride: int,
-    max_tokens: int | None = None,
-    bos_id: int | None = None,
-    progress: bool = True,
-) -> dict[str, float]:
-    """Sliding-window perplexity (Press et al. 2021, arXiv 2012.15832).
-
-    The first window scores all its tokens but the first, each later one ends `stride` tokens
-    further and scores those it adds; the last ends at the document's end.
-
-    Args:
-        scorer, documents, lengths, bos_id, progress: as `truncated_perplexity`.
-        stride: in tokens, at most the shortest length minus 1.
-        max_tokens: of each document; None takes all.
-
-    Returns:
-        sliding_ppl@N for each N.
-    """
-    means = {n: Mean() for n in lengths}
-    bar = tqdm(total=len(documents) * len(lengths), desc="Sliding", unit="pass", leave=False, disable=not progress)
-    for document in documents:
-        document = document[:max_tokens]
-        for n in lengths:
-            last = len(document) - n
-            means[n].add(_score(scorer, document, [0], n, n - 1, bos_id)[0])
-            whole = list(range(stride, last + 1, stride))
-            for nll in _score(scorer, document, whole, n, stride, bos_id).values():
-                means[n].add(nll)
-            rest = last - (whole[-1] if whole else 0)
-            if rest:
-                means[n].add(_score(scorer, document, [last], n, rest, bos_id)[last])
-            bar.update()
-    bar.close()
-    return {f"sliding_ppl@{n}": mean.perplexity for n, mean in means.items()}
-
-
-def _score(
-    scorer: Scorer, document: np.ndarray, starts: Sequence[int], n: int, num_scored: int, bos_id: int | None
-) -> dict[int, np.ndarray]:
-    """Losses of the last num_scored tokens of the windows of n tokens at starts; {start: [num_scored]}."""
+def _nll(
+    scorer: Scorer, document: np.ndarray, starts: Sequence[int], n: int, scored: int | np.ndarray, bos_id: int | None
+) -> np.ndarray:
+    """Losses of the scored tokens (`Scorer.nll`) of the windows of n tokens at starts; [starts, S]."""
 
     def window(start: int) -> np.ndarray:
         tokens = np.array(document[start : start + n])
@@ -139,5 +191,13 @@ def _score(
             tokens[0] = bos_id
         return tokens
 
-    rows = [scorer.nll(batch, num_scored) for batch in scorer.batches(window(start) for start in starts)]
-    return dict(zip(starts, np.concatenate(rows), strict=True)) if rows else {}
+    batches = scorer.batches(window(start) for start in starts)
+    return np.concatenate([scorer.nll(batch, scored) for batch in batches])
+
+
+def _sum(nll: np.ndarray) -> list[float]:
+    return [float(nll.sum()), nll.size]
+
+
+def _sha256(numbers: np.ndarray) -> str:
+    return hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()

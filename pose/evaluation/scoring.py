@@ -1,15 +1,21 @@
 """What tasks ask of a model: losses and predictions of the last tokens of a window.
 
-Shapes: B windows, N tokens in a window, S tokens scored at its end, H hidden size.
+Shapes: B windows, N tokens in a window, S tokens scored at its end, C tokens in a chunk, H hidden size.
 """
 
+import resource
+import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from pose.modeling.long import hidden_states
 from pose.modeling.loss import token_nll
+from pose.modeling.rotary import depends_on_length
+
+CHUNK_LEN = 2048  # tokens; no shorter chunks of a long window are worth a forward pass
 
 
 class Scorer:
@@ -17,11 +23,17 @@ class Scorer:
 
     Args:
         model: built by `pose.modeling.load.build_model`.
-        batch_tokens: tokens in one forward pass, at least one window.
+        batch_tokens: tokens in one forward pass; a longer window (and one of more than CHUNK_LEN tokens) is run alone,
+            in chunks: `pose.modeling.long`.
+
+    Attributes:
+        by_length: whether the frequencies change with N, so that a window's beginning cannot serve as a shorter one.
     """
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int):
         self.model, self.batch_tokens = model.eval(), batch_tokens
+        self.chunk_len = max(batch_tokens, CHUNK_LEN)
+        self.by_length = depends_on_length(model.config)
         self.device = next(model.parameters()).device
         self.head = model.get_output_embeddings()
 
@@ -37,27 +49,51 @@ class Scorer:
             yield np.stack(batch)
 
     @torch.inference_mode()
-    def nll(self, windows: np.ndarray, num_scored: int) -> np.ndarray:
-        """Cross-entropy of the last tokens of each window, given all before them.
+    def nll(self, windows: np.ndarray, scored: int | np.ndarray) -> np.ndarray:
+        """Cross-entropy of some tokens of each window, given all before them.
 
         Args:
             windows: int [B, N].
-            num_scored: S, at most N - 1.
+            scored: S, the last so many tokens are scored, at most N - 1; or the indices of those that are, int [S],
+                rising from 1 on.
 
         Returns:
             float64 [B, S], in nats.
         """
-        tokens, hidden = self._hidden(windows)
-        states = hidden[:, -num_scored - 1 : -1]
-        nll = token_nll(states.reshape(-1, states.shape[-1]), self.head, tokens[:, -num_scored:].reshape(-1))
-        return nll.view(len(windows), num_scored).double().cpu().numpy()
+        tokens = self._tokens(windows)
+        if isinstance(scored, int):
+            scored = np.arange(tokens.shape[1] - scored, tokens.shape[1])
+        losses = []
+        for states, places in self._states(tokens, scored - 1):
+            targets = tokens[:, places + 1]
+            nll = token_nll(states.reshape(-1, states.shape[-1]), self.head, targets.reshape(-1))
+            losses.append(nll.view(targets.shape))
+        return torch.cat(losses, 1).double().cpu().numpy()
 
     @torch.inference_mode()
     def predictions(self, windows: np.ndarray, num: int) -> np.ndarray:
         """The most likely token after each of the last num tokens of each window; int64 [B, num]."""
-        _, hidden = self._hidden(windows)
-        return self.head(hidden[:, -num:]).argmax(-1).cpu().numpy()
+        tokens = self._tokens(windows)
+        places = np.arange(tokens.shape[1] - num, tokens.shape[1])
+        return torch.cat([self.head(states).argmax(-1) for states, _ in self._states(tokens, places)], 1).cpu().numpy()
 
-    def _hidden(self, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.from_numpy(windows.astype(np.int64)).to(self.device)
-        return tokens, self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    def _tokens(self, windows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(windows.astype(np.int64)).to(self.device)
+
+    def _states(self, tokens: torch.Tensor, places: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The hidden states [B, C, H] at some places [C] of the windows, with these, a chunk after the other."""
+        places = torch.from_numpy(places).to(self.device)
+        begin = 0
+        for states in hidden_states(self.model, tokens, self.chunk_len):
+            here = places[(places >= begin) & (places < begin + states.shape[1])]
+            if len(here):
+                yield states[:, here - begin], here
+            begin += states.shape[1]
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held: of the GPU where one is used, else of the machine."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,63 +1,28 @@
 """The tasks that are run on a model, with everything they need made ready beforehand."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pose.data.cache import TokenCache
 from pose.data.datamodule import bos_id
+from pose.data.documents import read_documents
+from pose.data.memo import Memo
 from pose.data.passkey import PasskeyPrompts
+from pose.data.tokenizer import token_bytes
 from pose.errors import ConfigError, DataError
-from pose.evaluation.passkey import passkey_accuracy, passkey_prompts
-from pose.evaluation.perplexity import sliding_perplexity, truncated_perplexity
+from pose.evaluation.harness import Harness
+from pose.evaluation.needle import Needle
+from pose.evaluation.options import EvalOptions
+from pose.evaluation.passkey import Passkey
+from pose.evaluation.perplexity import Perplexity
+from pose.evaluation.ruler import Ruler
 from pose.evaluation.scoring import Scorer
-
-TASKS = ("perplexity", "passkey")
-
-
-@dataclass
-class EvalOptions:
-    """What is measured: the group `eval`. Lengths are in tokens."""
-
-    tasks: list[str] = field(default_factory=list)  # perplexity, passkey
-    documents: Any = None  # for perplexity: file, folder, glob, or dataset {path, name, split, ...}: docs/DATA.md
-    text_field: str = "text"  # the key of the text, for documents that do not name their own
-    max_documents: int | None = None  # the first so many documents that are long enough
-    lengths: list[int] | None = None  # null: the window, doubled up to the target
-    windows: int = 8  # windows per document and length
-    tail: int = 128  # last tokens of a window that tail_ppl scores
-    bin: int = 256  # tokens in a bin of perplexity by position
-    stride: int | None = None  # tokens; sliding-window perplexity too, when given
-    sliding_tokens: int | None = None  # tokens of each document the window slides over; null: all
-    add_bos: bool = False  # windows and prompts begin with BOS
-    trials: int = 20  # passkey prompts per length
-    depths: list[float] | None = None  # passkey places in [0, 1], taken in turn; null: random
-    seed: int = 0  # of the passkey prompts
-    batch_tokens: int = 4096  # tokens in one forward pass, at least one window
-    before: bool = True  # train.py measures the untuned and the scaled model too
-
-    def __post_init__(self):
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ConfigError(f"eval.tasks has {task!r}: choose from {', '.join(TASKS)}")
-        for name in ("windows", "tail", "bin", "trials", "batch_tokens", "stride", "sliding_tokens", "max_documents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"eval.{name}={value} is not accepted: give an integer of at least 1")
-        if self.lengths is not None and (not self.lengths or min(self.lengths) < 2):
-            raise ConfigError(f"eval.lengths={list(self.lengths)} is not accepted: give lengths of at least 2 tokens")
-        if self.depths is not None and (not self.depths or min(self.depths) < 0 or max(self.depths) > 1):
-            raise ConfigError(f"eval.depths={list(self.depths)} is not accepted: give places from 0 to 1")
-        if self.seed < 0:
-            raise ConfigError(f"eval.seed={self.seed} is not accepted: give an integer of at least 0")
-        if "perplexity" in self.tasks and self.documents is None:
-            raise ConfigError(
-                "eval.documents is not set, and perplexity needs a file (.jsonl, .txt, .parquet), a folder or a dataset"
-            )
+from pose.evaluation.task import Estimate, Task
 
 
 class Suite:
@@ -68,72 +33,146 @@ class Suite:
         tokenizer: of the models.
         documents: those of options.documents, found.
         cache_dir: the folder of all token caches.
+        max_length: the window that the models are meant for, in tokens, which standard benchmarks may fill; None is the
+            longest of the lengths.
+
+    Attributes:
+        lengths: sorted, each once.
+        document_ids: of the documents that perplexity is measured on.
+        tasks: what is run, in order.
 
     Raises:
-        ConfigError: a prompt or a stride that does not fit the lengths.
+        ConfigError: a task, prompt or stride that does not fit the lengths.
         DataError: the documents are broken, or none has max(lengths) tokens.
     """
 
-    def __init__(self, options: EvalOptions, tokenizer, documents, cache_dir: str | Path):
-        self.options = options
+    def __init__(
+        self, options: EvalOptions, tokenizer, documents, cache_dir: str | Path, max_length: int | None = None
+    ):
+        self.options, self.tokenizer = options, tokenizer
         self.lengths = sorted(set(options.lengths))
+        self.max_length = self.lengths[-1] if max_length is None else max_length
         self.bos_id = bos_id(tokenizer, options.add_bos)
-        self.prompts = PasskeyPrompts(tokenizer, self.bos_id)
-        self.documents: list[np.ndarray] = []
         self.document_ids: list[str] = []
-        if "passkey" in options.tasks:
-            for length in self.lengths:
-                passkey_prompts(self.prompts, length, options.trials, options.seed, options.depths)
-        if "perplexity" in options.tasks:
-            if options.stride is not None and options.stride >= self.lengths[0]:
-                raise ConfigError(
-                    f"eval.stride={options.stride} leaves tokens unscored at a window of {self.lengths[0]}: give at "
-                    f"most {self.lengths[0] - 1}"
-                )
-            if options.sliding_tokens is not None and options.sliding_tokens < self.lengths[-1]:
-                raise ConfigError(
-                    f"eval.sliding_tokens={options.sliding_tokens} is less than one window: give at least "
-                    f"{self.lengths[-1]}"
-                )
-            self._open(documents, tokenizer, cache_dir)
+        haystack = None
+        if any(task == "needle" or task.startswith("ruler/") for task in options.tasks):
+            haystack = "\n\n".join(document.text for document in read_documents(options.haystack, options.text_field))
+        self.tasks: list[Task] = []
+        for name in dict.fromkeys(options.tasks):
+            if name == "perplexity":
+                self.tasks.append(self._perplexity(documents, cache_dir))
+            else:
+                self.tasks.append(self._retrieval(name, haystack))
 
-    def _open(self, documents, tokenizer, cache_dir):
-        cache = TokenCache.build(documents, tokenizer, cache_dir, self.options.text_field)
-        longest = self.lengths[-1]
-        usable = [i for i in range(len(cache)) if cache.lengths[i] >= longest][: self.options.max_documents]
+    def run(
+        self,
+        model: PreTrainedModel | None = None,
+        progress: bool = True,
+        *,
+        load: Callable[[], PreTrainedModel] | None = None,
+        memo: Memo | None = None,
+        under: Any = None,
+        reuse: bool = True,
+    ) -> dict[str, Estimate]:
+        """Measures one model; the metrics by name, such as ppl@2048 and passkey@2048.
+
+        Args:
+            model: to measure; None where `load` gives it.
+            progress: whether to show a bar.
+            load: makes the model when the first unit has to be measured.
+            memo: keeps the outcome of each unit as soon as it is there, and those of earlier evaluations.
+            under: plain JSON that tells the model from every other one, with `memo`.
+            reuse: whether outcomes in `memo` are taken over.
+        """
+        scorer = None if model is None else Scorer(model, self.options.batch_tokens)
+        estimates: dict[str, Estimate] = {}
+        for task in self.tasks:
+            units, outcomes = task.units(), {}
+            keys = {unit: [under, task.name, depends] for unit, depends in units.items()}
+            if memo is not None and reuse:
+                found = {unit: memo.get(key) for unit, key in keys.items()}
+                outcomes = {unit: outcome for unit, outcome in found.items() if outcome is not None}
+                if outcomes:
+                    print(f"{task.name}: {len(outcomes)} of {len(units)} are there from before", flush=True)
+            missing = [unit for unit in units if unit not in outcomes]
+            for unit in tqdm(missing, task.name, unit="unit", leave=False, disable=not progress):
+                if scorer is None:
+                    scorer = Scorer(load(), self.options.batch_tokens)
+                outcomes[unit] = task.measure(scorer, unit)
+                if memo is not None:
+                    memo.set(keys[unit], outcomes[unit])
+            estimates |= task.summarise({unit: outcomes[unit] for unit in units})
+        return estimates
+
+    def _perplexity(self, documents, cache_dir) -> Perplexity:
+        o = self.options
+        if o.stride is not None and o.stride >= self.lengths[0]:
+            raise ConfigError(
+                f"eval.stride={o.stride} leaves tokens unscored at a window of {self.lengths[0]}: give at most "
+                f"{self.lengths[0] - 1}"
+            )
+        if o.sliding_tokens is not None and o.sliding_tokens < self.lengths[-1]:
+            raise ConfigError(
+                f"eval.sliding_tokens={o.sliding_tokens} is less than one window: give at least {self.lengths[-1]}"
+            )
+        tokens, self.document_ids = self._choose(documents, cache_dir)
+        return Perplexity(
+            tokens, self.document_ids, self.lengths,
+            windows=o.windows, tail=o.tail, bin=o.bin, stride=o.stride, sliding_tokens=o.sliding_tokens,
+            bos_id=self.bos_id, token_bytes=token_bytes(self.tokenizer),
+        )  # fmt: skip
+
+    def _choose(self, documents, cache_dir) -> tuple[list[np.ndarray], list[str]]:
+        """Tokens and ids of the documents that are measured: those that are long enough, or some of them."""
+        o, longest = self.options, self.lengths[-1]
+        enough = max(longest, o.min_tokens or 0)
+        key = "eval.lengths" if enough == longest else "eval.min_tokens"
+        stop_early = o.max_documents is not None and not o.draw_documents
+        bounds = {"min_tokens": enough, "max_documents": o.max_documents} if stop_early else {}
+        try:
+            cache = TokenCache.build(documents, self.tokenizer, cache_dir, o.text_field, **bounds)
+        except DataError as error:
+            raise DataError(str(error).replace(f"data.min_tokens={enough}", f"{enough} ({key})")) from error
+        usable = [i for i in range(len(cache)) if cache.lengths[i] >= enough]
         if not usable:
             name = documents if isinstance(documents, str | Path) else cache.info["documents"]
             raise DataError(
-                f"none of the {len(cache)} documents of {name} has {longest} tokens, the longest of eval.lengths: "
-                f"the longest has {cache.lengths.max()}"
+                f"none of the {len(cache)} documents of {name} has {enough} tokens ({key}): the longest has "
+                f"{cache.lengths.max()}"
             )
+        if o.max_documents is not None and o.max_documents < len(usable):
+            rng = np.random.default_rng(o.seed)
+            usable = sorted(rng.choice(usable, o.max_documents, replace=False).tolist())
         if len(usable) < len(cache):
-            print(
-                f"Perplexity on {len(usable)} of {len(cache)} documents: those of at least {longest} tokens", flush=True
-            )
-        self.documents = [cache[i] for i in usable]
-        self.document_ids = [cache.ids[i] for i in usable]
+            print(f"Perplexity on {len(usable)} of {len(cache)} documents of at least {enough} tokens", flush=True)
+        return [cache[i] for i in usable], [cache.ids[i] for i in usable]
 
-    def run(self, model: PreTrainedModel, progress: bool = True) -> dict[str, float]:
-        """Measures one model; the metrics by name, such as ppl@2048 and passkey@2048."""
+    def _retrieval(self, name: str, haystack: str | None) -> Task:
         o = self.options
-        scorer = Scorer(model, o.batch_tokens)
-        metrics: dict[str, float] = {}
-        if "perplexity" in o.tasks:
-            metrics |= truncated_perplexity(
-                scorer, self.documents, self.lengths,
-                windows=o.windows, tail=o.tail, bin=o.bin, bos_id=self.bos_id, progress=progress,
-            )  # fmt: skip
-            if o.stride is not None:
-                metrics |= sliding_perplexity(
-                    scorer, self.documents, self.lengths,
-                    stride=o.stride, max_tokens=o.sliding_tokens, bos_id=self.bos_id, progress=progress,
-                )  # fmt: skip
-        if "passkey" in o.tasks:
-            metrics |= passkey_accuracy(
-                scorer, self.prompts, self.lengths, trials=o.trials, seed=o.seed, depths=o.depths, progress=progress
+        if name == "passkey":
+            prompts = PasskeyPrompts(self.tokenizer, self.bos_id)
+            return Passkey(prompts, self.lengths, trials=o.trials, seed=o.seed, depths=o.depths, generate=o.generate)
+        if name == "needle":
+            depths = [i / 10 for i in range(11)] if o.depths is None else o.depths
+            return Needle(
+                self.tokenizer, haystack, self.lengths, depths=depths, trials=o.trials, seed=o.seed, bos_id=self.bos_id
             )
-        return metrics
+        kind, task = name.split("/", 1)
+        if kind == "ruler":
+            return Ruler(
+                task, self.tokenizer, haystack, self.lengths,
+                trials=o.trials, seed=o.seed, depths=o.depths, bos_id=self.bos_id,
+            )  # fmt: skip
+        return Harness(
+            task, self.tokenizer,
+            num_fewshot=o.num_fewshot, limit=o.limit, include_path=o.include_path, seed=o.seed,
+            max_length=self.max_length,
+        )  # fmt: skip
+
+
+def values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    """The metrics alone."""
+    return {name: estimate.value for name, estimate in estimates.items()}
 
 
 def default_lengths(window: int, target_len: int) -> Sequence[int]:

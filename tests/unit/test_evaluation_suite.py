@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from pose.data.memo import Memo
 from pose.data.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION
 from pose.data.tokenizer import train_tokenizer
 from pose.errors import ConfigError, DataError
-from pose.evaluation.suite import EvalOptions, Suite, default_lengths
+from pose.evaluation.options import EvalOptions
+from pose.evaluation.suite import Suite, default_lengths, values
 from pose.modeling.load import build_model
 
 TEXT = INTRODUCTION + FILLER + KEY_LINE.format(key="0123456789") + QUESTION
@@ -72,6 +74,11 @@ def suite(tokenizer, documents, tmp_path):
     "options, key, also",
     [
         ({"tasks": ["perplexty"]}, "eval.tasks", "perplexity, passkey"),
+        ({"tasks": ["rules/vt"]}, "eval.tasks has 'rules/vt'", "ruler/TASK"),
+        ({"prefix": "lm-eval"}, "eval.prefix='lm-eval'", "harness"),
+        ({"min_tokens": 0}, "eval.min_tokens=0", "at least 1"),
+        ({"limit": 0}, "eval.limit=0", "at least 1"),
+        ({"num_fewshot": -1}, "eval.num_fewshot=-1", "at least 0"),
         ({"windows": 0}, "eval.windows=0", "at least 1"),
         ({"windows": -3}, "eval.windows=-3", "at least 1"),
         ({"tail": 0}, "eval.tail=0", "at least 1"),
@@ -110,6 +117,11 @@ def test_option_errors_name_key_value_and_what_is_accepted(options, key, also):
 def test_options_at_their_bounds_are_accepted(options):
     for name, value in options.items():
         assert getattr(EvalOptions(**options), name) == value
+
+
+def test_a_prefix_goes_before_names_of_its_tasks_alone():
+    tasks = EvalOptions(tasks=["vt", "passkey", "harness/boolq"], prefix="ruler").tasks
+    assert tasks == ["ruler/vt", "passkey", "harness/boolq"]
 
 
 @pytest.mark.parametrize("stride, accepted", [(7, True), (8, False), (20, False)])
@@ -156,7 +168,7 @@ def test_missing_documents(suite):
 def test_documents_that_are_long_enough_in_order(suite, tokenizer, texts, token_lengths):
     ready = suite(lengths=[8, token_lengths[1]])
     assert ready.document_ids == ["d1", "d2", "d3"]
-    for tokens, text in zip(ready.documents, texts[1:], strict=True):
+    for tokens, text in zip(ready.tasks[0].documents.values(), texts[1:], strict=True):
         assert tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -169,8 +181,66 @@ def test_lengths_are_sorted_and_single(suite):
     assert suite(lengths=[16, 8, 16]).lengths == [8, 16]
 
 
+def test_min_tokens_leaves_out_documents_that_every_length_fits(suite, token_lengths):
+    assert suite(min_tokens=token_lengths[2]).document_ids == ["d2", "d3"]
+    with pytest.raises(DataError, match=rf"has {token_lengths[3] + 1} tokens \(eval.min_tokens\): the longest has"):
+        suite(min_tokens=token_lengths[3] + 1)
+
+
+def test_the_first_documents_are_taken_without_reading_on(suite, tmp_path, texts):
+    """Behind the second one stands a line that cannot be read."""
+    path = tmp_path / "broken.jsonl"
+    lines = [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(texts)]
+    path.write_text("\n".join([*lines[:3], "{broken", lines[3]]))
+    assert suite(documents=str(path), max_documents=2, min_tokens=1, lengths=[8]).document_ids == ["d0", "d1"]
+    with pytest.raises(DataError, match="line 4"):
+        suite(documents=str(path), max_documents=2, draw_documents=True, lengths=[8])
+
+
+def test_no_document_is_long_enough_for_the_first_few(suite):
+    with pytest.raises(DataError, match=r"holds no document of at least 100000 \(eval.min_tokens\) tokens"):
+        suite(max_documents=1, min_tokens=100_000, lengths=[8])
+
+
+def test_documents_are_drawn_by_the_seed(suite):
+    drawn = [suite(lengths=[8], max_documents=2, draw_documents=True, seed=seed).document_ids for seed in range(12)]
+    assert drawn[0] == suite(lengths=[8], max_documents=2, draw_documents=True, seed=0).document_ids
+    assert {i for ids in drawn for i in ids} == {"d0", "d1", "d2", "d3"}
+    assert all(len(set(ids)) == 2 and ids == sorted(ids) for ids in drawn)
+
+
 def test_no_tasks_need_nothing(suite, model):
     assert suite(tasks=[], documents=None).run(model, progress=False) == {}
+
+
+def test_outcomes_are_kept_and_the_model_is_not_loaded_for_nothing(suite, model, tmp_path):
+    ready = suite(tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, trials=2, tail=10)
+    memo, loaded = Memo(tmp_path / "memo"), []
+
+    def load():
+        loaded.append(1)
+        return model
+
+    run = lambda ready, under="a", **options: ready.run(load=load, memo=memo, under=under, progress=False, **options)  # noqa: E731
+    first = run(ready)
+    assert loaded == [1] and first == ready.run(model, progress=False)
+    assert run(ready) == first and loaded == [1]
+    assert run(ready, under="another model") == first and loaded == [1, 1]
+    assert run(ready, reuse=False) == first and loaded == [1, 1, 1]
+    more = suite(tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, trials=3, tail=10)
+    assert run(more)["ppl@120"] == first["ppl@120"] and loaded == [1, 1, 1, 1]
+    assert run(more)["passkey@120"].num == 3 and loaded == [1, 1, 1, 1]
+
+
+def test_a_unit_that_was_lost_is_measured_again(suite, model, tmp_path):
+    ready = suite(lengths=[8, 16], windows=2, tail=4)
+    memo = Memo(tmp_path / "memo")
+    first = ready.run(model, memo=memo, progress=False)
+    files = sorted((tmp_path / "memo").iterdir())
+    assert len(files) == len(ready.document_ids)
+    files[0].write_text("{")
+    files[1].unlink()
+    assert ready.run(model, memo=memo, progress=False) == first
 
 
 def test_metrics_of_a_run(suite, model):
@@ -178,10 +248,12 @@ def test_metrics_of_a_run(suite, model):
         tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, tail=10, bin=64, stride=50, trials=2
     ).run(model, progress=False)
     assert set(metrics) == {
-        "ppl@100", "ppl@120", "tail_ppl@100", "tail_ppl@120", "position_ppl@0-64", "position_ppl@64-120",
+        "ppl@100", "ppl@120", "bits_per_byte@100", "bits_per_byte@120",
+        "tail_ppl@100", "tail_ppl@120", "position_ppl@0-64", "position_ppl@64-120",
         "sliding_ppl@100", "sliding_ppl@120", "passkey@100", "passkey@120",
     }  # fmt: skip
-    assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+    assert all(isinstance(value, float) and math.isfinite(value) for value in values(metrics).values())
+    assert all(e.low <= e.value <= e.high for e in metrics.values() if e.low is not None)
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -195,8 +267,8 @@ def test_perplexity_of_one_whole_document(suite, model, tokenizer, texts, token_
     ids = torch.tensor([ids])
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids).loss.exp().item()
-    assert metrics[f"ppl@{n}"] == pytest.approx(expected, rel=1e-5)
-    assert metrics[f"sliding_ppl@{n}"] == pytest.approx(expected, rel=1e-5)
+    assert metrics[f"ppl@{n}"].value == pytest.approx(expected, rel=1e-5)
+    assert metrics[f"sliding_ppl@{n}"].value == pytest.approx(expected, rel=1e-5)
 
 
 def test_sliding_tokens_reach_the_task(suite, model, texts, token_lengths):
@@ -205,13 +277,14 @@ def test_sliding_tokens_reach_the_task(suite, model, texts, token_lengths):
     options = {"lengths": [n], "stride": 5, "windows": 1}
     cut = suite(sliding_tokens=n, **options).run(model, progress=False)
     whole = suite(**options).run(model, progress=False)
-    assert cut[f"sliding_ppl@{n}"] == pytest.approx(cut[f"ppl@{n}"], rel=1e-9)
-    assert whole[f"sliding_ppl@{n}"] != pytest.approx(cut[f"ppl@{n}"], rel=1e-4)
+    assert cut[f"sliding_ppl@{n}"].value == pytest.approx(cut[f"ppl@{n}"].value, rel=1e-9)
+    assert whole[f"sliding_ppl@{n}"].value != pytest.approx(cut[f"ppl@{n}"].value, rel=1e-4)
 
 
 def test_bos_is_part_of_a_passkey_prompts_length(suite, tokenizer):
     for add_bos in (False, True):
-        prompts = suite(tasks=["passkey"], lengths=[120], add_bos=add_bos).prompts
+        (task,) = suite(tasks=["passkey"], lengths=[120], add_bos=add_bos).tasks
+        prompts = task.prompts
         tokens = prompts.sample(np.random.default_rng(0), 120).input_ids
         assert len(tokens) == 120
         assert (tokens[0] == tokenizer.bos_token_id) is np.bool_(add_bos)

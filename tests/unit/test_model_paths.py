@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pose import build, schema
+from pose import build, compare, schema
 from pose.errors import CheckpointError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -67,10 +67,10 @@ def test_without_a_package_the_id_is_left_to_its_reader(find):
 
 def test_evaluate_takes_a_gguf_file_too(monkeypatch, tmp_path):
     """Read as any checkpoint once it is converted."""
-    monkeypatch.setattr(build, "_convert_gguf", lambda path, cache_dir: {"some.gguf": "assets/tiny"}[path])
+    monkeypatch.setattr(build, "convert_gguf", lambda path, cache_dir: {"some.gguf": "assets/tiny"}[path])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("evaluate", ["ckpt=some.gguf", "eval.lengths=[256]", f"cache_dir={tmp_path}"])
-    plan = build.plan_evaluation(cfg)
+    (plan,) = compare.plan_evaluation(cfg)
     assert plan.window == 256 and plan.path.endswith("assets/tiny")
 
 

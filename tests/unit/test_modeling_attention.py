@@ -80,6 +80,48 @@ def test_equals_the_reference(backend, num_kv_heads, window, num_query, num_key)
     )
 
 
+@pytest.mark.parametrize("queries", [1, 3, 4, 100])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize(("num_query", "num_key"), [(9, 9), (7, 9), (2, 9)])
+@pytest.mark.parametrize("grouped", [True, False], ids=["kernel groups heads", "heads repeated"])
+def test_masks_of_some_queries_at_a_time(monkeypatch, queries, window, num_query, num_key, grouped):
+    """No mask has more queries, nor keys that none of them sees; what a kernel cannot group comes repeated."""
+    shapes = []
+
+    def watched(query, key, value, attn_mask=None, **kwargs):
+        assert kwargs["enable_gqa"] == grouped and (grouped or key.shape[1] == 4)
+        if attn_mask is not None:
+            shapes.append(attn_mask.shape)
+            assert attn_mask.any(0).all() and attn_mask.any(1).all()
+        return kernel(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "MASK_QUERIES", queries)
+    monkeypatch.setattr(attention, "_kernel_groups_heads", lambda *_: grouped)
+    query, key, value = random_qkv(num_query, num_key, num_kv_heads=2)
+    output, _ = attention.sdpa(torch.nn.Module().eval(), query, key, value, None, scaling=0.3, sliding_window=window)
+    assert output.is_contiguous()
+    torch.testing.assert_close(output.double(), reference(query, key, value, 0.3, window), atol=1e-5, rtol=1e-5)
+    assert len(shapes) == (0 if window is None and num_query == num_key else -(-num_query // queries))
+    assert all(shape[0] <= queries for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "grouped"),
+    [
+        ("cpu", torch.float32, True, True),
+        ("cpu", torch.bfloat16, False, True),
+        ("meta", torch.bfloat16, False, True),
+        ("meta", torch.float16, True, False),
+        ("meta", torch.float32, False, False),
+    ],
+)
+def test_which_kernels_take_fewer_key_value_heads(device, dtype, masked, grouped):
+    """Meta stands in for a GPU."""
+    assert attention._kernel_groups_heads(torch.empty(1, 4, 2, 8, device=device, dtype=dtype), masked) is grouped
+
+
 def test_eager_returns_its_weights():
     query, key, value = random_qkv(4, 9)
     output, weights = attention.eager(torch.nn.Module().eval(), query, key, value, None)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig, LlamaConf
 
 from pose.build import build_scaling
 from pose.errors import ConfigError
-from pose.evaluation.perplexity import truncated_perplexity
+from pose.evaluation.perplexity import truncated
 from pose.evaluation.scoring import Scorer
 from pose.modeling.guards import run_guards
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
@@ -185,15 +185,15 @@ def test_perplexity_of_several_lengths_takes_a_pass_for_each():
     model = scaled_model(Dynamic())
     document = torch.randint(101, (TARGET_LEN,)).numpy()
     lengths = [40, 100, TARGET_LEN]
-    got = truncated_perplexity(
-        Scorer(model, 1024), [document], lengths, windows=1, tail=16, bin=1000, progress=False
-    )  # fmt: skip
+    ones = np.ones(101, np.int64)
+    got = truncated(Scorer(model, 1024), document, lengths, token_bytes=ones, windows=1, tail=None, bin=1000)
     for n in lengths:
         tokens = torch.from_numpy(document[:n])
         with torch.no_grad():
             logits = fresh_stock_model(model)(tokens[None], use_cache=False).logits[0]
         wanted = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]).exp().item()
-        assert got[f"ppl@{n}"] == pytest.approx(wanted, rel=1e-4)
+        nll, tokens, _ = got[f"ppl@{n}"]
+        assert np.exp(nll / tokens) == pytest.approx(wanted, rel=1e-4)
 
 
 # ----- what the config says -----

@@ -10,7 +10,19 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import pose.report
-from pose.report import SweepTable, lengths_of, plot_results, plot_training, print_table, results_table
+from pose.evaluation.task import Estimate
+from pose.report import (
+    PANELS,
+    SweepTable,
+    comparison_tables,
+    lengths_of,
+    plot_needle,
+    plot_results,
+    plot_ruler,
+    plot_training,
+    print_table,
+    results_table,
+)
 
 METRICS = {
     "ppl@512": 9.0, "ppl@256": 12.25, "tail_ppl@256": 20.06, "tail_ppl@2048": 5.0, "sliding_ppl@256": 7.0,
@@ -183,3 +195,71 @@ def test_single_runs_write_no_sweep(tmp_path):
 def test_a_sweep_without_results_says_nothing(tmp_path, capsys):
     SweepTable().on_multirun_end(config(tmp_path))
     assert capsys.readouterr().out == ""
+
+
+ESTIMATES = {
+    "a": {
+        "ppl@256": Estimate(12.25, 11.0, 14.04, 5), "ppl@1024": Estimate(9.0, num=1),
+        "bits_per_byte@256": Estimate(1.2345),
+        "passkey@256": Estimate(0.95, 0.764, 0.991, 20), "needle@256": Estimate(0.5, 0.3, 0.7, 4),
+        "needle@256/0.0": Estimate(0.25, num=2), "needle@256/0.5": Estimate(0.75, num=2),
+        "ruler/vt@256": Estimate(0.4, 0.2, 0.6, 5), "ruler/cwe@256": Estimate(0.6), "ruler/vt@1024": Estimate(0.0),
+        "harness/boolq": Estimate(0.751, 0.74, 0.762, 3270),
+    },
+    "b/c": {"ppl@256": Estimate(20.0, 19.0, 21.0, 5), "ruler/vt@256": Estimate(1.0)},
+}  # fmt: skip
+
+
+def test_comparison_tables_have_parts_by_family_and_one_of_benchmarks():
+    by_length, benchmarks = comparison_tables(ESTIMATES, "Results")
+    rows = cells(by_length)
+    assert rows[0] == ["", "@256", "@1,024"]
+    assert rows[1:4] == [
+        ["[bold]perplexity", "", ""], ["a", "12.2\n[dim]11.0-14.0", "9.0"], ["b/c", "20.0\n[dim]19.0-21.0", ""]
+    ]  # fmt: skip
+    assert ["a", "1.234", ""] in rows or ["a", "1.235", ""] in rows
+    assert ["a", "95%\n[dim]76%-99%", ""] in rows and ["[bold]needle", "", ""] in rows
+    assert rows[rows.index(["[bold]ruler/vt", "", ""]) + 1] == ["a", "40%\n[dim]20%-60%", "0%"]
+    assert not any("0.0" in row[0] or "0.5" in row[0] for row in rows), "depths are for the heatmap"
+    assert cells(benchmarks) == [["", "boolq"], ["a", "75%\n[dim]74%-76%"], ["b/c", ""]]
+
+
+def test_no_table_without_metrics():
+    assert comparison_tables({"a": {}}, "Results") == []
+
+
+def test_the_plot_of_estimates_has_bands_and_the_mean_of_ruler(tmp_path, drawn):
+    plot_results(ESTIMATES, tmp_path / "all.png", 256, tuple(PANELS))
+    assert_picture(tmp_path / "all.png")
+    shown = {axes["title"]: axes["lines"] for axes in drawn["all.png"] if axes["title"]}
+    assert set(shown) == {
+        "perplexity",
+        "bits per byte",
+        "passkey accuracy",
+        "needle accuracy",
+        "RULER, mean of its tasks",
+    }
+    assert shown["perplexity"]["a"] == [[256, 12.25], [1024, 9.0]]
+    assert shown["RULER, mean of its tasks"]["a"] == [[256, 0.5], [1024, 0.0]]
+
+
+def test_heatmaps_have_the_cells_of_every_model(tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(pose.report, "_plot_heatmaps", lambda cells, png, *_: found.update({png.name: cells}))
+    plot_needle(ESTIMATES, tmp_path / "needle.png")
+    plot_ruler(ESTIMATES, tmp_path / "ruler.png")
+    assert found["needle.png"] == {"a": {(0.0, 256): 0.25, (0.5, 256): 0.75}}
+    assert found["ruler.png"] == {
+        "a": {("vt", 256): 0.4, ("cwe", 256): 0.6, ("vt", 1024): 0.0},
+        "b/c": {("vt", 256): 1.0},
+    }
+
+
+def test_heatmaps_are_pictures_and_none_without_cells(tmp_path):
+    plot_needle(ESTIMATES, tmp_path / "needle.png")
+    plot_ruler(ESTIMATES, tmp_path / "ruler.png")
+    plot_needle({"a": {"ppl@8": 3.0}}, tmp_path / "none.png")
+    for name in ("needle.png", "ruler.png"):
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 200
+    assert not (tmp_path / "none.png").exists()

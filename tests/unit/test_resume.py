@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from pose import launch, loggers, outcome
 from pose.checkpoints import Checkpoint
 from pose.errors import CheckpointError, ConfigError
+from pose.evaluation.task import Estimate
 from pose.resume import check_resume, find_resume
 
 
@@ -69,7 +70,7 @@ def test_what_is_unpickled_from_another_folder_is_asked_for(tmp_path, strategy, 
 def test_what_was_measured_is_taken_under_the_same_settings_alone(tmp_path):
     measured = []
     model = SimpleNamespace(to=lambda device: "model")
-    suite = SimpleNamespace(run=lambda model: measured.append(model) or {"passkey@8": 1.0})
+    suite = SimpleNamespace(run=lambda model: measured.append(model) or {"passkey@8": Estimate(1.0, 0.5, 1.0, 4)})
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
     plan = SimpleNamespace(checkpoint=None, suite=suite, settings={"seed": 0}, trainer=trainer)
 

@@ -1,0 +1,78 @@
+"""Windows too long for one forward pass: the same hidden states in less memory.
+
+Either the tokens go through the model in chunks, with a cache of the keys and values of those before; or all tokens go
+through one layer after the other, without a cache, and the feed-forward parts, the widest, take them in chunks. The
+first is for models with few key-value heads and layers, the second for those whose cache would be larger than what one
+layer holds, and for those whose frequencies depend on the length: a chunk would have those of the text up to it.
+
+Shapes: B batch, N tokens, C tokens in a chunk, H hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from pose.modeling.rotary import depends_on_length
+
+LAYER_STATES = 8  # what attention holds of a token, in hidden sizes: residual, input, queries, keys, values, and copies
+
+
+def takes_cache(config: PretrainedConfig) -> bool:
+    """Whether a long window goes through a model in chunks: it groups queries, and the cache is the smaller part."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    cache = 2 * config.num_hidden_layers * kv_heads * head_dim
+    return kv_heads < heads and cache < LAYER_STATES * hidden and not depends_on_length(config)
+
+
+def hidden_states(model: PreTrainedModel, tokens: torch.Tensor, chunk_len: int) -> Iterator[torch.Tensor]:
+    """The last hidden states, chunk after chunk.
+
+    Args:
+        model: with an output layer.
+        tokens: int64 [B, N].
+        chunk_len: C. Windows of no more take one plain forward pass.
+
+    Yields:
+        [B, C, H], the last one shorter; or one chunk of all N tokens.
+    """
+    if tokens.shape[1] <= chunk_len:
+        yield model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    elif takes_cache(model.config):
+        cache = DynamicCache(config=model.config)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        for chunk, position_ids in zip(tokens.split(chunk_len, 1), positions.split(chunk_len, 1), strict=True):
+            yield model.base_model(
+                input_ids=chunk, position_ids=position_ids, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+    else:
+        with feed_forward_in_chunks(model, chunk_len):
+            states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        yield states
+
+
+@contextmanager
+def feed_forward_in_chunks(model: nn.Module, chunk_len: int):
+    """While it lasts, the modules named `mlp` take chunk_len tokens at a time."""
+    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "mlp"]
+    for module in modules:
+        module.forward = _in_chunks(module.forward, chunk_len)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward  # the class has its own
+
+
+def _in_chunks(forward, chunk_len: int):
+    def chunked(x_BNH):
+        output = torch.empty_like(x_BNH)
+        for chunk, part in zip(x_BNH.split(chunk_len, 1), output.split(chunk_len, 1), strict=True):
+            part.copy_(forward(chunk.contiguous()))
+        return output
+
+    return chunked

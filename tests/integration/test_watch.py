@@ -1,0 +1,218 @@
+"""Evaluation during training, as a user runs it: curves, the best model, kills, several processes."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import strategy_worker  # noqa: E402
+from test_strategies import COMMON_AFTER, RANDOM, STRATEGIES  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("watch")]
+REPOSITORY = HERE.parents[1]
+# On so little text that it takes a second
+LITTLE = ("watch.max_documents=1", "watch.windows=1", "watch.trials=4")
+WATCH = ("watch.every_n_steps=2", "watch.best=tail_ppl@512", *LITTLE)
+SMOKE = ("experiment=smoke", "eval=none", "trainer.precision=32-true", "trainer.max_steps=6")
+
+
+@pytest.fixture(scope="module")
+def train(script):
+    def train_(folder, *overrides):
+        result = script("train.py", *SMOKE, *overrides, f"hydra.run.dir={folder}")
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result
+
+    return train_
+
+
+@pytest.fixture(scope="module")
+def watched(train, tmp_path_factory):
+    """A run, and what it printed."""
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    return folder, train(folder, *WATCH, "trainer.checkpoint_every_n_steps=2").stdout
+
+
+def rows(folder: Path) -> dict[int, dict[str, float]]:
+    """What was measured, by the step of metrics.csv, which counts from 0."""
+    with open(folder / "metrics.csv", newline="") as file:
+        found = {
+            int(row["step"]): {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
+            for row in csv.DictReader(file)
+            if row["val/ppl@512"]
+        }
+    assert found
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def equal(a: Path, b: Path) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_curves_are_logged_and_the_best_step_is_a_folder(watched, load_json, script, tmp_path):
+    run, printed = watched
+    found = rows(run)
+    assert list(found) == [-1, 1, 3, 5], "before, and after steps 2, 4 and 6"
+    for name in ("tail_ppl@256", "tail_ppl@512", "passkey@256", "passkey@512", "short_ppl_increase"):
+        assert all(math.isfinite(metrics[f"val/{name}"]) for metrics in found.values())
+    tails = {step + 1: metrics["val/tail_ppl@512"] for step, metrics in found.items() if step >= 0}
+    best = load_json(run / "best" / "pose_best.json")
+    assert (best["metric"], best["step"]) == ("tail_ppl@512", min(tails, key=tails.get))
+    assert best["value"] == tails[best["step"]]
+    metrics = load_json(run / "metrics.json")
+    assert (metrics["best/tail_ppl@512"], metrics["best/step"]) == (best["value"], best["step"])
+    assert f"Step 4: tail_ppl@256 {found[3]['val/tail_ppl@256']:.4g}" in printed
+    assert f"{run}/best  (tail_ppl@512 {best['value']:.4g} at step {best['step']})" in printed
+
+    result = script(
+        "evaluate.py", f"ckpt={run}/best", "eval.lengths=[256,512]", "eval.max_documents=1", "eval.windows=1",
+        "eval.trials=4", f"hydra.run.dir={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    measured, step = load_json(tmp_path / "metrics.json"), best["step"] - 1
+    measured = measured.get("best", measured)
+    for name in ("tail_ppl@512", "ppl@256", "passkey@512"):
+        assert measured[name] == pytest.approx(found[step][f"val/{name}"], rel=1e-4)
+
+
+def test_without_it_the_same_model_comes_out(watched, train, tmp_path):
+    run, _ = watched
+    train(tmp_path, "watch.documents=nowhere.jsonl")
+    assert equal(run / "model", tmp_path / "model")
+    assert not (tmp_path / "best").exists() and "val/" not in (tmp_path / "metrics.csv").read_text()
+
+
+def test_a_run_that_is_killed_ends_with_the_same_best_and_the_same_curves(watched, train, load_json, tmp_path):
+    """Killed once right after the first checkpoint, and once while the best of a later step is exported."""
+    whole, run = watched[0], tmp_path / "run"
+    overrides = [*SMOKE, *WATCH, "trainer.checkpoint_every_n_steps=2", "resume=auto", f"hydra.run.dir={run}"]
+    for waits_for in (run / "checkpoints" / "step-2", run / "best" / "pose_best.json"):
+        changed = waits_for.stat().st_mtime_ns if waits_for.exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *overrides], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        while process.poll() is None and not (waits_for.exists() and waits_for.stat().st_mtime_ns > changed):
+            time.sleep(0.001)
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    train(run, *WATCH, "trainer.checkpoint_every_n_steps=2", "resume=auto")
+    assert rows(run) == rows(whole)
+    assert load_json(run / "best" / "pose_best.json") == load_json(whole / "best" / "pose_best.json")
+    assert equal(run / "best", whole / "best") and equal(run / "model", whole / "model")
+
+
+def test_a_run_that_goes_on_elsewhere_takes_the_best_along(watched, train, load_json, tmp_path):
+    whole = watched[0]
+    more = [*WATCH, "trainer.checkpoint_every_n_steps=2", "logger=wandb"]
+    result = train(tmp_path / "run", *more, f"resume={whole}/checkpoints/step-6")
+    best = load_json(whole / "best" / "pose_best.json")
+    assert load_json(tmp_path / "run" / "best" / "pose_best.json") == best
+    assert f"at step {best['step']}" in result.stdout
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+@pytest.mark.parametrize(("lr", "warns"), [(0.1, True), (1e-5, False)])
+def test_the_gate_tells_a_run_that_ruins_short_texts(train, tmp_path, lr, warns):
+    """At the model's own frequencies and window, so that nothing but the training changes it."""
+    printed = train(
+        tmp_path, "watch.every_n_steps=3", *LITTLE, "watch.tasks=[perplexity]", "rope=none", "pose.target_len=300",
+        f"finetune.lr={lr}", "finetune.warmup_steps=0", "logger=tensorboard",
+    ).stdout  # fmt: skip
+    assert ("Warning: perplexity at the model's own window of 256 tokens" in printed) == warns
+    with open(tmp_path / "metrics.csv") as file:
+        increases = [float(row["val/short_ppl_increase"]) for row in csv.DictReader(file) if row["val/ppl@300"]]
+    assert increases[0] == pytest.approx(0, abs=1e-4), "the model is the untuned one before the first step"
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("val/short_ppl_increase")
+    assert [event.step for event in events] == [-1, 2, 5]
+    assert [event.value for event in events] == pytest.approx(increases, rel=1e-5, abs=1e-8)
+    assert (max(increases) > 0.05) == warns
+
+
+def test_two_processes_find_what_one_does(watched, train, load_json, tmp_path):
+    one = rows(watched[0])
+    printed = train(tmp_path, *WATCH, "strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu").stdout
+    two = rows(tmp_path)
+    assert list(two) == list(one)
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-4)
+    assert (
+        load_json(tmp_path / "best" / "pose_best.json")["step"]
+        == load_json(watched[0] / "best" / "pose_best.json")["step"]
+    )
+    assert printed.count("Step 4:") == 1
+
+
+@pytest.fixture(scope="module")
+def strategies(tmp_path_factory):
+    """Runs of two processes that share a model, with and without, one after the other in one group."""
+    out, cache = tmp_path_factory.mktemp("strategies"), tmp_path_factory.mktemp("cache")
+    watch = [
+        "watch.every_n_steps=2", "watch.best=tail_ppl@256", "watch.lengths=[128,256]", "watch.tail=100", *LITTLE,
+    ]  # fmt: skip
+    cases = {}
+    for name in ("fsdp", "zero3"):
+        common = [*RANDOM, *COMMON_AFTER, *STRATEGIES[name], "trainer.checkpoint_every_n_steps=null"]
+        common += ["trainer.devices=2", f"cache_dir={cache}"]
+        cases |= {f"without/{name}": common, f"with/{name}": [*common, *watch]}
+    cases["bf16/fsdp"] = [*cases["with/fsdp"], "trainer.precision=bf16-mixed"]
+    one = [*RANDOM, *COMMON_AFTER, *watch, "trainer.checkpoint_every_n_steps=null", f"cache_dir={cache}"]
+    threads = torch.get_num_threads()
+    strategy_worker.train("with/whole", [*one, "trainer.devices=1"], out)
+    torch.set_num_threads(threads)
+    (out / "cases.json").write_text(json.dumps(cases))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE), str(REPOSITORY)]),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    result = subprocess.run(
+        [*command, str(HERE / "strategy_worker.py"), str(out / "cases.json"), str(out)],
+        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-6000:]
+    return out
+
+
+def measured(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "metrics.csv") as file:
+        found = [row for row in csv.DictReader(file) if row["val/ppl@256"]]
+    return [{name: float(value) for name, value in row.items() if name.startswith("val/")} for row in found]
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_a_model_in_parts_is_measured_whole_and_trains_on_unchanged(strategies, name):
+    assert equal(strategies / "with" / name / "model", strategies / "without" / name / "model")
+    one, two = measured(strategies / "with" / "whole"), measured(strategies / "with" / name)
+    assert len(one) == len(two) == 3
+    for alone, together in zip(one, two, strict=True):
+        assert together == pytest.approx(alone, rel=1e-5)
+    best = json.loads((strategies / "with" / name / "best" / "pose_best.json").read_text())
+    assert best["value"] == min(metrics["val/tail_ppl@256"] for metrics in two[1:])
+    if best["step"] == 4:  # the last step's is the run's model
+        assert equal(strategies / "with" / name / "best", strategies / "with" / name / "model")
+
+
+def test_it_measures_in_the_precision_that_trains(strategies):
+    for alone, bf16 in zip(
+        measured(strategies / "with" / "whole"), measured(strategies / "bf16" / "fsdp"), strict=True
+    ):
+        assert bf16["val/ppl@256"] == pytest.approx(alone["val/ppl@256"], rel=1e-2)
+        assert bf16["val/ppl@256"] != pytest.approx(alone["val/ppl@256"], rel=1e-6)

@@ -1,0 +1,179 @@
+"""The scorer against stock transformers with full logits, in one pass and in chunks."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
+
+from pose.evaluation.scoring import CHUNK_LEN, Scorer, peak_memory_gib
+from pose.modeling import attention
+from pose.modeling.load import build_model, scale_config
+from pose.modeling.long import feed_forward_in_chunks, takes_cache
+from pose.rope import Dynamic, Yarn
+
+VOCAB = 97
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+CONFIGS = {
+    "gqa": lambda: LlamaConfig(num_key_value_heads=2, **SIZES),
+    "mqa, biases": lambda: Qwen2Config(num_key_value_heads=1, **SIZES),
+    "gqa, yarn": lambda: scaled(LlamaConfig(num_key_value_heads=2, **SIZES), Yarn()),
+    "sliding window": lambda: MistralConfig(num_key_value_heads=2, sliding_window=9, **SIZES),
+    "mha": lambda: LlamaConfig(num_key_value_heads=4, **SIZES),
+    "mha, parallel": lambda: GPTNeoXConfig(**SIZES),
+    "experts": lambda: MixtralConfig(num_key_value_heads=4, num_local_experts=4, **SIZES),
+    "gqa, many layers": lambda: LlamaConfig(num_key_value_heads=2, **SIZES | {"num_hidden_layers": 8}),
+    "gqa, dynamic": lambda: scaled(LlamaConfig(num_key_value_heads=2, **SIZES), Dynamic()),
+}
+PREFILLED = {"gqa", "mqa, biases", "gqa, yarn", "sliding window"}
+
+
+def scaled(config, scaling):
+    config.max_position_embeddings = 32
+    scale_config(config, scaling, 128)
+    return config
+
+
+@functools.cache
+def models(kind):
+    """A model of ours, and the same weights as stock transformers runs them, in float64."""
+    torch.manual_seed(0)
+    model = build_model(CONFIGS[kind](), None, "sdpa")
+    stock = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    stock.load_state_dict(model.state_dict())
+    return model, (stock if kind == "experts" else stock.double()).eval()  # transformers has no float64 for experts
+
+
+@pytest.fixture
+def windows():
+    return np.random.default_rng(0).integers(0, VOCAB, (3, 45)).astype(np.uint16)
+
+
+def stock_logits(stock, windows):
+    with torch.no_grad():
+        return stock(input_ids=torch.from_numpy(windows.astype(np.int64)), use_cache=False).logits
+
+
+def stock_losses(logits, windows):
+    """Of every token after the first, [B, N - 1]."""
+    targets = torch.from_numpy(windows.astype(np.int64))[:, 1:, None]
+    return -logits[:, :-1].log_softmax(-1).gather(2, targets)[..., 0].numpy()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("chunk_len", [None, 7, 15, 44, 45])
+def test_losses_and_predictions_are_the_stock_models(kind, windows, chunk_len):
+    """Values and types, of the last tokens of each window of a batch; where a chunk ends does not matter."""
+    model, stock = models(kind)
+    logits = stock_logits(stock, windows)
+    losses = stock_losses(logits, windows)
+    scorer = Scorer(model, 1000)
+    if chunk_len is not None:
+        scorer.chunk_len = chunk_len
+    for num in (1, 2, 7, 31, 44):
+        nll = scorer.nll(windows, num)
+        assert nll.dtype == np.float64
+        np.testing.assert_allclose(nll, losses[:, -num:], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(nll.sum(), losses[:, -num:].sum(), rtol=1e-5)
+        assert np.array_equal(scorer.predictions(windows, num), logits[:, -num:].argmax(-1).numpy())
+    places = np.array([1, 2, 20, 21, 22, 44])
+    np.testing.assert_allclose(scorer.nll(windows, places), losses[:, places - 1], rtol=1e-4, atol=1e-5)
+    assert np.array_equal(scorer.predictions(windows, 45), logits.argmax(-1).numpy())
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_a_long_window_holds_at_one_time(monkeypatch, kind, windows):
+    """No layer's feed-forward part, no query and no output layer sees more than a chunk; the others stay whole."""
+    model, _ = models(kind)
+    scorer = Scorer(model, 1)
+    scorer.chunk_len = 8
+    seen = {"mlp": 0, "base": 0, "head": 0}
+
+    def note(name):
+        def hook(module, args, kwargs):
+            x = args[0] if args else kwargs["input_ids"]
+            seen[name] = max(seen[name], x.shape[-2 if x.is_floating_point() else -1])
+
+        return hook
+
+    inner = [m for name, m in model.named_modules() if name.endswith(("down_proj", "dense_4h_to_h"))]
+    hooks = [m.register_forward_pre_hook(note("mlp"), with_kwargs=True) for m in inner]
+    hooks.append(model.base_model.register_forward_pre_hook(note("base"), with_kwargs=True))
+    monkeypatch.setattr("pose.modeling.loss.CHUNK_LEN", 8)
+    try:
+        scorer.nll(windows[:1], 44)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert takes_cache(model.config) == (kind in PREFILLED)
+    assert seen["base"] == (8 if kind in PREFILLED else 45)
+    assert seen["mlp"] <= 8 and (inner or kind == "experts")
+
+
+def test_modules_are_as_before_after_a_long_window(windows):
+    model, _ = models("mha")
+    with pytest.raises(RuntimeError, match="stopped"), feed_forward_in_chunks(model, 4):
+        assert any("forward" in vars(module) for module in model.modules())
+        raise RuntimeError("stopped")
+    assert not any("forward" in vars(module) for name, module in model.named_modules() if name.endswith("mlp"))
+
+
+def test_windows_that_fit_into_one_pass_are_not_cut(monkeypatch, windows):
+    """batch_tokens is what a pass may hold; below CHUNK_LEN tokens no window is cut."""
+    model, _ = models("gqa")
+    assert Scorer(model, 1).chunk_len == CHUNK_LEN
+    assert Scorer(model, 10**6).chunk_len == 10**6
+    monkeypatch.setattr("pose.modeling.long.DynamicCache", lambda **_: pytest.fail("a cache was made"))
+    Scorer(model, 1).nll(windows[:1], 3)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 16])
+def test_masks_of_some_queries_at_a_time(monkeypatch, windows, queries):
+    """Long chunks attend in blocks of queries."""
+    for kind in PREFILLED:
+        model, stock = models(kind)
+        monkeypatch.setattr(attention, "MASK_QUERIES", queries)
+        scorer = Scorer(model, 1)
+        scorer.chunk_len = 13
+        losses = stock_losses(stock_logits(stock, windows), windows)
+        np.testing.assert_allclose(scorer.nll(windows, 44), losses, rtol=1e-4, atol=1e-5)
+
+
+@given(num=st.integers(0, 20), length=st.integers(1, 9), batch_tokens=st.integers(1, 40))
+def test_batches_are_as_full_as_allowed_and_in_order(num, length, batch_tokens):
+    windows = [np.arange(length) + 100 * i for i in range(num)]
+    batches = list(Scorer.batches(_Limit(batch_tokens), iter(windows)))
+    assert all(batch.size <= batch_tokens or len(batch) == 1 for batch in batches)
+    assert all((len(batch) + 1) * length > batch_tokens for batch in batches[:-1])
+    joined = np.concatenate(batches) if batches else np.empty((0, length))
+    assert np.array_equal(joined, np.array(windows).reshape(num, length))
+
+
+class _Limit:
+    """What `Scorer.batches` needs to know of a scorer."""
+
+    def __init__(self, batch_tokens: int):
+        self.batch_tokens = batch_tokens
+
+
+def test_scorer_turns_dropout_off(windows):
+    torch.manual_seed(0)
+    model = build_model(LlamaConfig(**SIZES, attention_dropout=0.5), None, "sdpa").train()
+    scorer = Scorer(model, 1000)
+    assert np.array_equal(scorer.nll(windows, 20), scorer.nll(windows, 20))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the GPU, where one is used")
+def test_peak_memory_counts_what_was_held_and_let_go():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    held = int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 2**20
+    block = np.ones(2**26)  # half a GiB
+    del block
+    assert held + 0.45 < peak_memory_gib() < held + 20
