@@ -384,7 +384,7 @@ def _share(value: float) -> str:
 
 def _show(family: str, value: float) -> str:
     if SHARES.fullmatch(family):
-        return f"{value:.0%}"
+        return f"{value:.1%}" if family.startswith("harness/") else f"{value:.0%}"
     if family == "bits_per_byte":
         return f"{value:.3f}"
     return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"

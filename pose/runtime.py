@@ -96,7 +96,7 @@ def _memory_advice(cfg: DictConfig) -> list[str]:
     advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
     advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
     advice += ["there strategy=fsdp, zero3 or zero3_offload", f"there pose.train_len (it is {length})"]
-    return [*advice, "where it was measuring, eval.before=false or eval=none"]
+    return [*advice, "where it was measuring, eval.batch_tokens, eval.before=false or eval=none"]
 
 
 def locate(path: str) -> str:
@@ -123,6 +123,7 @@ def quiet_libraries():
         ".*`torch.distributed.* is deprecated.*",  # which DeepSpeed calls
         ".*ended before the epoch ended.*",  # here the data begins at the step
         ".*smaller than the logging interval.*",
+        ".*Be aware that when using `ckpt_path`.*",  # of a run that goes on without the watch it had
         ".*across ranks is zero.*",  # of a run that goes on from its last step
     ):
         warnings.filterwarnings("ignore", message)

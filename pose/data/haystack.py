@@ -64,6 +64,13 @@ def word_list(kind: str) -> tuple[str, ...]:
     return tuple(sorted({line.strip() for line in lines if line.strip()}))
 
 
+@cache
+def words_digest() -> str:
+    """SHA-256 of all word lists."""
+    lists = [word_list(kind) for kind in ("noun", "adjective", "verb")]
+    return hashlib.sha256(json.dumps(lists).encode()).hexdigest()
+
+
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text, by its punctuation; line breaks become spaces.
 

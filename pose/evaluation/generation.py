@@ -21,7 +21,7 @@ def end_ids(model: PreTrainedModel, tokenizer) -> list[int]:
     return sorted({i for i in (tokenizer.eos_token_id, *named) if i is not None})
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def greedy(
     model: PreTrainedModel, prompts: np.ndarray, max_new_tokens: int, eos_ids: Sequence[int] = ()
 ) -> list[np.ndarray]:

@@ -110,7 +110,7 @@ class ScorerLM(HFLM):
 
         HFLM takes what is missing from the padded length for missing at the beginning.
         """
-        with torch.inference_mode():
+        with torch.no_grad():
             states = torch.cat(list(hidden_states(self.model, inps, self.scorer.chunk_len)), 1)
             return self.scorer.head(states if self._kept is None else states[:, -self._kept :])
 

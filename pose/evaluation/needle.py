@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pose.data.haystack import ExactTexts, split_sentences, tokenizer_digest
+from pose.data.haystack import ExactTexts, split_sentences, tokenizer_digest, words_digest
 from pose.data.ruler import NEEDLE, NIAH_ONE, needle_word
 from pose.errors import ConfigError
 from pose.evaluation.passkey import found
@@ -93,6 +93,7 @@ class Needle(Task):
         depends = {
             "depths": self.depths, "trials": self.trials, "seed": self.seed, "bos": self.bos,
             "tokenizer": tokenizer_digest(self.tokenizer), "haystack": self.haystack_digest,
+            "words": words_digest(),
         }  # fmt: skip
         return {str(length): {"length": length, **depends} for length in self.lengths}
 

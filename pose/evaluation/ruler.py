@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pose.data.haystack import tokenizer_digest
+from pose.data.haystack import tokenizer_digest, words_digest
 from pose.data.ruler import NEEDLES, TASKS, TOKENS_TO_GENERATE, RulerPrompt, RulerPrompts
 from pose.errors import ConfigError
 from pose.evaluation.generation import end_ids, greedy
@@ -78,6 +78,7 @@ class Ruler(Task):
         depends = {
             "trials": self.trials, "seed": self.seed, "depths": self.depths, "bos": self.bos,
             "tokenizer": tokenizer_digest(self.tokenizer), "haystack": self.haystack_digest,
+            "words": None if self.task in ("vt", "fwe") else words_digest(),
         }  # fmt: skip
         return {str(length): {"length": length, **depends} for length in self.lengths}
 

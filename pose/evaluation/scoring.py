@@ -21,6 +21,8 @@ CHUNK_LEN = 2048  # tokens; no shorter chunks of a long window are worth a forwa
 class Scorer:
     """Scores windows with plain position ids 0..N-1; logits exist for the scored tokens alone.
 
+    Gradients are off, but not by inference_mode: FSDP could not train on with the buffers that it would leave behind.
+
     Args:
         model: built by `pose.modeling.load.build_model`.
         batch_tokens: tokens in one forward pass; a longer window (and one of more than CHUNK_LEN tokens) is run alone,
@@ -48,7 +50,7 @@ class Scorer:
         if batch:
             yield np.stack(batch)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def nll(self, windows: np.ndarray, scored: int | np.ndarray) -> np.ndarray:
         """Cross-entropy of some tokens of each window, given all before them.
 
@@ -70,7 +72,7 @@ class Scorer:
             losses.append(nll.view(targets.shape))
         return torch.cat(losses, 1).double().cpu().numpy()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predictions(self, windows: np.ndarray, num: int) -> np.ndarray:
         """The most likely token after each of the last num tokens of each window; int64 [B, num]."""
         tokens = self._tokens(windows)

@@ -18,6 +18,7 @@ ALLOWED = {
     "module": {"modeling", "rope", "errors"},
     "strategies": {"modeling", "errors"},
     "callbacks": {"modeling"},
+    "watch": {"callbacks", "evaluation", "modeling", "errors"},
     "checkpoints": {"errors", "network"},
     "report": {"coverage", "evaluation.task"},
     "launch": {"errors"},

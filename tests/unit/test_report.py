@@ -221,7 +221,7 @@ def test_comparison_tables_have_parts_by_family_and_one_of_benchmarks():
     assert ["a", "95%\n[dim]76%-99%", ""] in rows and ["[bold]needle", "", ""] in rows
     assert rows[rows.index(["[bold]ruler/vt", "", ""]) + 1] == ["a", "40%\n[dim]20%-60%", "0%"]
     assert not any("0.0" in row[0] or "0.5" in row[0] for row in rows), "depths are for the heatmap"
-    assert cells(benchmarks) == [["", "boolq"], ["a", "75%\n[dim]74%-76%"], ["b/c", ""]]
+    assert cells(benchmarks) == [["", "boolq"], ["a", "75.1%\n[dim]74.0%-76.2%"], ["b/c", ""]]
 
 
 def test_no_table_without_metrics():
