@@ -171,7 +171,7 @@ def show(run_dir: Path, candidates: list[Candidate], results: Results):
     documents = candidates[0].suite.document_ids
     if documents:
         print(f"Documents   {', '.join(documents[:3])}{' ...' * (len(documents) > 3)} ({len(documents)})")
-    print("Intervals   95 %: over documents by bootstrap, over prompts by Wilson's score; none for a single document")
+    print("Intervals   95 %, over documents, prompts or questions; none for a single document (docs/EVALUATION.md)")
     print(f"Results     {run_dir}/results.csv, results.json, metrics.json\nPlots       {run_dir}/plots/")
 
 

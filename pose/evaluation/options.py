@@ -39,7 +39,7 @@ class EvalOptions:
     generate: bool = False  # passkey by greedy decoding in place of teacher forcing
     haystack: Any = BOOK  # the text that needles lie in: file, folder or glob
     # harness
-    num_fewshot: int | None = None  # examples before the question; null: the task's own
+    num_fewshot: int | None = None  # examples before a question; null: the paper's for its six tasks, others their own
     limit: int | None = None  # questions of each task; null: all
     include_path: str | None = None  # folder with task YAMLs of your own
 

@@ -65,9 +65,8 @@ def found(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bo
     num = max(prompt.num_answer for prompt in prompts) + 1
     batches = scorer.batches(prompt.input_ids for prompt in prompts)
     predictions = np.concatenate([scorer.predictions(batch, num) for batch in batches])
-    ends = end_ids(scorer.model, tokenizer)
     verdicts = [
-        _verdict(tokenizer, ends, predicted[-prompt.num_answer - 1 :], prompt)
+        _verdict(tokenizer, predicted[-prompt.num_answer - 1 :], prompt)
         for prompt, predicted in zip(prompts, predictions, strict=True)
     ]
     open_ones = [i for i, verdict in enumerate(verdicts) if verdict is None]
@@ -76,13 +75,11 @@ def found(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bo
     return verdicts
 
 
-def _verdict(tokenizer, ends: Sequence[int], predicted: np.ndarray, prompt: NumberPrompt) -> bool | None:
+def _verdict(tokenizer, predicted: np.ndarray, prompt: NumberPrompt) -> bool | None:
     """Whether the beginning of what is written shows the key, or that it is not written; None where it does not."""
     answer = prompt.input_ids[-prompt.num_answer :]
     right = np.cumprod(predicted[:-1] == answer).sum()
     tokens = predicted[: right + 1]
-    if tokens[-1] in ends:
-        return _leading_digits(tokenizer.decode(tokens[:-1])) == prompt.key
     text = tokenizer.decode(tokens).lstrip(" ")
     digits = _leading_digits(text)
     if len(digits) < len(text) or not prompt.key.startswith(digits):

@@ -117,8 +117,8 @@ def score(task: str, prediction: str, answers: Sequence[str], prompt: str) -> fl
     As in RULER, an answer is found where it occurs in the prediction, in any case. Not counted, with white space and
     case aside:
 
-    * niah: an occurrence whose LEAD characters before it stand with it in the prompt, or all characters before it at
-      the prompt's beginning. To copy the needle's own sentence is to find it; to arrive there by reciting is not.
+    * niah: an occurrence whose LEAD characters before it stand with it in the prompt. To copy the needle's own sentence
+      is to find it; to arrive there by reciting is not. (No needle stands in the first LEAD characters of a prompt.)
     * vt, cwe, fwe, whose answers stand in many places: an occurrence inside RECITAL or more characters of the prompt.
 
     Args:
@@ -141,7 +141,7 @@ def score(task: str, prediction: str, answers: Sequence[str], prompt: str) -> fl
             begin, end = match.start(), match.start() + len(answer)
             if task in NEEDLES:
                 lead = said[max(begin - LEAD, 0) : end]
-                is_recital = lead in given if begin >= LEAD else begin > 0 and given.startswith(lead)
+                is_recital = begin >= LEAD and lead in given
             else:
                 is_recital = recited[end] - recited[begin] == end - begin
             if not is_recital:

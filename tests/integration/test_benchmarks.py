@@ -53,3 +53,26 @@ def test_loop(script, precision):
     for values in (content["ratio"], *seconds.values()):
         check_spread(values, 1)
     assert content["ratio"]["median"] == pytest.approx(seconds["lightning"]["median"] / seconds["bare"]["median"])
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments", "others"),
+    [
+        ("sweep", ("--lengths", "32", "64", "128", "--tokens", "300"), ["a pass per length", "plain"]),
+        ("sliding", ("--lengths", "32", "64", "--tokens", "200", "--stride", "24"), ["plain"]),
+        ("passkey", ("--lengths", "128", "--trials", "2"), ["decoded in batches", "decoded one at a time"]),
+    ],
+)
+def test_evaluation(script, part, arguments, others):
+    """Both ways give the same losses or verdicts, or the benchmark fails."""
+    line, content = run(script, "benchmarks.evaluation", part, "--repeats", "1", *arguments)
+    assert line.startswith(f"{part}: ") and content["benchmark"] == "evaluation"
+    assert list(content["ratios"]) == others
+    for values in (*content["seconds"].values(), *content["ratios"].values()):
+        check_spread(values, 1)
+
+
+def test_evaluation_of_a_long_window(script):
+    line, content = run(script, "benchmarks.evaluation", "long", "--lengths", "512", "4500")
+    assert line.startswith("long: 4,500 tokens") and content["peak_gib"] >= content["before_gib"] > 0
+    assert 3000 < content["ppl@4500"] < 6000, "of random weights: about the vocabulary"

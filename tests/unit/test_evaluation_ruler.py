@@ -150,6 +150,25 @@ def test_what_cannot_be_reached_is_an_error_and_not_another_length():
         prompts.sample(0, 401, 0)
 
 
+def test_the_whole_text_is_counted_and_not_only_what_is_around_the_filling():
+    """A tokenizer that adds up to four tokens by the number of all characters: a part does not show how many."""
+
+    class Whimsical:
+        def __call__(self, text, **options):
+            ids = lambda one: [0] * (len(one.split()) + len(one) % 5)  # noqa: E731
+            return {"input_ids": ids(text) if isinstance(text, str) else [ids(one) for one in text]}
+
+    for task in ("niah_single_2", "niah_multikey_2", "cwe", "fwe"):
+        prompts, made_all = RulerPrompts(task, Whimsical(), HAYSTACK), 0
+        for length in range(1000, 1020):
+            try:
+                assert count(Whimsical(), prompts.sample(0, length, 0).text) == length
+                made_all += 1
+            except ConfigError as error:
+                assert f"exactly {length} tokens" in str(error)
+        assert made_all > 10
+
+
 # What the prompts hold
 
 
@@ -288,6 +307,9 @@ def test_frequencies_are_those_of_the_zeta_law():
 
     draft = made.FrequentWords((0,), 100_000)
     assert len(draft.vocabulary) == 2000
+    for size in range(made.FrequentWords.smallest, 3000):
+        counts, law = draft.counts(size), (size * draft.shares).astype(int)
+        assert counts[3] > counts[4] and (law[3] == law[4] or np.array_equal(counts, law))
     assert draft.counts(30_000).tolist() == [int(30_000 * k**-2.0 / zeta(2.0)) for k in range(1, 2001)]
 
 
@@ -347,10 +369,10 @@ def test_the_prompt_itself_scores_nothing(task, length):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_reciting_from_any_place_scores_nothing(task):
-    """500 characters from everywhere in the prompt, but for those that begin within a needle's lead."""
+    """Up to 500 characters from everywhere in the prompt, but for those that begin within a needle's lead."""
     prompt = sample(task)
     for begin in range(0, len(prompt.text) - 500, 97):
-        echo = prompt.text[begin : begin + 500]
+        echo = prompt.text[begin : begin + (500, 160, 70)[begin % 3]]
         if task in NEEDLES and any(0 <= echo.find(answer) < 140 for answer in prompt.answers):
             continue
         assert score(task, echo, prompt.answers, prompt.text) == 0, echo
