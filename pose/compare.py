@@ -26,7 +26,7 @@ from pose.modeling.hub import find_file
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
 from pose.report import PANELS, comparison_tables, plot_needle, plot_results, plot_ruler, print_table
-from pose.runtime import PACKAGE, provenance, write_json
+from pose.runtime import PACKAGE, read_json, write_json
 
 Results = dict[str, dict[str, Estimate]]
 # What a checkpoint's outcomes depend on, in its folder.
@@ -154,7 +154,7 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
                 if c.name in results
             },
             "eval": OmegaConf.to_container(cfg.eval, resolve=True),
-            "provenance": provenance(),
+            "provenance": read_json(run_dir / "provenance.json"),
         },
     )
     window = min(c.window for c in candidates)

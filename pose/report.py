@@ -168,10 +168,10 @@ def plot_results(
             axes.axis("off")
             continue
         title, label = PANELS[name]
-        for model, points in series[name].items():
+        for i, (model, points) in enumerate(series[name].items()):
             if points:
                 found = [_value(value) for value in points.values()]
-                (line,) = axes.plot(list(points), found, marker="o", markersize=3, label=model)
+                (line,) = axes.plot(list(points), found, marker="o", markersize=3, label=model, color=f"C{i}")
                 bounds = [(n, e.low, e.high) for n, e in points.items() if getattr(e, "low", None) is not None]
                 if bounds:
                     axes.fill_between(*zip(*bounds, strict=True), alpha=0.15, color=line.get_color(), linewidth=0)
@@ -192,7 +192,8 @@ def plot_results(
         if not is_share:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
-    grid[0][0].legend()
+    entries = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), map(_short, entries), loc="outside lower center", ncols=columns, fontsize="small")
     _save(figure, png)
 
 
@@ -238,7 +239,7 @@ def _plot_heatmaps(found: Mapping[str, Mapping[tuple, float]], png: Path, xlabel
                 axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize="x-small")
         axes.set_xticks(range(len(columns)), [f"{column:,}" for column in columns], rotation=30)
         axes.set_yticks(range(len(rows)), [f"{row:.0%}" if isinstance(row, float) else row for row in rows])
-        axes.set_title(model, fontsize="small", wrap=True)
+        axes.set_title(_short(model), fontsize="small")
         axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(image, ax=grid, shrink=0.8)
     _save(figure, png)
@@ -361,6 +362,11 @@ def _series(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
                 by_length.setdefault(int(match[2]), []).append(_value(value))
         return {n: sum(scores) / len(scores) for n, scores in sorted(by_length.items())}
     return lengths_of(metrics, panel)
+
+
+def _short(name: str) -> str:
+    """A model's name, or the end of a long path."""
+    return name if len(name) <= 40 else "..." + name[-37:]
 
 
 def _value(metric) -> float:
