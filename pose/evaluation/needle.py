@@ -116,12 +116,7 @@ class Needle(Task):
 
     def _check(self, length: int):
         needed = [
-            sum(
-                map(
-                    len,
-                    self._parts(np.random.default_rng((self.seed, trial, length, *np.float64(depth).tobytes())))[:4],
-                )
-            )
+            sum(map(len, self._parts(self._rng(length, depth, trial))[:4]))
             for depth in self.depths
             for trial in range(self.trials)
         ]
