@@ -116,3 +116,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, overrides in json.loads(Path(sys.argv[1]).read_text()).items():
         train(name, overrides, Path(sys.argv[2]), int(os.environ["RANK"]))
+    # Together, and without the teardown of process groups, whose threads may end a process that is done
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
