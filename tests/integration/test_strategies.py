@@ -263,7 +263,7 @@ def persistent_bytes(strategy: str, total: float, trainable: float, processes: i
 )
 def test_memory_is_that_of_the_formula(runs, kind, name):
     weight = 2 if kind in ("bf16", "frozen") else 4
-    # DeepSpeed may hold buffers of up to two reductions, which do not grow with the model: when it lets go of them varies
+    # DeepSpeed may still hold buffers of up to two reductions, which do not grow with the model
     buffers = range(3) if name.startswith("zero") else (0,)
     for process in seen(runs / kind / name):
         expected = persistent_bytes(name, process["total"], process["trainable"], 2, weight)
