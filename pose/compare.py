@@ -126,7 +126,7 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
     """Writes metrics.json, results.csv, results.json and plots/ of what is measured so far."""
     several = OmegaConf.is_list(cfg.ckpt)
     metrics = {name: values(found) for name, found in results.items()}
-    write_json(run_dir / "metrics.json", metrics if several else metrics[cfg.ckpt])
+    write_json(run_dir / "metrics.json", metrics if several else metrics[candidates[0].name])
     rows = [
         {"checkpoint": name, "metric": metric} | estimate._asdict()
         for name, found in results.items()

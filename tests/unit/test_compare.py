@@ -51,6 +51,29 @@ def test_a_checkpoint_is_told_by_what_is_in_its_files(tmp_path, longer):
     assert compare.checkpoint_print(str(model), None, memo) != before
 
 
+def test_a_checkpoint_of_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
+    cached = "/hub/models--a--b/snapshots/{}/config.json"
+    prints = []
+    for commit in ("c0", "c1"):
+        monkeypatch.setattr(compare, "find_file", lambda path, name, revision, c=commit: cached.format(c))
+        prints.append(compare.checkpoint_print("a/b", None, Memo(tmp_path)))
+    assert prints == [["a/b", "c0"], ["a/b", "c1"]]
+
+
+def test_outcomes_belong_to_the_code_that_measured(tmp_path, monkeypatch):
+    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "rope.py", "module.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a = 1")
+    monkeypatch.setattr(compare, "PACKAGE", tmp_path)
+    seen = [compare._code_print()]
+    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "rope.py"):
+        (tmp_path / name).write_text("a = 2")
+        seen.append(compare._code_print())
+    assert len(set(seen)) == 5
+    (tmp_path / "module.py").write_text("a = 2")  # trains, and measures nothing
+    assert compare._code_print() == seen[-1]
+
+
 def test_outcomes_belong_to_dtype_and_attention_too(tmp_path):
     common = ("ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]")
     under = [plan(tmp_path, *common, *o)[0].under for o in ((), ("dtype=bfloat16",), ("attention=eager",), ())]
