@@ -165,7 +165,7 @@ def main():
     parser.add_argument("--model", default="assets/tiny", help="folder")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="in one forward pass")
+    parser.add_argument("--batch-tokens", type=int, help="in one forward pass (1024 on a CPU)")
     parser.add_argument("--tokens", type=int, default=6144, help="of the book, for sweep and sliding")
     parser.add_argument("--windows", type=int, default=2, help="sweep: per length")
     parser.add_argument("--stride", type=int, default=128, help="sliding: tokens")

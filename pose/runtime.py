@@ -89,7 +89,8 @@ def explained_memory_errors(cfg: DictConfig):
 
 def _memory_advice(cfg: DictConfig) -> list[str]:
     if "trainer" not in cfg:
-        advice = [f"eval.batch_tokens (it is {cfg.eval.batch_tokens}; a single window is the least)"]
+        tokens = cfg.eval.batch_tokens or "null, which is 1024 on a CPU and else 4096"
+        advice = [f"eval.batch_tokens (it is {tokens}; a single window is the least)"]
         return [*advice, "dtype=bfloat16", f"shorter eval.lengths (they are {list(cfg.eval.lengths)})"]
     batch, length = cfg.trainer.micro_batch, cfg.pose.train_len
     advice = [f"trainer.micro_batch (it is {batch}; the global batch stays)"] if batch > 1 else []

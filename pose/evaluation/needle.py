@@ -36,8 +36,9 @@ class Needle(Task):
     """The share of prompts whose number is written by greedy decoding, and no digit more; a length is a unit.
 
     The prompts are those of RULER's niah_single_2: `One of the special magic numbers for small-river is: 1234567.`
-    between two sentences of a text. Each prompt begins at another sentence of it, and the text is begun again where it
-    ends. The verdict is that of the passkey, `pose.evaluation.passkey.found`.
+    between two sentences of a text. Each trial begins at another sentence of it, and the text is begun again where it
+    ends. The prompts of a trial differ in depth, key and number alone: depths are compared on one text, and what stands
+    before the needles is read once. The verdict is that of the passkey, `pose.evaluation.passkey.found`.
 
     Metrics: needle@N for each N, tokens of prompt and number together; needle@N/D for each depth D.
 
@@ -82,7 +83,8 @@ class Needle(Task):
         rng = self._rng(length, depth, trial)
         head, needle, question, answer, number = self._parts(rng)
         room = length - sum(map(len, (head, needle, question, answer)))
-        filling, borders = self._filling(int(rng.integers(len(self.sentences))), room)
+        first = np.random.default_rng((self.seed, trial, length)).integers(len(self.sentences))
+        filling, borders = self._filling(int(first), room)
         before = int(borders[np.abs(borders - depth * room).argmin()])
         parts = [head, filling[:before], needle, filling[before:], question, answer]
         return NeedlePrompt(

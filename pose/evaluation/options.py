@@ -17,7 +17,7 @@ class EvalOptions:
     prefix: str | None = None  # ruler or harness: put before names in tasks that have no / in them
     lengths: list[int] | None = None  # null: the window, doubled up to the target
     seed: int = 0  # of prompts, and of which documents are drawn
-    batch_tokens: int = 4096  # tokens in one forward pass, at least one window
+    batch_tokens: int | None = None  # tokens in one forward pass, at least one window; null: 1024 on a CPU, else 4096
     add_bos: bool = False  # windows and prompts begin with BOS
     before: bool = True  # train.py measures the untuned and the scaled model too
     # perplexity

@@ -1,4 +1,4 @@
-"""Passkey retrieval accuracy, teacher-forced: one batched forward pass per batch of prompts."""
+"""Passkey retrieval accuracy, teacher-forced: no token is decoded, and what prompts begin with is read once."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, takewhile
@@ -49,7 +49,7 @@ def written(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[
 
 
 def found(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bool]:
-    """The verdicts of `written`, from one forward pass over prompts with their answers.
+    """The verdicts of `written`, from forward passes over prompts with their answers.
 
     As far as the most likely tokens are those of the answer, they are what greedy decoding writes, and so is the first
     one that is not, or that follows. Nearly always that shows the verdict: it is another digit, or ends the number.
@@ -63,8 +63,7 @@ def found(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bo
         prompts: all of one length.
     """
     num = max(prompt.num_answer for prompt in prompts) + 1
-    batches = scorer.batches(prompt.input_ids for prompt in prompts)
-    predictions = np.concatenate([scorer.predictions(batch, num) for batch in batches])
+    predictions = scorer.predictions(np.stack([prompt.input_ids for prompt in prompts]), num)
     verdicts = [
         _verdict(tokenizer, predicted[-prompt.num_answer - 1 :], prompt)
         for prompt, predicted in zip(prompts, predictions, strict=True)

@@ -1,6 +1,7 @@
 """What tasks ask of a model: losses and predictions of the last tokens of a window.
 
-Shapes: B windows, N tokens in a window, S tokens scored at its end, C tokens in a chunk, H hidden size.
+Shapes: B windows in a batch, P in all, N tokens in a window, S tokens scored at its end, C tokens in a chunk, H hidden
+size.
 """
 
 import resource
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel
 
 from pose.modeling.long import hidden_states
 from pose.modeling.loss import token_nll
+from pose.modeling.prefix import PrefixCache, batches, can_share
 from pose.modeling.rotary import depends_on_length
 
+BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}  # a CPU is fastest where a layer's states stay in its caches
 CHUNK_LEN = 2048  # tokens; no shorter chunks of a long window are worth a forward pass
 
 
@@ -26,17 +29,17 @@ class Scorer:
     Args:
         model: built by `pose.modeling.load.build_model`.
         batch_tokens: tokens in one forward pass; a longer window (and one of more than CHUNK_LEN tokens) is run alone,
-            in chunks: `pose.modeling.long`.
+            in chunks: `pose.modeling.long`. None takes BATCH_TOKENS.
 
     Attributes:
         by_length: whether the frequencies change with N, so that a window's beginning cannot serve as a shorter one.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_tokens: int):
-        self.model, self.batch_tokens = model.eval(), batch_tokens
-        self.chunk_len = max(batch_tokens, CHUNK_LEN)
+    def __init__(self, model: PreTrainedModel, batch_tokens: int | None = None):
+        self.model, self.device = model.eval(), next(model.parameters()).device
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, max(BATCH_TOKENS.values()))
+        self.chunk_len = max(self.batch_tokens, CHUNK_LEN)
         self.by_length = depends_on_length(model.config)
-        self.device = next(model.parameters()).device
         self.head = model.get_output_embeddings()
 
     def batches(self, windows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -74,10 +77,32 @@ class Scorer:
 
     @torch.no_grad()
     def predictions(self, windows: np.ndarray, num: int) -> np.ndarray:
-        """The most likely token after each of the last num tokens of each window; int64 [B, num]."""
-        tokens = self._tokens(windows)
-        places = np.arange(tokens.shape[1] - num, tokens.shape[1])
-        return torch.cat([self.head(states).argmax(-1) for states, _ in self._states(tokens, places)], 1).cpu().numpy()
+        """The most likely token after each of the last num tokens of each window.
+
+        What windows begin with in common goes through the model once, where that saves much: `pose.modeling.prefix`.
+
+        Args:
+            windows: int [P, N], in any number and order.
+            num: at most N.
+
+        Returns:
+            int64 [P, num].
+        """
+        size = max(self.batch_tokens // windows.shape[1], 1)
+        groups = batches(windows, size, num) if can_share(self.model, size * windows.shape[1]) else None
+        cache = None if groups is None else PrefixCache(self.model, self.chunk_len)
+        if groups is None:
+            groups = np.split(np.arange(len(windows)), range(size, len(windows), size))
+        predicted = np.empty((len(windows), num), np.int64)
+        for group in groups:
+            batch = windows[group]
+            states = self._last_states(batch, num) if cache is None else cache.states(batch, num)
+            predicted[group] = self.head(states).argmax(-1).cpu().numpy()
+        return predicted
+
+    def _last_states(self, windows: np.ndarray, num: int) -> torch.Tensor:
+        places = np.arange(windows.shape[1] - num, windows.shape[1])
+        return torch.cat([states for states, _ in self._states(self._tokens(windows), places)], 1)
 
     def _tokens(self, windows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(windows.astype(np.int64)).to(self.device)

@@ -22,11 +22,15 @@ LAYER_STATES = 8  # what attention holds of a token, in hidden sizes: residual, 
 
 def takes_cache(config: PretrainedConfig) -> bool:
     """Whether a long window goes through a model in chunks: it groups queries, and the cache is the smaller part."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    cache = 2 * config.num_hidden_layers * kv_heads * head_dim
-    return kv_heads < heads and cache < LAYER_STATES * hidden and not depends_on_length(config)
+    grouped = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) < config.num_attention_heads
+    return grouped and cache_width(config) < LAYER_STATES * config.hidden_size and not depends_on_length(config)
+
+
+def cache_width(config: PretrainedConfig) -> int:
+    """Numbers that a cache holds of a token: its keys and values in all layers."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim
 
 
 def hidden_states(model: PreTrainedModel, tokens: torch.Tensor, chunk_len: int) -> Iterator[torch.Tensor]:

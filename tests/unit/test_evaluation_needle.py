@@ -94,6 +94,14 @@ def test_prompts_are_pure_and_differ(tokenizer):
     assert len(starts) == 3
 
 
+def test_the_prompts_of_a_trial_share_their_text(tokenizer):
+    """Up to the earlier of two needles they are the same."""
+    task = make(tokenizer, [1500])
+    early, late = (task.sample(1500, depth, 1) for depth in (0.3, 0.9))
+    assert np.array_equal(early.input_ids[: early.needle_start], late.input_ids[: early.needle_start])
+    assert early.needle_start > 400 and early.key != late.key
+
+
 def test_a_model_that_finds_what_is_early(tokenizer):
     """A scorer that knows the answers where the needle stands in the first half."""
 
@@ -105,10 +113,13 @@ def test_a_model_that_finds_what_is_early(tokenizer):
                 yield window[None]
 
         def predictions(self, windows, num):
+            return np.array([self.predicted(window, num) for window in windows])
+
+        def predicted(self, window, num):
             full_stop = tokenizer.encode(".", add_special_tokens=False)[-1]
-            row = np.array([*windows[0][1 - num :], full_stop])
-            line = LINE.search(tokenizer.decode(windows[0]))
-            return (row if line.start() < len(tokenizer.decode(windows[0])) / 2 else row * 0 + full_stop)[None]
+            row = np.array([*window[1 - num :], full_stop])
+            text = tokenizer.decode(window)
+            return row if LINE.search(text).start() < len(text) / 2 else row * 0 + full_stop
 
     task = make(tokenizer, [2000], depths=[0.75, 0, 0.25, 1.0], trials=3)
     outcome = task.measure(Scorer(), "2000")

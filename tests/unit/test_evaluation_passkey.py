@@ -53,10 +53,10 @@ class Script:
 
     def batches(self, windows):
         for window in windows:
-            self.windows.append(window)
             yield window[None]
 
     def predictions(self, windows, num):
+        self.windows += list(windows)
         length = windows.shape[1]
         return np.array([[self.next_token(row[: i + 1]) for i in range(length - num, length)] for row in windows])
 

@@ -14,6 +14,7 @@ from pose.evaluation.scoring import CHUNK_LEN, Scorer, peak_memory_gib
 from pose.modeling import attention
 from pose.modeling.load import build_model, scale_config
 from pose.modeling.long import feed_forward_in_chunks, takes_cache
+from pose.modeling.prefix import can_share
 from pose.rope import Dynamic, Yarn
 
 VOCAB = 97
@@ -177,3 +178,52 @@ def test_peak_memory_counts_what_was_held_and_let_go():
     block = np.ones(2**26)  # half a GiB
     del block
     assert held + 0.45 < peak_memory_gib() < held + 20
+
+
+def prompts_like(kind, rng, num=7, length=45):
+    """Windows that share beginnings of several lengths, or none, or all but a token."""
+    windows = rng.integers(0, VOCAB, (num, length))
+    for i in range(num):
+        share = {"chain": 6 * i, "none": 0, "twins": length, "all but one": length - 1, "star": 30}[kind]
+        windows[i, :share] = windows[0, :share]
+    return windows[rng.permutation(num)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("alike", ["chain", "none", "twins", "all but one", "star"])
+@pytest.mark.parametrize("batch_tokens", [1, 100, 1000])
+def test_predictions_of_windows_that_begin_alike(kind, alike, batch_tokens):
+    """In any order, in batches or alone, with the common beginning in chunks."""
+    model, stock = models(kind)
+    windows = prompts_like(alike, np.random.default_rng(1))
+    predicted = stock_logits(stock, windows).argmax(-1).numpy()
+    passed = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    scorer = Scorer(model, batch_tokens)
+    scorer.chunk_len = 45 if kind not in PREFILLED - {"sliding window"} else 13
+    try:
+        for num in (1, 5, 45):
+            passed.clear()
+            assert np.array_equal(scorer.predictions(windows, num), predicted[:, -num:])
+            if num < 45 and kind not in ("sliding window", "gqa, dynamic") and batch_tokens == 1:
+                distinct = len({tuple(row[:n]) for row in windows for n in range(1, 46)})
+                saved = alike != "none"
+                assert sum(passed) <= distinct + 5 * len(windows) if saved else sum(passed) == windows.size
+            if num == 45 or kind in ("sliding window", "gqa, dynamic"):
+                assert sum(passed) == windows.size
+    finally:
+        hook.remove()
+
+
+def test_prefixes_are_not_shared_where_their_cache_is_too_large(monkeypatch):
+    model, _ = models("mha")
+    assert can_share(model, 45)
+    monkeypatch.setattr("pose.modeling.prefix.MAX_BYTES", 2 * 2 * 32 * 4 * 45)  # keys and values, layers, sizes, bytes
+    assert can_share(model, 45) and not can_share(model, 46)
+
+
+def test_batches_are_smaller_on_a_cpu(windows):
+    model, _ = models("mha")
+    assert Scorer(model).batch_tokens == 1024 and Scorer(model, 7).batch_tokens == 7

@@ -1,0 +1,110 @@
+"""Windows that begin alike: what they share goes through the model once.
+
+Sorted, windows with a common beginning are neighbours, and each goes on from what it shares with the one before it. So
+every distinct beginning takes one pass, as in the prefix tree of the windows.
+
+Shapes: B windows, N tokens in a window, H hidden size.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from pose.modeling.long import cache_width
+from pose.modeling.rotary import depends_on_length
+
+WORTH = 0.8  # of all tokens: sharing must leave no more, since a token takes longer with a cache than without
+MAX_BYTES = 4 * 2**30  # of keys and values; no sharing beyond
+
+
+class PrefixCache:
+    """Keys and values of the tokens that the windows so far have begun with.
+
+    Args:
+        model: one that `can_share` accepts.
+        chunk_len: tokens that go through it at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_len: int):
+        self.model, self.chunk_len = model, chunk_len
+        self.cache = DynamicCache(config=model.config)
+        self.tokens = np.empty(0, np.int64)
+
+    def states(self, windows: np.ndarray, num: int) -> torch.Tensor:
+        """The last hidden states of the last num tokens of each window.
+
+        Args:
+            windows: int [B, N], in the order of `batches`. Those of one call share what all of them begin with.
+            num: at most N.
+
+        Returns:
+            [B, num, H].
+        """
+        begin = _num_shared(windows, num)
+        prefix = windows[0, :begin]
+        kept = _common(self.tokens, prefix)
+        self._crop(len(self.tokens) - kept)
+        for i in range(kept, begin, self.chunk_len):
+            self._pass(windows[:1, i : min(i + self.chunk_len, begin)], i, self.cache)
+        self.tokens = prefix
+        if len(windows) == 1:
+            states = self._pass(windows[:, begin:], begin, self.cache)
+            self._crop(windows.shape[1] - begin)
+        else:
+            cache = copy.deepcopy(self.cache)
+            cache.batch_repeat_interleave(len(windows))
+            states = self._pass(windows[:, begin:], begin, cache)
+        return states[:, -num:]
+
+    def _pass(self, tokens: np.ndarray, begin: int, cache: DynamicCache) -> torch.Tensor:
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.model.device)
+        positions = torch.arange(begin, begin + ids.shape[1], device=ids.device)[None]
+        return self.model.base_model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+    def _crop(self, num: int):
+        if num:
+            self.cache.crop(-num)
+
+
+def can_share(model: PreTrainedModel, num_tokens: int) -> bool:
+    """Whether a cache of so many tokens is exact for this model, can be cut, and is not too large."""
+    if depends_on_length(model.config) or any(DynamicCache(config=model.config).is_sliding):
+        return False
+    return cache_width(model.config) * num_tokens * model.dtype.itemsize <= MAX_BYTES
+
+
+def batches(windows: np.ndarray, size: int, num: int) -> list[np.ndarray] | None:
+    """The order in which windows share most.
+
+    Args:
+        windows: int [P, N].
+        size: windows in a batch.
+        num: of the last tokens of a window, which are never shared.
+
+    Returns:
+        Indices of the windows of each batch; None where sharing would not save enough to be WORTH it.
+    """
+    order = np.lexsort(windows.T[::-1])
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    passed, before = 0, windows[0, :0]
+    for group in groups:
+        prefix = windows[group[0], : _num_shared(windows[group], num)]
+        passed += len(prefix) - _common(before, prefix) + len(group) * (windows.shape[1] - len(prefix))
+        before = prefix
+    return groups if passed <= WORTH * windows.size else None
+
+
+def _num_shared(windows: np.ndarray, num: int) -> int:
+    """How many tokens all windows begin with, the last num left out."""
+    alike = (windows == windows[0]).all(0)[: windows.shape[1] - num]
+    return int(alike.cumprod().sum())
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    size = min(len(a), len(b))
+    return int((np.asarray(a)[:size] == np.asarray(b)[:size]).cumprod().sum())
