@@ -21,6 +21,7 @@ from pose.data.documents import Broken, Document, Files, find_files
 from pose.data.hub import HubDataset, HubSource
 from pose.data.memo import DAMAGE, Memo, digest
 from pose.data.tokenise import Tokeniser, all_cores
+from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError, DataError
 
 # Raise it whenever the same documents and tokenizer would give other files than before.
@@ -325,12 +326,7 @@ def _as_list(documents) -> list:
 
 
 def _key(sources, prints: list, tokenizer, options: list) -> str:
-    if getattr(tokenizer, "is_fast", False):
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules = json.dumps([rules | {"truncation": None, "padding": None}])  # which calls set, and do not matter here
-    else:
-        rules = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    key = json.dumps([FORMAT_VERSION, prints, hashlib.sha256(rules.encode()).hexdigest(), options])
+    key = json.dumps([FORMAT_VERSION, prints, tokenizer_digest(tokenizer), options])
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in sources[0].name.split(".")[0])
     return f"{name[:48]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 

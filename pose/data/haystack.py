@@ -38,16 +38,6 @@ LAST_RESORTS = (
 MOST_REPEATS = 8  # of one of them
 
 
-def tokenizer_digest(tokenizer) -> str:
-    """SHA-256 of what decides a tokenizer's tokens."""
-    if getattr(tokenizer, "is_fast", False):
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules |= {"truncation": None, "padding": None}  # which calls set, and do not matter here
-    else:
-        rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
-
-
 @cache
 def word_list(kind: str) -> tuple[str, ...]:
     """The English words of the package wonderwords, sorted; kind is noun, adjective or verb.

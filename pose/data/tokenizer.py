@@ -4,6 +4,8 @@ python -m pose.data.tokenizer assets/tiny assets/corpora/*.train.jsonl.gz
 """
 
 import argparse
+import hashlib
+import json
 import re
 from collections.abc import Iterable
 
@@ -47,6 +49,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, window: int) -> PreTr
         model_max_length=window,
         clean_up_tokenization_spaces=False,
     )
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """SHA-256 of what decides a tokenizer's tokens."""
+    if getattr(tokenizer, "is_fast", False):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules |= {"truncation": None, "padding": None}  # which calls set, and do not matter here
+    else:
+        rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
 
 def token_bytes(tokenizer) -> np.ndarray:

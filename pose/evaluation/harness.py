@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from pose.data.haystack import tokenizer_digest
+from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError, DataError
 from pose.evaluation.scoring import Scorer
 from pose.evaluation.task import NORMAL_95, Estimate, Task

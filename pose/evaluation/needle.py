@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pose.data.haystack import ExactTexts, split_sentences, tokenizer_digest, words_digest
+from pose.data.haystack import ExactTexts, split_sentences, words_digest
 from pose.data.ruler import NEEDLE, NIAH_ONE, needle_word
+from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError
 from pose.evaluation.passkey import found
 from pose.evaluation.scoring import Scorer

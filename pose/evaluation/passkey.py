@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pose.data.haystack import tokenizer_digest
 from pose.data.passkey import PasskeyPrompt, PasskeyPrompts
+from pose.data.tokenizer import tokenizer_digest
 from pose.evaluation.generation import end_ids, greedy
 from pose.evaluation.scoring import Scorer
 from pose.evaluation.task import Estimate, Task, wilson

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from pose.data.haystack import tokenizer_digest, words_digest
+from pose.data.haystack import words_digest
 from pose.data.ruler import NEEDLES, TASKS, TOKENS_TO_GENERATE, RulerPrompt, RulerPrompts
+from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError
 from pose.evaluation.generation import end_ids, greedy
 from pose.evaluation.options import BOOK
