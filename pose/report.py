@@ -33,7 +33,7 @@ FAMILIES = {
     "passkey": "passkey",
     "needle": "needle",
 }
-SHARES = re.compile("passkey|needle|ruler/.*|harness/.*")  # families whose values are shares, in [0, 1]
+SHARES = re.compile("passkey|needle|ruler(/.*)?|harness/.*")  # families whose values are shares, in [0, 1]
 POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
 NEEDLE = re.compile(r"needle@(\d+)/([\d.]+)")
 RULER = re.compile(r"ruler/(.+)@(\d+)")
@@ -117,18 +117,46 @@ def print_table(table: Table):
 
 
 def plot_training(csv_file: Path, png: Path):
-    """The loss over the steps, from Lightning's metrics.csv."""
+    """Over the optimizer steps, from Lightning's metrics.csv: the loss, and in further panels what `watch` measured."""
     if not csv_file.is_file():  # nothing was logged: a run that was complete
         return
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}}  # by panel and line: step and value
     with open(csv_file) as file:
-        rows = [(int(row["step"]) + 1, row.get("train/loss")) for row in csv.DictReader(file)]
-    rows = [(step, float(loss)) for step, loss in rows if loss]
-    if not rows:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                panel, _, line = name.removeprefix("val/").partition("@")
+                if name == "train/loss":
+                    panel = "loss"
+                elif not name.startswith("val/") or panel in ("position_ppl", "bits_per_byte") or "/" in line:
+                    continue
+                if value:
+                    curves.setdefault(panel, {}).setdefault(line, []).append((int(row["step"]) + 1, float(value)))
+    if not curves["loss"]:
         return
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(*zip(*rows, strict=True), marker="o" if len(rows) < 30 else None, markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
+    titles = {"loss": "training loss (nats per token)", "short_ppl_increase": "increase of perplexity at short lengths"}
+    titles |= {name: title for name, (title, _) in PANELS.items()}
+    figure, panels = _panels(len(curves))
+    for (panel, lines), axes in zip(curves.items(), panels, strict=True):
+        for line, points in lines.items():
+            marker = "o" if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=f"at {line} tokens")
+        axes.set(xlabel="optimizer step", title=titles.get(panel, panel))
+        if SHARES.fullmatch(panel):
+            axes.set_ylim(-0.05, 1.05)
+        if any(lines):
+            axes.legend(fontsize="small")
     _save(figure, png)
+
+
+def _panels(num: int):
+    """A figure with num panels, and their axes."""
+    columns = min(num, 3)
+    rows = math.ceil(num / columns)
+    size = (4.6 * columns, 4 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[num:]:
+        axes.remove()
+    return figure, list(grid.flat[:num])
 
 
 PANELS = {
@@ -159,14 +187,8 @@ def plot_results(
     shown = [name for name in panels if any(series[name].values())]
     if not shown:
         return
-    columns = min(len(shown), 3)
-    rows = math.ceil(len(shown) / columns)
-    size = (4.6 * columns, 4 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for name, axes in zip_longest(shown, grid.flat):
-        if name is None:
-            axes.axis("off")
-            continue
+    figure, grid = _panels(len(shown))
+    for name, axes in zip(shown, grid, strict=True):
         title, label = PANELS[name]
         for i, (model, points) in enumerate(series[name].items()):
             if points:
@@ -178,13 +200,13 @@ def plot_results(
         if window:
             axes.axvline(window, color="grey", linestyle=":", label=f"window of {window}")
         axes.set(title=title, xlabel=label)
-        is_share = name in ("passkey", "needle", "ruler")
         if name == "position":
             axes.set_yscale("log")
         else:
             ticks = sorted({n for points in series[name].values() for n in points})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [str(n) for n in ticks])
+        is_share = SHARES.fullmatch(name)
         if is_share:
             axes.set_ylim(-0.05, 1.05)
         if name in ("tail_ppl", "ppl", "sliding_ppl"):
@@ -192,8 +214,9 @@ def plot_results(
         if not is_share:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
-    entries = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), map(_short, entries), loc="outside lower center", ncols=columns, fontsize="small")
+    entries = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    options = {"loc": "outside lower center", "ncols": min(len(shown), 3), "fontsize": "small"}
+    figure.legend(entries.values(), map(_short, entries), **options)
     _save(figure, png)
 
 

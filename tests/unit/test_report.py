@@ -137,6 +137,20 @@ def test_plot_training_reads_lightnings_csv(tmp_path, drawn):
     assert list(lines.values()) == [[[1, 5.5], [10, 4.25]]]
 
 
+def test_plot_training_shows_what_was_watched(tmp_path, drawn):
+    """A panel for each kind of metric, a line for each length; positions and depths, which are many, are left out."""
+    names = "step,train/loss,val/passkey@64,val/passkey@128,val/position_ppl@0-64,val/needle@64/0.5,val/tail_ppl@128"
+    rows = ["-1,,0.5,0.25,9,1,30", "4,5.5,,,,,", "4,,1.0,0.75,8,1,20"]
+    (tmp_path / "metrics.csv").write_text("\n".join([names, *rows]) + "\n")
+    plot_training(tmp_path / "metrics.csv", tmp_path / "training.png")
+    assert_picture(tmp_path / "training.png")
+    loss, passkey, tail = drawn["training.png"]
+    assert list(loss["lines"].values()) == [[[5, 5.5]]]
+    assert passkey["title"] == "passkey accuracy"
+    assert passkey["lines"] == {"at 64 tokens": [[0, 0.5], [5, 1.0]], "at 128 tokens": [[0, 0.25], [5, 0.75]]}
+    assert tail["lines"] == {"at 128 tokens": [[0, 30.0], [5, 20.0]]}
+
+
 def test_plot_training_of_no_steps_writes_nothing(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,lr,step,train/loss\n,1e-4,0,\n")
     plot_training(tmp_path / "metrics.csv", tmp_path / "training.png")
