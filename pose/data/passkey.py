@@ -10,7 +10,7 @@ INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there.\n"
 )
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 KEY_LINE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
 KEY_DIGITS = 5
@@ -44,7 +44,8 @@ class PasskeyPrompts:
         self.tokenizer = tokenizer
         self.bos = np.array([] if bos_id is None else [bos_id], np.int64)
         self.introduction = self._ids(INTRODUCTION)
-        self.filler = self._ids(FILLER)
+        self.filling = self._ids(FILLER)
+        self.period = len(self.filling)  # tokens of FILLER, about: it may differ where it is said again
         self.question = self._ids(QUESTION)
 
     def sample(
@@ -61,7 +62,7 @@ class PasskeyPrompts:
             rng: the only source of randomness.
             length: tokens of prompt and answer together: exactly so many are returned.
             depth: the key line's place in the filler, 0 (start) to 1 (end); None draws it.
-            filler: int64, at least `length` tokens to hide the key in; None repeats the paper's.
+            filler: int64, at least `length` tokens to hide the key in; None takes the paper's.
             introduce: whether the prompt begins with the task's introduction.
 
         Raises:
@@ -79,9 +80,17 @@ class PasskeyPrompts:
                 "training (data.synthetic.passkey=0)"
             )
         before = round(depth * room) if depth is not None else int(rng.integers(room, endpoint=True))
-        filling = np.resize(self.filler if filler is None else filler, room)
+        filling = self.filler(room) if filler is None else filler[:room]
         parts = [head, filling[:before], line, filling[before:], question, answer]
         return PasskeyPrompt(np.concatenate(parts), len(answer), key, len(head) + before)
+
+    def filler(self, num: int) -> np.ndarray:
+        """The first num tokens of FILLER, said again and again, as they are in running text; int64 [num]."""
+        times = num // self.period + 1
+        while len(self.filling) < num + self.period:  # what stands at the end of a text may have other tokens there
+            times *= 2
+            self.filling = self._ids(" ".join([FILLER] * times))
+        return self.filling[:num]
 
     def shortest(self, introduce: bool = True) -> int:
         """Tokens of a prompt without filler (for the key 00000: others may differ by a token or two)."""

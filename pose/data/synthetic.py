@@ -85,7 +85,8 @@ class Passkey:
         if rng.random() < IS_TEXT_FILLER:
             filler = _stretch(rng, self.documents, used)
         else:  # from any word on: else a prompt of one length would always end in the same words
-            filler = np.roll(np.resize(self.prompts.filler, used), rng.integers(len(self.prompts.filler)))
+            first = int(rng.integers(self.prompts.period))
+            filler = self.prompts.filler(first + used)[first:]
         prompt = self.prompts.sample(rng, used - len(self.full_stop), filler=filler, introduce=introduce)
         tokens = np.concatenate([prompt.input_ids, self.full_stop, _stretch(rng, self.documents, length - used)])
         is_answer = np.zeros(length, bool)

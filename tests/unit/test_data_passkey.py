@@ -170,6 +170,22 @@ def test_the_end_is_tokenised_as_in_running_text_by_llamas_kind():
     test_the_end_is_tokenised_as_in_running_text(sentence_pieces())
 
 
+@pytest.mark.parametrize("make", [*MAKERS.values(), sentence_pieces])
+def test_the_filler_is_tokenised_as_in_running_text(make):
+    """However often it is said, and whatever was asked for before."""
+    prompts, text = PasskeyPrompts(make()), " ".join([FILLER] * 100)
+    whole = make().encode(text, add_special_tokens=False)
+    for num in (0, 1, 30, 1000, 31, 500, 1001):
+        assert prompts.filler(num).tolist() == whole[:num]
+
+
+def test_a_prompt_has_the_tokens_of_its_text(lossless):
+    """So that no model is asked in pieces that it never sees; what is cut beside the key line is at a word's border."""
+    for length in (300, 555, 900):
+        prompt = sample(lossless, length, 5, depth=1.0)
+        assert lossless.encode(lossless.decode(prompt.input_ids), add_special_tokens=False) == prompt.input_ids.tolist()
+
+
 def test_exact_text(lossless):
     """Decoded, at both ends of the filler; BOS in front."""
     for length in (200, 400):
