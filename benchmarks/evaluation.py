@@ -134,13 +134,13 @@ def long(args):
     if args.whole:
         scorer.chunk_len = max(args.lengths)
     document = np.random.default_rng(0).integers(0, 4096, max(args.lengths))
-    before, start = peak_memory_gib(), time.perf_counter()
+    before, start = peak_memory_gib(scorer.device), time.perf_counter()
     task = perplexity.Perplexity(
         [document], ["random"], args.lengths, token_bytes=np.ones(4096, int), windows=1, tail=None
     )
     metrics = task.summarise({unit: task.measure(scorer, unit) for unit in task.units()})
     minutes = (time.perf_counter() - start) / 60
-    results = {"minutes": minutes, "peak_gib": peak_memory_gib(), "before_gib": before}
+    results = {"minutes": minutes, "peak_gib": peak_memory_gib(scorer.device), "before_gib": before}
     results |= {name: e.value for name, e in metrics.items() if name.startswith("ppl")}
     report(
         f"long: {len(document):,} tokens in {minutes:.1f} min, {results['peak_gib']:.2f} GiB at most, of which "

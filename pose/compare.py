@@ -4,7 +4,7 @@ import csv
 import hashlib
 import os
 import re
-import time
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 from pose import build
 from pose.data.memo import Memo, digest
 from pose.errors import ConfigError
-from pose.evaluation.scoring import peak_memory_gib
 from pose.evaluation.suite import Suite, default_lengths, values
 from pose.evaluation.task import Estimate
+from pose.modeling.attention import resolve_backend
 from pose.modeling.guards import check_loss
 from pose.modeling.hub import find_file
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry
@@ -73,6 +73,14 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     device = _device(cfg.device)
     dtype = _dtype(cfg.dtype, device)
     attention = build.attention_on(cfg.attention, device)
+    resolve_backend(attention)
+    outcomes = Path(cfg.cache_dir).expanduser() / ".outcomes"
+    try:
+        outcomes.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=outcomes):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cache_dir={cfg.cache_dir} cannot be written to ({error}): give another folder") from error
     memo = Memo(Path(cfg.cache_dir).expanduser() / ".memo")
     found = []
     for name in names:
@@ -98,15 +106,34 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
             "run": [str(dtype), attention, device.type],
         }
         candidates.append(Candidate(name, path, config, window, suite, device, dtype, under))
+    _share_documents(candidates)
     return candidates
 
 
+def _share_documents(candidates: list[Candidate]):
+    """Leaves the documents that are long enough for all: a tokenizer may make short what is long for another."""
+    chosen = [c.suite.document_ids for c in candidates]
+    if all(ids == chosen[0] for ids in chosen):
+        return
+    common = set.intersection(*map(set, chosen))
+    if not common:
+        raise ConfigError(
+            "no document of eval.documents is long enough for all checkpoints, whose tokenizers differ: give shorter "
+            "eval.lengths or longer documents"
+        )
+    for candidate in candidates:
+        candidate.suite.keep_documents(common)
+    print(f"The tokenizers differ: perplexity on the {len(common)} documents that are chosen for each", flush=True)
+
+
 def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate], dict[str, Any]]:
-    """The metrics of one checkpoint, and what they took: seconds and peak memory. Loads it if anything is missing."""
+    """The metrics of one checkpoint, and what they took when they were measured: seconds and peak memory.
+
+    The checkpoint is loaded if anything is missing.
+    """
     if candidate.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(candidate.device)
     print(f"Measuring {candidate.name} ...", flush=True)
-    begin = time.perf_counter()
 
     def load():
         attention = build.attention_on(cfg.attention, candidate.device)
@@ -117,9 +144,10 @@ def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate],
         return model
 
     memo = Memo(Path(cfg.cache_dir).expanduser() / ".outcomes")
-    metrics = candidate.suite.run(load=load, memo=memo, under=candidate.under, reuse=cfg.reuse)
-    took = {"seconds": round(time.perf_counter() - begin, 1), "peak_memory_gib": round(peak_memory_gib(), 2)}
-    return metrics, took
+    suite = candidate.suite
+    metrics = suite.run(load=load, memo=memo, under=candidate.under, reuse=cfg.reuse)
+    seconds, peaks = zip(*suite.took, strict=True)
+    return metrics, {"seconds": round(sum(seconds), 1), "peak_memory_gib": round(max(peaks), 2)}
 
 
 def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: Results, took: Mapping[str, Any]):
@@ -199,9 +227,12 @@ def _names(ckpt) -> list[str]:
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
         raise ConfigError(f"device={name!r} is unknown: give auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name} is not there: this machine has {torch.cuda.device_count()} GPUs; give auto")
+    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

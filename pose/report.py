@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pose.coverage import Coverage
@@ -59,14 +60,14 @@ def results_table(results: Mapping[str, Metrics | list[Metrics]], title: str, fa
         for family in families
         for n in sorted({n for runs in rows.values() for metrics in runs for n in lengths_of(metrics, family)})
     ]
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("", overflow="fold")
     for i, (family, n) in enumerate(columns):
         first = i == 0 or columns[i - 1][0] != family
         table.add_column(f"{FAMILIES[family] if first else ''}\n@{n}", justify="right")
     for name, runs in rows.items():
         values = ([m[f"{family}@{n}"] for m in runs if f"{family}@{n}" in m] for family, n in columns)
-        table.add_row(name, *(_cell(family, found) for (family, _), found in zip(columns, values, strict=True)))
+        table.add_row(escape(name), *(_cell(family, found) for (family, _), found in zip(columns, values, strict=True)))
     return table
 
 
@@ -93,7 +94,7 @@ def comparison_tables(results: Mapping[str, Mapping[str, Estimate]], title: str)
             if any(rows.values()):
                 table.add_row(f"[bold]{FAMILIES.get(family, family)}")
                 for checkpoint, row in rows.items():
-                    table.add_row(checkpoint, *(_estimate(family, row.get(n)) for n in lengths))
+                    table.add_row(escape(checkpoint), *(_estimate(family, row.get(n)) for n in lengths))
                 table.add_section()
         tables.append(table)
     benchmarks = list(dict.fromkeys(name for name in names if name.startswith("harness/")))
@@ -103,7 +104,7 @@ def comparison_tables(results: Mapping[str, Mapping[str, Estimate]], title: str)
         for name in benchmarks:
             table.add_column(name.removeprefix("harness/"), justify="right", overflow="fold")
         for checkpoint, found in results.items():
-            table.add_row(checkpoint, *(_estimate(name, found.get(name)) for name in benchmarks))
+            table.add_row(escape(checkpoint), *(_estimate(name, found.get(name)) for name in benchmarks))
         tables.append(table)
     return tables
 
@@ -291,7 +292,7 @@ def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:
         for name, c in covered.items():
             found = (reduce(getattr(c, values)[low - 1 : high - 1]) for low, high in bins)
             error = getattr(c, errors).max(initial=0)
-            table.add_row(name, *map(_share, found), f"<={error:.0e}" if error else "exact")
+            table.add_row(escape(name), *map(_share, found), f"<={error:.0e}" if error else "exact")
         table.add_section()
     return table
 
@@ -412,7 +413,7 @@ def _share(value: float) -> str:
 
 
 def _show(family: str, value: float) -> str:
-    if SHARES.fullmatch(family):
+    if SHARES.fullmatch(family) and value <= 1:  # a benchmark may report a perplexity
         return f"{value:.1%}" if family.startswith("harness/") else f"{value:.0%}"
     if family == "bits_per_byte":
         return f"{value:.3f}"

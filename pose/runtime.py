@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from transformers import logging as transformers_logging
 
-from pose.errors import Interrupted, PoseError, TrainingError
+from pose.errors import ConfigError, Interrupted, PoseError, TrainingError
 
 PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent
@@ -135,7 +135,9 @@ def set_up(cfg: DictConfig):
     quiet_libraries()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
-    if cfg.num_threads:
+    if cfg.num_threads is not None:
+        if cfg.num_threads < 1:
+            raise ConfigError(f"num_threads={cfg.num_threads} is not accepted: give an integer of at least 1, or null")
         torch.set_num_threads(cfg.num_threads)
     L.seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
 

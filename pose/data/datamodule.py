@@ -222,7 +222,7 @@ def bos_id(tokenizer, add_bos: bool | None) -> int | None:
         default = tokenizer("a")["input_ids"]
         add_bos = tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id]
     if add_bos and tokenizer.bos_token_id is None:
-        raise ConfigError("add_bos=true, but this tokenizer has no BOS token: set it to false")
+        raise ConfigError("data.add_bos or eval.add_bos is true, but this tokenizer has no BOS token: set it to false")
     return tokenizer.bos_token_id if add_bos else None
 
 

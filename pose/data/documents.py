@@ -182,7 +182,7 @@ def document_of(record: dict, text_field: str, where: str, place: str, broken: B
     if not isinstance(text, str):
         return broken.found(
             f"{where}: no text under {text_field!r}; it has the fields {sorted(record)} "
-            "(choose one with data.text_field)"
+            "(choose one with data.text_field, or eval.text_field)"
         )
     if not text.isascii() and (half := HALF_CHARACTER.search(text)):
         return broken.found(
@@ -275,7 +275,8 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str, broken: Broken) -
         if kind is None or not _is_text(kind, pyarrow.types):
             columns = ", ".join(f"{field.name} ({field.type})" for field in parquet.schema_arrow)
             raise DataError(
-                f"{path}: no single column of text named {text_field!r}; it has {columns} (choose with data.text_field)"
+                f"{path}: no single column of text named {text_field!r}; it has {columns} "
+                "(choose one with data.text_field, or eval.text_field)"
             )
         columns = [name for name in (text_field, "id") if name in names]
         for batch in parquet.iter_batches(_rows_at_once(parquet, text_field), columns=columns, use_threads=False):

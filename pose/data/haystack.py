@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -13,9 +14,12 @@ from pose.errors import ConfigError
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
-# A sentence ends in . ! or ?, closing quotes and brackets, and a space before what a sentence may begin with.
-_END = re.compile(r"""(?<=[.!?])["'”’)\]]*(?P<space> )(?=["'“‘(\[]?[A-Z0-9])""")
+# A sentence ends in . ! or ?, closing quotes and brackets, and a space before what a sentence may begin with; or in the
+# full-width forms of these.
+_END = re.compile(r"""(?<=[.!?])["'”’)\]]* (?=["'“‘(\[]?[A-Z0-9])|(?<=[。！？])[”’」』）]* ?(?=.)""")
 _ABBREVIATION = re.compile(r"\b(Mr|Mrs|Ms|Dr|St|Rev|Hon|Capt|Col|Gen|Prof|No|vs|[A-Z])\.$")
+
+LONGEST_SENTENCE = 600  # characters
 
 CLOSE = 16  # tokens that are left for the filling
 AROUND = 64  # characters beside the filling that are tokenised with it
@@ -62,21 +66,27 @@ def words_digest() -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, by its punctuation; line breaks become spaces.
+    """The sentences of a text, by its punctuation and its paragraphs; line breaks become spaces.
+
+    What is longer than LONGEST_SENTENCE is cut between words: a text may have no sentences.
 
     Raises:
         ConfigError: there is no text.
     """
-    text = " ".join(text.split())
-    if not text:
+    sentences = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        paragraph, begin = " ".join(paragraph.split()), 0
+        for end in _END.finditer(paragraph):
+            sentence = paragraph[begin : end.end()].rstrip(" ")
+            if not _ABBREVIATION.search(sentence):
+                sentences.append(sentence)
+                begin = end.end()
+        sentences.append(paragraph[begin:])
+    wrapped = (textwrap.wrap(sentence, LONGEST_SENTENCE, break_on_hyphens=False) for sentence in sentences)
+    pieces = [piece for lines in wrapped for piece in lines]
+    if not pieces:
         raise ConfigError("eval.haystack is empty: give a text to hide needles in")
-    sentences, begin = [], 0
-    for end in _END.finditer(text):
-        sentence = text[begin : end.start("space")]
-        if not _ABBREVIATION.search(sentence):
-            sentences.append(sentence)
-            begin = end.end()
-    return [*sentences, text[begin:]]
+    return pieces
 
 
 class Draft(Protocol):

@@ -74,7 +74,12 @@ def token_bytes(tokenizer) -> np.ndarray:
         int64 [largest id + 1]; 0 for ids that no token has.
     """
     vocab = tokenizer.get_vocab()
-    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False) if tokenizer.is_fast else {}
+    added = {
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content not in own  # else it is made of text too, as Gemma's runs of spaces
+    }
     sizes = np.zeros(max(vocab.values()) + 1, np.int64)
     byte_level = _is_byte_level(tokenizer)
     for token, i in vocab.items():

@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from pose.modeling.hub import hub_answers
 # As the PoSE paper has them (Zhu et al. 2024, arXiv 2309.10400, Table 3), after the Open LLM Leaderboard.
 FEWSHOT = {"arc_challenge": 25, "hellaswag": 10, "boolq": 0, "piqa": 0, "winogrande": 0, "truthfulqa_mc2": 0}
 NORMALISED = ("arc_challenge", "hellaswag")  # their score is acc_norm: log-probability over the answer's characters
+PROPORTIONS = ("acc", "acc_norm", "exact_match", "em", "f1")  # whose intervals end at 0 and 1
 BOOTSTRAP = 1000  # resamples, for metrics whose standard error has no closed form
 
 
@@ -69,6 +70,8 @@ class Harness(Task):
         self.task, self.name, self.tokenizer = task, f"harness/{task}", tokenizer
         self.num_fewshot = FEWSHOT.get(task) if num_fewshot is None else num_fewshot
         self.limit, self.seed, self.max_length = limit, seed, max_length
+        self._prepared = None
+        self.lower_is_better = False  # as lm-eval says where it measures, of a perplexity
         self.include_path = None if include_path is None else str(Path(include_path).expanduser())
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise ConfigError(f"eval.include_path={include_path} is no folder: give one with task YAMLs")
@@ -107,6 +110,10 @@ class Harness(Task):
             }
         }  # fmt: skip
 
+    def prepare(self):
+        """Loads the questions. Raises as `measure`."""
+        self._prepared = self._load()
+
     def measure(self, scorer: Scorer, unit: str) -> dict[str, Any]:
         """What lm-eval reports.
 
@@ -124,8 +131,8 @@ class Harness(Task):
         from pose.evaluation.hflm import ScorerLM
 
         terminal = sys.stderr
+        found, self._prepared = self._prepared or self._load(), None
         with _surroundings(self.seed):
-            found = self._load()
             fixed = []
             for name, task in found["tasks"].items():
                 if task.get_config("num_fewshot") == 0 and self.num_fewshot:
@@ -147,6 +154,8 @@ class Harness(Task):
                 flush=True,
             )
         metrics = {name: _metrics(values) for name, values in results["results"].items()}
+        chosen = self._metric([key.split(",")[0] for key in metrics[self.task]])
+        self.lower_is_better = results["higher_is_better"].get(self.task, {}).get(chosen) is False
         return {
             "metrics": metrics.pop(self.task),
             "members": metrics,
@@ -157,9 +166,13 @@ class Harness(Task):
             "truncated": model.num_truncated,
         }
 
+    def _metric(self, names: Sequence[str]) -> str:
+        wanted = "acc_norm" if self.task in NORMALISED else "acc"
+        return wanted if wanted in names else names[0]
+
     def _load(self):
         try:
-            with _hub_code_refused(self.name):
+            with _surroundings(self.seed), _hub_code_refused(self.name):
                 return self.manager.load([self.task])
         except ConfigError:
             raise
@@ -175,9 +188,10 @@ class Harness(Task):
         by_name: dict[str, Any] = {}
         for key, metric in outcome["metrics"].items():
             by_name.setdefault(key.split(",")[0], metric)  # of several filters the first
-        wanted = "acc_norm" if self.task in NORMALISED else "acc"
-        value, stderr = (by_name.get(wanted) or next(iter(by_name.values()))).values()
+        value, stderr = by_name[self._metric(list(by_name))].values()
         bounds = (None, None) if stderr is None else (value - NORMAL_95 * stderr, value + NORMAL_95 * stderr)
+        if stderr is not None and self._metric(list(by_name)) in PROPORTIONS:
+            bounds = (max(bounds[0], 0.0), min(bounds[1], 1.0))
         return {self.name: Estimate(value, *bounds, outcome["num"])}
 
 

@@ -118,6 +118,7 @@ class ScorerLM(HFLM):
         """As HFLM's, with the settings of the task and none of the checkpoint's; a cache only where it is exact."""
         if not generation_kwargs.get("do_sample"):
             generation_kwargs = {k: v for k, v in generation_kwargs.items() if k not in SAMPLING} | {"do_sample": False}
+        ends = end_ids(self.model, self.tokenizer)  # while the checkpoint's are there
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             return self.model.generate(
@@ -125,7 +126,7 @@ class ScorerLM(HFLM):
                 max_length=max_length,
                 stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0]),
                 use_cache=not self.scorer.by_length,
-                eos_token_id=end_ids(self.model, self.tokenizer) or None,
+                eos_token_id=ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **generation_kwargs,
             )

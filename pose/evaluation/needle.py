@@ -104,7 +104,10 @@ class Needle(Task):
         """By depth, its shortest decimal form: 0 or 1 for each trial."""
         prompts = [self.sample(int(unit), depth, trial) for depth in self.depths for trial in range(self.trials)]
         verdicts = np.array(found(scorer, self.tokenizer, prompts), int).reshape(len(self.depths), self.trials)
-        return {f"{depth:g}": row.tolist() for depth, row in zip(self.depths, verdicts, strict=True)}
+        return {
+            np.format_float_positional(depth, trim="-"): row.tolist()
+            for depth, row in zip(self.depths, verdicts, strict=True)
+        }
 
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         estimates = {}
@@ -118,16 +121,19 @@ class Needle(Task):
         return np.random.default_rng((self.seed, trial, length, *np.float64(depth).tobytes()))
 
     def _check(self, length: int):
-        needed = [
-            sum(map(len, self._parts(self._rng(length, depth, trial))[:4]))
-            for depth in self.depths
-            for trial in range(self.trials)
-        ]
-        if max(needed) > length:
+        shortest = length
+        while (needed := self._needed(shortest)) > shortest:  # keys, and so needed tokens, differ with the length
+            shortest = needed
+        if shortest > length:
             raise ConfigError(
                 f"a needle prompt of {length} tokens is not possible: with this tokenizer the shortest has "
-                f"{max(needed)}; give more, in eval.lengths"
+                f"{shortest}; give more, in eval.lengths"
             )
+
+    def _needed(self, length: int) -> int:
+        """The tokens of the longest prompt of a length without haystack."""
+        drawn = [self._rng(length, depth, trial) for depth in self.depths for trial in range(self.trials)]
+        return max(sum(map(len, self._parts(rng)[:4])) for rng in drawn)
 
     def _parts(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
         """The tokens of head, needle, question and answer; and the answer."""

@@ -49,7 +49,7 @@ class EvalOptions:
         if self.prefix is not None:
             self.tasks = [task if "/" in task or task in TASKS else f"{self.prefix}/{task}" for task in self.tasks]
         for task in self.tasks:
-            if task not in TASKS and task.split("/")[0] not in ("ruler", "harness"):
+            if task not in TASKS and not task.startswith(("ruler/", "harness/")):
                 raise ConfigError(
                     f"eval.tasks has {task!r}: choose from {', '.join(TASKS)}, ruler/TASK and harness/TASK (with "
                     "eval=ruler or eval=harness TASK alone)"

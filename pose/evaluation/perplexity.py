@@ -5,7 +5,7 @@ so the first of a window is never scored.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,9 +53,8 @@ class Perplexity(Task):
         sliding_tokens: int | None = None,
         bos_id: int | None = None,
     ):
-        self.documents = {
-            f"{i}:{name}": document for i, (document, name) in enumerate(zip(documents, ids, strict=True))
-        }
+        self.ids = {f"{i}:{name}": name for i, name in enumerate(ids)}
+        self.documents = dict(zip(self.ids, documents, strict=True))
         self.lengths, self.token_bytes = sorted(set(lengths)), token_bytes
         self.windows, self.tail, self.bin = windows, tail, bin
         self.stride, self.sliding_tokens, self.bos_id = stride, sliding_tokens, bos_id
@@ -69,6 +68,10 @@ class Perplexity(Task):
             unit: {"sha256": _sha256(document), "tokens": len(document), **options}
             for unit, document in self.documents.items()
         }
+
+    def keep(self, ids: Collection[str]):
+        """Leaves out all documents but these."""
+        self.documents = {unit: document for unit, document in self.documents.items() if self.ids[unit] in ids}
 
     def measure(self, scorer: Scorer, unit: str) -> Sums:
         document = self.documents[unit]

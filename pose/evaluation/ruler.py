@@ -25,7 +25,7 @@ from pose.errors import ConfigError
 from pose.evaluation.generation import end_ids, greedy
 from pose.evaluation.options import BOOK
 from pose.evaluation.scoring import Scorer
-from pose.evaluation.task import Estimate, Task, ratio
+from pose.evaluation.task import Estimate, Task, ratio, wilson
 
 __all__ = ["TASKS", "Ruler", "score", "write_prompts"]
 
@@ -72,8 +72,11 @@ class Ruler(Task):
         self.bos = [] if bos_id is None else [bos_id]
         self.haystack_digest = hashlib.sha256(haystack.encode()).hexdigest()
         self.prompts = RulerPrompts(task, tokenizer, haystack, depths=self.depths, num_added=len(self.bos))
-        for length in self.lengths:
-            self.prompts.check(seed, length, trials)
+        try:
+            for length in self.lengths:
+                self.prompts.check(seed, length, trials)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; give more, in eval.lengths") from error
 
     def units(self) -> dict[str, dict[str, Any]]:
         depends = {
@@ -102,8 +105,10 @@ class Ruler(Task):
 
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         return {
-            f"{self.name}@{n}": ratio(outcome["scores"], [1] * len(outcome["scores"]))
-            for n, outcome in outcomes.items()
+            f"{self.name}@{n}": wilson(sum(scores), len(scores))
+            if set(scores) <= {0, 1}  # where they all are one of these a bootstrap would be sure of it
+            else ratio(scores, [1] * len(scores))
+            for n, scores in ((n, outcome["scores"]) for n, outcome in outcomes.items())
         }
 
     def _ids(self, prompt: RulerPrompt, length: int) -> np.ndarray:
@@ -197,7 +202,8 @@ def write_prompts(
         add_bos: whether a BOS, which the file does not have, is counted in the length.
 
     Raises:
-        ConfigError: an unknown task, a length that is too short, or a depth where there are no needles.
+        ConfigError: an unknown task, a length that is too short, a depth where there are no needles, or a path that
+            cannot be written.
     """
     if depth is not None and task in TASKS and task not in NEEDLES:
         raise ConfigError(f"depth={depth} does not go with task={task}, which has no needles: leave it out")
@@ -205,8 +211,14 @@ def write_prompts(
     prompts = RulerPrompts(task, tokenizer, haystack, depths=depths, num_added=int(add_bos))
     prompts.check(seed, length, num)
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+    except OSError as error:
+        raise ConfigError(f"out={path} cannot be written ({error}): give a file, such as prompts.jsonl") from error
     try:
         with open(unfinished, "w", encoding="utf-8") as file:
             for index in range(num):

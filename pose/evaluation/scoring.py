@@ -118,9 +118,9 @@ class Scorer:
             begin += states.shape[1]
 
 
-def peak_memory_gib() -> float:
-    """The most memory that this process has held: of the GPU where one is used, else of the machine."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this process has held so far: of a GPU, or of the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

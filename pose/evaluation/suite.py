@@ -1,8 +1,9 @@
 """The tasks that are run on a model, with everything they need made ready beforehand."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -21,8 +22,15 @@ from pose.evaluation.options import EvalOptions
 from pose.evaluation.passkey import Passkey
 from pose.evaluation.perplexity import Perplexity
 from pose.evaluation.ruler import Ruler
-from pose.evaluation.scoring import Scorer
+from pose.evaluation.scoring import Scorer, peak_memory_gib
 from pose.evaluation.task import Estimate, Task
+
+
+class Took(NamedTuple):
+    """What one unit took: wall clock seconds, and the most memory that the process had held by then, in GiB."""
+
+    seconds: float
+    peak_memory_gib: float
 
 
 class Suite:
@@ -40,6 +48,7 @@ class Suite:
         lengths: sorted, each once.
         document_ids: of the documents that perplexity is measured on.
         tasks: what is run, in order.
+        took: what each unit took when it was measured, of the last run.
 
     Raises:
         ConfigError: a task, prompt or stride that does not fit the lengths.
@@ -54,6 +63,7 @@ class Suite:
         self.max_length = self.lengths[-1] if max_length is None else max_length
         self.bos_id = bos_id(tokenizer, options.add_bos)
         self.document_ids: list[str] = []
+        self.took: list[Took] = []
         haystack = None
         if any(task == "needle" or task.startswith("ruler/") for task in options.tasks):
             haystack = "\n\n".join(document.text for document in read_documents(options.haystack, options.text_field))
@@ -85,24 +95,39 @@ class Suite:
             reuse: whether outcomes in `memo` are taken over.
         """
         scorer = None if model is None else Scorer(model, self.options.batch_tokens)
+        keys = {task: {unit: [under, task.name, it] for unit, it in task.units().items()} for task in self.tasks}
+        kept: dict[Task, dict[str, Any]] = {task: {} for task in self.tasks}
+        for task in self.tasks:
+            if memo is not None and reuse:
+                found = {unit: memo.get(key) for unit, key in keys[task].items()}
+                kept[task] = {unit: outcome for unit, outcome in found.items() if outcome is not None}
+                if kept[task]:
+                    print(f"{task.name}: {len(kept[task])} of {len(keys[task])} are there from before", flush=True)
+            if len(kept[task]) < len(keys[task]):
+                task.prepare()
+        self.took = []
         estimates: dict[str, Estimate] = {}
         for task in self.tasks:
-            units, outcomes = task.units(), {}
-            keys = {unit: [under, task.name, depends] for unit, depends in units.items()}
-            if memo is not None and reuse:
-                found = {unit: memo.get(key) for unit, key in keys.items()}
-                outcomes = {unit: outcome for unit, outcome in found.items() if outcome is not None}
-                if outcomes:
-                    print(f"{task.name}: {len(outcomes)} of {len(units)} are there from before", flush=True)
-            missing = [unit for unit in units if unit not in outcomes]
+            missing = [unit for unit in keys[task] if unit not in kept[task]]
             for unit in tqdm(missing, task.name, unit="unit", leave=False, disable=not progress):
                 if scorer is None:
                     scorer = Scorer(load(), self.options.batch_tokens)
-                outcomes[unit] = task.measure(scorer, unit)
+                begin = time.perf_counter()
+                outcome = task.measure(scorer, unit)
+                took = Took(time.perf_counter() - begin, peak_memory_gib(scorer.device))
+                kept[task][unit] = {"outcome": outcome, "took": took}
                 if memo is not None:
-                    memo.set(keys[unit], outcomes[unit])
-            estimates |= task.summarise({unit: outcomes[unit] for unit in units})
+                    memo.set(keys[task][unit], kept[task][unit])
+            self.took += [Took(*kept[task][unit]["took"]) for unit in keys[task]]
+            estimates |= task.summarise({unit: kept[task][unit]["outcome"] for unit in keys[task]})
         return estimates
+
+    def keep_documents(self, ids: Collection[str]):
+        """Leaves out all documents of perplexity but these."""
+        self.document_ids = [name for name in self.document_ids if name in ids]
+        for task in self.tasks:
+            if isinstance(task, Perplexity):
+                task.keep(ids)
 
     def _perplexity(self, documents, cache_dir) -> Perplexity:
         o = self.options

@@ -40,6 +40,10 @@ class Task(ABC):
     def units(self) -> dict[str, dict[str, Any]]:
         """Everything, besides the model, that the outcome of each unit depends on, as plain JSON; in order."""
 
+    def prepare(self) -> None:
+        """Makes ready what else can fail before a model is loaded; nothing for most tasks."""
+        return None
+
     @abstractmethod
     def measure(self, scorer: Scorer, unit: str) -> Any:
         """The outcome of one unit, as plain JSON."""

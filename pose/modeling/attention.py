@@ -36,10 +36,12 @@ def resolve_backend(name: str) -> str:
     if name == "auto":
         name = "flash_attention_2" if flash else "sdpa"
     if name not in BACKENDS:
-        raise ConfigError(f"model.attention={name!r} is unknown: choose auto, {', '.join(BACKENDS)}")
+        raise ConfigError(
+            f"attention={name!r} (in train.py model.attention) is unknown: choose auto, {', '.join(BACKENDS)}"
+        )
     if name == "flash_attention_2" and not flash:
         raise ConfigError(
-            "model.attention=flash_attention_2 needs a GPU and the package flash-attn "
+            "attention=flash_attention_2 (in train.py model.attention) needs a GPU and the package flash-attn "
             "(pip install -r requirements-gpu.txt): use sdpa here"
         )
     return BACKENDS[name]

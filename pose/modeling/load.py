@@ -98,7 +98,7 @@ def load_tokenizer(path: str, revision: str | None = None):
             raise
         raise CheckpointError(
             f"the tokenizer of {path} needs code of its own (auto_map in its tokenizer_config.json), and such code is "
-            "never run: give model.tokenizer=FOLDER, with a tokenizer.json"
+            "never run: put a tokenizer.json there, or give train.py model.tokenizer=FOLDER"
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up for some models
@@ -317,5 +317,6 @@ def _convert_weights(path: str, form: GPTJ | Baichuan, config: PretrainedConfig,
 
 def _no_tokenizer(path: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} holds no tokenizer (no {', '.join(TOKENIZER_FILES)}): put one there, or give model.tokenizer=FOLDER"
+        f"{path} holds no tokenizer (no {', '.join(TOKENIZER_FILES)}): put one there, or give train.py "
+        "model.tokenizer=FOLDER"
     )

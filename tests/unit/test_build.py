@@ -54,7 +54,7 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["trainer.global_batch=6", "trainer.micro_batch=4"], ConfigError, ["trainer.global_batch=6", "4"]),
         (["trainer.max_steps=0"], ConfigError, ["trainer.max_steps=0"]),
         (["trainer.accelerator=abacus"], ConfigError, ["abacus"]),
-        (["model.attention=quick"], ConfigError, ["model.attention='quick'", "sdpa"]),
+        (["model.attention=quick"], ConfigError, ["model.attention", "'quick'", "sdpa"]),
         (["model.attention=flash_attention_2"], ConfigError, ["flash_attention_2", "sdpa"]),
         (["model.export_dtype=int8"], ConfigError, ["model.export_dtype='int8'", "bfloat16"]),
         (["seed=-1"], ConfigError, ["seed=-1"]),

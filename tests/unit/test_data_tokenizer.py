@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,6 +194,22 @@ def test_added_tokens_count_as_they_are_written():
     assert num_bytes(tokenizer, "best ĠéĠ<|🙂|>x") == len("best ĠéĠ<|🙂|>x".encode())
     gap = Tokenizer(models.WordLevel({"a": 0, "bc": 5}, unk_token="a"))
     assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=gap)).tolist() == [1, 0, 0, 0, 0, 2]
+
+
+def test_letters_for_bytes_of_tokenizers_in_python():
+    slow = SimpleNamespace(is_fast=False, get_vocab=lambda: {"Ġdé": 0, "Ã©": 1}, added_tokens_decoder={})
+    assert token_bytes(slow).tolist() == [5, 4]
+    slow.byte_decoder = {}
+    assert token_bytes(slow).tolist() == [3, 2]
+
+
+def test_added_tokens_that_text_is_made_of_too_count_as_text():
+    """As Gemma's runs of spaces, which are in its vocabulary and among its added tokens."""
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "a": 2, "▁▁": 3}, [("▁", "▁")], unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert ids(tokenizer, "a  a") == [2, 3, 2] and num_bytes(tokenizer, "a  a") == len("a  a")
 
 
 @pytest.mark.slow

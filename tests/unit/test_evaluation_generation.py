@@ -50,6 +50,16 @@ def test_as_a_plain_loop(monkeypatch, prompts, rope, chunk):
     assert len({row.tobytes() for row in rows}) == 3
 
 
+def test_a_long_prompt_goes_through_the_model_in_chunks(monkeypatch, prompts):
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 8)
+    model, passed = make(), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: passed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    greedy(model, prompts, 3)
+    assert passed == [8, 8, 8, 5, 1, 1]
+
+
 def test_a_checkpoints_settings_play_no_part_and_stay(prompts):
     model = make()
     expected = [row.tolist() for row in greedy(model, prompts, 10)]

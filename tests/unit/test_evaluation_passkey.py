@@ -96,12 +96,14 @@ ENDINGS = {  # what is generated in place of the key K: (text, whether it is the
     "a wrong last digit": (lambda k: f" {k[:-1]}{(int(k[-1]) + 1) % 10}.", False),
     "a digit too few": (lambda k: f" {k[:-1]}..", False),
     "no number": (lambda k: " the sky is blue. The grass is green.", False),
+    "a new line before the key": (lambda k: f"\n{k}.", False),
+    "more spaces before the key": (lambda k: f"  {k}.", True),
 }
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("length", [100, 161])
-def test_verdict_on_what_is_generated(tokenizer, prompts, ending, length):
+def test_verdict_on_what_is_generated(monkeypatch, tokenizer, prompts, ending, length):
     """The verdict is that of reading the digits of the greedily generated text."""
     text, is_key = ENDINGS[ending]
     prompt = passkey_prompts(prompts, length, 1, 0, None)[0]
@@ -110,8 +112,10 @@ def test_verdict_on_what_is_generated(tokenizer, prompts, ending, length):
     model = answers_with(prompt, continuation)
     generated = greedy_text(tokenizer, model, prompt.input_ids[: -prompt.num_answer], prompt.num_answer + 1)
     assert (leading_digits(generated) == prompt.key) is is_key
-    accuracy = passkey_accuracy(Script(model), prompts, [length], trials=1, seed=0)
-    assert accuracy == {f"passkey@{length}": float(is_key)}
+    monkeypatch.setattr(passkey, "greedy", lambda model, batch, num, ends: [np.array(continuation[:num])])
+    for generate in (False, True):
+        accuracy = passkey_accuracy(Script(model), prompts, [length], trials=1, seed=0, generate=generate)
+        assert accuracy == {f"passkey@{length}": float(is_key)}
 
 
 def test_accuracy_is_the_share_of_prompts(tokenizer, prompts):
@@ -242,7 +246,9 @@ class DigitPairs:
     eos_token_id = 110
 
     def decode(self, ids):
-        return "".join(str(i) if i < 10 else f"{i - 10:02}" if i < 110 else "</s>" if i == 110 else "." for i in ids)
+        return "".join(
+            str(i) if i < 10 else f"{i - 10:02}" if i < 110 else {110: "</s>", 112: " "}.get(i, ".") for i in ids
+        )
 
 
 PIECES = [  # the key 1234 is [22, 44]; what is written, and whether that is it
@@ -257,6 +263,10 @@ PIECES = [  # the key 1234 is [22, 44]; what is written, and whether that is it
     ([22, 3, 110], False),
     ([1, 111, 22, 44], False),
     ([22, 54, 111], False),
+    ([112, 22, 44, 111], True),
+    ([112, 1, 2, 3, 4, 111], True),
+    ([112, 22, 44, 5, 111], False),
+    ([112, 1, 2, 3, 4, 5], False),
 ]
 
 
@@ -276,6 +286,35 @@ def test_other_tokens_for_the_same_digits_are_the_same_key(monkeypatch, continua
     script = Script(lambda prefix: writes[len(prefix) - 2] if prefix[2:].tolist() == writes[: len(prefix) - 2] else 0)
     assert written(script, DigitPairs(), [prompt]) == [is_key]
     assert found(script, DigitPairs(), [prompt]) == [is_key]
+
+
+def test_what_follows_the_right_tokens_is_not_what_follows_others_of_the_same_digits(monkeypatch):
+    """The model writes 1 in place of 12, and would go on rightly after 12."""
+    prompt = SimpleNamespace(input_ids=np.array([111, 111, 22, 44]), num_answer=2, key="1234")
+    after = {(): 1, (1,): 2, (1, 2): 44, (22,): 44, (22, 44): 111, (1, 2, 44): 111}
+
+    def greedy(model, prompts, max_new_tokens, eos_ids):
+        return [np.array([1, 2, 44, 111])]
+
+    monkeypatch.setattr(passkey, "greedy", greedy)
+    script = Script(lambda prefix: after[tuple(prefix[2:].tolist())])
+    assert written(script, DigitPairs(), [prompt]) == found(script, DigitPairs(), [prompt]) == [True]
+
+
+def test_keys_of_different_numbers_of_tokens_are_asked_for_without_a_token_of_theirs(monkeypatch):
+    prompts = [
+        SimpleNamespace(input_ids=np.array([111, *ids]), num_answer=len(ids), key="1234")
+        for ids in ([22, 3, 4], [22, 44], [1, 2, 3, 4], [1, 33, 4], [22, 44])
+    ]
+    asked = []
+
+    def greedy(model, batch, max_new_tokens, eos_ids):
+        asked.extend(batch.tolist())
+        return [np.array([1, 2, 3, 4, 111])] * len(batch)
+
+    monkeypatch.setattr(passkey, "greedy", greedy)
+    assert written(Script(None), DigitPairs(), prompts) == [True] * 5
+    assert asked == [[111]] * 5
 
 
 def test_prompts_of_keys_with_different_numbers_of_tokens_are_decoded_from_their_own_ends():
@@ -324,6 +363,9 @@ def test_units_tell_evaluations_apart(prompts):
 
     changes = [{"trials": 5}, {"seed": 1}, {"depths": [0.5]}, {"generate": True}]
     assert len({str(unit(**change)) for change in [{}, *changes]}) == 5
+    with_bos = PasskeyPrompts(prompts.tokenizer, prompts.tokenizer.bos_token_id)
+    assert Passkey(with_bos, [130], trials=4, seed=0).units()["130"] != unit()
+    assert Passkey(prompts, [131], trials=4, seed=0).units()["131"] != unit()
     other = train_tokenizer([INTRODUCTION + FILLER] * 3, 300, 256)
     assert Passkey(PasskeyPrompts(other), [400], trials=4, seed=0).units()["400"]["tokenizer"] != unit()["tokenizer"]
 

@@ -290,6 +290,8 @@ def test_a_unit_says_all_that_its_outcome_depends_on():
     for name, value in changes.items():
         assert Perplexity(**base | {name: value}).units()["0:a"] != units["0:a"], name
     assert Perplexity(**base | {"documents": changes["documents"]}).units()["1:a"] == units["1:a"]
+    large = [base["documents"][0] + 2**16, base["documents"][1]]  # as vocabularies of more than 65,536 tokens have them
+    assert Perplexity(**base | {"documents": large}).units()["0:a"] != units["0:a"]
 
 
 def test_sliding_perplexity_of_the_first_tokens():

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pose.data import ruler as made
-from pose.data.haystack import NOISE, split_sentences, word_list
+from pose.data.haystack import NOISE, ExactTexts, split_sentences, word_list
 from pose.data.ruler import NEEDLES, RulerPrompts
 from pose.errors import ConfigError
 from pose.evaluation import ruler
 from pose.evaluation.ruler import TASKS, Ruler, parse, score, write_prompts
+from pose.evaluation.task import wilson
 
 TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny"
 PLACES = ["north", "the old mill", "a river", "nowhere at all", "the sea and its islands", "unbelievable heights"]
@@ -211,6 +212,21 @@ def test_needles_and_their_question(task):
         assert set(context(task, prompt).split("\n")) >= {NOISE}
 
 
+def test_no_distractor_has_the_key_or_the_value_that_is_asked_for(monkeypatch):
+    """Of six keys and six numbers."""
+
+    def draw(self, kind, rng=None):
+        drawn = (rng or self.rng).integers(6)
+        return f"100000{drawn}" if kind == "number" else f"key-{drawn}"
+
+    monkeypatch.setattr(made.NeedleDraft, "_draw", draw)
+    for trial in range(3):
+        prompt = RulerPrompts("niah_multikey_2", shipped(), HAYSTACK).sample(0, 2000, trial)
+        pairs = re.findall(r"for (\S+) is: (\d+)\.", context("niah_multikey_2", prompt))
+        (asked,) = (pair for pair in pairs if pair[1] == prompt.answers[0])
+        assert len(pairs) > 20 and [pair for pair in pairs if asked[0] == pair[0] or asked[1] == pair[1]] == [asked]
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("task", NEEDLES)
 def test_needles_are_at_their_depth_within_a_sentence(task, depth):
@@ -243,6 +259,21 @@ def test_several_depths_are_taken_in_turn_or_together():
     assert len({d for ds in free for d in ds}) > 25
 
 
+def test_it_is_the_needle_asked_for_that_lies_at_the_given_depth():
+    prompts = RulerPrompts("niah_multikey_1", shipped(), HAYSTACK, depths=[0.0])
+    for trial in range(8):
+        prompt = prompts.sample(0, 900, trial)
+        first = re.match(r"One of the special magic numbers for [^.]+ is: (\d+)\.", context("niah_multikey_1", prompt))
+        assert [first[1]] == prompt.answers
+
+
+def test_needles_do_not_lie_in_the_order_of_the_answers():
+    for task in ("niah_multivalue", "niah_multiquery"):
+        drawn = [sample(task, 900, trial) for trial in range(6)]
+        orders = [sorted(range(4), key=lambda i, p=prompt: p.text.index(p.answers[i])) for prompt in drawn]
+        assert len({tuple(order) for order in orders}) > 2
+
+
 def chain(text: str, value: str) -> list[str]:
     """All variables with a value, by running the assignments wherever they can be run."""
     pairs = re.findall(r"VAR ([A-Z]+) = (?:VAR )?([A-Z]+|\d+)", text)
@@ -258,6 +289,7 @@ def test_variables_are_those_of_the_chain(length):
         prompt = RulerPrompts("vt", shipped(), HAYSTACK).sample(0, length, trial)
         text, value = context("vt", prompt), re.search(r"assgined the value (\d+), they are:$", prompt.text)[1]
         assert chain(text, value) == prompt.answers
+        assert not re.search(r"VAR \w+ = (VAR )?\w+ *VAR", text)  # noise stands between any two
         assert [len(name) for name in prompt.answers] == [5] * 5 and 10_000 <= int(value) < 99_999
         example, _, rest = prompt.text.partition("\n\n\n\n")
         names = example.rpartition("they are: ")[2].split(" ")
@@ -271,6 +303,12 @@ def test_the_example_of_variables_is_as_long_as_rulers():
     assert example.count("The grass is green.") % 5 == 0
     one = count(shipped(), NOISE + "\n ")
     assert count(shipped(), example) + 30 <= 500 < count(shipped(), example) + 30 + 5 * (one + 1)
+
+
+def test_the_example_of_variables_is_the_same_with_bos():
+    for length in range(700, 1000, 2):
+        with_bos, without = (made.VariableTracking((0,), length, ExactTexts(shipped(), num)).example for num in (1, 0))
+        assert with_bos == without
 
 
 @pytest.mark.parametrize(("length", "common", "uncommon"), [(1200, 6, 1), (3000, 6, 1), (4095, 6, 1), (6000, 30, 3)])
@@ -289,6 +327,16 @@ def test_common_words_are_the_ten_most_common(length, common, uncommon):
     listed = Counter(re.split(r" ?\d+\. ", example.partition("most often.\n")[2].partition("\nQuestion")[0])[1:])
     assert sorted(set(listed.values())) == ([3, 10] if length >= 4096 else [1, 3])
     assert not set(listed) & set(entries)
+
+
+def test_where_the_list_of_common_words_becomes_long():
+    class Words:
+        def __call__(self, text, **options):
+            return {"input_ids": text.split()}
+
+    texts = ExactTexts(Words())
+    assert made.CommonWords((0,), 4095, texts).repeats == made.CWE_SHORT
+    assert made.CommonWords((0,), 4096, texts).repeats == made.CWE_LONG
 
 
 @pytest.mark.parametrize("length", [300, 333, 400, 600, 1500, 4000])
@@ -319,6 +367,16 @@ def test_sentences():
         'It was "odd."', "Mr. Brown left!", "Why?", "Nobody knew.", "3 men (all old.) came, e.g. by car.",
         '"Yes," he said.',
     ]  # fmt: skip
+
+
+def test_texts_without_sentences_are_cut_all_the_same():
+    """Paragraphs, full-width marks, and at last words, or characters where there are no words."""
+    assert split_sentences("CHAPTER I\n \nit rained\nall\n\n\nThe end") == ["CHAPTER I", "it rained all", "The end"]
+    assert split_sentences("天冷了。「好吗？」他问 她！ 没有人") == ["天冷了。", "「好吗？」", "他问 她！", "没有人"]
+    words = [f"word{i}" for i in range(1000)]
+    pieces = split_sentences(" ".join(words))
+    assert " ".join(pieces).split() == words and 13 < len(pieces) < 17 and max(map(len, pieces)) <= 600
+    assert list(map(len, split_sentences("x" * 1500))) == [600, 600, 300]
 
 
 def test_unknown_tasks_and_empty_haystacks():
@@ -392,6 +450,21 @@ def test_copying_from_the_needle_on_is_finding_it(task):
     assert score(task, before + " So it is " + prompt.answers[0], prompt.answers[:1], prompt.text) == 1
 
 
+@pytest.mark.parametrize(("task", "longest"), [("vt", 49), ("cwe", 49), ("fwe", 49), ("niah_single_2", 106)])
+def test_where_a_recital_begins(task, longest):
+    """At 50 characters of the prompt, or with 100 of them before a needle's answer (here of 7 characters)."""
+    words = " ".join(f"{i:03}{'abcd'[i % 4] * (i % 3 + 1)}" for i in range(60))
+    prompt, answer = f"{words} 7654321 {words[::-1]}", "7654321"
+    end = prompt.index(answer) + len(answer)
+    for length in range(longest - 3, longest + 4):
+        said = prompt[end - length : end]
+        if said == said.strip():
+            assert score(task, said, [answer], prompt) == (length <= longest), length
+    cut = prompt[end - 70 : end - 4]  # what goes on otherwise than the prompt is not recited
+    assert score(task, cut + "999", [answer[:3] + "999"], prompt) == 1
+    assert score(task, prompt[end - 150 : end] + " so it is " + answer, [answer], prompt) == 1
+
+
 def test_without_recitals_the_score_is_rulers():
     """string_match_all, as defined: the share of the answers that are contained, in any case."""
     rng = np.random.default_rng(0)
@@ -417,7 +490,7 @@ def test_measuring_reads_what_is_written_and_nothing_else(monkeypatch):
             prompt = prompts[len(asked) - 1]
             assert row[0] == shipped().bos_token_id and shipped().decode(row[1:]) == prompt.text
             text = " " + " and ".join(prompt.answers[: len(asked) - 1])
-            rows.append(np.array(shipped()(text, add_special_tokens=False)["input_ids"]))
+            rows.append(np.array([row[0], *shipped()(text, add_special_tokens=False)["input_ids"]]))
         return rows
 
     class Scorer:
@@ -431,17 +504,23 @@ def test_measuring_reads_what_is_written_and_nothing_else(monkeypatch):
     monkeypatch.setattr(ruler, "greedy", greedy)
     outcome = json.loads(json.dumps(task.measure(Scorer(), "800")))
     assert outcome["scores"] == [0, 0.25, 0.5, 0.75, 1]
+    assert outcome["predictions"][1] == f" {prompts[1].answers[0]}"  # without special tokens
     assert outcome["answers"] == [prompt.answers for prompt in prompts] and len(outcome["depths"][0]) == 4
     estimate = task.summarise({"800": outcome})["ruler/niah_multivalue@800"]
     assert estimate.value == 0.5 and estimate.num == 5 and 0 < estimate.low < 0.5 < estimate.high < 1
 
 
-def test_units_name_all_that_they_depend_on():
+def test_units_name_all_that_they_depend_on(monkeypatch):
     def unit(text=HAYSTACK, **change):
         return Ruler("niah_single_2", shipped(), text, [800], **{"trials": 2, "seed": 0} | change).units()["800"]
 
     changes = [{"trials": 3}, {"seed": 1}, {"depths": [0.5]}, {"bos_id": 0}, {"text": HAYSTACK + " End."}]
-    assert len({str(unit(**change)) for change in [{}, *changes]}) == 6
+    units = [str(unit(**change)) for change in [{}, *changes]]
+    units.append(str(Ruler("niah_single_2", shipped(), HAYSTACK, [801], trials=2, seed=0).units()["801"]))
+    monkeypatch.setattr("pose.evaluation.ruler.words_digest", lambda: "other words")
+    assert len({*units, str(unit())}) == 8
+    without = [Ruler("vt", shipped(), HAYSTACK, [800], trials=1, seed=0, depths=depths) for depths in (None, [0.5])]
+    assert without[0].units() == without[1].units()
     with pytest.raises(ConfigError, match="ruler/vt with 100 tokens"):
         Ruler("vt", shipped(), HAYSTACK, [3000, 100], trials=1, seed=0)
 
@@ -459,12 +538,32 @@ def test_prompts_are_written_out(tmp_path):
         prompt = prompts.sample(5, 900, line["index"])
         assert (line["prompt"], line["answers"], line["length"]) == (prompt.text, prompt.answers, 900)
         assert (line["task"], line["depths"]) == ("niah_single_2", [0.5])
+    write_prompts(out, "niah_single_2", shipped(), HAYSTACK, 900, 2, add_bos=True)
+    assert [count(shipped(), json.loads(line)["prompt"]) for line in out.read_text().splitlines()] == [899, 899]
     before = out.read_text()
     with pytest.raises(ConfigError):
         write_prompts(out, "niah_single_2", shipped(), HAYSTACK, 30, 3)
     with pytest.raises(ConfigError, match=r"depth=0.5 does not go with task=vt"):
         write_prompts(out, "vt", shipped(), HAYSTACK, 900, 3, depth=0.5)
+    for place in (tmp_path, out / "more"):
+        with pytest.raises(ConfigError, match=rf"out={place} cannot be written.*give a file"):
+            write_prompts(place, "vt", shipped(), HAYSTACK, 900, 3)
     assert out.read_text() == before and list(out.parent.iterdir()) == [out]
+
+
+def test_intervals_hold_where_no_answer_or_every_answer_is_found():
+    """A bootstrap would be sure of it."""
+    task = Ruler("vt", shipped(), HAYSTACK, [900], trials=1, seed=0)
+    for scores in ([0.0] * 3, [1.0] * 3, [0.0, 1.0, 1.0]):
+        found = task.summarise({"900": {"scores": scores}})["ruler/vt@900"]
+        assert found == wilson(sum(scores), 3) and found.high - found.low > 0.5
+    found = task.summarise({"900": {"scores": [0.25, 0.5, 1.0]}})["ruler/vt@900"]
+    assert found.value == pytest.approx(7 / 12) and 0.25 <= found.low < found.value < found.high <= 1
+
+
+def test_a_length_that_is_too_short_names_its_key():
+    with pytest.raises(ConfigError, match=r"with 30 tokens is not possible.*give more, in eval\.lengths"):
+        Ruler("vt", shipped(), HAYSTACK, [30, 900], trials=1, seed=0)
 
 
 WHOLE = ["tokenizer=t", "task=vt", "length=900", "num=3", "out=o.jsonl"]

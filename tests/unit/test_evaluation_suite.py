@@ -1,6 +1,7 @@
 """The options of an evaluation, and what is made ready, refused and measured."""
 
 import gzip
+import hashlib
 import json
 import math
 
@@ -14,7 +15,9 @@ from pose.data.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION
 from pose.data.tokenizer import train_tokenizer
 from pose.errors import ConfigError, DataError
 from pose.evaluation.options import EvalOptions
+from pose.evaluation.scoring import Scorer
 from pose.evaluation.suite import Suite, default_lengths, values
+from pose.evaluation.task import Estimate
 from pose.modeling.load import build_model
 
 TEXT = INTRODUCTION + FILLER + KEY_LINE.format(key="0123456789") + QUESTION
@@ -75,6 +78,8 @@ def suite(tokenizer, documents, tmp_path):
     [
         ({"tasks": ["perplexty"]}, "eval.tasks", "perplexity, passkey"),
         ({"tasks": ["rules/vt"]}, "eval.tasks has 'rules/vt'", "ruler/TASK"),
+        ({"tasks": ["ruler"]}, "eval.tasks has 'ruler'", "ruler/TASK"),
+        ({"tasks": ["harness"]}, "eval.tasks has 'harness'", "harness/TASK"),
         ({"prefix": "lm-eval"}, "eval.prefix='lm-eval'", "harness"),
         ({"min_tokens": 0}, "eval.min_tokens=0", "at least 1"),
         ({"limit": 0}, "eval.limit=0", "at least 1"),
@@ -230,6 +235,113 @@ def test_outcomes_are_kept_and_the_model_is_not_loaded_for_nothing(suite, model,
     more = suite(tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, trials=3, tail=10)
     assert run(more)["ppl@120"] == first["ppl@120"] and loaded == [1, 1, 1, 1]
     assert run(more)["passkey@120"].num == 3 and loaded == [1, 1, 1, 1]
+
+
+def test_documents_can_be_left_out(suite, tmp_path):
+    ready = suite(lengths=[8])
+    kept = [ready.document_ids[0], ready.document_ids[2]]
+    units = ready.tasks[0].units()
+    ready.keep_documents({*kept, "another"})
+    assert ready.document_ids == kept
+    assert ready.tasks[0].units() == {unit: it for unit, it in units.items() if unit.split(":", 1)[1] in kept}
+
+
+class Fixed:
+    """A task whose units depend on themselves alone; notes what is measured, and stops before a unit when told to."""
+
+    def __init__(self, name: str, units: str, stop: str | None = None):
+        self.name, self.names, self.stop, self.measured, self.prepared = name, units, stop, [], 0
+
+    def units(self):
+        return {unit: {"unit": unit} for unit in self.names}
+
+    def prepare(self):
+        self.prepared += 1
+
+    def measure(self, scorer, unit):
+        if unit == self.stop:
+            raise KeyboardInterrupt
+        self.measured.append(unit)
+        return [self.name, unit]
+
+    def summarise(self, outcomes):
+        return {f"{self.name}:{','.join(outcomes)}": Estimate(0.0, num=len(outcomes))} | {
+            f"{self.name}/{unit}": Estimate(1.0 * (outcome == [self.name, unit])) for unit, outcome in outcomes.items()
+        }
+
+
+def test_outcomes_are_kept_at_once_by_task_and_summarised_in_the_order_of_the_units(suite, model, tmp_path):
+    """Killed in the third unit, the first two are there; another task of the same units does not take them over."""
+    ready, memo = suite(tasks=[]), Memo(tmp_path / "memo")
+    ready.tasks = [Fixed("x", "abc", stop="c")]
+    with pytest.raises(KeyboardInterrupt):
+        ready.run(model, memo=memo, progress=False)
+    ready.tasks = [Fixed("x", "cab"), Fixed("y", "ab")]
+    found = ready.run(model, memo=memo, progress=False)
+    assert [task.measured for task in ready.tasks] == [["c"], ["a", "b"]]
+    assert list(found) == ["x:c,a,b", "x/c", "x/a", "x/b", "y:a,b", "y/a", "y/b"]
+    assert all(found[f"{name}/{unit}"].value == 1 for name, unit in ("xa", "xb", "xc", "ya", "yb"))
+    assert len(ready.took) == 5 and all(took.seconds >= 0 and took.peak_memory_gib > 0.1 for took in ready.took)
+    took = list(ready.took)
+    ready.run(load=lambda: pytest.fail("nothing is missing"), memo=memo, progress=False)
+    assert ready.took == took and [task.prepared for task in ready.tasks] == [1, 1]
+
+
+def test_what_is_kept_stands_until_it_is_replaced_in_one_step(tmp_path, monkeypatch):
+    memo = Memo(tmp_path)
+    memo.set(["key"], [1.0])
+
+    def killed(content, file):
+        file.write('{"key": ')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pose.data.memo.json.dump", killed)
+    with pytest.raises(KeyboardInterrupt):
+        memo.set(["key"], [2.0])
+    assert memo.get(["key"]) == [1.0]
+
+
+def test_the_model_runs_with_the_batches_of_the_options(suite, model):
+    seen, ready = [], suite(tasks=[], batch_tokens=77)
+    ready.tasks = [Fixed("x", "a")]
+    ready.tasks[0].measure = lambda scorer, unit: seen.append(scorer.batch_tokens)
+    ready.run(load=lambda: model, progress=False)
+    ready.run(model, progress=False)
+    assert seen == [77, 77] != [Scorer(model).batch_tokens] * 2
+
+
+RETRIEVAL = {"seed": 1, "trials": 3, "depths": [0.5], "add_bos": True}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("perplexity", {"windows": 3, "tail": 5, "bin": 7, "stride": 4, "sliding_tokens": 20, "add_bos": True}),
+        ("passkey", RETRIEVAL | {"generate": True}),
+        ("needle", RETRIEVAL),
+        ("ruler/niah_single_2", RETRIEVAL),
+    ],
+)
+def test_every_option_reaches_its_task(suite, documents, task, changes):
+    """Units have all that an outcome depends on, each option by its own name."""
+    base = {"tasks": [task], "lengths": [500] if task != "perplexity" else [8, 16], "haystack": str(documents)}
+    plain = next(iter(suite(**base).tasks[0].units().values()))
+    for option, value in changes.items():
+        found = next(iter(suite(**base, **{option: value}).tasks[0].units().values()))
+        names = {"add_bos": {"bos", "bos_id"}}.get(option, {option})
+        assert {name for name in found if found[name] != plain[name]} <= names and found != plain, option
+        assert option == "add_bos" or found[option] == value
+
+
+def test_texts_are_read_by_their_key(suite, texts, tmp_path):
+    """Documents and haystack, of which two documents do not run together."""
+    path = tmp_path / "body.jsonl"
+    path.write_text("\n".join(json.dumps({"id": f"d{i}", "body": text}) for i, text in enumerate(texts)))
+    options = {"documents": str(path), "haystack": str(path), "text_field": "body"}
+    ready = suite(tasks=["perplexity"], lengths=[8], **options)
+    assert ready.document_ids == ["d0", "d1", "d2", "d3"]
+    (needle,) = suite(tasks=["needle"], lengths=[500], **options).tasks
+    assert needle.haystack_digest == hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
 
 
 def test_a_unit_that_was_lost_is_measured_again(suite, model, tmp_path):

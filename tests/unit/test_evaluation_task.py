@@ -44,5 +44,12 @@ def test_the_bootstrap_holds_the_mean_about_95_times_in_100():
     assert 0.90 < held / 400 < 0.98
 
 
+def test_resamples_are_weighted_too():
+    """One long item and many short ones: resamples have from none of the long one to several."""
+    estimate = ratio([1000.0, *[0.0] * 9], [1000, *[1] * 9])
+    assert estimate.low == 0 and estimate.high > 0.99 and estimate.value == pytest.approx(1000 / 1009)
+
+
 def test_the_same_outcomes_have_the_same_interval():
-    assert ratio([1.0, 2.0, 4.0], [1, 1, 1]) == ratio([1.0, 2.0, 4.0], [1, 1, 1])
+    losses = np.random.default_rng(3).random(50)
+    assert ratio(losses, np.ones(50)) == ratio(losses, np.ones(50))

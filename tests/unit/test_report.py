@@ -16,6 +16,7 @@ from pose.report import (
     SweepTable,
     comparison_tables,
     lengths_of,
+    over_seeds,
     plot_needle,
     plot_results,
     plot_ruler,
@@ -103,6 +104,21 @@ def test_table_is_printed_whole(capsys):
     for text in ("Title of it", "a model", "@256", "@32768", "18.0", "25.0"):
         assert text in printed
     assert max(len(line) for line in printed.splitlines()) <= 120
+
+
+def test_names_in_brackets_are_printed_as_they_are(capsys):
+    names = ["eval.tasks=[passkey] rope=yarn", "data.documents=[/data/a]"]
+    print_table(results_table({name: {"ppl@8": 1.0} for name in names}, "Sweep", ("ppl",)))
+    found = {name: {"ppl@8": Estimate(1.0), "harness/x": Estimate(0.5)} for name in names}
+    for table in comparison_tables(found, "Results"):
+        print_table(table)
+    printed = "".join(capsys.readouterr().out.split())
+    assert all(printed.count(name.replace(" ", "")) == 3 for name in names)
+
+
+def test_a_benchmark_that_is_no_share_is_not_shown_as_one():
+    (table,) = comparison_tables({"a": {"harness/wikitext": Estimate(25.34)}}, "Results")
+    assert cells(table) == [["", "wikitext"], ["a", "25.3"]]
 
 
 def test_plot_results_draws_a_line_for_each_model(tmp_path, drawn):
@@ -257,6 +273,22 @@ def test_the_plot_of_estimates_has_bands_and_the_mean_of_ruler(tmp_path, drawn):
     assert shown["RULER, mean of its tasks"]["a"] == [[256, 0.5], [1024, 0.0]]
 
 
+def test_intervals_are_bands_and_a_model_has_one_color(tmp_path, monkeypatch):
+    """In a panel too where the first model has no values."""
+    figures = []
+    monkeypatch.setattr(pose.report, "_save", lambda figure, png: figures.append(figure))
+    first = {"ppl@256": Estimate(9.0, 8.0, 11.0), "ppl@512": Estimate(8.0, 7.0, 9.0), "ppl@1024": Estimate(7.0)}
+    second = {"ppl@256": Estimate(5.0), "passkey@256": Estimate(0.5, 0.25, 0.75)}
+    plot_results({"a": first, "b": second}, tmp_path / "all.png", None, ("passkey", "ppl"))
+    passkey, ppl = figures[0].axes
+    (band,) = ppl.collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(256, 8), (256, 11), (512, 7), (512, 9)}
+    assert [line.get_color() for line in (*ppl.lines, *passkey.lines)] == ["C0", "C1", "C1"]
+    assert passkey.get_ylim() == (-0.05, 1.05) and ppl.get_yscale() == "log"
+    pose.report.plt.close(figures[0])
+
+
 def test_heatmaps_have_the_cells_of_every_model(tmp_path, monkeypatch):
     found = {}
     monkeypatch.setattr(pose.report, "_plot_heatmaps", lambda cells, png, *_: found.update({png.name: cells}))
@@ -267,6 +299,34 @@ def test_heatmaps_have_the_cells_of_every_model(tmp_path, monkeypatch):
         "a": {("vt", 256): 0.4, ("cwe", 256): 0.6, ("vt", 1024): 0.0},
         "b/c": {("vt", 256): 1.0},
     }
+
+
+def test_a_heatmap_shows_each_cell_in_its_place_on_a_scale_from_0_to_1(tmp_path, monkeypatch):
+    """Rows in the order they come in, the least depth at the top; columns by length; what is not measured is empty."""
+    figures = []
+    monkeypatch.setattr(pose.report, "_save", lambda figure, png: figures.append(figure))
+    cells = {"needle@256/0": 0.25, "needle@256/0.5": 0.75, "needle@1024/0.5": 0.5, "needle@1024/1": 0.625}
+    plot_needle({"a": cells, "b": {"needle@64/0": 1.0}}, tmp_path / "needle.png")
+    (axes, other, *_) = figures[0].axes
+    (image,) = axes.images
+    nan = np.nan
+    expected = [[nan, 0.25, nan], [nan, 0.75, 0.5], [nan, nan, 0.625]]
+    np.testing.assert_array_equal(image.get_array().filled(nan), expected)
+    np.testing.assert_array_equal(other.images[0].get_array().filled(nan)[0], [1.0, nan, nan])
+    assert image.get_clim() == (0, 1) and image.origin == "upper"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "256", "1,024"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0%", "50%", "100%"]
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shown == {(1, 0): "25%", (1, 1): "75%", (2, 1): "50%", (2, 2): "62%"}
+    assert axes.get_title() == "a" and other.get_title() == "b"
+    pose.report.plt.close(figures[0])
+
+
+def test_jobs_that_differ_in_their_seed_are_one_row():
+    jobs = [("seed=0", {"ppl@8": 1.0}), ("seed=1", {"ppl@8": 3.0}), ("data.seed=1 seed=2", {"ppl@8": 5.0})]
+    assert over_seeds(jobs) == {
+        "default": [{"ppl@8": 1.0}, {"ppl@8": 3.0}], "data.seed=1": [{"ppl@8": 5.0}]
+    }  # fmt: skip
 
 
 def test_heatmaps_are_pictures_and_none_without_cells(tmp_path):

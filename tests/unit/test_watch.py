@@ -89,7 +89,7 @@ class Recorder(DummyLogger):
         return [(step, metrics) for step, metrics in self.rows if any(name.startswith("val/") for name in metrics)]
 
 
-def fit(data, *callbacks, steps=STEPS, ckpt_path=None, lr=1e-2) -> tuple[PoseModule, Recorder]:
+def fit(data, *callbacks, steps=STEPS, ckpt_path=None, lr=1e-2, precision="32-true") -> tuple[PoseModule, Recorder]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -106,7 +106,7 @@ def fit(data, *callbacks, steps=STEPS, ckpt_path=None, lr=1e-2) -> tuple[PoseMod
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, accumulate_grad_batches=2, accelerator="cpu", logger=recorder,
         callbacks=list(callbacks), enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        log_every_n_steps=1,
+        log_every_n_steps=1, precision=precision,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module, recorder
@@ -231,6 +231,51 @@ def test_a_run_that_goes_on_watches_as_if_it_had_never_stopped(data, tmp_path):
     assert resumed.state_dict() == whole.state_dict() == {"watched": 5, "warned": pytest.approx(0.13)}
     theirs, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "best") for name in ("whole", "run"))
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+
+
+def test_a_run_that_went_without_a_watch_goes_on_with_one(data, tmp_path):
+    """Two batches a step: the first one after the checkpoint ends at its step, which is not measured without before."""
+    fit(data, Checkpoints(tmp_path, 2, 1, {}), steps=4)
+    for before, steps in ((False, [4]), (True, [3, 4])):
+        watch = Watch(FakeSuite(*[{"ppl@64": 3.0}] * len(steps)), 2, before=before)
+        _, recorder = fit(data, watch, ckpt_path=find_checkpoint(tmp_path).state)
+        assert [step for step, _ in recorder.watched] == steps
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_measures_in_the_precision_it_trains_in(data, precision):
+    class Noting(FakeSuite):
+        def run(self, model, progress=True):
+            mixed.append(torch.is_autocast_enabled("cpu"))
+            return super().run(model, progress)
+
+    mixed = []
+    fit(data, Watch(Noting(*[{"ppl@64": 3.0}] * 2), 9), precision=precision)
+    assert mixed == [precision == "bf16-mixed"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "sign"),
+    [
+        ("ppl@64", -1), ("tail_ppl@64", -1), ("sliding_ppl@64", -1), ("position_ppl@0-64", -1),
+        ("bits_per_byte@64", -1), ("passkey@64", 1), ("needle@64", 1), ("needle@64/0.5", 1), ("ruler/vt@64", 1),
+        ("harness/boolq", 1),
+    ],
+)  # fmt: skip
+def test_what_is_better(name, sign):
+    watch = Watch(FakeSuite(), 1, best=name)
+    watch.found = {"value": 0.5}
+    assert [watch._improves({name: 0.5 + sign * change}) for change in (0.1, 0.0, -0.1)] == [True, False, False]
+
+
+def test_a_best_value_belongs_to_what_was_measured():
+    def under(**units):
+        return Watch(
+            SimpleNamespace(tasks=[SimpleNamespace(name=n, units=lambda n=n: units[n]) for n in units]), 1
+        )._under()
+
+    prints = [under(a={"8": 1}), under(a={"8": 2}), under(b={"8": 1}), under(a={"8": 1}, b={"8": 1})]
+    assert len(set(prints)) == 4 and under(a={"8": 1}) == prints[0]
 
 
 def test_a_best_of_another_metric_or_measurement_is_not_taken_over(data, tmp_path):
