@@ -204,7 +204,7 @@ def build_model(
         prepare: changes the model before it is dealt out (`pose.modeling.lora.add_lora`).
 
     Raises:
-        CheckpointError: the weights cannot be loaded, or do not fit the config.
+        CheckpointError: the weights cannot be loaded, or do not fit the config, or a class that is not supported.
     """
     config = copy.deepcopy(config)  # the model owns its config: another built from the same must not change it
     options = {"config": config, "attn_implementation": resolve_backend(attention), "dtype": dtype}
@@ -225,6 +225,10 @@ def build_model(
             load = AutoModelForCausalLM.from_pretrained
             model, info = from_hub("weights", load, path, revision, trust_remote_code=False, **options)
         missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
+    if model.base_model is model:
+        raise CheckpointError(
+            f"{type(model).__name__} ({path}) keeps no model apart from its output layer: not supported"
+        )
     initial = random_weights(model) if path is None and layout is not None else None
     rotate_by_example_length(model)
     for name, parameter in model.named_parameters():
