@@ -572,5 +572,5 @@ def test_a_class_without_a_base_model_is_refused(tmp_path):
         vocab_size=8, hidden_size=16, intermediate_size=8, intermediate_size_mlp=8, num_hidden_layers=1, head_dim=8,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, pad_token_id=0,
     )  # fmt: skip
-    with pytest.raises(CheckpointError, match="Llama4ForCausalLM .*not supported"):
+    with pytest.raises(CheckpointError, match=r"Llama4ForCausalLM .*not supported"):
         build_model(config, None, "sdpa")
