@@ -115,5 +115,7 @@ def test_ruler_by_its_names(script, load_json, tmp_path):
     )  # fmt: skip
     metrics = load_json(tmp_path / "run" / "metrics.json")
     assert set(metrics) == {"ruler/niah_single_1@512", "ruler/fwe@512"}
-    outcome = next(json.loads(file.read_text())["value"] for file in (tmp_path / "cache" / ".outcomes").iterdir())
+    outcome = next(
+        json.loads(file.read_text())["value"]["outcome"] for file in (tmp_path / "cache" / ".outcomes").iterdir()
+    )
     assert len(outcome["predictions"]) == 2

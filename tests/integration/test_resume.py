@@ -101,10 +101,10 @@ def assert_same_end(run: Path, whole: Path):
 
 
 def test_killed_at_any_moment_it_ends_the_same(start, finish, uninterrupted, tmp_path):
-    """20 kills with SIGKILL: half at random moments, half while a checkpoint is being written."""
+    """20 kills with SIGKILL: half at random moments, half aimed at a checkpoint in the making; more until 3 hit one."""
     random.seed(0)
     run, kills, while_writing = tmp_path / "run", 0, 0
-    while kills < 20:
+    while kills < 20 or (while_writing < 3 and kills < 60):
         process, writing = start(run), kills % 2
         begin, patience = time.monotonic(), random.uniform(0.5, 4.0)
         seen = set(run.glob("checkpoints/.step-*"))  # of the kill before

@@ -205,7 +205,7 @@ def test_bos_stands_before_every_document(make):
 
 
 def test_bos_of_a_tokenizer_without_one(make):
-    with pytest.raises(ConfigError, match=r"add_bos=true.*no BOS"):
+    with pytest.raises(ConfigError, match=r"add_bos is true.*no BOS"):
         make(add_bos=True)
 
 

@@ -277,7 +277,7 @@ def test_auto_takes_flash_attention_only_where_it_can_run(monkeypatch, flash_ins
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ConfigError, match=r"'flex' is unknown.*auto, sdpa, eager, flash_attention_2"):
+    with pytest.raises(ConfigError, match=r"attention='flex' .*is unknown.*auto, sdpa, eager, flash_attention_2"):
         attention.resolve_backend("flex")
 
 
