@@ -118,8 +118,8 @@ def _share_documents(candidates: list[Candidate]):
     common = set.intersection(*map(set, chosen))
     if not common:
         raise ConfigError(
-            "no document of eval.documents is long enough for all checkpoints, whose tokenizers differ: give shorter "
-            "eval.lengths or longer documents"
+            "no document of eval.documents was chosen for all checkpoints, whose tokenizers differ: give a larger "
+            "eval.max_documents, shorter eval.lengths or longer documents"
         )
     for candidate in candidates:
         candidate.suite.keep_documents(common)
