@@ -27,6 +27,10 @@ from pose.evaluation.scoring import Scorer, peak_memory_gib
 from pose.modeling.load import build_model, load_config, load_tokenizer
 from pose.runtime import locate, quiet_libraries
 
+RANDOM = LlamaConfig(  # the width and the vocabulary of SmolLM2-135M, with 4 of its 30 layers
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+)  # fmt: skip
 BOOK = "assets/corpora/books.heldout.jsonl.gz"
 
 
@@ -162,7 +166,11 @@ DEFAULT_LENGTHS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(DEFAULT_LENGTHS))
-    parser.add_argument("--model", default="assets/tiny", help="folder")
+    parser.add_argument(
+        "--model",
+        default="assets/tiny",
+        help="folder; random: a grouped-query model of 4 layers with a vocabulary of 49,152",
+    )
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-tokens", type=int, help="in one forward pass (1024 on a CPU)")
@@ -179,9 +187,16 @@ def main():
         long(args)
         return
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
-        folder = locate(args.model)
-        scorer = Scorer(build_model(load_config(folder), folder), args.batch_tokens)
-        stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        folder = locate("assets/tiny" if args.model == "random" else args.model)
+        if args.model == "random":
+            torch.manual_seed(0)
+            model = build_model(RANDOM, None)
+            stock = AutoModelForCausalLM.from_config(RANDOM).eval()
+            stock.load_state_dict(model.state_dict())
+        else:
+            model = build_model(load_config(folder), folder)
+            stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        scorer = Scorer(model, args.batch_tokens)
         tokenizer = load_tokenizer(folder)
         text = next(iter(read_documents(locate(BOOK)))).text
         document = np.array(tokenizer(text, verbose=False).input_ids[: args.tokens])
