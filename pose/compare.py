@@ -74,13 +74,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     dtype = _dtype(cfg.dtype, device)
     attention = build.attention_on(cfg.attention, device)
     resolve_backend(attention)
-    outcomes = Path(cfg.cache_dir).expanduser() / ".outcomes"
-    try:
-        outcomes.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=outcomes):
-            pass
-    except OSError as error:
-        raise ConfigError(f"cache_dir={cfg.cache_dir} cannot be written to ({error}): give another folder") from error
+    _check_writable(_outcomes(cfg), cfg.cache_dir)
     memo = Memo(Path(cfg.cache_dir).expanduser() / ".memo")
     found = []
     for name in names:
@@ -143,7 +137,7 @@ def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate],
             check_loss(model, candidate.device)  # scores are taken from hidden states too
         return model
 
-    memo = Memo(Path(cfg.cache_dir).expanduser() / ".outcomes")
+    memo = Memo(_outcomes(cfg))
     suite = candidate.suite
     metrics = suite.run(load=load, memo=memo, under=candidate.under, reuse=cfg.reuse)
     seconds, peaks = zip(*suite.took, strict=True)
@@ -216,6 +210,20 @@ def _code_print() -> str:
     """SHA-256 of the code that measures: an outcome of other code is not taken over."""
     files = [file for name in MEASURING for file in sorted((PACKAGE / name).rglob("*.py")) or [PACKAGE / name]]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _outcomes(cfg: DictConfig) -> Path:
+    return Path(cfg.cache_dir).expanduser() / ".outcomes"
+
+
+def _check_writable(folder: Path, cache_dir: str):
+    """Outcomes that cannot be kept would only be missed when an evaluation has been killed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cache_dir={cache_dir} cannot be written to ({error}): give another folder") from error
 
 
 def _names(ckpt) -> list[str]:

@@ -189,7 +189,7 @@ class Watch(L.Callback):
 
     def _improves(self, metrics: Mapping[str, float]) -> bool:
         """Whether the best metric is a number, and better than any before: of equal ones the first is kept."""
-        lower = [task.name for task in self.suite.tasks if getattr(task, "lower_is_better", False)]
+        lower = [task.name for task in self.suite.tasks if task.lower_is_better]
         sign = -1 if self.best.split("@")[0] in (*LOWER_IS_BETTER, *lower) else 1
         value = sign * metrics[self.best]
         return value > (-math.inf if self.found is None else sign * self.found["value"])

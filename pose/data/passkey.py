@@ -107,4 +107,4 @@ class PasskeyPrompts:
         return both[:shared], both[shared:]
 
     def _ids(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)

@@ -71,7 +71,6 @@ class Harness(Task):
         self.num_fewshot = FEWSHOT.get(task) if num_fewshot is None else num_fewshot
         self.limit, self.seed, self.max_length = limit, seed, max_length
         self._prepared = None
-        self.lower_is_better = False  # as lm-eval says where it measures, of a perplexity
         self.include_path = None if include_path is None else str(Path(include_path).expanduser())
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise ConfigError(f"eval.include_path={include_path} is no folder: give one with task YAMLs")
@@ -155,6 +154,7 @@ class Harness(Task):
             )
         metrics = {name: _metrics(values) for name, values in results["results"].items()}
         chosen = self._metric([key.split(",")[0] for key in metrics[self.task]])
+        # lm-eval says it of a perplexity
         self.lower_is_better = results["higher_is_better"].get(self.task, {}).get(chosen) is False
         return {
             "metrics": metrics.pop(self.task),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pose.modeling.long import hidden_states
 from pose.modeling.loss import token_nll
-from pose.modeling.prefix import PrefixCache, batches, can_share
+from pose.modeling.prefix import PrefixCache, can_share, groups_that_share
 from pose.modeling.rotary import depends_on_length
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}  # a CPU is fastest where a layer's states stay in its caches
@@ -89,7 +89,7 @@ class Scorer:
             int64 [P, num].
         """
         size = max(self.batch_tokens // windows.shape[1], 1)
-        groups = batches(windows, size, num) if can_share(self.model, size * windows.shape[1]) else None
+        groups = groups_that_share(windows, size, num) if can_share(self.model, size * windows.shape[1]) else None
         cache = None if groups is None else PrefixCache(self.model, self.chunk_len)
         if groups is None:
             groups = np.split(np.arange(len(windows)), range(size, len(windows), size))

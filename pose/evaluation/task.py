@@ -35,6 +35,7 @@ class Task(ABC):
     """
 
     name: str
+    lower_is_better = False  # of its metrics; perplexity's families are told by their names
 
     @abstractmethod
     def units(self) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ class PrefixCache:
         """The last hidden states of the last num tokens of each window.
 
         Args:
-            windows: int [B, N], in the order of `batches`. Those of one call share what all of them begin with.
+            windows: int [B, N], a group of `groups_that_share`.
             num: at most N.
 
         Returns:
@@ -78,7 +78,7 @@ def can_share(model: PreTrainedModel, num_tokens: int) -> bool:
     return cache_width(model.config) * num_tokens * model.dtype.itemsize <= MAX_BYTES
 
 
-def batches(windows: np.ndarray, size: int, num: int) -> list[np.ndarray] | None:
+def groups_that_share(windows: np.ndarray, size: int, num: int) -> list[np.ndarray] | None:
     """The order in which windows share most.
 
     Args:

@@ -22,7 +22,7 @@ from pose.evaluation.scoring import CHUNK_LEN, Scorer, peak_memory_gib
 from pose.modeling import attention
 from pose.modeling.load import build_model, scale_config
 from pose.modeling.long import cache_width, feed_forward_in_chunks, takes_cache
-from pose.modeling.prefix import batches, can_share
+from pose.modeling.prefix import can_share, groups_that_share
 from pose.rope import Dynamic, Yarn
 
 VOCAB = 97
@@ -265,7 +265,7 @@ def test_beginnings_are_shared_where_that_leaves_four_fifths_of_the_tokens(size)
     for alike, worth in ((0, False), (3, False), (4, True), (9, True)):
         windows = np.arange(20).reshape(2, 10)
         windows[:, :alike] = 0
-        assert (batches(windows, size, 1) is not None) is worth
+        assert (groups_that_share(windows, size, 1) is not None) is worth
 
 
 def test_a_cache_is_as_wide_as_its_heads():
