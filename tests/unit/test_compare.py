@@ -10,7 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from pose import compare, schema
+from pose import compare, runtime, schema
 from pose.data.memo import Memo
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
@@ -78,6 +78,11 @@ def test_tokenizers_that_differ_are_measured_on_the_same_documents(tmp_path, lon
 def test_what_cannot_run_here_is_named_at_once(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         plan(tmp_path, "ckpt=assets/tiny", "eval=passkey", override)
+
+
+def test_threads_are_at_least_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"num_threads=0 is not accepted: give an integer of at least 1"):
+        runtime.set_up(composed(tmp_path, "ckpt=assets/tiny", "num_threads=0"))
 
 
 def test_a_checkpoint_is_told_by_what_is_in_its_files(tmp_path, longer):

@@ -179,6 +179,20 @@ def test_the_filler_is_tokenised_as_in_running_text(make):
         assert prompts.filler(num).tolist() == whole[:num]
 
 
+class LastWordOtherwise:
+    """A tokenizer for which the last word of a text is another token."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [*map(len, text.split(" ")[:-1]), -1]}
+
+
+def test_the_filler_is_never_at_its_end():
+    prompts = PasskeyPrompts(LastWordOtherwise())
+    period = len(FILLER.split())
+    for num in (period, 2 * period, 100 * period, period + 1, 4 * period):
+        assert -1 not in prompts.filler(num)
+
+
 def test_a_prompt_has_the_tokens_of_its_text(lossless):
     """So that no model is asked in pieces that it never sees; what is cut beside the key line is at a word's border."""
     for length in (300, 555, 900):

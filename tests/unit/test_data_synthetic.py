@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from pose.data import synthetic
 from pose.data.synthetic import TASKS
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -140,6 +141,14 @@ def test_passkey_filler_is_the_papers_or_real_text_half_and_half(tokenizer):
     task = TASKS["passkey"](tokenizer, [np.full(5000, 77, np.uint16)])
     real = sum(tokens[: np.argmax(is_answer)].tolist().count(77) > 0 for tokens, is_answer in draws(task, 256, 400))
     assert abs(real - 200) < 5 * 10
+
+
+def test_passkey_filler_begins_at_any_word(tokenizer, documents, monkeypatch):
+    """Else a prompt of one length would always end in the same words."""
+    monkeypatch.setattr(synthetic, "IS_TEXT_FILLER", 0)
+    task, rng = TASKS["passkey"](tokenizer, documents), np.random.default_rng(0)
+    texts = [tokenizer.decode(task.sample(rng, 1000)[0]) for _ in range(60)]
+    assert len({text.split("there.\n")[1][:12] for text in texts}) > 10
 
 
 def test_tasks_of_a_document_never_change_it(task, documents):
