@@ -174,7 +174,7 @@ class FewSymbols:
     SYMBOLS = "01ab"
     eos_token_id = None
 
-    def __call__(self, text, add_special_tokens=False):
+    def __call__(self, text, add_special_tokens=False, verbose=True):
         return {"input_ids": [int(c) % 2 if c.isdigit() else 2 + ord(c) % 2 for c in text if c != " "]}
 
     def get_vocab(self):
