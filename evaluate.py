@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pose import compare, runtime, schema
+from pose.app import compare, runtime, schema
 
 schema.register()
 

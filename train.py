@@ -7,9 +7,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pose import build, launch, outcome, runtime, schema
-from pose.checkpoints import end_at_signals
-from pose.report import plot_results, plot_training
+from pose.app import build, runtime, schema
+from pose.app import run as outcome
+from pose.reporting.plots import plot_results, plot_training
+from pose.training import launch
+from pose.training.checkpoints import end_at_signals
 
 schema.register()
 

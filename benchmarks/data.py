@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 from benchmarks import report, spread
+from pose.app.runtime import quiet_libraries
 from pose.data.datamodule import PoseDataModule
+from pose.files import locate
 from pose.modeling.load import load_tokenizer
 from pose.positions import PoSE
-from pose.runtime import locate, quiet_libraries
 
 BOOKS = "assets/corpora/books.train.jsonl.gz"
 TOKENIZER = "assets/tiny"

@@ -19,13 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import report, spread
+from pose.app.runtime import quiet_libraries
 from pose.data.documents import read_documents
-from pose.data.passkey import PasskeyPrompts
 from pose.evaluation import perplexity
 from pose.evaluation.passkey import Passkey, found, written
 from pose.evaluation.scoring import Scorer, peak_memory_gib
+from pose.files import locate
 from pose.modeling.load import build_model, load_config, load_tokenizer
-from pose.runtime import locate, quiet_libraries
+from pose.tasks.passkey import PasskeyPrompts
 
 RANDOM = LlamaConfig(  # the width and the vocabulary of SmolLM2-135M, with 4 of its 30 layers
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9,

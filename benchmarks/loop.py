@@ -21,12 +21,13 @@ from omegaconf import DictConfig
 from transformers import LlamaConfig, PreTrainedModel, get_scheduler
 
 from benchmarks import report, spread
-from pose import schema
-from pose.build import build_trainer
+from pose.app import schema
+from pose.app.build import build_trainer
+from pose.app.runtime import quiet_libraries
+from pose.files import REPOSITORY
 from pose.modeling.load import build_model
 from pose.modeling.loss import causal_lm_loss
-from pose.module import PoseModule
-from pose.runtime import REPOSITORY, quiet_libraries
+from pose.training.module import PoseModule
 
 TARGET_LEN = 2048
 OPTIMIZER = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.1}

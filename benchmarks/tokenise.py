@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 from benchmarks import report
+from pose.app.runtime import quiet_libraries
 from pose.data.cache import TokenCache
+from pose.files import locate
 from pose.modeling.load import load_tokenizer
-from pose.runtime import locate, quiet_libraries
 
 
 def memory_mib() -> float:

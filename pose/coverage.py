@@ -21,6 +21,7 @@ T (T-1) / 2. A mix has the mean of what it mixes. All else is sampled: pairs by 
 vector that is 1 at the ids of an example, taken by a Fourier transform.
 """
 
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,24 +206,5 @@ def _share(pairs: np.ndarray, num_tokens: int) -> np.ndarray:
     return pairs / max(num_tokens * (num_tokens - 1) / 2, 1)
 
 
-if __name__ == "__main__":  # the command knows Hydra, the module above does not
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
-
-    from pose import build, runtime, schema
-    from pose.report import coverage_table, plot_coverage, print_table
-
-    schema.register()
-
-    @hydra.main(version_base="1.3", config_path=str(runtime.CONF), config_name="coverage")
-    def main(cfg: DictConfig):
-        with runtime.readable_errors():
-            run_dir = Path(HydraConfig.get().runtime.output_dir)
-            samplers = build.build_samplers(cfg)
-            covered = {name: coverage(sampler, cfg.num_samples, cfg.seed) for name, sampler in samplers.items()}
-            next(iter(covered.values())).save_csv(run_dir / "coverage.csv")
-            plot_coverage(covered, run_dir / "coverage.png")
-            print_table(coverage_table(covered, f"Coverage ({run_dir}/coverage.csv, coverage.png)"))
-
-    main()
+if __name__ == "__main__":
+    runpy.run_module("pose.app.coverage", run_name="__main__")

@@ -6,11 +6,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pose.app.console import log_to_terminal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -20,6 +23,14 @@ def run_script(*arguments: str, cwd: Path = REPOSITORY, timeout: int = 600) -> s
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+@pytest.fixture(autouse=True)
+def messages():
+    """Messages of `pose` go to the terminal, as they do in a run: `capsys` sees them."""
+    log_to_terminal()
+    yield
+    logging.getLogger("pose").setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")

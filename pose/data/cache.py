@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,10 +20,12 @@ from tqdm import tqdm
 
 from pose.data.documents import Broken, Document, Files, find_files
 from pose.data.hub import HubDataset, HubSource
-from pose.data.memo import DAMAGE, Memo, digest
 from pose.data.tokenise import Tokeniser, all_cores
 from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError, DataError
+from pose.files import DAMAGE, Memo, digest
+
+log = logging.getLogger(__name__)
 
 # Raise it whenever the same documents and tokenizer would give other files than before.
 FORMAT_VERSION = 2
@@ -194,7 +197,7 @@ def _lock(path: Path, waiting: str) -> Iterator[bool]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"{waiting}: waiting for it", flush=True)
+                log.info(f"{waiting}: waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
         yield alone
@@ -363,10 +366,9 @@ def _report(cache: TokenCache):
     _reported.add(cache.folder)
     counts = cache.info
     dropped = _dropped(counts)
-    print(
+    lines = [
         f"{counts['documents']}: {counts['kept']:,} documents of {counts['tokens']:,} tokens"
         + (f"; left out: {dropped}" if dropped else ""),
         *(f"  broken: {place}" for place in counts["first_broken"]),
-        sep="\n",
-        flush=True,
-    )
+    ]
+    log.info("\n".join(lines))

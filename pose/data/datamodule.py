@@ -13,9 +13,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pose.data.cache import TokenCache
 from pose.data.examples import Curriculum, PoseDataset, collate
-from pose.data.synthetic import TASKS
 from pose.errors import ConfigError
 from pose.positions import PositionSampler
+from pose.tasks.synthetic import TASKS
 
 SENTENCE_END = re.compile(r"""([.!?]["'”’»)\]]*|\n)\s*$""")
 
@@ -38,7 +38,7 @@ class PoseDataModule(L.LightningDataModule):
         on_broken: "error" or "skip", for lines and rows that cannot be read.
         window_len: tokens of a document that one example is drawn from; None takes documents whole.
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
-        synthetic: share of examples by name of a task in `pose.data.synthetic.TASKS`.
+        synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
         curriculum: (share of the run, length in tokens) of phases of shorter sequences before the rest.
         num_workers: processes that read; 0 reads in the training process.
 

@@ -1,5 +1,6 @@
 """Documents of a dataset on the Hugging Face hub, or of a local folder in that form, streamed by `datasets`."""
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +17,10 @@ from huggingface_hub.errors import (
 )
 
 from pose.data.documents import Broken, Document, document_of
+from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
 from pose.errors import ConfigError, DataError
-from pose.network import RETRIES, first_line, may_pass, wait_for_network
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("json", "parquet", "csv", "text")
 HUB_TIMEOUT = 10.0  # seconds, for the question which commit is meant
@@ -100,7 +103,7 @@ class HubDataset:
                     f"the hub does not answer, and {self.path} was not read here before: look to the network, or "
                     f"download the dataset elsewhere and give its folder in place of the hub id ({first_line(error)})"
                 ) from error
-            print(f"The hub does not answer: {self.path} is taken at {sha[:12]}, as last time", flush=True)
+            log.warning(f"The hub does not answer: {self.path} is taken at {sha[:12]}, as last time")
             return sha
         memo.set(key, sha)
         return sha

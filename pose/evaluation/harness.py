@@ -27,7 +27,9 @@ from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError, DataError
 from pose.evaluation.scoring import Scorer
 from pose.evaluation.task import NORMAL_95, Estimate, Task
-from pose.modeling.hub import hub_answers
+from pose.modeling.checkpoints.hub import hub_answers
+
+log = logging.getLogger(__name__)
 
 # As the PoSE paper has them (Zhu et al. 2024, arXiv 2309.10400, Table 3), after the Open LLM Leaderboard.
 FEWSHOT = {"arc_challenge": 25, "hellaswag": 10, "boolq": 0, "piqa": 0, "winogrande": 0, "truthfulqa_mc2": 0}
@@ -145,12 +147,13 @@ class Harness(Task):
             with _hub_code_refused(self.name):
                 results = lm_eval.evaluate(model, found, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
         if fixed:
-            print(f"{self.name}: the definition fixes 0 examples; eval.num_fewshot={self.num_fewshot} is not used")
+            log.warning(
+                f"{self.name}: the definition fixes 0 examples; eval.num_fewshot={self.num_fewshot} is not used"
+            )
         if model.num_truncated:
-            print(
+            log.warning(
                 f"{self.name}: {model.num_truncated} of {model.num_requests} requests are longer than the window of "
-                f"{self.max_length} tokens and lost their beginning",
-                flush=True,
+                f"{self.max_length} tokens and lost their beginning"
             )
         metrics = {name: _metrics(values) for name, values in results["results"].items()}
         chosen = self._metric([key.split(",")[0] for key in metrics[self.task]])

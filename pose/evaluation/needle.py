@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pose.data.haystack import ExactTexts, split_sentences, words_digest
-from pose.data.ruler import NEEDLE, NIAH_ONE, needle_word
 from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError
 from pose.evaluation.passkey import found
 from pose.evaluation.scoring import Scorer
 from pose.evaluation.task import Estimate, Task, wilson
+from pose.tasks.haystack import ExactTexts, split_sentences, words_digest
+from pose.tasks.ruler import NEEDLE, NIAH_ONE, needle_word
 
 
 class NeedlePrompt(NamedTuple):

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pose.data.passkey import PasskeyPrompt, PasskeyPrompts
 from pose.data.tokenizer import tokenizer_digest
 from pose.evaluation.generation import end_ids, greedy
 from pose.evaluation.scoring import Scorer
 from pose.evaluation.task import Estimate, Task, wilson
+from pose.tasks.passkey import PasskeyPrompt, PasskeyPrompts
 
 MORE_TOKENS = 3  # that are decoded beyond one for each digit: a space before the number, and where it ends
 

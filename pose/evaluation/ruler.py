@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -18,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from pose.data.haystack import words_digest
-from pose.data.ruler import NEEDLES, TASKS, TOKENS_TO_GENERATE, RulerPrompt, RulerPrompts
 from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError
 from pose.evaluation.generation import end_ids, greedy
 from pose.evaluation.options import BOOK
 from pose.evaluation.scoring import Scorer
 from pose.evaluation.task import Estimate, Task, ratio, wilson
+from pose.tasks.haystack import words_digest
+from pose.tasks.ruler import NEEDLES, TASKS, TOKENS_TO_GENERATE, RulerPrompt, RulerPrompts
 
 __all__ = ["TASKS", "Ruler", "score", "write_prompts"]
 
@@ -272,20 +273,5 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-if __name__ == "__main__":  # the command knows where shipped files are, the module above does not
-    import sys
-
-    from pose.data.datamodule import bos_id
-    from pose.data.documents import read_documents
-    from pose.modeling.load import load_tokenizer
-    from pose.runtime import locate, quiet_libraries, readable_errors
-
-    quiet_libraries()
-    with readable_errors():
-        given = parse(sys.argv[1:])
-        tokenizer = load_tokenizer(locate(given.pop("tokenizer")))
-        bos_id(tokenizer, given["add_bos"])
-        haystack = "\n\n".join(document.text for document in read_documents(locate(given.pop("haystack"))))
-        out = given.pop("out")
-        write_prompts(out, tokenizer=tokenizer, haystack=haystack, **given)
-        print(f"{given['num']} prompts of ruler/{given['task']} with {given['length']} tokens each in {out}")
+if __name__ == "__main__":
+    runpy.run_module("pose.app.ruler", run_name="__main__")

@@ -1,5 +1,6 @@
 """The tasks that are run on a model, with everything they need made ready beforehand."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,6 @@ from transformers import PreTrainedModel
 from pose.data.cache import TokenCache
 from pose.data.datamodule import bos_id
 from pose.data.documents import read_documents
-from pose.data.memo import Memo
-from pose.data.passkey import PasskeyPrompts
 from pose.data.tokenizer import token_bytes
 from pose.errors import ConfigError, DataError
 from pose.evaluation.harness import Harness
@@ -24,6 +23,10 @@ from pose.evaluation.perplexity import Perplexity
 from pose.evaluation.ruler import Ruler
 from pose.evaluation.scoring import Scorer, peak_memory_gib
 from pose.evaluation.task import Estimate, Task
+from pose.files import Memo
+from pose.tasks.passkey import PasskeyPrompts
+
+log = logging.getLogger(__name__)
 
 
 class Took(NamedTuple):
@@ -102,7 +105,7 @@ class Suite:
                 found = {unit: memo.get(key) for unit, key in keys[task].items()}
                 kept[task] = {unit: outcome for unit, outcome in found.items() if outcome is not None}
                 if kept[task]:
-                    print(f"{task.name}: {len(kept[task])} of {len(keys[task])} are there from before", flush=True)
+                    log.info(f"{task.name}: {len(kept[task])} of {len(keys[task])} are there from before")
             if len(kept[task]) < len(keys[task]):
                 task.prepare()
         self.took = []
@@ -169,7 +172,7 @@ class Suite:
             rng = np.random.default_rng(o.seed)
             usable = sorted(rng.choice(usable, o.max_documents, replace=False).tolist())
         if len(usable) < len(cache):
-            print(f"Perplexity on {len(usable)} of {len(cache)} documents of at least {enough} tokens", flush=True)
+            log.info(f"Perplexity on {len(usable)} of {len(cache)} documents of at least {enough} tokens")
         return [cache[i] for i in usable], [cache.ids[i] for i in usable]
 
     def _retrieval(self, name: str, haystack: str | None) -> Task:

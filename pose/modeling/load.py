@@ -19,11 +19,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pose.errors import CheckpointError, ConfigError
-from pose.modeling import baichuan
 from pose.modeling.attention import resolve_backend
-from pose.modeling.baichuan import Baichuan
-from pose.modeling.gptj import GPTJ
-from pose.modeling.hub import find_file, from_hub, read_weights
+from pose.modeling.checkpoints import baichuan
+from pose.modeling.checkpoints.baichuan import Baichuan
+from pose.modeling.checkpoints.gptj import GPTJ
+from pose.modeling.checkpoints.hub import find_file, from_hub, read_weights
+from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
 from pose.modeling.shard import (
     Layout,
@@ -35,7 +36,6 @@ from pose.modeling.shard import (
     random_weights,
     renamed,
 )
-from pose.modeling.spm_tokenizer import load_spm_tokenizer
 from pose.rope import RopeGeometry, RopeScaling
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.

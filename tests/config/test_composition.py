@@ -9,7 +9,7 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from pose import build, schema
+from pose.app import build, schema
 from pose.errors import ConfigError
 from pose.positions import Mix, PoSE
 

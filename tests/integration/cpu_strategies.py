@@ -4,7 +4,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy
 
-from pose.strategies import DeepSpeed
+from pose.training.strategies import DeepSpeed
 
 BUCKET = 300_000  # elements of a reduction; DeepSpeed's default would outweigh every small model
 

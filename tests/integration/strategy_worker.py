@@ -16,7 +16,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.distributed.tensor import DTensor
 
-from pose import build, runtime, schema
+from pose.app import build, runtime, schema
+from pose.files import CONF
 from pose.modeling.rotary import rotary_modules
 
 schema.register()
@@ -94,7 +95,7 @@ def watch(layout, seen: dict):
 
 def train(name: str, overrides: list[str], out: Path, rank: int = 0):
     """What train.py does of a case, but for measuring; the run folder is OUT/name."""
-    with initialize_config_dir(str(runtime.CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)

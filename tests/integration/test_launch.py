@@ -74,7 +74,7 @@ def test_a_sweep_by_submitit(script, tmp_path):
 
 
 def children_of(pid):
-    """The processes that `pose.launch` has started for a process, by their environment."""
+    """The processes that `pose.training.launch` has started for a process, by their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import pose.report
-from pose import outcome, runtime, schema
+import pose.reporting.coverage
+from pose.app import run as outcome
+from pose.app import schema
 from pose.coverage import coverage, pairs_by_distance
 from pose.errors import ConfigError
+from pose.files import REPOSITORY
 from pose.positions import (
     Cream,
     EqualChunks,
@@ -32,7 +34,7 @@ from pose.positions import (
     ShortPI,
     SingleShift,
 )
-from pose.report import coverage_table, plot_coverage
+from pose.reporting.coverage import coverage_table, plot_coverage
 
 # ----- by enumeration -----
 
@@ -287,8 +289,10 @@ def test_table_bins_cut_all_distances_once(L, T):
 
 
 def test_plot_shows_every_sampler(tmp_path, monkeypatch):
-    shown, save = [], pose.report._save
-    monkeypatch.setattr(pose.report, "_save", lambda figure, png: (shown.extend(figure.axes), save(figure, png)))
+    shown, save = [], pose.reporting.coverage.save_figure
+    monkeypatch.setattr(
+        pose.reporting.coverage, "save_figure", lambda figure, png: (shown.extend(figure.axes), save(figure, png))
+    )
     covered = {"pose": coverage(PoSE(16, 64)), "short_pi": coverage(ShortPI(16, 64))}
     plot_coverage(covered, tmp_path / "coverage.png")
     probability, pairs = shown
@@ -330,7 +334,7 @@ def test_a_run_says_what_it_covers(tmp_path, capsys, target_len, num_samples):
 @pytest.mark.parametrize("override", ["nmu_samples=3", "pose.chunks=3", "num_samples=many", "pose=nope"])
 def test_a_misspelt_key_fails_at_composition(override):
     schema.register()
-    with initialize_config_dir(str(runtime.REPOSITORY / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         assert compose("coverage", ["pose=cream"]).pose.train_len == 2048
         with pytest.raises(Exception, match=override.split("=")[1 if override == "pose=nope" else 0].split(".")[-1]):
             compose("coverage", [override])

@@ -1,0 +1,38 @@
+"""Messages as a person reads them: Hydra's log file has the same, with time and level (conf/hydra/job_logging)."""
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes to the terminal without tearing progress bars: errors to stderr, everything else to stdout."""
+
+    def emit(self, record: logging.LogRecord):
+        """Writes one message."""
+        try:
+            stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
+        except Exception:
+            self.handleError(record)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """The message alone; a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line or lines of one message."""
+        prefix = "Warning: " if record.levelno == logging.WARNING else ""
+        return prefix + super().format(record)
+
+
+def log_to_terminal():
+    """For commands without Hydra: the messages of `pose` go to the terminal."""
+    logger = logging.getLogger("pose")
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        handler = ConsoleHandler()
+        handler.setFormatter(ConsoleFormatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,174 @@
+"""The process around a run: readable errors, quiet libraries, seeds, shipped files, provenance."""
+
+import contextlib
+import errno
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from transformers import logging as transformers_logging
+
+from pose.errors import ConfigError, Interrupted, PoseError, TrainingError
+from pose.files import REPOSITORY, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+PACKAGES = (
+    "torch", "transformers", "lightning", "hydra-core", "deepspeed", "tokenizers", "numpy", "safetensors", "peft",
+    "lm-eval", "wonderwords",
+)  # fmt: skip
+
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of it
+
+
+@contextlib.contextmanager
+def readable_errors():
+    """Ends the process with the message alone, and status 1, for errors that a user can mend.
+
+    In a sweep the error goes to Hydra, which runs the other jobs and fails at the end; a request to stop
+    ends the sweep.
+    """
+    try:
+        yield
+    except PoseError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.is_everywhere:
+            where = "" if rank == "0" else f"[process {rank}] "
+            log.error(f"{where}{type(error).__name__}: {error}")
+        in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        if in_sweep and not isinstance(error, Interrupted):
+            raise
+        raise SystemExit(error.status) from None
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+            raise
+        log.error(f"The disk is full ({error}): make room; nothing that was complete is lost")
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not any(sign in str(error) for sign in LOST_PROCESS):
+            raise
+        log.error(f"[process {os.environ['RANK']}] another process of the job is gone")
+        raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def explained_memory_errors(cfg: DictConfig):
+    """Turns an out-of-memory error into one that names what to lower.
+
+    Raises:
+        TrainingError: memory ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        out_of_memory = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+        if not out_of_memory and not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
+            raise
+        advice = _memory_advice(cfg)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrainingError(f"out of memory ({reason}). What helps, the cheapest first: {'; '.join(advice)}") from error
+
+
+def _memory_advice(cfg: DictConfig) -> list[str]:
+    if "trainer" not in cfg:
+        tokens = cfg.eval.batch_tokens or "null, which is 1024 on a CPU and else 4096"
+        advice = [f"eval.batch_tokens (it is {tokens}; a single window is the least)"]
+        return [*advice, "dtype=bfloat16", f"shorter eval.lengths (they are {list(cfg.eval.lengths)})"]
+    batch, length = cfg.trainer.micro_batch, cfg.pose.train_len
+    advice = [f"trainer.micro_batch (it is {batch}; the global batch stays)"] if batch > 1 else []
+    advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
+    advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
+    advice += ["there strategy=fsdp, zero3 or zero3_offload", f"there pose.train_len (it is {length})"]
+    return [*advice, "where it was measuring, eval.batch_tokens, eval.before=false or eval=none"]
+
+
+def quiet_libraries():
+    """Silences messages of libraries that a user can do nothing about."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "compilers.C.base"):  # DeepSpeed looks for its libraries
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*lr_scheduler.step.*before.*optimizer.step.*",
+        ".*exists and is not empty.*",
+        ".*`torch.distributed.* is deprecated.*",  # which DeepSpeed calls
+        ".*ended before the epoch ended.*",  # here the data begins at the step
+        ".*smaller than the logging interval.*",
+        ".*Be aware that when using `ckpt_path`.*",  # of a run that goes on without the watch it had
+        ".*across ranks is zero.*",  # of a run that goes on from its last step
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def set_up(cfg: DictConfig):
+    """Seeds, threads, and quiet libraries."""
+    quiet_libraries()
+    if rank_zero_only.rank:  # one process speaks for all
+        logging.getLogger("pose").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
+    if cfg.num_threads is not None:
+        if cfg.num_threads < 1:
+            raise ConfigError(f"num_threads={cfg.num_threads} is not accepted: give an integer of at least 1, or null")
+        torch.set_num_threads(cfg.num_threads)
+    L.seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
+
+
+def provenance() -> dict:
+    """What is needed to repeat a run: command, commit, versions, machine."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "overrides": OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "processor": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+@rank_zero_only
+def save_config(cfg: DictConfig, run_dir: Path, settings: dict | None = None, step: int = 0):
+    """config.yaml and provenance.json, which keeps what it was at earlier starts with `resume`.
+
+    Args:
+        cfg: as it was worked out.
+        run_dir: to write to.
+        settings: that decide the weights.
+        step: from which training goes on.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    file, content = run_dir / "provenance.json", provenance() | {"settings": settings, "from_step": step}
+    if cfg.get("resume") is not None and (before := read_json(file)):
+        content["earlier"] = [*before.pop("earlier", []), before]
+    write_json(file, content)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    result = subprocess.run(["git", *arguments], check=False, cwd=REPOSITORY, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None

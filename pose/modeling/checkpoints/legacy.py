@@ -1,0 +1,198 @@
+"""Folders with older forms of `rope_scaling`, the released PoSE code's included, as plain transformers 5 ones.
+
+    python -m pose.modeling.legacy SRC DST [--yarn revised|standard] [--window TOKENS]
+
+| `rope_scaling` of the old config.json | what it computes |
+| --- | --- |
+| `{"type": "linear", "factor": s}` | position interpolation |
+| `{"type": "vanilla_ntk", ...}` (released code), `"ntk"` | static NTK |
+| `{"type": "dynamic", ...}` | dynamic NTK from max_position_embeddings on |
+| `{"type": "yarn", ..., "original_max_position_embeddings": L0}` | the released code's revised YaRN, or the standard |
+| `"llama3"`, `"longrope"`, `"su"` | as transformers |
+
+The released code (dwzhu-pku/PoSE, src/my_configuration_llama.py and src/train_pose.py) writes `type` and `factor`, for
+yarn `original_max_position_embeddings` too, and the *scaled* length in max_position_embeddings.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from pose.errors import CheckpointError, ConfigError, PoseError
+from pose.modeling.load import FORMS, scale_config
+from pose.modeling.rotary import target_len_of
+from pose.rope import NTK, Dynamic, Linear, Llama3, LongRope, RopeScaling, Unscaled, Yarn, YarnRevised
+
+METHODS = {
+    "default": Unscaled,
+    "linear": Linear,
+    "ntk": NTK,
+    "vanilla_ntk": NTK,
+    "dynamic": Dynamic,
+    "yarn": Yarn,
+    "llama3": Llama3,
+    "longrope": LongRope,
+    "su": LongRope,
+}
+IGNORED = {"type", "rope_type", "original_max_position_embeddings", "finetuned"}
+RELEASED_BASE = 10_000.0  # it computes with this whatever the config says
+WEIGHTS = (".safetensors", ".bin")
+LEFT_BEHIND = (".py", ".pt", ".pth")  # code, and states of optimizers and generators
+STATE = ("training_args", "trainer_state", "optimizer", "scheduler", "rng_state")
+
+
+def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None = None) -> PretrainedConfig:
+    """The config of transformers 5 that computes what an old one did.
+
+    Args:
+        raw: the old config.json.
+        yarn: what "yarn" means where it cannot be told: "revised" (the released PoSE code) or "standard".
+        window: the model's own, in tokens. None takes it from original_max_position_embeddings, else from
+            max_position_embeddings / factor, as the released code writes it. `dynamic` computes from
+            max_position_embeddings, which is its window.
+
+    Returns:
+        With exact rope_parameters, the window extended to in max_position_embeddings, and the note `pose`.
+
+    Raises:
+        CheckpointError: a form that is not known, lacks something, or can be read in two ways.
+    """
+    if raw.get("rope_parameters"):
+        raise CheckpointError("config.json has rope_parameters: it is of transformers 5 already")
+    old = raw.get("rope_scaling") or {}
+    kind = old.get("rope_type") or old.get("type") or "default"
+    if raw.get("model_type") in FORMS:
+        raise CheckpointError(
+            f"a {raw['model_type']} folder cannot be imported, its weights have a form of their own too: only models "
+            "can that transformers itself scales"
+        )
+    if kind not in METHODS:
+        raise CheckpointError(f"rope_scaling has the type {kind!r}, which is not known: {', '.join(METHODS)} are")
+    try:
+        scaling = _method(kind, old, raw, yarn)
+        plain = {k: v for k, v in raw.items() if k not in ("rope_scaling", "auto_map", "transformers_version")}
+        config = AutoConfig.for_model(plain.pop("model_type", None), **plain)
+        config.max_position_embeddings, target_len = _lengths(kind, old, config, scaling, window)
+        scale_config(config, scaling, target_len)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the config with rope_scaling={old} cannot be imported: {error}") from error
+    return config
+
+
+def import_folder(src: str | Path, dst: str | Path, yarn: str | None = None, window: int | None = None):
+    """Writes a plain transformers 5 folder from an old one.
+
+    Weights are hard-linked where the file system allows it and copied elsewhere; code and training state are left
+    behind. The new folder appears in one rename, and the old one is not touched.
+
+    Args:
+        src: the old folder.
+        dst: the new one; must not exist.
+        yarn, window: as `modernise`.
+
+    Raises:
+        CheckpointError: as `modernise`; or no config.json or no weights in src, or dst exists.
+    """
+    src, dst = Path(src), Path(dst)
+    if dst.exists():
+        raise CheckpointError(f"{dst} exists: give a new folder")
+    try:
+        raw = json.loads((src / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{src} has no readable config.json: {error}") from error
+    files = [f for f in src.iterdir() if f.is_file() and f.suffix not in LEFT_BEHIND and not f.name.startswith(STATE)]
+    if not any(file.suffix in WEIGHTS for file in files):
+        raise CheckpointError(f"{src} has no weights: no file that ends in {' or '.join(WEIGHTS)}")
+    config = modernise(raw, yarn, window)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    try:
+        for file in files:
+            (_link if file.suffix in WEIGHTS else shutil.copy)(file, partial / file.name)
+        config.save_pretrained(partial)
+        tokenizer = partial / "tokenizer_config.json"
+        if tokenizer.is_file():
+            options = json.loads(tokenizer.read_text()) | {"model_max_length": target_len_of(config)}
+            options.pop("auto_map", None)
+            tokenizer.write_text(json.dumps(options, indent=2) + "\n")
+        partial.chmod(0o755)
+        partial.rename(dst)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _method(kind: str, old: dict, raw: dict, yarn: str | None) -> RopeScaling:
+    cls = METHODS[kind]
+    if kind == "yarn" and _is_revised(old, raw, yarn):
+        cls = YarnRevised
+    if (cls is YarnRevised or kind == "vanilla_ntk") and raw.get("rope_theta", RELEASED_BASE) != RELEASED_BASE:
+        raise ConfigError(
+            f"rope_theta={raw['rope_theta']} is not what the released code computes with, always {RELEASED_BASE:g}: if "
+            "it trained this model, set that in a copy of config.json"
+        )
+    options = {key: value for key, value in old.items() if key not in IGNORED and value is not None}
+    if cls not in (Unscaled, LongRope) and "factor" not in options:
+        raise ConfigError("it has no factor")
+    try:
+        return cls(**options)
+    except TypeError:
+        accepted = ", ".join(key for key in cls.__dataclass_fields__)
+        raise ConfigError(f"it has keys beside those that are known ({accepted})") from None
+
+
+def _is_revised(old: dict, raw: dict, yarn: str | None) -> bool:
+    if yarn not in (None, "revised", "standard"):
+        raise ConfigError(f"yarn={yarn!r} is not accepted: give revised or standard")
+    keys_of_both = {"type", "factor", "original_max_position_embeddings"}
+    if yarn is None and set(old) <= keys_of_both and raw.get("model_type") == "llama":
+        raise ConfigError(
+            "its yarn can be the revised one of the released PoSE code or the standard one, and they differ: say "
+            "--yarn revised or --yarn standard"
+        )
+    return yarn == "revised"
+
+
+def _lengths(kind: str, old: dict, config: PretrainedConfig, scaling: RopeScaling, window: int | None):
+    """The model's own window and the one it was extended to, in tokens."""
+    longest, factor = config.max_position_embeddings, scaling.factor or 1
+    if kind == "dynamic":
+        if window not in (None, longest):
+            raise ConfigError(f"its window is max_position_embeddings={longest}, and cannot be {window}")
+        return longest, int(longest * factor)
+    key = "original_max_position_embeddings"
+    window = window or old.get(key) or getattr(config, key, None)
+    if window is None:
+        return round(longest / factor), longest
+    return window, max(longest, int(window * factor))
+
+
+def _link(source: Path, target: Path):
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pose.modeling.legacy", description=__doc__.splitlines()[0])
+    parser.add_argument("src", help="the old folder")
+    parser.add_argument("dst", help="the new folder; must not exist")
+    parser.add_argument("--yarn", choices=("revised", "standard"), help="what the type yarn means")
+    parser.add_argument("--window", type=int, help="the model's own window, in tokens")
+    arguments = parser.parse_args()
+    try:
+        import_folder(**vars(arguments))
+    except PoseError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print(f"{arguments.dst}  (any transformers loads it)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""What evaluate.py plans: checkpoints, their identity, lengths for all, and what is refused."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from pose.app import compare, runtime, schema
+from pose.errors import ConfigError, PoseError
+from pose.evaluation.task import Estimate
+from pose.files import Memo
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ROOT / "assets" / "tiny"
+schema.register()
+
+
+def composed(tmp_path, *overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("evaluate", [f"cache_dir={tmp_path}/cache", *overrides])
+
+
+def plan(tmp_path, *overrides):
+    return compare.plan_evaluation(composed(tmp_path, *overrides))
+
+
+@pytest.fixture
+def longer(tmp_path):
+    """The shipped model, as one of a longer window."""
+    folder = tmp_path / "run" / "model"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return folder.parent
+
+
+def test_checkpoints_are_measured_at_the_same_lengths(tmp_path, longer):
+    candidates = plan(tmp_path, f"ckpt=[assets/tiny,{longer}]", "eval=passkey")
+    assert [c.name for c in candidates] == ["assets/tiny", str(longer)]
+    assert [c.window for c in candidates] == [256, 1024]
+    assert [c.suite.lengths for c in candidates] == [[256, 512, 1024]] * 2
+    assert candidates[0].under["checkpoint"] != candidates[1].under["checkpoint"]
+
+
+def test_tokenizers_that_differ_are_measured_on_the_same_documents(tmp_path, longer, capsys):
+    """A tokenizer of single bytes makes long what is short for the shipped one."""
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (longer / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    documents = tmp_path / "documents.jsonl"
+    lines = [{"id": f"d{size}", "text": "The grass is green. " * size} for size in (20, 400, 40, 300)]
+    documents.write_text("\n".join(map(json.dumps, lines)))
+    common = (f"ckpt=[assets/tiny,{longer}]", "eval=perplexity", f"eval.documents={documents}")
+    candidates = plan(tmp_path, *common, "eval.lengths=[256]")
+    assert [c.suite.document_ids for c in candidates] == [["d400", "d300"]] * 2
+    assert [len(c.suite.tasks[0].units()) for c in candidates] == [2, 2]
+    assert "perplexity on the 2 documents" in capsys.readouterr().out
+    with pytest.raises(
+        ConfigError, match=r"no document of eval\.documents was chosen for all.*larger eval\.max_documents"
+    ):
+        plan(tmp_path, *common, "eval.lengths=[256]", "eval.max_documents=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attention=foo", "attention='foo' .*sdpa"),
+        ("attention=flash_attention_2", "attention=flash_attention_2 .*use sdpa"),
+        ("device=cuda:99", "device=cuda:99 is not there"),
+        ("cache_dir=/dev/null", "cache_dir=/dev/null cannot be written to"),
+    ],
+)
+def test_what_cannot_run_here_is_named_at_once(tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(tmp_path, "ckpt=assets/tiny", "eval=passkey", override)
+
+
+def test_threads_are_at_least_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"num_threads=0 is not accepted: give an integer of at least 1"):
+        runtime.set_up(composed(tmp_path, "ckpt=assets/tiny", "num_threads=0"))
+
+
+def test_a_checkpoint_is_told_by_what_is_in_its_files(tmp_path, longer):
+    memo, model = Memo(tmp_path / "memo"), longer / "model"
+    before = compare.checkpoint_print(str(model), None, memo)
+    assert {name for name, _ in before} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    (model / "README.md").write_text("other words")
+    assert compare.checkpoint_print(str(model), None, memo) == before
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert compare.checkpoint_print(str(model), None, memo) != before
+    kinds = ("generation_config.json", "pytorch_model.bin", "tokenizer.model", "merges.txt", "chat_template.jinja")
+    for name in kinds:
+        seen = compare.checkpoint_print(str(model), None, memo)
+        (model / name).write_text("{}")
+        assert compare.checkpoint_print(str(model), None, memo) != seen, name
+
+
+def test_a_checkpoint_of_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
+    commits = {None: "c0", "v1": "c1"}
+    cached = "/hub/models--a--b/snapshots/{}/config.json"
+    monkeypatch.setattr(compare, "find_file", lambda path, name, revision: cached.format(commits[revision]))
+    prints = [compare.checkpoint_print("a/b", revision, Memo(tmp_path)) for revision in commits]
+    assert prints == [["a/b", "c0"], ["a/b", "c1"]]
+
+
+def test_outcomes_belong_to_the_code_that_measured(tmp_path, monkeypatch):
+    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "rope.py", "module.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a = 1")
+    monkeypatch.setattr(compare, "PACKAGE", tmp_path)
+    seen = [compare._code_print()]
+    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "rope.py"):
+        (tmp_path / name).write_text("a = 2")
+        seen.append(compare._code_print())
+    assert len(set(seen)) == 5
+    (tmp_path / "module.py").write_text("a = 2")  # trains, and measures nothing
+    assert compare._code_print() == seen[-1]
+
+
+def test_outcomes_belong_to_dtype_and_attention_too(tmp_path):
+    common = ("ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]")
+    under = [plan(tmp_path, *common, *o)[0].under for o in ((), ("dtype=bfloat16",), ("attention=eager",), ())]
+    assert under[0] == under[3]
+    assert under[0] != under[1] != under[2] != under[0]
+
+
+def test_outcomes_belong_to_the_code_and_the_packages(tmp_path, monkeypatch):
+    common = ("ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]")
+    under = [plan(tmp_path, *common)[0].under]
+    for owner, name, value in (
+        (compare, "_code_print", lambda: "other"),
+        (compare.torch, "__version__", "0.1"),
+        (compare.transformers, "__version__", "0.1"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            under.append(plan(tmp_path, *common)[0].under)
+    assert len({json.dumps(one) for one in under}) == 4
+
+
+def test_each_checkpoint_is_measured_with_its_own_tokenizer(tmp_path, longer):
+    candidates = plan(tmp_path, f"ckpt=[assets/tiny,{longer}]", "eval=passkey", "eval.lengths=[256]")
+    assert [Path(c.suite.tokenizer.name_or_path).resolve() for c in candidates] == [TINY, longer / "model"]
+
+
+class FakeSuite:
+    """Gives a metric, and notes how it was asked."""
+
+    def __init__(self):
+        self.asked, self.tasks, self.document_ids = [], [], []
+        self.took = [(1.25, 0.5), (2.5, 0.75), (0.0, 0.5)]
+
+    def run(self, load, memo, under, reuse):
+        self.asked.append((load(), memo.folder, under, reuse))
+        return {"ppl@8": Estimate(3.0)}
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path, monkeypatch, reuse):
+    """Its config, folder, dtype and revision; outcomes are kept in the cache under what tells it from others."""
+    built = []
+    monkeypatch.setattr(compare, "build_model", lambda *given: built.append(given) or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(compare, "check_loss", lambda *_: None)
+    cfg = composed(tmp_path, "ckpt=x", f"reuse={str(reuse).lower()}", "attention=eager", "revision=v1")
+    suite, config = FakeSuite(), object()
+    under = {"checkpoint": "x"}
+    candidate = compare.Candidate("x", "folder", config, 8, suite, torch.device("cpu"), torch.bfloat16, under)
+    metrics, took = compare.measure(cfg, candidate)
+    assert metrics == {"ppl@8": Estimate(3.0)} and took == {"seconds": 3.8, "peak_memory_gib": 0.75}
+    assert built == [(config, "folder", "eager", torch.bfloat16, "v1")]
+    ((_, folder, *rest),) = suite.asked
+    assert folder == tmp_path / "cache" / ".outcomes" and rest == [under, reuse]
+
+
+def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeypatch):
+    """Of one checkpoint in a list too, and while others are still to come; the plots have all windows marked once."""
+    windows = []
+    monkeypatch.setattr(compare, "plot_results", lambda results, png, window, panels: windows.append(window))
+    cfg = composed(tmp_path, "ckpt=[b,a]", "eval=passkey", "eval.trials=7")
+    (tmp_path / "provenance.json").write_text('{"commit": "c0"}')
+    candidates, results, took = [], {}, {}
+    for i, name in enumerate("ba"):
+        task = SimpleNamespace(name="passkey", units=lambda i=i: {"8": {"seed": i}})
+        suite = SimpleNamespace(tasks=[task])
+        candidates.append(
+            compare.Candidate(name, f"in/{name}", None, 8 - i, suite, torch.device("cpu"), None, {"checkpoint": i})
+        )
+    for i, name in enumerate("ba"):
+        results[name] = {"passkey@8": Estimate(0.5 + i / 4, 0.25, 0.875, 4 + i), "ppl@8": Estimate(3.0 + i)}
+        took[name] = {"seconds": float(i), "peak_memory_gib": 1.0}
+        compare.save(cfg, tmp_path, candidates, results, took)
+        metrics = {"b": {"passkey@8": 0.5, "ppl@8": 3.0}, "a": {"passkey@8": 0.75, "ppl@8": 4.0}}
+        assert json.loads((tmp_path / "metrics.json").read_text()) == {key: metrics[key] for key in results}
+        with open(tmp_path / "results.csv", newline="") as file:
+            rows = [list(row) for row in csv.reader(file)]
+        assert rows[0] == ["checkpoint", "metric", "value", "low", "high", "num"]
+        assert rows[1:3] == [["b", "passkey@8", "0.5", "0.25", "0.875", "4"], ["b", "ppl@8", "3.0", "", "", "1"]]
+        assert [row[:3] for row in rows[3:]] == [["a", "passkey@8", "0.75"], ["a", "ppl@8", "4.0"]] * i
+        saved = json.loads((tmp_path / "results.json").read_text())
+        assert saved["eval"]["trials"] == 7 and saved["provenance"] == {"commit": "c0"}
+        assert list(saved["checkpoints"]) == list(results)
+    for i, name in enumerate("ba"):
+        assert saved["checkpoints"][name] == {
+            "path": f"in/{name}", "window": 8 - i, "identity": {"checkpoint": i},
+            "measured": {"passkey": {"8": {"seed": i}}}, "took": {"seconds": float(i), "peak_memory_gib": 1.0},
+            "metrics": {
+                "passkey@8": {"value": 0.5 + i / 4, "low": 0.25, "high": 0.875, "num": 4 + i},
+                "ppl@8": {"value": 3.0 + i, "low": None, "high": None, "num": 1},
+            },
+        }  # fmt: skip
+    assert windows == [7, 7] and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_table_that_could_not_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
+    cfg = composed(tmp_path, "ckpt=a")
+    candidate = compare.Candidate("a", "a", None, 8, SimpleNamespace(tasks=[]), torch.device("cpu"), None, {})
+    compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.5)}}, {"a": {}})
+    before = (tmp_path / "results.csv").read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.csv.DictWriter, "writerows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.75)}}, {"a": {}})
+    assert (tmp_path / "results.csv").read_text() == before
+
+
+def test_a_checkpoint_is_saved_before_the_next_is_measured(tmp_path, monkeypatch):
+    import evaluate
+
+    def measure(cfg, candidate):
+        if candidate.name == "b":
+            raise KeyboardInterrupt
+        return {}, {}
+
+    saved = []
+    job = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(tmp_path)))
+    monkeypatch.setattr(evaluate.HydraConfig, "get", lambda: job)
+    for name in ("set_up", "save_config"):
+        monkeypatch.setattr(evaluate.runtime, name, lambda *_: None)
+    monkeypatch.setattr(compare, "plan_evaluation", lambda cfg: [SimpleNamespace(name=name) for name in cfg.ckpt])
+    monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(compare, "save", lambda cfg, run_dir, candidates, results, took: saved.append(list(results)))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(composed(tmp_path, "ckpt=[a,b]"))
+    assert saved == [["a"]]
+
+
+def test_metrics_of_one_checkpoint_are_not_under_its_name(tmp_path):
+    cfg = composed(tmp_path, "ckpt=a")
+    suite = SimpleNamespace(tasks=[])
+    candidate = compare.Candidate("a", "a", None, 8, suite, torch.device("cpu"), None, {})
+    compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.5)}}, {"a": {}})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"harness/x": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], ["ckpt is not set", "ckpt=[assets/tiny,RUN]"]),
+        (["ckpt=[assets/tiny,assets/tiny]"], ["each stands once"]),
+        (["ckpt=assets/tiny", "eval.tasks=[perplexty]"], ["perplexty", "needle", "ruler/TASK"]),
+        (["ckpt=assets/tiny", "eval=ruler", "eval.tasks=[niah_single_9]"], ["niah_single_9", "niah_single_1"]),
+        (["ckpt=assets/tiny", "eval=harness", "eval.tasks=[bolq]"], ["bolq", "boolq"]),
+        (["ckpt=assets/tiny", "eval=ruler", "eval.tasks=[vt]", "eval.lengths=[64]"], ["ruler/vt with 64 tokens"]),
+        (["ckpt=assets/tiny", "device=cuda:99"], ["device=cuda:99", "GPUs"]),
+        (["ckpt=assets/tiny", "device=abacus"], ["device='abacus'"]),
+        (["ckpt=assets/tiny", "dtype=int8"], ["dtype='int8'"]),
+        (["ckpt=nowhere/at/all"], ["nowhere/at/all"]),
+    ],
+)
+def test_what_is_refused_says_so_before_any_model_is_loaded(tmp_path, overrides, words):
+    with pytest.raises(PoseError) as error:
+        plan(tmp_path, *overrides)
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,277 @@
+"""pose.data.datamodule: from files to batches, and settings that cannot work are named."""
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from pose.data.datamodule import PoseDataModule, bos_id, sentence_ends
+from pose.errors import ConfigError, DataError
+from pose.positions import Full, PoSE, SentenceSkip
+
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
+
+
+def number_tokenizer(size=5000, bos=None, adds_bos=False):
+    """The word of a number is the token of that number; a bos is the token `size`."""
+    vocab = {str(i): i for i in range(size)} | ({bos: size} if bos else {})
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, size)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
+
+
+TOKENIZER = number_tokenizer()
+POSE = PoSE(train_len=16, target_len=64, num_chunks=2)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files; document d is the numbers d * 1000 + 1, + 2, ..."""
+    lengths = ((100, 200), (150,))
+    paths, d = [], 0
+    for i, documents in enumerate(lengths):
+        lines = []
+        for n in documents:
+            lines.append(json.dumps({"text": " ".join(str(d * 1000 + t) for t in range(1, n + 1)), "body": "1 2"}))
+            d += 1
+        paths.append(tmp_path / f"{i}.jsonl")
+        paths[-1].write_text("\n".join(lines))
+    return paths
+
+
+@pytest.fixture
+def make(files, tmp_path):
+    def make(documents=files, tokenizer=TOKENIZER, sampler=POSE, **kwargs):
+        arguments = {"num_examples": 48, "micro_batch": 4, "seed": 0, "cache_dir": tmp_path / "cache"} | kwargs
+        return PoseDataModule(documents, tokenizer, sampler, **arguments)
+
+    return make
+
+
+def ready(module):
+    module.prepare_data()
+    module.setup("fit")
+    return module
+
+
+def seen_documents(module):
+    return Counter(int(row[0]) // 1000 for batch in module.train_dataloader() for row in batch["input_ids"])
+
+
+def test_batches(make):
+    """As many as the run has, in the order of the dataset, with every file's documents."""
+    module = ready(make())
+    batches = list(module.train_dataloader())
+    assert len(batches) == 12
+    for batch in batches:
+        assert set(batch) == {"input_ids", "labels", "position_ids"}
+        assert all(tensor.shape == (4, 16) and tensor.dtype == torch.int64 for tensor in batch.values())
+    rows = torch.cat([batch["input_ids"] for batch in batches])
+    assert torch.equal(rows, torch.stack([module.dataset[i]["input_ids"] for i in range(48)]))
+    assert seen_documents(module) == {0: 16, 1: 16, 2: 16}
+
+
+def test_a_file_named_twice_counts_twice(make, files):
+    assert seen_documents(ready(make([files[0], files[0], files[1]], num_examples=50))) == {0: 20, 1: 20, 2: 10}
+
+
+def test_window_len_and_seed_reach_the_dataset(make):
+    """lengths // window_len visits: 2, 4 and 3 for windows of 50."""
+    assert seen_documents(ready(make(window_len=50, num_examples=45))) == {0: 10, 1: 20, 2: 15}
+    a, b, c = (ready(make(seed=seed)).dataset[0]["position_ids"].tolist() for seed in (0, 0, 1))
+    assert a == b != c
+
+
+def test_setup_alone_suffices_and_a_second_changes_nothing(make):
+    """As in processes other than the first."""
+    module = make()
+    module.setup("fit")
+    dataset = module.dataset
+    module.setup("fit")
+    assert module.dataset is dataset and len(dataset) == 48
+
+
+def test_text_field(make, files):
+    module = ready(make(files[:1], sampler=PoSE(2, 4, 2), text_field="body"))
+    assert {tuple(module.dataset[i]["input_ids"].tolist()) for i in range(10)} == {(1, 2)}
+
+
+def test_workers_give_the_same_batches(make):
+    alone, worker = (list(ready(make(num_workers=n)).train_dataloader()) for n in (0, 1))
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(alone, worker, strict=True) for name in a)
+
+
+def test_curriculum(make):
+    """0.25 and 0.5 of 48 examples: 12 items of 4 rows, 12 of 2, then 24 of 1; the tokens of a batch stay 64."""
+    module = ready(make(curriculum=[(0.25, 4), (0.5, 8)]))
+    batches = list(module.train_dataloader())
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(16, 4)] * 3 + [(8, 8)] * 3 + [(4, 16)] * 6
+    for batch in batches[:6]:
+        length = batch["position_ids"].shape[1]
+        assert (batch["position_ids"] == torch.arange(length)).all()  # nothing to skip to
+        assert (batch["input_ids"].diff() == 1).all()  # contiguous text
+    assert (batches[0]["input_ids"][:, 0] % 1000 != 1).any()  # from anywhere in a document
+
+
+@pytest.mark.parametrize("num_examples", [4, 8, 20, 44])
+def test_a_batch_is_of_one_phase_of_the_curriculum(make, num_examples):
+    """0.3 and 0.6 of the run fall inside batches of 4."""
+    batches = list(ready(make(curriculum=[(0.3, 4), (0.6, 8)], num_examples=num_examples)).train_dataloader())
+    assert len(batches) == num_examples / 4 and all(batch["input_ids"].numel() == 64 for batch in batches)
+
+
+def test_an_optimizer_step_is_of_one_phase_of_the_curriculum(make):
+    """0.3 and 0.6 of 48 fall inside steps of 12 examples, at places where batches of 4 could end."""
+    data = ready(make(curriculum=[(0.3, 4), (0.6, 8)], global_batch=12)).dataset
+    lengths = [data[i]["input_ids"].shape[-1] for i in range(48)]
+    assert [set(lengths[step * 12 : step * 12 + 12]) for step in range(4)] == [{4}, {8}, {16}, {16}]
+
+
+def test_curriculum_leaves_the_rest_of_the_run_as_it_is(make):
+    plain, with_phase = ready(make()).dataset, ready(make(curriculum=[(0.5, 8)])).dataset
+    for i in range(24, 48):
+        assert torch.equal(with_phase[i]["input_ids"][0], plain[i]["input_ids"])
+
+
+def test_synthetic_examples_are_mixed_in(make):
+    """0.5 of 400 within five standard deviations; they carry loss on a part of their tokens."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "tiny")
+    module = ready(
+        make(tokenizer=tokenizer, sampler=PoSE(64, 200, 2), synthetic={"copy": 0.3, "key_value": 0.2}, num_examples=400)
+    )
+    synthetic = sum(bool((module.dataset[i]["labels"] == -100).any()) for i in range(400))
+    assert abs(synthetic - 200) < 5 * 10
+
+
+# Sentences
+
+
+def test_tokens_that_end_a_sentence():
+    ending = [".", "?", "!", "...", '."', "?”", ".)", "!'", " .", "\n", "\n\n", ".\n", "\n   ", "said.", "»\n", '!"»']
+    going_on = ["a", ",", ":", "e.g", ".5", ". A", '"', "”", "(", " ", "\nThe", "- ", ";", "</s>"]
+    vocab = {text: i for i, text in enumerate([*ending, *going_on])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")))
+    assert sentence_ends(tokenizer).tolist() == [True] * len(ending) + [False] * len(going_on)
+
+
+def test_sentences_of_a_byte_level_tokenizer():
+    """Its tokens are written with Ġ and Ċ, and are read as the text they stand for."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "tiny")
+    ends = sentence_ends(tokenizer)
+    ids = tokenizer('He said: "Go!" She went.\nSoon', add_special_tokens=False)["input_ids"]
+    assert ends.dtype == bool and ends.shape == (len(tokenizer),)
+    assert [tokenizer.decode([i]) for i in ids if ends[i]] == ['!"', ".", "\n"]
+
+
+def test_sentences_reach_the_sampler(make):
+    """Multiples of 10 end a sentence, and but for the head's border ids jump there alone."""
+    tokenizer = number_tokenizer()
+    tokenizer.batch_decode = lambda ids, **_: [f"{i}." if i % 10 == 0 else f"{i}" for (i,) in ids]
+    module = ready(make(tokenizer=tokenizer, sampler=SentenceSkip(32, 4096), curriculum=[(0.25, 8)]))
+    for batch in list(module.train_dataloader())[3:]:
+        for tokens, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+            before = tokens[:-1][positions.diff() > 1][1:]
+            assert (before % 10 == 0).all() and len(before)
+    assert ready(make(tokenizer=tokenizer)).dataset.sentence_end is None
+
+
+# BOS
+
+
+def test_bos_as_the_tokenizer_does():
+    """None follows what the tokenizer itself puts in front."""
+    silent, adding = number_tokenizer(bos="<s>"), number_tokenizer(bos="<s>", adds_bos=True)
+    wanted = {(silent, None): None, (silent, True): 5000, (silent, False): None}
+    wanted |= {(adding, None): 5000, (adding, True): 5000, (adding, False): None}
+    wanted |= {(TOKENIZER, None): None, (TOKENIZER, False): None}
+    for (tokenizer, add_bos), expected in wanted.items():
+        assert bos_id(tokenizer, add_bos) == expected
+
+
+def test_bos_stands_before_every_document(make):
+    module = ready(make(tokenizer=number_tokenizer(bos="<s>"), add_bos=True))
+    for batch in module.train_dataloader():
+        assert (batch["input_ids"][:, 0] == 5000).all()
+        assert (batch["input_ids"][:, 1:] != 5000).all()
+        assert (batch["position_ids"][:, 0] == 0).all()
+
+
+def test_bos_of_a_tokenizer_without_one(make):
+    with pytest.raises(ConfigError, match=r"add_bos is true.*no BOS"):
+        make(add_bos=True)
+
+
+# Settings that cannot work
+
+BAD = {
+    "unknown task": ({"synthetic": {"needle": 0.1}}, r"'needle'.*key_value, copy, passkey"),
+    "negative share": ({"synthetic": {"copy": -0.1}}, r"data.synthetic.copy=-0.1.*\[0, 1\]"),
+    "share above one": ({"synthetic": {"copy": 1.5}}, r"data.synthetic.copy=1.5.*\[0, 1\]"),
+    "sum above one": ({"synthetic": {"copy": 0.6, "passkey": 0.5}}, "adds up to more than 1"),
+    "phase to the end": ({"curriculum": [(1.0, 8)]}, r"\[1.0, 8\].*below 1"),
+    "phase of nothing": ({"curriculum": [(0, 8)]}, r"\[0, 8\].*above 0"),
+    "phase length": ({"curriculum": [(0.5, 7)]}, r"\[0.5, 7\].*divisor of 16"),
+    "phase too long": ({"curriculum": [(0.5, 32)]}, r"\[0.5, 32\].*divisor of 16"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_setting_is_named_before_anything_is_read(make, tmp_path, kind):
+    settings, message = BAD[kind]
+    with pytest.raises(ConfigError, match=message):
+        make([tmp_path / "gone.jsonl"], **settings)
+
+
+def test_shares_that_add_up_to_one_are_accepted(make):
+    assert make(synthetic={"copy": 0.7, "passkey": 0.2, "key_value": 0.1}).synthetic["copy"] == 0.7
+
+
+def test_data_errors(make, files, tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
+        make([*files, tmp_path / "gone.jsonl"]).prepare_data()
+    (tmp_path / "bad.jsonl").write_text("broken")
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
+        make([tmp_path / "bad.jsonl"]).setup()
+    with pytest.raises(DataError, match=r"longest has 200 tokens.*needs 300"):
+        make(sampler=Full(16, 300)).setup()
+
+
+LATE = [
+    pytest.param({"window_len": 8}, "window_len", id="window"),
+    pytest.param({"window_len": 0}, "window_len", id="no window"),
+    pytest.param({"curriculum": [(0.5, 0)]}, "curriculum", id="length 0"),
+    pytest.param({"curriculum": [(0.5,)]}, "curriculum", id="half a phase"),
+    pytest.param(
+        {"curriculum": [(0.5, 8), (0.25, 4)]},
+        "curriculum",
+        id="phases out of order",
+    ),
+    pytest.param(
+        {"synthetic": {"copy": 1.0}, "sampler": PoSE(8, 64, 2)},
+        "copy",
+        id="no room to copy",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize(("settings", "message"), LATE)
+def test_a_setting_that_would_fail_while_training_is_named_before(make, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ready(make(**settings)).dataset[0]
+
+
+def test_tokens_of_a_cache_are_not_copied_into_workers(make):
+    """A pickled dataset refers to the files: kilobytes, whatever the documents hold."""
+    module = ready(make())
+    data = pickle.dumps(module.dataset)
+    assert len(data) < 10_000
+    assert np.array_equal(pickle.loads(data)[5]["input_ids"], module.dataset[5]["input_ids"])

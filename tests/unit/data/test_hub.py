@@ -1,0 +1,241 @@
+"""pose.data.hub: datasets are read, from folders in the hub's form, and failures in between are borne."""
+
+import gzip
+import json
+import sys
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+from omegaconf import OmegaConf
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pose.app.build import find_documents
+from pose.data import hub
+from pose.data.cache import TokenCache
+from pose.data.documents import Broken
+from pose.data.hub import HubDataset
+from pose.errors import ConfigError, DataError
+
+README = """---
+configs:
+- config_name: reports
+  data_files:
+  - {split: train, path: "reports/train-*"}
+  - {split: test, path: "reports/test-*"}
+---
+"""
+
+
+@pytest.fixture
+def tokenizer():
+    model = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w0"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Two files of Parquet with two row groups each, one file of a test split, and a packed JSON file beside them."""
+    folder = tmp_path / "repository"
+    (folder / "reports").mkdir(parents=True)
+    (folder / "README.md").write_text(README)
+    for split, texts in (("train-0", range(1, 21)), ("train-1", range(21, 31)), ("test-0", range(31, 33))):
+        table = pyarrow.table({"report": [f"w{i}" for i in texts], "summary": ["x"] * len(texts)})
+        parquet.write_table(table, folder / "reports" / f"{split}.parquet", row_group_size=10)
+    (folder / "more").mkdir()
+    for i in range(2):
+        rows = "".join(json.dumps({"text": f"w{40 + 5 * i + j}", "meta": {"n": j}}) + "\n" for j in range(5))
+        (folder / "more" / f"{i}.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    return folder
+
+
+def numbers(dataset: HubDataset, broken=None, **options) -> list[int]:
+    return [int(document.text[1:]) for document in dataset.read(broken or Broken(), **options)]
+
+
+def test_configurations_splits_and_files(repository):
+    path = str(repository)
+    assert numbers(HubDataset(path, "reports", text_field="report")) == list(range(1, 31))
+    assert numbers(HubDataset(path, split="test", text_field="report")) == [31, 32]
+    assert numbers(HubDataset(path, format="json", data_files="more/*.jsonl.gz")) == list(range(40, 50))
+
+
+def test_frames_of_an_archive_are_all_read(tmp_path):
+    frames = (json.dumps({"text": f"w{i}"}).encode() + b"\n" for i in range(5))
+    packed = b"".join(pyarrow.Codec("zstd").compress(frame, asbytes=True) for frame in frames)
+    (tmp_path / "train.jsonl.zst").write_bytes(packed)
+    assert numbers(HubDataset(str(tmp_path))) == [0, 1, 2, 3, 4]
+
+
+class Failing:
+    """Rows of `datasets` that break off where they are told to."""
+
+    def __init__(self, rows, failures: list):
+        self.rows, self.failures = rows, failures
+
+    def __getattr__(self, name):
+        return getattr(self.rows, name)
+
+    def __iter__(self):
+        for row in self.rows:
+            if self.failures and self.failures[0][0] in row["report"].split():
+                raise self.failures.pop(0)[1]
+            yield row
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """fail([(word, error), ...]): the row with a word is not reached, but an error, once each."""
+
+    def fail(failures):
+        load = datasets.load_dataset
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Failing(load(*args, **kwargs), failures))
+
+    return fail
+
+
+@pytest.mark.parametrize("word", ["w1", "w2", "w11", "w21", "w30"])
+def test_after_a_failure_it_goes_on_without_repeating_or_losing(repository, fail, capsys, word):
+    """At the first row, inside of and between row groups and files, and at the last row, up to the last attempt."""
+    waits = []
+    fail([(word, ConnectionError("reset by peer"))] * hub.RETRIES + [("w25", TimeoutError("slow"))])
+    got = numbers(HubDataset(str(repository), "reports", text_field="report"), sleep=waits.append)
+    assert got == list(range(1, 31))
+    assert waits[: hub.RETRIES] == [1, 2, 4, 8, 16]
+    said = capsys.readouterr().out
+    assert f"after row {int(word[1:]) - 1} failed (reset by peer): attempt 1 of 5 to go on from there, in 1 s" in said
+
+
+def test_in_the_end_it_says_which_dataset_and_what_to_do_and_leaves_nothing(
+    repository, fail, monkeypatch, tokenizer, tmp_path
+):
+    monkeypatch.setattr("pose.data.network.FIRST_WAIT", 0)
+    fail([("w12", ConnectionError("gone"))] * (hub.RETRIES + 1))
+    documents = {"path": str(repository), "name": "reports", "text_field": "report"}
+    with pytest.raises(DataError, match=r"\(reports, train\) failed 6 times .* row 11 \(gone\).*hf download"):
+        TokenCache.build(documents, tokenizer, tmp_path / "cache")
+    assert [entry for entry in (tmp_path / "cache").iterdir() if not entry.name.startswith(".")] == []
+    assert len(TokenCache.build(documents, tokenizer, tmp_path / "cache")) == 30
+
+
+def test_what_no_second_attempt_can_mend_is_an_error_at_once(repository, fail):
+    never = lambda seconds: pytest.fail("waited")  # noqa: E731
+    read = lambda **fields: numbers(HubDataset(str(repository), **fields), sleep=never)  # noqa: E731
+    with pytest.raises(DataError, match=r"cannot be read past row 0: Bad split: dev.*Check name, split"):
+        read(name="reports", split="dev")
+    with pytest.raises(DataError, match=r"row 1: no text under 'text'.*\['report', 'summary'\].*text_field"):
+        read(name="reports")
+    (repository / "more" / "1.jsonl.gz").write_bytes(b"plain")
+    with pytest.raises(DataError, match=r"cannot be read past row \d: .*FOLDER"):
+        read(format="json", data_files="more/*.jsonl.gz")
+
+
+def test_a_loading_script_is_never_run(repository):
+    (repository / "repository.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(DataError, match=r"never run: name its files with data_files and their format"):
+        numbers(HubDataset(str(repository), "reports"))
+    assert numbers(HubDataset(str(repository), format="json", data_files="more/0.jsonl.gz")) == [40, 41, 42, 43, 44]
+
+
+def test_rows_without_a_text_are_skipped_by_choice(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "w1"}\n{"text": null}\n{"text": "w2"}\n')
+    documents = list(HubDataset(str(tmp_path)).read(Broken()))
+    assert documents == [("train:1", "w1"), ("train:2", ""), ("train:3", "w2")]
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "train.parquet")
+    broken = Broken("skip")
+    dataset = HubDataset(str(tmp_path), format="parquet", data_files="train.parquet")
+    assert list(dataset.read(broken)) == [] and broken.count == 2
+
+
+def test_the_cache_follows_a_folders_content_and_what_is_taken_of_it(repository, tokenizer, tmp_path):
+    def build(**fields):
+        documents = {"path": str(repository), "text_field": "report"} | fields
+        cache = TokenCache.build(documents, tokenizer, tmp_path / "cache")
+        return cache.folder, [int(row[0]) for row in cache]
+
+    first, again, test = build(), build(), build(split="test")
+    assert first == again and test[0] != first[0] and test[1] == [31, 32]
+    parquet.write_table(pyarrow.table({"report": ["w77"]}), repository / "reports" / "train-1.parquet")
+    changed = build()
+    assert changed[0] != first[0] and changed[1] == [*range(1, 21), 77]
+
+
+def httpx_error() -> Exception:
+    """What the hub's client raises without a network: no OSError."""
+    client = sys.modules[huggingface_hub.get_session().__class__.__module__.split(".")[0]]
+    return client.ConnectError("Name or service not known")
+
+
+class Api:
+    """The hub, as far as it is asked which commit is meant."""
+
+    answer = "a" * 40
+
+    def dataset_info(self, path, revision, timeout):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return type("Info", (), {"sha": self.answer})
+
+
+def test_the_commit_is_pinned_and_remembered_for_when_the_hub_is_away(
+    repository, tokenizer, tmp_path, monkeypatch, capsys
+):
+    """With the commit's cache there, the hub is not needed at all."""
+    asked, load = [], datasets.load_dataset
+
+    def load_dataset(path, name, **kwargs):
+        asked.append((path, kwargs.pop("revision")))
+        return load(str(repository), name, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    documents = {"path": "owner/reports", "name": "reports", "text_field": "report"}
+    build = lambda: TokenCache.build(documents, tokenizer, tmp_path / "cache").folder  # noqa: E731
+    first = build()
+    assert asked == [("owner/reports", "a" * 40)]
+    monkeypatch.setattr(Api, "answer", ConnectionError("no route"))
+    assert build() == first and len(asked) == 1
+    assert "owner/reports is taken at aaaaaaaaaaaa" in capsys.readouterr().out
+    monkeypatch.setattr(Api, "answer", "b" * 40)
+    assert build() != first and asked[-1] == ("owner/reports", "b" * 40)
+    monkeypatch.setattr(Api, "answer", httpx_error())
+    documents["path"] = "owner/other"
+    with pytest.raises(DataError, match=r"does not answer, and owner/other was not read here.*its folder"):
+        build()
+    response = type("Response", (), {"status_code": 404, "headers": {}, "request": None})()
+    monkeypatch.setattr(Api, "answer", RepositoryNotFoundError("404", response=response))
+    with pytest.raises(DataError, match=r"owner/other \(revision main\) is not on the hub"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": "json"}, "neither a folder nor a hub id"),
+        ({"path": "https://x.y/z"}, "neither a folder nor a hub id"),
+        ({"path": "a/b", "split": ""}, "split=''"),
+        ({"path": "a/b", "format": "pandas", "data_files": "x"}, "format='pandas'.*json, parquet"),
+        ({"path": "a/b", "format": "json"}, "needs data_files"),
+        ({"path": "a/b", "data_files": "../x"}, "globs inside"),
+        ({"path": "a/b", "data_files": "/x/y.jsonl"}, "globs inside"),
+        ({"path": "a/b", "data_files": "hf://datasets/c/d/x"}, "globs inside"),
+        ({"path": "a/b", "trust_remote_code": True}, r"\['trust_remote_code'\].*its fields are path"),
+        ({"name": "x"}, "without a path"),
+    ],
+)
+def test_fields_that_cannot_be_meant(fields, message, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        TokenCache.build(fields, tokenizer, tmp_path / "cache")
+
+
+def test_a_config_names_datasets_as_files():
+    find = lambda value: find_documents("data.documents", OmegaConf.create({"x": value}).x)  # noqa: E731
+    assert find(["assets/corpora", {"path": "a/b", "split": "test"}])[1] == {"path": "a/b", "split": "test"}
+    assert find("assets/tiny/config.json").endswith("assets/tiny/config.json")
+    with pytest.raises(ConfigError, match=r"data\.documents\.path is not set.*owner/name"):
+        find({"path": "???", "split": "train"})

@@ -1,0 +1,416 @@
+"""The options of an evaluation, and what is made ready, refused and measured."""
+
+import gzip
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from pose.data.tokenizer import train_tokenizer
+from pose.errors import ConfigError, DataError
+from pose.evaluation.options import EvalOptions
+from pose.evaluation.scoring import Scorer
+from pose.evaluation.suite import Suite, default_lengths, values
+from pose.evaluation.task import Estimate
+from pose.files import Memo
+from pose.modeling.load import build_model
+from pose.tasks.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION
+
+TEXT = INTRODUCTION + FILLER + KEY_LINE.format(key="0123456789") + QUESTION
+WORDS = ("grass", "sky", "sun", "green", "blue", "yellow", "there", "back", "again")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXT] * 3, 500, 256)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """From short to long."""
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, n)) for n in (10, 30, 60, 160)]
+
+
+@pytest.fixture(scope="module")
+def token_lengths(tokenizer, texts):
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert sorted(set(lengths)) == lengths
+    return lengths
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("documents") / "few.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for i, text in enumerate(texts):
+            file.write(json.dumps({"id": f"d{i}", "text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    return build_model(config, None, "sdpa")
+
+
+@pytest.fixture
+def suite(tokenizer, documents, tmp_path):
+    """Builds a Suite from options alone."""
+
+    def build(**options):
+        options = {"tasks": ["perplexity"], "documents": str(documents), "lengths": [8, 16]} | options
+        return Suite(EvalOptions(**options), tokenizer, options["documents"], tmp_path / "cache")
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "options, key, also",
+    [
+        ({"tasks": ["perplexty"]}, "eval.tasks", "perplexity, passkey"),
+        ({"tasks": ["rules/vt"]}, "eval.tasks has 'rules/vt'", "ruler/TASK"),
+        ({"tasks": ["ruler"]}, "eval.tasks has 'ruler'", "ruler/TASK"),
+        ({"tasks": ["harness"]}, "eval.tasks has 'harness'", "harness/TASK"),
+        ({"prefix": "lm-eval"}, "eval.prefix='lm-eval'", "harness"),
+        ({"min_tokens": 0}, "eval.min_tokens=0", "at least 1"),
+        ({"limit": 0}, "eval.limit=0", "at least 1"),
+        ({"num_fewshot": -1}, "eval.num_fewshot=-1", "at least 0"),
+        ({"windows": 0}, "eval.windows=0", "at least 1"),
+        ({"windows": -3}, "eval.windows=-3", "at least 1"),
+        ({"tail": 0}, "eval.tail=0", "at least 1"),
+        ({"bin": -1}, "eval.bin=-1", "at least 1"),
+        ({"trials": 0}, "eval.trials=0", "at least 1"),
+        ({"batch_tokens": 0}, "eval.batch_tokens=0", "at least 1"),
+        ({"stride": 0}, "eval.stride=0", "at least 1"),
+        ({"sliding_tokens": -1}, "eval.sliding_tokens=-1", "at least 1"),
+        ({"max_documents": 0}, "eval.max_documents=0", "at least 1"),
+        ({"lengths": []}, "eval.lengths=[]", "at least 2"),
+        ({"lengths": [256, 1]}, "eval.lengths=[256, 1]", "at least 2"),
+        ({"depths": []}, "eval.depths=[]", "0 to 1"),
+        ({"depths": [0.5, 1.01]}, "eval.depths=[0.5, 1.01]", "0 to 1"),
+        ({"depths": [-0.1]}, "eval.depths=[-0.1]", "0 to 1"),
+        ({"seed": -1}, "eval.seed=-1", "at least 0"),
+        ({"tasks": ["passkey", "perplexity"]}, "eval.documents", ".jsonl"),
+    ],
+)
+def test_option_errors_name_key_value_and_what_is_accepted(options, key, also):
+    with pytest.raises(ConfigError) as error:
+        EvalOptions(**options)
+    assert key in str(error.value)
+    assert also in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tasks": ["passkey"]},
+        {"windows": 1, "tail": 1, "bin": 1, "trials": 1, "batch_tokens": 1, "stride": 1, "max_documents": 1},
+        {"lengths": [2], "depths": [0.0, 1.0], "seed": 0},
+        {"tasks": ["perplexity"], "documents": "books.jsonl"},
+    ],
+)
+def test_options_at_their_bounds_are_accepted(options):
+    for name, value in options.items():
+        assert getattr(EvalOptions(**options), name) == value
+
+
+def test_a_prefix_goes_before_names_of_its_tasks_alone():
+    tasks = EvalOptions(tasks=["vt", "passkey", "harness/boolq"], prefix="ruler").tasks
+    assert tasks == ["ruler/vt", "passkey", "harness/boolq"]
+
+
+@pytest.mark.parametrize("stride, accepted", [(7, True), (8, False), (20, False)])
+def test_stride_must_leave_no_token_unscored(suite, stride, accepted):
+    if accepted:
+        suite(stride=stride)
+    else:
+        with pytest.raises(ConfigError, match=rf"eval.stride={stride} .* window of 8: give at most 7"):
+            suite(stride=stride)
+
+
+@pytest.mark.parametrize("tokens, accepted", [(16, True), (15, False)])
+def test_sliding_tokens_hold_the_longest_window(suite, tokens, accepted):
+    if accepted:
+        suite(sliding_tokens=tokens)
+    else:
+        with pytest.raises(ConfigError, match=rf"eval.sliding_tokens={tokens} .* at least 16"):
+            suite(sliding_tokens=tokens)
+
+
+def test_passkey_lengths_are_checked_beforehand(suite):
+    with pytest.raises(ConfigError, match=r"30 tokens is not possible.* the shortest has .*eval.lengths"):
+        suite(tasks=["passkey"], lengths=[200, 30])
+    suite(tasks=["passkey"], lengths=[200])
+
+
+def test_no_document_is_long_enough(suite, documents, token_lengths):
+    longest = token_lengths[-1]
+    assert suite(lengths=[8, longest]).document_ids == ["d3"]
+    with pytest.raises(DataError) as error:
+        suite(lengths=[8, longest + 1])
+    message = str(error.value)
+    assert "none of the 4 documents" in message
+    assert str(documents) in message
+    assert f"has {longest + 1} tokens" in message
+    assert message.endswith(f"the longest has {longest}")
+
+
+def test_missing_documents(suite):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        suite(documents="nowhere.jsonl")
+
+
+def test_documents_that_are_long_enough_in_order(suite, tokenizer, texts, token_lengths):
+    ready = suite(lengths=[8, token_lengths[1]])
+    assert ready.document_ids == ["d1", "d2", "d3"]
+    for tokens, text in zip(ready.tasks[0].documents.values(), texts[1:], strict=True):
+        assert tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("num, ids", [(1, ["d1"]), (2, ["d1", "d2"]), (9, ["d1", "d2", "d3"])])
+def test_max_documents_counts_those_that_are_long_enough(suite, token_lengths, num, ids):
+    assert suite(lengths=[token_lengths[0] + 1], max_documents=num).document_ids == ids
+
+
+def test_lengths_are_sorted_and_single(suite):
+    assert suite(lengths=[16, 8, 16]).lengths == [8, 16]
+
+
+def test_min_tokens_leaves_out_documents_that_every_length_fits(suite, token_lengths):
+    assert suite(min_tokens=token_lengths[2]).document_ids == ["d2", "d3"]
+    with pytest.raises(DataError, match=rf"has {token_lengths[3] + 1} tokens \(eval.min_tokens\): the longest has"):
+        suite(min_tokens=token_lengths[3] + 1)
+
+
+def test_the_first_documents_are_taken_without_reading_on(suite, tmp_path, texts):
+    """Behind the second one stands a line that cannot be read."""
+    path = tmp_path / "broken.jsonl"
+    lines = [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(texts)]
+    path.write_text("\n".join([*lines[:3], "{broken", lines[3]]))
+    assert suite(documents=str(path), max_documents=2, min_tokens=1, lengths=[8]).document_ids == ["d0", "d1"]
+    with pytest.raises(DataError, match="line 4"):
+        suite(documents=str(path), max_documents=2, draw_documents=True, lengths=[8])
+
+
+def test_no_document_is_long_enough_for_the_first_few(suite):
+    with pytest.raises(DataError, match=r"holds no document of at least 100000 \(eval.min_tokens\) tokens"):
+        suite(max_documents=1, min_tokens=100_000, lengths=[8])
+
+
+def test_documents_are_drawn_by_the_seed(suite):
+    drawn = [suite(lengths=[8], max_documents=2, draw_documents=True, seed=seed).document_ids for seed in range(12)]
+    assert drawn[0] == suite(lengths=[8], max_documents=2, draw_documents=True, seed=0).document_ids
+    assert {i for ids in drawn for i in ids} == {"d0", "d1", "d2", "d3"}
+    assert all(len(set(ids)) == 2 and ids == sorted(ids) for ids in drawn)
+
+
+def test_no_tasks_need_nothing(suite, model):
+    assert suite(tasks=[], documents=None).run(model, progress=False) == {}
+
+
+def test_outcomes_are_kept_and_the_model_is_not_loaded_for_nothing(suite, model, tmp_path):
+    ready = suite(tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, trials=2, tail=10)
+    memo, loaded = Memo(tmp_path / "memo"), []
+
+    def load():
+        loaded.append(1)
+        return model
+
+    run = lambda ready, under="a", **options: ready.run(load=load, memo=memo, under=under, progress=False, **options)  # noqa: E731
+    first = run(ready)
+    assert loaded == [1] and first == ready.run(model, progress=False)
+    assert run(ready) == first and loaded == [1]
+    assert run(ready, under="another model") == first and loaded == [1, 1]
+    assert run(ready, reuse=False) == first and loaded == [1, 1, 1]
+    more = suite(tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, trials=3, tail=10)
+    assert run(more)["ppl@120"] == first["ppl@120"] and loaded == [1, 1, 1, 1]
+    assert run(more)["passkey@120"].num == 3 and loaded == [1, 1, 1, 1]
+
+
+def test_documents_can_be_left_out(suite, tmp_path):
+    ready = suite(lengths=[8])
+    kept = [ready.document_ids[0], ready.document_ids[2]]
+    units = ready.tasks[0].units()
+    ready.keep_documents({*kept, "another"})
+    assert ready.document_ids == kept
+    assert ready.tasks[0].units() == {unit: it for unit, it in units.items() if unit.split(":", 1)[1] in kept}
+
+
+class Fixed:
+    """A task whose units depend on themselves alone; notes what is measured, and stops before a unit when told to."""
+
+    def __init__(self, name: str, units: str, stop: str | None = None):
+        self.name, self.names, self.stop, self.measured, self.prepared = name, units, stop, [], 0
+
+    def units(self):
+        return {unit: {"unit": unit} for unit in self.names}
+
+    def prepare(self):
+        self.prepared += 1
+
+    def measure(self, scorer, unit):
+        if unit == self.stop:
+            raise KeyboardInterrupt
+        self.measured.append(unit)
+        return [self.name, unit]
+
+    def summarise(self, outcomes):
+        return {f"{self.name}:{','.join(outcomes)}": Estimate(0.0, num=len(outcomes))} | {
+            f"{self.name}/{unit}": Estimate(1.0 * (outcome == [self.name, unit])) for unit, outcome in outcomes.items()
+        }
+
+
+def test_outcomes_are_kept_at_once_by_task_and_summarised_in_the_order_of_the_units(suite, model, tmp_path):
+    """Killed in the third unit, the first two are there; another task of the same units does not take them over."""
+    ready, memo = suite(tasks=[]), Memo(tmp_path / "memo")
+    ready.tasks = [Fixed("x", "abc", stop="c")]
+    with pytest.raises(KeyboardInterrupt):
+        ready.run(model, memo=memo, progress=False)
+    ready.tasks = [Fixed("x", "cab"), Fixed("y", "ab")]
+    found = ready.run(model, memo=memo, progress=False)
+    assert [task.measured for task in ready.tasks] == [["c"], ["a", "b"]]
+    assert list(found) == ["x:c,a,b", "x/c", "x/a", "x/b", "y:a,b", "y/a", "y/b"]
+    assert all(found[f"{name}/{unit}"].value == 1 for name, unit in ("xa", "xb", "xc", "ya", "yb"))
+    assert len(ready.took) == 5 and all(took.seconds >= 0 and took.peak_memory_gib > 0.1 for took in ready.took)
+    took = list(ready.took)
+    ready.run(load=lambda: pytest.fail("nothing is missing"), memo=memo, progress=False)
+    assert ready.took == took and [task.prepared for task in ready.tasks] == [1, 1]
+
+
+def test_what_is_kept_stands_until_it_is_replaced_in_one_step(tmp_path, monkeypatch):
+    memo = Memo(tmp_path)
+    memo.set(["key"], [1.0])
+
+    def killed(content, file):
+        file.write('{"key": ')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pose.files.json.dump", killed)
+    with pytest.raises(KeyboardInterrupt):
+        memo.set(["key"], [2.0])
+    assert memo.get(["key"]) == [1.0]
+
+
+def test_the_model_runs_with_the_batches_of_the_options(suite, model):
+    seen, ready = [], suite(tasks=[], batch_tokens=77)
+    ready.tasks = [Fixed("x", "a")]
+    ready.tasks[0].measure = lambda scorer, unit: seen.append(scorer.batch_tokens)
+    ready.run(load=lambda: model, progress=False)
+    ready.run(model, progress=False)
+    assert seen == [77, 77] != [Scorer(model).batch_tokens] * 2
+
+
+RETRIEVAL = {"seed": 1, "trials": 3, "depths": [0.5], "add_bos": True}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("perplexity", {"windows": 3, "tail": 5, "bin": 7, "stride": 4, "sliding_tokens": 20, "add_bos": True}),
+        ("passkey", RETRIEVAL | {"generate": True}),
+        ("needle", RETRIEVAL),
+        ("ruler/niah_single_2", RETRIEVAL),
+    ],
+)
+def test_every_option_reaches_its_task(suite, documents, task, changes):
+    """Units have all that an outcome depends on, each option by its own name."""
+    base = {"tasks": [task], "lengths": [500] if task != "perplexity" else [8, 16], "haystack": str(documents)}
+    plain = next(iter(suite(**base).tasks[0].units().values()))
+    for option, value in changes.items():
+        found = next(iter(suite(**base, **{option: value}).tasks[0].units().values()))
+        names = {"add_bos": {"bos", "bos_id"}}.get(option, {option})
+        assert {name for name in found if found[name] != plain[name]} <= names and found != plain, option
+        assert option == "add_bos" or found[option] == value
+
+
+def test_texts_are_read_by_their_key(suite, texts, tmp_path):
+    """Documents and haystack, of which two documents do not run together."""
+    path = tmp_path / "body.jsonl"
+    path.write_text("\n".join(json.dumps({"id": f"d{i}", "body": text}) for i, text in enumerate(texts)))
+    options = {"documents": str(path), "haystack": str(path), "text_field": "body"}
+    ready = suite(tasks=["perplexity"], lengths=[8], **options)
+    assert ready.document_ids == ["d0", "d1", "d2", "d3"]
+    (needle,) = suite(tasks=["needle"], lengths=[500], **options).tasks
+    assert needle.haystack_digest == hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
+
+
+def test_a_unit_that_was_lost_is_measured_again(suite, model, tmp_path):
+    ready = suite(lengths=[8, 16], windows=2, tail=4)
+    memo = Memo(tmp_path / "memo")
+    first = ready.run(model, memo=memo, progress=False)
+    files = sorted((tmp_path / "memo").iterdir())
+    assert len(files) == len(ready.document_ids)
+    files[0].write_text("{")
+    files[1].unlink()
+    assert ready.run(model, memo=memo, progress=False) == first
+
+
+def test_metrics_of_a_run(suite, model):
+    metrics = suite(
+        tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, tail=10, bin=64, stride=50, trials=2
+    ).run(model, progress=False)
+    assert set(metrics) == {
+        "ppl@100", "ppl@120", "bits_per_byte@100", "bits_per_byte@120",
+        "tail_ppl@100", "tail_ppl@120", "position_ppl@0-64", "position_ppl@64-120",
+        "sliding_ppl@100", "sliding_ppl@120", "passkey@100", "passkey@120",
+    }  # fmt: skip
+    assert all(isinstance(value, float) and math.isfinite(value) for value in values(metrics).values())
+    assert all(e.low <= e.value <= e.high for e in metrics.values() if e.low is not None)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_perplexity_of_one_whole_document(suite, model, tokenizer, texts, token_lengths, add_bos):
+    """One window, as long as the document: exp of transformers' own loss."""
+    n = token_lengths[-1]
+    metrics = suite(lengths=[n], stride=n // 2, add_bos=add_bos).run(model, progress=False)
+    ids = tokenizer(texts[-1], add_special_tokens=False)["input_ids"]
+    if add_bos:
+        ids[0] = tokenizer.bos_token_id
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss.exp().item()
+    assert metrics[f"ppl@{n}"].value == pytest.approx(expected, rel=1e-5)
+    assert metrics[f"sliding_ppl@{n}"].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_sliding_tokens_reach_the_task(suite, model, texts, token_lengths):
+    """Cut to one window, sliding perplexity is that of each document's first window."""
+    n = token_lengths[2]
+    options = {"lengths": [n], "stride": 5, "windows": 1}
+    cut = suite(sliding_tokens=n, **options).run(model, progress=False)
+    whole = suite(**options).run(model, progress=False)
+    assert cut[f"sliding_ppl@{n}"].value == pytest.approx(cut[f"ppl@{n}"].value, rel=1e-9)
+    assert whole[f"sliding_ppl@{n}"].value != pytest.approx(cut[f"ppl@{n}"].value, rel=1e-4)
+
+
+def test_bos_is_part_of_a_passkey_prompts_length(suite, tokenizer):
+    for add_bos in (False, True):
+        (task,) = suite(tasks=["passkey"], lengths=[120], add_bos=add_bos).tasks
+        prompts = task.prompts
+        tokens = prompts.sample(np.random.default_rng(0), 120).input_ids
+        assert len(tokens) == 120
+        assert (tokens[0] == tokenizer.bos_token_id) is np.bool_(add_bos)
+
+
+@pytest.mark.parametrize(
+    "window, target, expected",
+    [
+        (256, 2048, [256, 512, 1024, 2048]),
+        (256, 1500, [256, 512, 1024, 1500]),
+        (256, 256, [256]),
+        (2048, 2049, [2048, 2049]),
+        (4096, 2048, [2048]),
+    ],
+)
+def test_default_lengths(window, target, expected):
+    assert default_lengths(window, target) == expected

@@ -1,0 +1,135 @@
+"""Tokenizers that are a sentencepiece model, Baichuan's without its code among them, against sentencepiece itself."""
+
+import gzip
+import io
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from pose.errors import CheckpointError
+from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer
+from pose.modeling.load import load_tokenizer
+
+sentencepiece = pytest.importorskip("sentencepiece")
+
+SETTINGS = {
+    "tokenizer_class": "BaichuanTokenizer",
+    "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]},
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "model_max_length": 4096,
+    "bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True, "rstrip": False},
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<unk>",
+}
+KEEP = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+CHINESE = "我们参考学术界方案使用 12345 个词, 百川智能发布 2023 年 9 月 6 日的模型"
+TEXTS = ["", " ", "  two  spaces ", "3.14159 and 2,048", "我们 2023年", "tab\tand\nlines\n\n", "é🙂\u3000▁", CHINESE]
+
+
+@pytest.fixture(scope="module")
+def lines():
+    with gzip.open("assets/corpora/books.heldout.jsonl.gz", "rt", encoding="utf8") as file:
+        text = json.loads(next(file))["text"][10_000:40_000]
+    return [line for line in text.split("\n") if line.strip()] + [CHINESE, "aaa aaaa aaaaaaa hahaha"] * 20
+
+
+def train(lines, folder, **options):
+    """A sentencepiece model with Baichuan's alphabet of options, in a folder with its settings."""
+    defaults = {
+        "model_type": "bpe",
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "split_digits": True,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": -1,
+        "minloglevel": 2,
+    }
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **defaults | options)
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
+    (folder / "tokenization_baichuan.py").write_text("raise SystemExit('remote code ran')")
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def sample(rng, lines):
+    """A piece of text, or letters, digits, spaces, Chinese and rare characters at random."""
+    if rng.random() < 0.4:
+        return " " * rng.randint(0, 2) + rng.choice(lines)
+    alphabet = rng.choice(["ab ha 12\n", "我们百川 的是1 2 3aé\u3000\t，🙂 ", "".join(map(chr, range(32, 700)))])
+    return "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 40)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        KEEP | {"add_dummy_prefix": False},
+        KEEP | {"add_dummy_prefix": True},
+        {},
+        {"normalization_rule_name": "identity"},
+    ],
+    ids=["as it is", "prefix", "normalised", "spaces removed"],
+)
+def test_ids_are_sentencepieces_own(tmp_path, lines, options):
+    """And so is the text that they give back, whatever spaces and prefix the model asks for."""
+    own = train(lines, tmp_path, **options)
+    tokenizer = load_tokenizer(str(tmp_path))
+    rng = random.Random(0)
+    for text in TEXTS + [sample(rng, lines) for _ in range(400)]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == own.encode(text), repr(text)
+        assert tokenizer.decode(ids) == own.decode(ids), repr(text)
+        if options == KEEP | {"add_dummy_prefix": False} and "▁" not in text:
+            assert tokenizer.decode(ids) == text
+
+
+def test_user_defined_pieces_and_special_tokens(tmp_path, lines):
+    own = train(
+        lines, tmp_path, **KEEP, add_dummy_prefix=False, user_defined_symbols=["<reserved_1>"], control_symbols=["<c>"]
+    )
+    tokenizer = load_tokenizer(str(tmp_path))
+    for text in ("<reserved_1>我们", "two <reserved_1> and<reserved_1>"):
+        assert tokenizer(text, add_special_tokens=False).input_ids == own.encode(text)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    assert tokenizer("a<c></s>").input_ids[-2:] == [own.piece_to_id("<c>"), 2]
+    assert tokenizer("a").input_ids == own.encode("a")  # no BOS: its settings say so
+    assert tokenizer.vocab_size == own.vocab_size()
+
+
+def test_bos_where_the_settings_ask_for_it(tmp_path, lines):
+    own = train(lines, tmp_path, **KEEP)
+    tokenizer = load_spm_tokenizer(tmp_path / "tokenizer.model", SETTINGS | {"add_bos_token": True})
+    assert tokenizer("and").input_ids == [1, *own.encode("and")]
+
+
+def test_saved_again_it_is_a_plain_tokenizer(tmp_path, lines):
+    """In a folder of a LLaMA, by AutoTokenizer, without sentencepiece's file and without auto_map."""
+    own = train(lines, tmp_path, **KEEP, add_dummy_prefix=False)
+    config = LlamaConfig(vocab_size=600, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "out")
+    load_tokenizer(str(tmp_path)).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        assert again(text).input_ids == own.encode(text)
+    assert torch.tensor(again(CHINESE).input_ids).max() < 600
+
+
+def test_what_is_no_bpe_model_is_refused(tmp_path, lines):
+    train(lines, tmp_path, model_type="unigram", vocab_size=500)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a sentencepiece model of BPE"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"\x00 not a model")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a sentencepiece model"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match=rf"the tokenizer of {tmp_path} needs code of its own"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,393 @@
+"""An export is a plain Hugging Face folder: the same logits without pose, whole or not there."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from pose.errors import GuardError
+from pose.modeling.export import export_model, verify_export
+from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
+from pose.rope import (
+    NTK,
+    Drope,
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    NTKByParts,
+    Theta,
+    Unscaled,
+    Yarn,
+    YarnRevised,
+)
+
+WINDOW, TARGET_LEN, VOCAB = 256, 2048, 101
+DIVISORS = tuple(1.3**i for i in range(8))
+METHODS = {
+    s.name: s
+    for s in (
+        Unscaled(), Linear(), NTK(), Yarn(), YarnRevised(), Dynamic(), NTKByParts(), Llama3(),
+        LongRope(long_factor=DIVISORS), Theta(theta=77_000.0), Drope(attention_factor=1.2),
+    )
+}  # fmt: skip
+# By transformers' type: where the export says what the window was.
+SAYS_WINDOW = {"yarn", "llama3", "longrope"}
+
+PLAIN_LOAD = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokens = torch.load("tokens.pt")
+logits = {}
+for name in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(name)
+    assert AutoTokenizer.from_pretrained(name).model_max_length == tokens.shape[1]
+    with torch.no_grad():
+        logits[name] = [model(ids).logits for ids in (tokens, tokens[:, :64])]
+assert not [module for module in sys.modules if module.split(".")[0] == "pose"]
+torch.save(logits, "logits.pt")
+"""
+
+
+def make_model(scaling, seed=0, attention="sdpa", **options):
+    """A random model whose logits depend much on its positions."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=WINDOW,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=0,
+        **options,
+    )
+    scale_config(config, scaling, TARGET_LEN)
+    torch.manual_seed(seed)
+    return build_model(config, None, attention).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", model_max_length=WINDOW)
+
+
+@pytest.fixture
+def exported(tmp_path, tokenizer):
+    model = make_model(Yarn())
+    export_model(model, tokenizer, tmp_path / "model")
+    return model, tmp_path / "model"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_plain_transformers_gives_the_same_logits(tmp_path, tokenizer):
+    """Every method, over the whole new window and over a short text, in a process without pose."""
+    tokens = torch.randint(VOCAB, (1, TARGET_LEN), generator=torch.Generator().manual_seed(0))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    wanted = {}
+    for name, scaling in METHODS.items():
+        model = make_model(scaling)
+        wanted[name] = [model(ids).logits for ids in (tokens, tokens[:, :64])]
+        export_model(model, tokenizer, tmp_path / name)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PLAIN_LOAD), *METHODS],
+        cwd=tmp_path,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    got = torch.load(tmp_path / "logits.pt")
+    for name in METHODS:
+        for a, b in zip(got[name], wanted[name], strict=True):
+            assert (a - b).abs().max() < 1e-5, name
+    for name in METHODS:  # and the methods are not all the same to these models
+        others = [wanted[other][0] for other in METHODS if other != name]
+        assert all((wanted[name][0] - other).abs().max() > 0.1 for other in others)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_config_and_tokenizer_name_the_window(tmp_path, tokenizer, name):
+    export_model(make_model(METHODS[name]), tokenizer, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    parameters = config["rope_parameters"]
+    # transformers' `dynamic` reads the model's own window from max_position_embeddings
+    assert config["max_position_embeddings"] == (WINDOW if name == "dynamic" else TARGET_LEN)
+    assert config["dtype"] == "float32"
+    assert "auto_map" not in config
+    assert "pose_" not in (tmp_path / "model" / "config.json").read_text()
+    assert rope_geometry(load_config(str(tmp_path / "model"))).window == (TARGET_LEN if name == "none" else WINDOW)
+    if parameters["rope_type"] in SAYS_WINDOW:
+        assert parameters["original_max_position_embeddings"] == WINDOW
+    if name in ("linear", "yarn", "yarn_revised", "dynamic", "llama3"):
+        assert parameters["factor"] == TARGET_LEN / WINDOW
+    if name == "ntk":  # b * s^(d/(d-2)), d = 16
+        assert parameters["rope_theta"] == pytest.approx(10_000 * 8 ** (16 / 14))
+    if name in ("ntk", "theta"):
+        assert parameters["rope_type"] == "default"
+    saved_tokenizer = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert saved_tokenizer["model_max_length"] == TARGET_LEN
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_dtype_of_the_weights(tmp_path, tokenizer, dtype, tied):
+    """The model in memory keeps its own, and the folder passes its check."""
+    model = make_model(Linear(), tie_word_embeddings=tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_model(model, tokenizer, tmp_path / "model", dtype)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, before[name].to(dtype))
+    assert saved.keys() | {"lm_head.weight"} == before.keys()
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == str(dtype)[6:]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    verify_export(model, tmp_path / "model", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_is_saved_once(tmp_path, tokenizer, dtype):
+    export_model(make_model(Linear(), tie_word_embeddings=True), tokenizer, tmp_path / "model", dtype)
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("mode", [True, False])
+def test_verify_passes_on_a_sound_export(tmp_path, tokenizer, name, mode):
+    model = make_model(METHODS[name]).train(mode)
+    export_model(model, tokenizer, tmp_path / "model")
+    verify_export(model, tmp_path / "model")
+    assert model.training is mode
+
+
+def test_verify_passes_on_a_model_trained_in_bf16(tmp_path, tokenizer):
+    model = make_model(Yarn()).to(torch.bfloat16)
+    export_model(model, tokenizer, tmp_path / "model", torch.bfloat16)
+    verify_export(model, tmp_path / "model", torch.bfloat16)
+
+
+def test_verify_ignores_dropout(tmp_path, tokenizer):
+    model = make_model(Yarn(), attention_dropout=0.5).train()
+    export_model(model, tokenizer, tmp_path / "model")
+    verify_export(model, tmp_path / "model")
+
+
+def test_verify_catches_other_weights(exported):
+    model, folder = exported
+    verify_export(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"] *= 1.05
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GuardError, match=rf"loaded from {folder} gives other logits .* standard deviations"):
+        verify_export(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "index", "where"),
+    [
+        ("short_factor", -1, "on a text of 64 tokens"),
+        ("long_factor", -1, f"on a text of {WINDOW + 64} tokens"),
+        ("long_factor", 0, "on a text of"),
+        ("attention_factor", None, "on a text of 64 tokens"),
+    ],
+)
+def test_verify_looks_at_texts_on_both_sides_of_the_window(tmp_path, tokenizer, key, index, where):
+    model = make_model(YarnRevised())
+    export_model(model, tokenizer, tmp_path / "model")
+    config_file = tmp_path / "model" / "config.json"
+    config = json.loads(config_file.read_text())
+    if index is None:
+        config["rope_parameters"][key] *= 1.02
+    else:
+        config["rope_parameters"][key][index] *= 1.5
+    config_file.write_text(json.dumps(config))
+    with pytest.raises(GuardError, match=where):
+        verify_export(model, tmp_path / "model")
+
+
+def test_verify_looks_at_positions_up_to_the_end(tmp_path, tokenizer, monkeypatch):
+    """With no room for a text beyond the window, and with a model whose rotation is wrong from 1,000 on."""
+    monkeypatch.setattr("pose.modeling.export.folder.CPU_FLOPS", 0)
+    model = make_model(Yarn())
+    export_model(model, tokenizer, tmp_path / "model")
+    verify_export(model, tmp_path / "model")
+    rotary, places = model.model.rotary_emb, []
+
+    def wrong_far_out(x, position_ids):
+        places.append(position_ids.max().item())
+        return type(rotary).forward(rotary, x, position_ids + 3 * (position_ids >= 1000))
+
+    monkeypatch.setattr(rotary, "forward", wrong_far_out)
+    with pytest.raises(GuardError, match="at positions spread over the window"):
+        verify_export(model, tmp_path / "model")
+    assert places == [63, TARGET_LEN - 1, TARGET_LEN - 1]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"none"}))
+def test_verify_catches_a_lost_scaling(tmp_path, tokenizer, name):
+    model = make_model(METHODS[name])
+    export_model(model, tokenizer, tmp_path / "model")
+    config_file = tmp_path / "model" / "config.json"
+    config = json.loads(config_file.read_text())
+    del config["rope_parameters"]
+    config_file.write_text(json.dumps(config))
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(GuardError, match="gives other logits"):
+            verify_export(model, tmp_path / "model", dtype)
+
+
+def test_verify_catches_weights_that_are_not_finite(exported):
+    """NaN compares as neither more nor less."""
+    model, folder = exported
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GuardError, match="differ by nan"):
+        verify_export(model, folder)
+
+
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("fault", ["weights", "file"])
+def test_a_wrong_export_never_has_the_name(tmp_path, tokenizer, monkeypatch, fault, existing):
+    """It is checked before it is put in its place; the old folder stays, and the wrong one can be looked at."""
+    folder = tmp_path / "model"
+    if existing:
+        export_model(make_model(Linear()), tokenizer, folder)
+        before = contents(folder)
+    model = make_model(Yarn())
+    save = model.save_pretrained
+
+    def save_another(folder, state_dict):
+        save(folder, state_dict=state_dict | {"lm_head.weight": 1.1 * state_dict["lm_head.weight"]})
+        if fault == "file":
+            (folder / "model.safetensors").unlink()
+
+    monkeypatch.setattr(model, "save_pretrained", save_another)
+    message = "gives other logits" if fault == "weights" else "model.safetensors"
+    with pytest.raises(GuardError, match=rf"{message}(.|\n)*nothing was put at {folder}\.$") as error:
+        export_model(model, tokenizer, folder)
+    assert f"{folder}.rejected" in str(error.value) and f"{tmp_path}/.model" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["model", "model.rejected"][1 - existing :]
+    assert (tmp_path / "model.rejected" / "tokenizer.json").is_file()
+    if existing:
+        assert contents(folder) == before
+
+
+def test_only_the_writer_writes(tmp_path, tokenizer):
+    export_model(make_model(Linear()), tokenizer, tmp_path / "model", is_writer=False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_export_replaces_a_folder(exported, tokenizer):
+    """Nothing of the old one is left, nor anything beside it."""
+    old_model, folder = exported
+    (folder / "stale.bin").write_text("old")
+    model = make_model(Yarn(), seed=1)
+    export_model(model, tokenizer, str(folder))
+    assert not (folder / "stale.bin").exists()
+    assert os.listdir(folder.parent) == ["model"]
+    verify_export(model, folder)
+    with pytest.raises(GuardError):
+        verify_export(old_model, folder)
+
+
+def test_an_interrupted_replacement_keeps_the_old_folder(exported, tokenizer, monkeypatch):
+    _, folder = exported
+    before, rename = contents(folder), Path.rename
+
+    def fail(self, target):
+        if self.name.startswith("."):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(make_model(Yarn(), seed=1), tokenizer, folder)
+    assert os.listdir(folder.parent) == ["model"] and contents(folder) == before
+
+
+def test_what_a_kill_left_behind_is_cleared(exported, tokenizer):
+    """Between its two renames a replacement has the old folder as `model.old`."""
+    model, folder = exported
+    folder.rename(folder.with_name("model.old"))
+    export_model(model, tokenizer, folder)
+    assert os.listdir(folder.parent) == ["model"]
+    verify_export(model, folder)
+
+
+@pytest.mark.parametrize(("limit", "exported_limit"), [(WINDOW, TARGET_LEN), (9999, 9999), (None, None)])
+def test_generation_config(tmp_path, tokenizer, limit, exported_limit):
+    """Token ids stay, and no limit of the old window is left."""
+    model = make_model(Yarn())
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=[0, 2], pad_token_id=3, do_sample=True, top_p=0.9, max_length=limit
+    )
+    export_model(model, tokenizer, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved["pad_token_id"]) == (1, [0, 2], 3)
+    assert saved["do_sample"] is True and saved["top_p"] == 0.9
+    assert saved.get("max_length") == exported_limit
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    made = loaded.generate(torch.arange(WINDOW + 10)[None] % VOCAB, do_sample=False, max_new_tokens=3, eos_token_id=-1)
+    assert made.shape[1] == WINDOW + 13
+
+
+def test_a_generation_config_that_contradicts_itself_does_not_end_the_export(tmp_path, tokenizer, capsys):
+    """Published checkpoints have some (a temperature without sampling), and transformers does not save them."""
+    model = make_model(Yarn())
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    model.generation_config.temperature = 0.7
+    export_model(model, tokenizer, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved["pad_token_id"]) == (1, 2, 3)
+    assert "temperature" not in saved
+    assert "only its token ids are exported" in capsys.readouterr().out
+
+
+def test_export_makes_parent_folders(tmp_path, tokenizer):
+    export_model(make_model(Linear()), tokenizer, tmp_path / "a" / "b" / "model")
+    assert (tmp_path / "a" / "b" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing", [True, False])
+def test_interrupted_export_leaves_nothing_half_done(tmp_path, tokenizer, monkeypatch, error, existing):
+    folder = tmp_path / "model"
+    if existing:
+        export_model(make_model(Linear()), tokenizer, folder)
+        before = contents(folder)
+
+    def fail(*_, **__):
+        raise error("disk full")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(error):
+        export_model(make_model(Yarn(), seed=1), tokenizer, folder)
+    if existing:
+        assert os.listdir(tmp_path) == ["model"]
+        assert contents(folder) == before
+    else:
+        assert os.listdir(tmp_path) == []
