@@ -111,15 +111,15 @@ def test_a_checkpoint_of_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
 
 
 def test_outcomes_belong_to_the_code_that_measured(tmp_path, monkeypatch):
-    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "rope.py", "module.py"):
+    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "tasks/ruler.py", "rope.py", "module.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a = 1")
     monkeypatch.setattr(compare, "PACKAGE", tmp_path)
     seen = [compare._code_print()]
-    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "rope.py"):
+    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "tasks/ruler.py", "rope.py"):
         (tmp_path / name).write_text("a = 2")
         seen.append(compare._code_print())
-    assert len(set(seen)) == 5
+    assert len(set(seen)) == 6
     (tmp_path / "module.py").write_text("a = 2")  # trains, and measures nothing
     assert compare._code_print() == seen[-1]
 

@@ -9,13 +9,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pose.data import passkey as prompt_texts
 from pose.data.tokenizer import train_tokenizer
 from pose.errors import ConfigError
 from pose.evaluation import passkey
 from pose.evaluation.passkey import Passkey, found, written
 from pose.evaluation.scoring import Scorer
 from pose.modeling.load import build_model, load_config
+from pose.tasks import passkey as prompt_texts
 from pose.tasks.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION, PasskeyPrompts
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"

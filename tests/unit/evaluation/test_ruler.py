@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pose.data import ruler as made
 from pose.errors import ConfigError
 from pose.evaluation import ruler
 from pose.evaluation.ruler import TASKS, Ruler, parse, score, write_prompts
 from pose.evaluation.task import wilson
+from pose.tasks import ruler as made
 from pose.tasks.haystack import NOISE, ExactTexts, split_sentences, word_list
 from pose.tasks.ruler import NEEDLES, RulerPrompts
 

@@ -210,7 +210,7 @@ def test_the_job_is_handed_on_and_the_sweep_is_not(job, tmp_path):
         assert given[2:6] == ["--config-path", str(CONF), "--config-name", "train"]
         assert set(settings) <= set(given)
         assert set(sweep) & set(given) == ({"hydra.job_logging.root.level=WARN"} if rank == 0 else set())
-        assert ("hydra/job_logging=stdout" in given) is (rank == 1)
+        assert ("hydra/job_logging=pose_worker" in given) is (rank == 1)
         child = job(*given[6:])
         assert (child.pose.num_chunks, child.data.documents, child.model.path) == (3, "a b=c,d.jsonl", "it's, [x]")
         assert (child.seed, child.pose.target_len) == (7, 4096)
