@@ -133,6 +133,6 @@ def test_samplers_that_cannot_work_are_named(overrides, message):
 
 
 def test_without_a_model_the_training_length_has_to_be_given():
-    with pytest.raises(ConfigError, match=r"pose.train_len=None is not accepted: give an integer of at least 1"):
+    with pytest.raises(ConfigError, match=r"pose.train_len=None is not accepted: give an integer of at least 2"):
         build.build_sampler(compose("train").pose)
     assert build.build_sampler(compose("train", ["pose.train_len=64", "pose.target_len=128"]).pose) == PoSE(64, 128)
