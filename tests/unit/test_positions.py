@@ -249,7 +249,7 @@ def cream_law(L, T, document_len, sigma):
         (6, 8, 8, 3.0),  # T < 2 L
         (5, 5, 7, 3.0),
         (2, 7, 9, 3.0),  # no head
-        (1, 4, 4, 3.0),
+        (2, 4, 4, 3.0),
     ],
 )
 def test_cream_draws_as_its_authors_code(train_len, target_len, document_len, sigma):
@@ -278,7 +278,7 @@ def sentence_law(train_len, target_len, starts):
         (5, 7, [1, 2, 3, 4], [1, 2, 3, 4]),
         (5, 9, [], []),
         (4, 4, [2], [2]),
-        (1, 3, [1], []),
+        (2, 3, [2], []),
     ],
 )
 def test_sentence_skip_gives_the_texts_sentences_distinct_slots(train_len, target_len, breaks, starts):
@@ -287,7 +287,7 @@ def test_sentence_skip_gives_the_texts_sentences_distinct_slots(train_len, targe
     assert_follows(draw_counts(SentenceSkip(train_len, target_len), 40, 8_000, breaks=breaks), law)
 
 
-@pytest.mark.parametrize(("sentence_len", "train_len", "target_len"), [(2, 4, 6), (3, 4, 5), (1, 3, 6), (2, 1, 3)])
+@pytest.mark.parametrize(("sentence_len", "train_len", "target_len"), [(2, 4, 6), (3, 4, 5), (1, 3, 6), (2, 2, 3)])
 def test_sentence_skip_makes_sentences_up_where_the_text_has_none(sentence_len, train_len, target_len):
     """Each token but the first begins one with probability 1 / sentence_len."""
     law, begins = Counter(), Fraction(1, sentence_len)
@@ -300,7 +300,7 @@ def test_sentence_skip_makes_sentences_up_where_the_text_has_none(sentence_len, 
     assert_follows(draw_counts(SentenceSkip(train_len, target_len, sentence_len), 40, 8_000), law)
 
 
-@pytest.mark.parametrize(("train_len", "target_len"), [(3, 7), (1, 4), (5, 5)])
+@pytest.mark.parametrize(("train_len", "target_len"), [(3, 7), (2, 4), (5, 5)])
 def test_single_shift_moves_all_ids_by_one_number(train_len, target_len):
     high = target_len - train_len
     text = tuple(range(train_len))
