@@ -115,6 +115,18 @@ def quiet_libraries():
         warnings.filterwarnings("ignore", message)
 
 
+def run_folder() -> Path:
+    """The folder that Hydra has made for this job.
+
+    Raises:
+        ConfigError: hydra.run.dir is empty, which Hydra takes for the folder that one stands in.
+    """
+    job = HydraConfig.get()
+    if job.mode != RunMode.MULTIRUN and not str(job.run.dir).strip():
+        raise ConfigError("hydra.run.dir is empty: give a folder, or leave it out (is a shell variable in it not set?)")
+    return Path(job.runtime.output_dir)
+
+
 def set_up(cfg: DictConfig):
     """Seeds, threads, and quiet libraries."""
     quiet_libraries()

@@ -1,5 +1,8 @@
 """The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
 
+import hashlib
+import json
+import logging
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -13,9 +16,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pose.data.cache import TokenCache
 from pose.data.examples import Curriculum, PoseDataset, collate
+from pose.data.heldout import SetAside, without
 from pose.errors import ConfigError
 from pose.positions import PositionSampler
 from pose.tasks.synthetic import TASKS
+
+log = logging.getLogger(__name__)
 
 SENTENCE_END = re.compile(r"""([.!?]["'”’»)\]]*|\n)\s*$""")
 
@@ -36,6 +42,8 @@ class PoseDataModule(L.LightningDataModule):
         min_tokens: shorter documents are left out.
         max_documents: the first so many of the others; None takes all.
         on_broken: "error" or "skip", for lines and rows that cannot be read.
+        heldout_share: share of whole documents set aside for evaluation (`set_aside`), in [0, 1); 0 keeps none.
+        heldout_len: tokens that such a document has at least; None: the sampler's target.
         window_len: tokens of a document that one example is drawn from; None takes documents whole.
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
         synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
@@ -62,6 +70,8 @@ class PoseDataModule(L.LightningDataModule):
         min_tokens: int = 1,
         max_documents: int | None = None,
         on_broken: str = "error",
+        heldout_share: float = 0.0,
+        heldout_len: int | None = None,
         window_len: int | None = None,
         add_bos: bool | None = None,
         synthetic: Mapping[str, float] | None = None,
@@ -74,6 +84,10 @@ class PoseDataModule(L.LightningDataModule):
         self.global_batch = micro_batch if global_batch is None else global_batch
         self.cache_dir, self.text_field, self.window_len = cache_dir, text_field, window_len
         self.choice = {"min_tokens": min_tokens, "max_documents": max_documents, "on_broken": on_broken}
+        self.set_aside = None
+        if heldout_share:
+            length = sampler.target_len if heldout_len is None else heldout_len
+            self.set_aside = SetAside(documents, heldout_share, length, cache_dir, text_field, self.choice)
         self.bos_id = bos_id(tokenizer, add_bos)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
         self.curriculum = [tuple(phase) if isinstance(phase, Sequence) else (phase,) for phase in curriculum]
@@ -112,7 +126,12 @@ class PoseDataModule(L.LightningDataModule):
             return
         cache = self._open()
         self.fingerprint = cache.folder.name  # of all the text and its tokens
-        documents = _Documents(cache)
+        kept_back = [] if self.set_aside is None else self.set_aside.of(cache)
+        if kept_back:
+            self.fingerprint += f", without {len(kept_back)} for evaluation: " + _fingerprint(kept_back)
+            log.info(f"Held out    {len(kept_back):,} of {len(cache):,} documents (data.heldout_share)")
+        documents = _Documents(cache, kept_back)
+        self.num_documents, self.num_tokens = len(documents), int(cache.lengths[documents.indices].sum())
         tasks = {TASKS[name](self.tokenizer, documents): share for name, share in self.synthetic.items()}
         for task in tasks:  # what does not fit is an error now, not in the middle of the run
             for length in (self.sampler.example_len, *(length for _, length in self.curriculum)):
@@ -179,16 +198,16 @@ class InOrder(DistributedSampler):
 
 
 class _Documents(Sequence):
-    """The documents of a cache."""
+    """The documents of a cache, but for some."""
 
-    def __init__(self, cache: TokenCache):
-        self.cache = cache
+    def __init__(self, cache: TokenCache, left_out: Sequence[int] = ()):
+        self.cache, self.indices = cache, without(len(cache), left_out)
 
     def __len__(self):
-        return len(self.cache)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> "_Document":
-        return _Document(self.cache, range(len(self))[index])
+        return _Document(self.cache, int(self.indices[index]))
 
 
 class _Document(Sequence):
@@ -206,6 +225,10 @@ class _Document(Sequence):
 
     def __getitem__(self, key):
         return self.cache[self.index][key]
+
+
+def _fingerprint(indices: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps(list(indices)).encode()).hexdigest()[:16]
 
 
 def bos_id(tokenizer, add_bos: bool | None) -> int | None:

@@ -69,7 +69,3 @@ class EvalOptions:
             raise ConfigError(f"eval.depths={list(self.depths)} is not accepted: give places from 0 to 1")
         if self.seed < 0:
             raise ConfigError(f"eval.seed={self.seed} is not accepted: give an integer of at least 0")
-        if "perplexity" in self.tasks and self.documents is None:
-            raise ConfigError(
-                "eval.documents is not set, and perplexity needs a file (.jsonl, .txt, .parquet), a folder or a dataset"
-            )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pose.data.cache import TokenCache
 from pose.data.datamodule import bos_id
 from pose.data.documents import read_documents
+from pose.data.heldout import SetAside
 from pose.data.tokenizer import token_bytes
 from pose.errors import ConfigError, DataError
 from pose.evaluation.harness import Harness
@@ -143,6 +144,12 @@ class Suite:
             raise ConfigError(
                 f"eval.sliding_tokens={o.sliding_tokens} is less than one window: give at least {self.lengths[-1]}"
             )
+        if documents is None:
+            raise ConfigError(
+                "{group}.documents is not set, and perplexity needs a file (.jsonl, .txt, .parquet), a folder or a "
+                "dataset",
+                group="eval",
+            )
         tokens, self.document_ids = self._choose(documents, cache_dir)
         return Perplexity(
             tokens, self.document_ids, self.lengths,
@@ -157,11 +164,15 @@ class Suite:
         key = "eval.lengths" if enough == longest else "eval.min_tokens"
         stop_early = o.max_documents is not None and not o.draw_documents
         bounds = {"min_tokens": enough, "max_documents": o.max_documents} if stop_early else {}
-        try:
-            cache = TokenCache.build(documents, self.tokenizer, cache_dir, o.text_field, **bounds)
-        except DataError as error:
-            raise DataError(str(error).replace(f"data.min_tokens={enough}", f"{enough} ({key})")) from error
-        usable = [i for i in range(len(cache)) if cache.lengths[i] >= enough]
+        if isinstance(documents, SetAside):
+            cache, chosen = documents.open(self.tokenizer)
+        else:
+            try:
+                cache = TokenCache.build(documents, self.tokenizer, cache_dir, o.text_field, **bounds)
+            except DataError as error:
+                raise DataError(str(error).replace(f"data.min_tokens={enough}", f"{enough} ({key})")) from error
+            chosen = list(range(len(cache)))
+        usable = [i for i in chosen if cache.lengths[i] >= enough]
         if not usable:
             name = documents if isinstance(documents, str | Path) else cache.info["documents"]
             raise DataError(
@@ -171,8 +182,8 @@ class Suite:
         if o.max_documents is not None and o.max_documents < len(usable):
             rng = np.random.default_rng(o.seed)
             usable = sorted(rng.choice(usable, o.max_documents, replace=False).tolist())
-        if len(usable) < len(cache):
-            log.info(f"Perplexity on {len(usable)} of {len(cache)} documents of at least {enough} tokens")
+        if len(usable) < len(chosen):
+            log.info(f"Perplexity on {len(usable)} of {len(chosen)} documents of at least {enough} tokens")
         return [cache[i] for i in usable], [cache.ids[i] for i in usable]
 
     def _retrieval(self, name: str, haystack: str | None) -> Task:

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -17,36 +16,13 @@ from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, values
 from pose.modeling.shard import with_root
 from pose.training.callbacks import Export, Throughput
+from pose.training.options import WatchOptions
 
 log = logging.getLogger(__name__)
 
 LOWER_IS_BETTER = ("ppl", "tail_ppl", "sliding_ppl", "position_ppl", "bits_per_byte")
 NEEDLE_DEPTHS = [i / 10 for i in range(11)]  # those of a Suite
 BEST_FILE = "pose_best.json"  # in RUN/best: which metric, its value, the step
-
-
-@dataclass
-class WatchOptions(EvalOptions):
-    """What is measured while the model trains: the group `watch`. The rest is as in `eval`."""
-
-    every_n_steps: int | None = None  # optimizer steps from one measurement to the next; null: nothing is measured
-    before: bool = True  # before the first step too
-    best: str | None = None  # metric, such as passkey@2048: RUN/best is the model of the step where it was best
-    max_short_increase: float | None = 0.05  # share; perplexity at the window may rise by so much; null: any
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ConfigError(
-                f"watch.every_n_steps={self.every_n_steps} is not accepted: give an integer of at least 1, or null"
-            )
-        if self.max_short_increase is not None and not 0 < self.max_short_increase < math.inf:
-            raise ConfigError(
-                f"watch.max_short_increase={self.max_short_increase} is not accepted: give a share above 0, such as "
-                "0.05, or null"
-            )
-        if self.best is not None and self.every_n_steps is None:
-            raise ConfigError(f"watch.best={self.best} needs watch.every_n_steps, which is null: nothing is measured")
 
 
 def metric_names(options: EvalOptions, lengths: Sequence[int]) -> list[str]:
