@@ -22,6 +22,7 @@ from pose.files import Memo, atomic_file, read_json, write_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.guards import check_loss
+from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
 from pose.reporting.plots import PANELS, plot_needle, plot_results, plot_ruler
@@ -97,6 +98,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         given = models.convert_gguf(given, cfg.cache_dir) if given.endswith(".gguf") else given
         path = models.open_checkpoint(given)
         config = load_config(path, cfg.revision)
+        check_layers(config)
         tokenizer = load_tokenizer(path, cfg.revision)
         models.check_vocabulary(tokenizer, config, path)
         found.append((name, path, config, tokenizer))

@@ -19,6 +19,7 @@ from pose.errors import ConfigError, PoseError, require_int
 from pose.evaluation.suite import Suite
 from pose.files import REPOSITORY, is_inside, locate, read_json
 from pose.modeling.attention import resolve_backend
+from pose.modeling.layers import check_layers
 from pose.modeling.load import load_tokenizer, rope_geometry, scale_config
 from pose.positions import PositionSampler
 from pose.rope import Frequencies, RopeGeometry, RopeScaling
@@ -143,6 +144,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     checkpoint = find_resume(cfg, run_dir)
     models.find_model(cfg)
     base, config = models.model_config(cfg), models.model_config(cfg)
+    check_layers(base)
     geometry = rope_geometry(base)
     sampler = build.build_sampler(cfg.pose, geometry.window)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
