@@ -98,7 +98,7 @@ def replace_folder(new: Path, folder: Path):
         folder.rename(old)
     try:
         new.rename(folder)
-    except OSError:
+    except BaseException:
         with suppress(FileNotFoundError):
             old.rename(folder)
         raise
