@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 from pose.app import build, runtime, schema
 from pose.app import run as outcome
 from pose.reporting.plots import plot_results, plot_training
-from pose.training import launch
-from pose.training.checkpoints import end_at_signals
+from pose.training import faults, launch, memory
+from pose.training.folder import alone_in
+from pose.training.loggers import closing
 
 schema.register()
 
@@ -21,8 +22,7 @@ def main(cfg: DictConfig):
     with runtime.readable_errors():
         run_dir = launch.join(Path(HydraConfig.get().runtime.output_dir))
         runtime.set_up(cfg)
-        end_at_signals()
-        with launch.alone_in(run_dir):
+        with alone_in(run_dir), memory.freed(), faults.explained(run_dir):
             run(cfg, run_dir)
 
 
@@ -34,6 +34,11 @@ def run(cfg: DictConfig, run_dir: Path):
     if launch.is_needed(plan.trainer):
         launch.run(plan.trainer.num_devices, run_dir, plan.checkpoint and plan.checkpoint.folder)
         return
+    with closing(plan.trainer.loggers):
+        train(cfg, plan, run_dir)
+
+
+def train(cfg: DictConfig, plan: build.Plan, run_dir: Path):
     runtime.save_config(cfg, run_dir, plan.settings, plan.step)
     covered = outcome.cover(plan, run_dir)
     results = outcome.pick_up(cfg, plan, run_dir)

@@ -15,7 +15,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -24,7 +23,7 @@ from pose.data.datamodule import PoseDataModule
 from pose.errors import CheckpointError, ConfigError, PoseError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths
-from pose.files import locate, read_json
+from pose.files import locate
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.gguf import cached_folder, describe, find_gguf
 from pose.modeling.checkpoints.hub import is_available
@@ -36,9 +35,10 @@ from pose.rope import Frequencies, RopeGeometry, RopeScaling, require_number
 from pose.training import launch
 from pose.training.callbacks import Export, ProgressBar, Throughput
 from pose.training.checkpoints import Checkpoint, CheckpointIO, Checkpoints
+from pose.training.compat import always_finish
 from pose.training.loggers import build_loggers
 from pose.training.module import PoseModule
-from pose.training.resume import check_resume, find_resume, finished_steps, resume_settings
+from pose.training.resume import check_finished, check_resume, find_resume, finished_steps, resume_settings
 from pose.training.strategies import check_strategy
 from pose.training.watch import Watch, WatchOptions, check_best
 
@@ -178,10 +178,9 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     if checkpoint is not None:
         check_resume(cfg, checkpoint, settings, run_dir)
     elif is_finished:
-        before = read_json(run_dir / "provenance.json").get("settings") or settings
-        check_resume(cfg, Checkpoint(run_dir / "model", cfg.trainer.max_steps, before), settings, run_dir)
+        check_finished(settings, run_dir)
     own, t = run_dir / "checkpoints", cfg.trainer
-    saved = checkpoint.step if checkpoint is not None and checkpoint.folder.parent == own else None
+    saved = checkpoint.step if checkpoint is not None and checkpoint.is_own(run_dir) else None
     trainer.callbacks += [
         Checkpoints(own, t.checkpoint_every_n_steps, t.keep_checkpoints, settings, saved),
         *([] if watch is None else [watch]),
@@ -435,18 +434,10 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
             enable_model_summary=False,
         )
         check_strategy(trainer.strategy, trainer.precision, t.on_nonfinite)
-        trainer.fit_loop.__class__ = FitLoop
+        always_finish(trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"the trainer cannot be built from {OmegaConf.to_object(t)}: {error}") from error
     return trainer
-
-
-class FitLoop(_FitLoop):
-    """Comes to its end, which exports, also where a run goes on from its last step and nothing is left to train."""
-
-    @property
-    def skip(self) -> bool:
-        return False
 
 
 def _sampler(arguments: dict, window: int) -> PositionSampler:

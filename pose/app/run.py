@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, SCMode
 
@@ -29,16 +29,13 @@ log = logging.getLogger(__name__)
 
 @rank_zero_only
 def finish_loggers(plan: Plan, cfg: DictConfig, results: dict[str, dict[str, float]]):
-    """Gives every logger but the CSV the config and the evaluation, and closes it: a sweep's next job has its own."""
+    """Gives every logger but the CSV the config and the evaluation."""
     for logger in plan.trainer.loggers:
         if isinstance(logger, CSVLogger):
             continue
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
         metrics = {f"{model}/{name}": value for model, found in results.items() for name, value in found.items()}
         logger.log_metrics(metrics, step=plan.trainer.global_step)
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
 
 
 @rank_zero_only
