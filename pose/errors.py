@@ -49,7 +49,18 @@ class GuardError(PoseError):
 
 
 class TrainingError(PoseError):
-    """A training that cannot go on: its loss is not finite, or memory or disk are full."""
+    """A training that cannot go on: its loss is not finite, or memory or disk are full.
+
+    Args:
+        message: for the reader.
+        changes: overrides that may help, such as trainer.on_nonfinite=skip; they become part of the command that is
+            shown to go on with.
+        anew: whether going on cannot help, and the run has to start again in another folder.
+    """
+
+    def __init__(self, message: str = "", changes: tuple[str, ...] = (), anew: bool = False):
+        super().__init__(message)
+        self.changes, self.anew = changes, anew
 
 
 class Interrupted(PoseError):

@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +20,7 @@ from pose.rope import RopeScaling
 from pose.training import launch
 from pose.training.callbacks import Export, ProgressBar, Throughput
 from pose.training.checkpoints import CheckpointIO
+from pose.training.compat import always_finish
 from pose.training.loggers import build_loggers
 from pose.training.options import WatchOptions
 from pose.training.strategies import check_strategy
@@ -84,18 +84,10 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
             enable_model_summary=False,
         )
         check_strategy(trainer.strategy, trainer.precision, t.on_nonfinite)
-        trainer.fit_loop.__class__ = FitLoop
+        always_finish(trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"the trainer cannot be built from {vars(t)}: {error}") from error
     return trainer
-
-
-class FitLoop(_FitLoop):
-    """Comes to its end, which exports, also where a run goes on from its last step and nothing is left to train."""
-
-    @property
-    def skip(self) -> bool:
-        return False
 
 
 def _strategy_name(node: DictConfig) -> str:

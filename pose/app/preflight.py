@@ -17,7 +17,7 @@ from pose.app.schema import MAX_SEED, TrainConfig
 from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, PoseError, require_int
 from pose.evaluation.suite import Suite
-from pose.files import REPOSITORY, is_inside, locate, read_json
+from pose.files import REPOSITORY, is_inside, locate
 from pose.modeling.attention import resolve_backend
 from pose.modeling.layers import check_layers
 from pose.modeling.load import load_tokenizer, rope_geometry, scale_config
@@ -25,7 +25,7 @@ from pose.positions import PositionSampler
 from pose.rope import Frequencies, RopeGeometry, RopeScaling
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoint, Checkpoints
-from pose.training.resume import check_resume, find_resume, finished_steps, resume_settings
+from pose.training.resume import check_finished, check_resume, find_resume, finished_steps, resume_settings
 from pose.training.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -168,10 +168,9 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     if checkpoint is not None:
         check_resume(cfg, checkpoint, settings, run_dir)
     elif is_finished:
-        before = read_json(run_dir / "provenance.json").get("settings") or settings
-        check_resume(cfg, Checkpoint(run_dir / "model", cfg.trainer.max_steps, before), settings, run_dir)
+        check_finished(settings, run_dir)
     own, t = run_dir / "checkpoints", cfg.trainer
-    saved = checkpoint.step if checkpoint is not None and checkpoint.folder.parent == own else None
+    saved = checkpoint.step if checkpoint is not None and checkpoint.is_own(run_dir) else None
     trainer.callbacks += [
         Checkpoints(own, t.checkpoint_every_n_steps, t.keep_checkpoints, settings, saved),
         *([] if watch is None else [watch]),

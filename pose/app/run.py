@@ -28,9 +28,9 @@ from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
 from pose.reporting.plots import plot_results, plot_training
 from pose.reporting.tables import print_table, results_table
-from pose.training import launch
-from pose.training.checkpoints import end_at_signals
-from pose.training.loggers import log_results
+from pose.training import faults, launch, memory
+from pose.training.folder import alone_in
+from pose.training.loggers import closing
 from pose.training.module import PoseModule
 from pose.training.processes import from_rank_zero
 from pose.training.watch import read_best, short_warning
@@ -43,8 +43,7 @@ def train(cfg: DictConfig):
     with runtime.readable_errors():
         folder = launch.join(runtime.run_folder())
         runtime.set_up(cfg)
-        end_at_signals()
-        with launch.alone_in(folder):
+        with alone_in(folder), memory.freed(), faults.explained(folder):
             Run(cfg, folder)()
 
 
@@ -82,16 +81,17 @@ class Run:
             launch.run(self.plan.trainer.num_devices, self.folder, checkpoint and checkpoint.folder)
             return
         runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step)
-        if rank_zero_only.rank == 0:
-            self.cover()
-            self.go_on()
-        with runtime.explained_memory_errors(self.cfg):
-            self.measure_before()
-            self.train()
+        with closing(self.plan.trainer.loggers):
             if rank_zero_only.rank == 0:
-                self.measure_after()
-        if rank_zero_only.rank == 0:
-            self.report()
+                self.cover()
+                self.go_on()
+            with runtime.explained_memory_errors(self.cfg):
+                self.measure_before()
+                self.train()
+                if rank_zero_only.rank == 0:
+                    self.measure_after()
+            if rank_zero_only.rank == 0:
+                self.report()
 
     def cover(self):
         """Writes coverage.csv and plots/coverage.png of the run's sampler, in about a second."""
@@ -215,10 +215,18 @@ class Run:
         plot_training(folder / "metrics.csv", folder / "plots" / "training.png")
         plot_results(self.results, folder / "plots" / "evaluation.png", plan.geometry.window)
         metrics = {name: values(found) for name, found in self.results.items()}
-        log_results(plan.trainer.loggers, self.cfg, metrics | {"coverage": self.covered}, plan.trainer.global_step)
+        self.log_results(metrics | {"coverage": self.covered})
         self.save_metrics(metrics)
         self.print_results()
         self.warn_of_short(metrics)
+
+    def log_results(self, results: dict[str, dict[str, float]]):
+        """Gives every logger but the CSV the config and the evaluation."""
+        metrics = {f"{model}/{name}": value for model, found in results.items() for name, value in found.items()}
+        for logger in self.plan.trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
+                logger.log_metrics(metrics, step=self.plan.trainer.global_step)
 
     def write_card(self):
         """README.md of RUN/model; reads the provenance that the run has written."""

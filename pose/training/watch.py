@@ -1,5 +1,6 @@
 """Evaluation while a model trains: curves over the steps, the model of the best step, a gate on short texts."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -11,9 +12,10 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from pose.errors import ConfigError
+from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, values
+from pose.files import load_json, write_json
 from pose.modeling.shard import with_root
 from pose.training.callbacks import Export, Throughput
 from pose.training.options import WatchOptions
@@ -76,10 +78,11 @@ class Watch(L.Callback):
         before: whether to measure before the first step.
         short: perplexity at the model's own window alone; None where there is no untuned model to compare with.
         max_short_increase: a share; a perplexity of `short` further than this above the untuned model's gives a
-            warning, and another when it has risen by as much again. None gives none.
+            warning when it has stopped falling or the training ends, and another when it has risen by as much again.
+            None gives none.
         best: a metric of the suite, by which the model after one of the steps is kept; None keeps none.
         export: to the folder of the best model.
-        throughput: whose clock stops meanwhile.
+        throughput: whose clock stops meanwhile, and which does not count the memory that it takes.
 
     Attributes:
         untuned: the perplexity of the untuned model by `short`; to be set before the training.
@@ -105,12 +108,14 @@ class Watch(L.Callback):
         self.found: dict | None = None
         self._watched: int | None = None  # the step last measured
         self._warned: float | None = None  # the increase last warned of
+        self._increase: float | None = None  # the one last seen after a step
 
     def state_dict(self):
-        return {"watched": self._watched, "warned": self._warned}
+        return {"watched": self._watched, "warned": self._warned, "increase": self._increase}
 
     def load_state_dict(self, state_dict):
         self._watched, self._warned = state_dict["watched"], state_dict["warned"]
+        self._increase = state_dict.get("increase")
 
     def on_train_start(self, trainer, pl_module):
         if self.best is not None and self._watched is not None:
@@ -130,23 +135,21 @@ class Watch(L.Callback):
 
     def _watch(self, trainer: L.Trainer, pl_module: L.LightningModule):
         begin, step = time.perf_counter(), trainer.global_step
-        metrics = self._measure(trainer, pl_module)
-        self._watched = step
-        line = f"Step {step}: {summary(metrics)}"
-        if self.best is not None and step > 0 and self._improves(metrics):
-            # The file that says what the folder holds is the last to come: a folder without it counts as none.
-            self.export.save(trainer, pl_module)
-            self.found = {"metric": self.best, "value": metrics[self.best], "step": step, "under": self._under()}
-            if trainer.is_global_zero:
-                (self.export.folder / BEST_FILE).write_text(json.dumps(self.found, indent=2) + "\n")
-            trainer.strategy.barrier("best model")
-            line += f"; {self.best} is the best so far"
-        seconds = time.perf_counter() - begin
-        if self.throughput is not None:
-            self.throughput.leave_out(seconds)
-        log.info(f"{line} ({seconds:.1f} s)")
+        with contextlib.nullcontext() if self.throughput is None else self.throughput.paused():
+            metrics = self._measure(trainer, pl_module)
+            self._watched = step
+            line = f"Step {step}: {summary(metrics)}"
+            if self.best is not None and step > 0 and self._improves(metrics):
+                # The file that says what the folder holds is the last to come: a folder without it counts as none.
+                self.export.save(trainer, pl_module)
+                self.found = {"metric": self.best, "value": metrics[self.best], "step": step, "under": self._under()}
+                if trainer.is_global_zero:
+                    write_json(self.export.folder / BEST_FILE, self.found)
+                trainer.strategy.barrier("best model")
+                line += f"; {self.best} is the best so far"
+        log.info(f"{line} ({time.perf_counter() - begin:.1f} s)")
         if (increase := metrics.get("short_ppl_increase")) is not None:
-            self._warn(pl_module, step, increase)
+            self._warn(step, increase, is_last=step == trainer.max_steps)
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=step - 1)
 
@@ -173,10 +176,13 @@ class Watch(L.Callback):
         value = sign * metrics[self.best]
         return value > (-math.inf if self.found is None else sign * self.found["value"])
 
-    def _warn(self, pl_module: L.LightningModule, step: int, increase: float):
-        """Not of what rescaling alone has done, before the first step."""
-        limit = self.max_short_increase
-        if limit is None or step == 0 or increase <= limit + (self._warned or 0.0):
+    def _warn(self, step: int, increase: float, is_last: bool):
+        """Not of what rescaling alone has done, before the first step, nor while training takes it back."""
+        if step == 0:
+            return
+        falls = self._increase is None or increase < self._increase
+        limit, self._increase = self.max_short_increase, increase
+        if limit is None or increase <= limit + (self._warned or 0.0) or (falls and not is_last):
             return
         self._warned = increase
         log.warning(short_warning(self.short.lengths[0], f"at step {step}", self.untuned, increase, limit))
@@ -224,14 +230,18 @@ def short_warning(window: int, when: str, untuned: float, increase: float, limit
     return (
         f"perplexity at the model's own window of {window} tokens is {untuned * (1 + increase):.2f} {when}, "
         f"{increase:.1%} above the untuned model's {untuned:.2f} (watch.max_short_increase={limit:g}). What helps: "
-        "more short examples (pose=mix pose.plain_share=0.25), a lower finetune.lr, another rope"
+        "more steps (trainer.max_steps) while it still falls, more short examples (pose=mix pose.plain_share=0.25), a "
+        "lower finetune.lr, another rope"
     )
 
 
 def read_best(folder: Path) -> dict | None:
     """What the folder of the best model says it holds: metric, value, step, under; None where it says nothing."""
+    file = folder / BEST_FILE
+    if not file.exists():
+        return None
     try:
-        found = json.loads((folder / BEST_FILE).read_text())
-        return found if {"metric", "value", "step", "under"} <= found.keys() else None
-    except (OSError, ValueError, AttributeError):
+        return load_json(file, CheckpointError, {"metric": str, "value": (int, float), "step": int, "under": str})
+    except CheckpointError as error:
+        log.warning(f"{error}: the best model there counts as none")
         return None
