@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -99,21 +98,19 @@ def test_without_it_the_same_model_comes_out(watched, train, tmp_path):
     assert not (tmp_path / "best").exists() and "val/" not in (tmp_path / "metrics.csv").read_text()
 
 
-def test_a_run_that_is_killed_ends_with_the_same_best_and_the_same_curves(watched, train, load_json, tmp_path):
+def test_a_run_that_is_killed_ends_with_the_same_best_and_the_same_curves(watched, scripts, train, load_json, tmp_path):
     """Killed once right after the first checkpoint, and once while the best of a later step is exported."""
     whole, run = watched[0], tmp_path / "run"
     overrides = [*SMOKE, *WATCH, "trainer.checkpoint_every_n_steps=2", "resume=auto", f"hydra.run.dir={run}"]
     for waits_for in (run / "checkpoints" / "step-2", run / "best" / "pose_best.json"):
         changed = waits_for.stat().st_mtime_ns if waits_for.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *overrides], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        with open(tmp_path / "log", "w") as log:
+            process = scripts.start("train.py", *overrides, stdout=log, stderr=log)
         while process.poll() is None and not (waits_for.exists() and waits_for.stat().st_mtime_ns > changed):
             time.sleep(0.001)
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        process.kill()
+        process.wait(60)
     train(run, *WATCH, "trainer.checkpoint_every_n_steps=2", "resume=auto")
     assert rows(run) == rows(whole)
     assert load_json(run / "best" / "pose_best.json") == load_json(whole / "best" / "pose_best.json")
