@@ -1,5 +1,6 @@
 """One training from its config to what it leaves in its folder: plan, measure, train, report."""
 
+import csv
 import logging
 import shlex
 import shutil
@@ -45,6 +46,19 @@ def train(cfg: DictConfig):
         runtime.set_up(cfg)
         with alone_in(folder), memory.freed(), faults.explained(folder):
             Run(cfg, folder)()
+
+
+def logged_rows(csv_file: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv, each with what it has; those that are damaged are left out, and counted."""
+    if not csv_file.is_file():
+        return []
+    lines = csv_file.read_text(errors="replace").replace("\0", "").splitlines(keepends=True)
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))  # the last one may be cut off
+    # -1 is before the first step
+    whole = [row for row in rows if None not in row.values() and (row.get("step") or "").removeprefix("-").isdigit()]
+    if missing := max(len(lines) - 1, 0) - len(whole):
+        log.warning(f"{missing} rows of {csv_file} are damaged, and left out")
+    return [{name: value for name, value in row.items() if name and value} for row in whole]
 
 
 class Run:

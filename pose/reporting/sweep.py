@@ -2,27 +2,23 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
-from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf
 
+from pose.files import atomic_file
 from pose.reporting.tables import Metrics, print_table, results_table
 
 
-class SweepTable(Callback):
-    """A Hydra callback: sweep.csv after every job of a multirun, and one table at its end."""
+def show_sweep(folder: Path):
+    """One table over all jobs, those that differ in nothing but their seed in one row.
 
-    def on_job_end(self, config, job_return, **kwargs):
-        if config.hydra.mode.name == "MULTIRUN":
-            _write_sweep(Path(config.hydra.sweep.dir))
-
-    def on_multirun_end(self, config, **kwargs):
-        folder = Path(config.hydra.sweep.dir)
-        jobs = _write_sweep(folder)
-        if jobs:
-            print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
+    Args:
+        folder: of the sweep, with a folder for each job.
+    """
+    jobs = write_sweep(folder)
+    if jobs:
+        print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
 
 
 def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
@@ -38,7 +34,8 @@ def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
     return rows
 
 
-def _write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
+def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
+    """Writes sweep.csv, a row for each job that is complete; returns overrides and metrics of each."""
     jobs = []
     for file in sorted(folder.glob("*/metrics.json"), key=lambda f: (len(f.parent.name), f.parent.name)):
         overrides = OmegaConf.to_container(OmegaConf.load(file.parent / ".hydra" / "overrides.yaml"))
@@ -46,10 +43,8 @@ def _write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
         jobs.append((" ".join(overrides), metrics))
     if jobs:
         names = sorted({name for _, metrics in jobs for name in metrics})
-        partial = folder / f"sweep.csv.{os.getpid()}"  # jobs may end at the same moment
-        with open(partial, "w", newline="") as file:
+        with atomic_file(folder / "sweep.csv", newline="") as file:
             writer = csv.DictWriter(file, ["overrides", *names])
             writer.writeheader()
             writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
-        os.replace(partial, folder / "sweep.csv")
     return jobs

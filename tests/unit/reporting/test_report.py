@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import pose.reporting.plots
+from pose.app.callbacks import SweepTable
 from pose.evaluation.task import Estimate
 from pose.reporting.plots import PANELS, plot_needle, plot_results, plot_ruler, plot_training
-from pose.reporting.sweep import SweepTable, over_seeds
+from pose.reporting.sweep import over_seeds
 from pose.reporting.tables import comparison_tables, lengths_of, print_table, results_table
 
 METRICS = {
