@@ -190,10 +190,10 @@ def build_watch(cfg: DictConfig, tokenizer, window: int, target_len: int, export
         options: WatchOptions = OmegaConf.to_object(cfg.watch)
         lengths = sorted({window, target_len} if options.lengths is None else set(options.lengths))
         options.lengths = lengths
-        check_best(options, lengths)
         suite = build_suite(options, tokenizer, window, target_len, cfg.cache_dir, set_aside)
         if suite is None:
             raise ConfigError("watch.tasks is empty, and watch.every_n_steps is given: choose perplexity, passkey, ...")
+        check_best(options, suite)
         short = None
         has_documents = options.documents is not None or set_aside is not None
         if options.max_short_increase is not None and has_documents and cfg.model.path is not None:

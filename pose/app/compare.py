@@ -16,7 +16,7 @@ from pose.app.preflight import check_config
 from pose.app.schema import EvaluateConfig
 from pose.errors import ConfigError
 from pose.evaluation.memo import Outcomes, identity
-from pose.evaluation.suite import Suite, default_lengths, values
+from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
 from pose.evaluation.task import Estimate
 from pose.files import Memo, atomic_file, read_json, write_json
 from pose.modeling.attention import resolve_backend
@@ -202,6 +202,9 @@ def show(run_dir: Path, candidates: list[Candidate], results: Results):
     """The tables in the terminal, and where everything is."""
     for table in comparison_tables(results, "Results"):
         print_table(table)
+    for candidate in candidates:
+        if remark := out_of_reach(results[candidate.name], candidate.window):
+            log.info(f"{candidate.name}: {remark}")
     documents = candidates[0].suite.document_ids
     lines = []
     if documents:
