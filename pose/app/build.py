@@ -160,16 +160,18 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         min_tokens=cfg.data.min_tokens,
         max_documents=cfg.data.max_documents,
         on_broken=cfg.data.on_broken,
+        max_document_chars=cfg.data.max_document_chars,
+        vocab_size=config.vocab_size,
         window_len=cfg.data.window_len,
         add_bos=cfg.data.add_bos,
         synthetic={name: share for name, share in cfg.data.synthetic.items() if share},
         curriculum=cfg.data.curriculum,
         num_workers=cfg.data.num_workers,
     )
-    suite = build_suite(cfg.eval, tokenizer, geometry.window, sampler.target_len, cfg.cache_dir)
+    suite = build_suite(cfg.eval, tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size)
     best = Export(tokenizer, run_dir / "best", DTYPES[cfg.model.export_dtype])
     throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))
-    watch = build_watch(cfg, tokenizer, geometry.window, sampler.target_len, best, throughput)
+    watch = build_watch(cfg, tokenizer, geometry.window, sampler.target_len, best, throughput, config.vocab_size)
     data.prepare_data()
     data.setup()
     fill_in(cfg, sampler, scaling)
@@ -258,7 +260,9 @@ def build_scaling(node: DictConfig) -> RopeScaling:
     return get_class(arguments.pop("_target_"))(**arguments)
 
 
-def build_suite(node: DictConfig, tokenizer, window: int, target_len: int, cache_dir: str) -> Suite | None:
+def build_suite(
+    node: DictConfig, tokenizer, window: int, target_len: int, cache_dir: str, vocab_size: int | None = None
+) -> Suite | None:
     """The tasks of the group `eval`, ready to run; None where there are none."""
     options: EvalOptions = OmegaConf.to_object(node)
     if not options.tasks:
@@ -267,11 +271,17 @@ def build_suite(node: DictConfig, tokenizer, window: int, target_len: int, cache
         options.lengths = default_lengths(window, target_len)
     options.haystack = find_documents("eval.haystack", options.haystack)
     documents = None if options.documents is None else find_documents("eval.documents", options.documents)
-    return Suite(options, tokenizer, documents, cache_dir, target_len)
+    return Suite(options, tokenizer, documents, cache_dir, target_len, vocab_size)
 
 
 def build_watch(
-    cfg: DictConfig, tokenizer, window: int, target_len: int, best: Export, throughput: Throughput
+    cfg: DictConfig,
+    tokenizer,
+    window: int,
+    target_len: int,
+    best: Export,
+    throughput: Throughput,
+    vocab_size: int | None = None,
 ) -> Watch | None:
     """What is measured while the model trains, by the group `watch`; None where that is nothing.
 
@@ -285,7 +295,7 @@ def build_watch(
         lengths = sorted({window, target_len} if options.lengths is None else set(options.lengths))
         check_best(options, lengths)
         suite = build_suite(
-            OmegaConf.merge(cfg.watch, {"lengths": lengths}), tokenizer, window, target_len, cfg.cache_dir
+            OmegaConf.merge(cfg.watch, {"lengths": lengths}), tokenizer, window, target_len, cfg.cache_dir, vocab_size
         )
         if suite is None:
             raise ConfigError("watch.tasks is empty, and watch.every_n_steps is given: choose perplexity, passkey, ...")
@@ -295,7 +305,8 @@ def build_watch(
             longest = max(lengths) if "perplexity" in options.tasks else window
             only = {"tasks": ["perplexity"], "prefix": None, "lengths": [window], "tail": None, "stride": None}
             only |= {"min_tokens": max(longest, options.min_tokens or 0), "sliding_tokens": None}
-            short = build_suite(OmegaConf.merge(cfg.watch, only), tokenizer, window, target_len, cfg.cache_dir)
+            shorter = OmegaConf.merge(cfg.watch, only)
+            short = build_suite(shorter, tokenizer, window, target_len, cfg.cache_dir, vocab_size)
     except PoseError as error:  # by the name that the key has here
         names = "|".join(field.name for field in fields(EvalOptions))
         raise type(error)(re.sub(rf"\beval\.({names})\b", r"watch.\1", str(error))) from error

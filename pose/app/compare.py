@@ -93,7 +93,9 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         cfg.eval.lengths = list(default_lengths(min(windows), max(targets)))
     candidates = []
     for (name, path, config, tokenizer), window in zip(found, windows, strict=True):
-        suite = build.build_suite(cfg.eval, tokenizer, window, target_len_of(config), cfg.cache_dir)
+        suite = build.build_suite(
+            cfg.eval, tokenizer, window, target_len_of(config), cfg.cache_dir, config.vocab_size
+        )
         if suite is None:
             raise ConfigError("eval.tasks is empty: choose eval=quick, perplexity, passkey, needle, ruler, harness")
         under = {

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pose.data.cache import TokenCache
 from pose.data.datamodule import bos_id
 from pose.data.documents import read_documents
-from pose.data.tokenizer import token_bytes
+from pose.data.tokenizer import check_vocabulary, token_bytes
 from pose.errors import ConfigError, DataError
 from pose.evaluation.harness import Harness
 from pose.evaluation.needle import Needle
@@ -46,6 +46,7 @@ class Suite:
         cache_dir: the folder of all token caches.
         max_length: the window that the models are meant for, in tokens, which standard benchmarks may fill; None is the
             longest of the lengths.
+        vocab_size: rows of the models' embedding, which every token must have one of; None does not look.
 
     Attributes:
         lengths: sorted, each once.
@@ -55,21 +56,29 @@ class Suite:
 
     Raises:
         ConfigError: a task, prompt or stride that does not fit the lengths.
-        DataError: the documents are broken, or none has max(lengths) tokens.
+        DataError: the documents are broken, or none has max(lengths) tokens, or a token is beyond vocab_size.
     """
 
     def __init__(
-        self, options: EvalOptions, tokenizer, documents, cache_dir: str | Path, max_length: int | None = None
+        self,
+        options: EvalOptions,
+        tokenizer,
+        documents,
+        cache_dir: str | Path,
+        max_length: int | None = None,
+        vocab_size: int | None = None,
     ):
         self.options, self.tokenizer = options, tokenizer
         self.lengths = sorted(set(options.lengths))
         self.max_length = self.lengths[-1] if max_length is None else max_length
-        self.bos_id = bos_id(tokenizer, options.add_bos)
+        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, options.add_bos, vocab_size)
         self.document_ids: list[str] = []
         self.took: list[Took] = []
         haystack = None
         if any(task == "needle" or task.startswith("ruler/") for task in options.tasks):
             haystack = "\n\n".join(document.text for document in read_documents(options.haystack, options.text_field))
+            if vocab_size is not None:
+                check_vocabulary(tokenizer, haystack, vocab_size, "eval.haystack")
         self.tasks: list[Task] = []
         for name in dict.fromkeys(options.tasks):
             if name == "perplexity":
@@ -171,6 +180,8 @@ class Suite:
         if o.max_documents is not None and o.max_documents < len(usable):
             rng = np.random.default_rng(o.seed)
             usable = sorted(rng.choice(usable, o.max_documents, replace=False).tolist())
+        if self.vocab_size is not None:
+            cache.check_vocabulary(self.tokenizer, self.vocab_size, usable)
         if len(usable) < len(cache):
             log.info(f"Perplexity on {len(usable)} of {len(cache)} documents of at least {enough} tokens")
         return [cache[i] for i in usable], [cache.ids[i] for i in usable]
