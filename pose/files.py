@@ -83,9 +83,12 @@ def atomic_folder(folder: str | Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
-        if folder.exists() and not replace:
+        if replace:
+            replace_folder(partial, folder)
+        elif folder.exists():
             raise FileExistsError(f"{folder} exists")
-        replace_folder(partial, folder)
+        else:
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pose.app.targets import make
 from pose.data.datamodule import PoseDataModule
+from pose.data.heldout import SetAside
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths
@@ -128,7 +129,9 @@ def accumulate(trainer: L.Trainer, micro_batch: int, global_batch: int) -> int:
     return micro_batch
 
 
-def build_data(cfg: DictConfig, tokenizer, sampler: PositionSampler, micro_batch: int) -> PoseDataModule:
+def build_data(
+    cfg: DictConfig, tokenizer, sampler: PositionSampler, micro_batch: int, vocab_size: int
+) -> PoseDataModule:
     """The LightningDataModule of the group `data`, not tokenised yet."""
     d, t = OmegaConf.to_object(cfg.data), cfg.trainer
     measuring = [cfg.eval] + [cfg.watch] * (cfg.watch.every_n_steps is not None)
@@ -147,6 +150,8 @@ def build_data(cfg: DictConfig, tokenizer, sampler: PositionSampler, micro_batch
         min_tokens=d.min_tokens,
         max_documents=d.max_documents,
         on_broken=d.on_broken,
+        max_document_chars=d.max_document_chars,
+        vocab_size=vocab_size,
         heldout_share=d.heldout_share if wanting else 0.0,
         heldout_len=min(max(group.lengths or [sampler.target_len]) for group in wanting) if wanting else None,
         window_len=d.window_len,
@@ -158,7 +163,13 @@ def build_data(cfg: DictConfig, tokenizer, sampler: PositionSampler, micro_batch
 
 
 def build_suite(
-    options: EvalOptions, tokenizer, window: int, target_len: int, cache_dir: str, set_aside=None
+    options: EvalOptions,
+    tokenizer,
+    window: int,
+    target_len: int,
+    cache_dir: str,
+    vocab_size: int | None = None,
+    set_aside: SetAside | None = None,
 ) -> Suite | None:
     """The tasks of the group `eval`, ready to run; None where there are none.
 
@@ -167,6 +178,7 @@ def build_suite(
         tokenizer: of the model.
         window, target_len: of the model, in tokens: the lengths, where none are given.
         cache_dir: of the token caches.
+        vocab_size: rows of the model's embedding.
         set_aside: documents of the training data that are kept for evaluation, where no others are named.
     """
     if not options.tasks:
@@ -175,10 +187,21 @@ def build_suite(
         options.lengths = default_lengths(window, target_len)
     options.haystack = find_documents("{group}.haystack", options.haystack)
     documents = set_aside if options.documents is None else find_documents("{group}.documents", options.documents)
-    return Suite(options, tokenizer, documents, cache_dir, target_len)
+    return Suite(options, tokenizer, documents, cache_dir, target_len, vocab_size)
 
 
-def build_watch(cfg: DictConfig, tokenizer, window: int, target_len: int, export: Export, throughput, set_aside=None):
+def build_watch(
+    cfg: DictConfig,
+    tokenizer,
+    window: int,
+    target_len: int,
+    cache_dir: str,
+    vocab_size: int,
+    set_aside: SetAside | None,
+    *,
+    export: Export,
+    throughput: Throughput,
+) -> Watch | None:
     """What is measured while the model trains, by the group `watch`; None where that is nothing.
 
     Raises:
@@ -190,7 +213,7 @@ def build_watch(cfg: DictConfig, tokenizer, window: int, target_len: int, export
         options: WatchOptions = OmegaConf.to_object(cfg.watch)
         lengths = sorted({window, target_len} if options.lengths is None else set(options.lengths))
         options.lengths = lengths
-        suite = build_suite(options, tokenizer, window, target_len, cfg.cache_dir, set_aside)
+        suite = build_suite(options, tokenizer, window, target_len, cache_dir, vocab_size, set_aside)
         if suite is None:
             raise ConfigError("watch.tasks is empty, and watch.every_n_steps is given: choose perplexity, passkey, ...")
         check_best(options, suite)
@@ -202,7 +225,7 @@ def build_watch(cfg: DictConfig, tokenizer, window: int, target_len: int, export
             only = {"tasks": ["perplexity"], "prefix": None, "lengths": [window], "tail": None, "stride": None}
             only |= {"min_tokens": max(longest, options.min_tokens or 0), "sliding_tokens": None}
             short_options: WatchOptions = OmegaConf.to_object(OmegaConf.merge(cfg.watch, only))
-            short = build_suite(short_options, tokenizer, window, target_len, cfg.cache_dir, set_aside)
+            short = build_suite(short_options, tokenizer, window, target_len, cache_dir, vocab_size, set_aside)
     except PoseError as error:
         raise error.under("watch") from error
     return Watch(

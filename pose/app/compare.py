@@ -109,7 +109,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     candidates = []
     for (name, path, config, tokenizer), window in zip(found, windows, strict=True):
         suite = build.build_suite(
-            OmegaConf.to_object(cfg.eval), tokenizer, window, target_len_of(config), cfg.cache_dir
+            OmegaConf.to_object(cfg.eval), tokenizer, window, target_len_of(config), cfg.cache_dir, config.vocab_size
         )
         if suite is None:
             raise ConfigError("eval.tasks is empty: choose eval=quick, perplexity, passkey, needle, ruler, harness")

@@ -65,7 +65,8 @@ class DataConfig:
     text_field: str = "text"  # the key of the text, for documents that do not name their own
     min_tokens: int = 1  # tokens; shorter documents are left out
     max_documents: int | None = None  # the first so many of the others; null: all
-    on_broken: str = "error"  # error or skip: a line or row that cannot be read
+    on_broken: str = "error"  # error or skip: a line or row that cannot be read, or is too long
+    max_document_chars: int = 200_000_000  # characters; a document with more is refused, or skipped by on_broken
     window_len: int | None = None  # tokens of a document an example is drawn from; null: the whole document
     add_bos: bool | None = None  # a document begins with BOS; null: as the tokenizer does
     synthetic: SyntheticShares = field(default_factory=SyntheticShares)  # retrieval examples among the text

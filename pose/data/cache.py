@@ -4,12 +4,12 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,44 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from pose.data.documents import Broken, Document, Files, find_files
+from pose.data.documents import (
+    MAX_DOCUMENT_CHARS,
+    Broken,
+    Document,
+    Files,
+    changed,
+    open_files,
+    out_of_memory,
+    unreadable,
+)
 from pose.data.hub import HubDataset, HubSource
+from pose.data.network import first_line
 from pose.data.tokenise import Tokeniser, all_cores
-from pose.data.tokenizer import tokenizer_digest
+from pose.data.tokenizer import beyond_vocabulary, tokenizer_digest
 from pose.errors import ConfigError, DataError
-from pose.files import DAMAGE, Memo, digest
+from pose.files import Memo, atomic_folder, load_json, remove_folder
 
 log = logging.getLogger(__name__)
 
 # Raise it whenever the same documents and tokenizer would give other files than before.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 A_DAY = 24 * 3600.0  # seconds
+CHECKED_AT_ONCE = 8 << 20  # bytes
+DTYPES = ("uint16", "uint32")
+# A folder in which a cache was being built, or from which a name was taken.
+LEFTOVER = re.compile(r"\.?(.+-[0-9a-f]{16})\.([a-z0-9_]{8}|old|removed)")
+# What index.json must have.
+COUNTS = ("read", "kept", "tokens", "max_id", "too_short", "min_tokens", "without_text", "broken")
+OTHERS = {"documents": str, "first_broken": list, "dtype": str, "checksums": dict, "checksum": int}
+KEYS: dict[str, type | tuple] = {"documents": str, "first_broken": list, "dtype": str}
+KEYS |= {"checksums": dict, "checksum": int} | dict.fromkeys(COUNTS, int)
 
 _reported: set[Path] = set()
+_checked: set[tuple] = set()
+
+
+class DamagedCache(DataError):
+    """A token cache that is not as it was written; `TokenCache.build` makes it again."""
 
 
 class TokenCache:
@@ -41,6 +65,7 @@ class TokenCache:
 
     Args:
         folder: as `build` leaves it.
+        check: whether the checksums of the files are compared, once in a process: about 0.4 s per GB.
 
     Attributes:
         lengths: tokens of each document, int64 [documents].
@@ -48,37 +73,94 @@ class TokenCache:
         info: counts of what was read, kept and dropped, and the dtype.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the folder is damaged.
+        DamagedCache: the folder is not as it was written, or is not there.
+        DataError: it cannot be read.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, check: bool = True):
         self.folder = Path(folder)
-        self.info: dict[str, Any] = json.loads((self.folder / "index.json").read_text())
+        try:
+            self._open_files(check)
+        except PermissionError as error:
+            raise unreadable(error) from error
+        except OSError as error:
+            raise self._damaged(str(error)) from error
+        self._tokens: np.ndarray | None = None
+
+    def _open_files(self, check: bool):
+        open(self.folder / "index.json").close()  # what is closed to this user is told from what is damaged
+        self.info: dict[str, Any] = load_json(self.folder / "index.json", DamagedCache, KEYS)
+        if self.info["checksum"] != _checksum_of_index(self.info):
+            raise self._damaged("index.json is not what was written")
+        if self.info["dtype"] not in DTYPES:
+            raise self._damaged(f"index.json has the dtype {self.info['dtype']!r}, and not {' or '.join(DTYPES)}")
         num, num_tokens = self.info["kept"], self.info["tokens"]
         self.dtype = np.dtype(self.info["dtype"])
         index = np.fromfile(self.folder / "index.bin", np.int64)
         if num < 1 or index.shape != (2 * num,):
-            raise ValueError(f"{self.folder}/index.bin does not have the {num} documents of index.json")
+            raise self._damaged(f"index.bin does not have the {num} documents of index.json")
         self.ends, id_ends = index.reshape(num, 2).T.copy()
         self.lengths = np.diff(self.ends, prepend=0)
         self.ids = _Ids(self.folder / "ids.bin", id_ends)
-        _expect_size(self.folder / "tokens.bin", num_tokens * self.dtype.itemsize)
-        _expect_size(self.folder / "ids.bin", int(id_ends[-1]))
+        for name, size in (("tokens.bin", num_tokens * self.dtype.itemsize), ("ids.bin", int(id_ends[-1]))):
+            if (self.folder / name).stat().st_size != size:
+                raise self._damaged(f"{name} does not have the {size} bytes of its index")
         if self.ends[-1] != num_tokens or self.lengths.min() < 1 or np.diff(id_ends).min(initial=0) < 0:
-            raise ValueError(f"{self.folder}/index.bin does not belong to tokens.bin")
-        self._tokens = None
+            raise self._damaged("index.bin does not belong to tokens.bin")
+        if check:
+            self._compare_checksums()
+
+    def _compare_checksums(self):
+        files = [self.folder / name for name in ("tokens.bin", "index.bin", "ids.bin")]
+        stats = [file.stat() for file in files]
+        key = (str(self.folder.resolve()), *((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+        if key in _checked:
+            return
+        for file in files:
+            if _checksum(file) != self.info["checksums"].get(file.name):
+                raise self._damaged(f"{file.name} is not what was written")
+        _checked.add(key)
+
+    def _damaged(self, what: str) -> DamagedCache:
+        return DamagedCache(f"the token cache {self.folder} is damaged: {what}")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, document: int) -> np.ndarray:
         if self._tokens is None:  # opened in the process that reads, so that workers share no handle
-            self._tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r")
+            try:
+                self._tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r")
+            except (OSError, ValueError) as error:
+                raise self._damaged(first_line(error)) from error
         end = self.ends[document]
         return self._tokens[end - self.lengths[document] : end]
 
     def __reduce__(self):
-        return type(self), (self.folder,)
+        return type(self), (self.folder, False)  # a reading process trusts the one that has opened it
+
+    @property
+    def max_id(self) -> int:
+        """The largest token id of all documents."""
+        return self.info["max_id"]
+
+    def check_vocabulary(self, tokenizer, vocab_size: int, documents: Iterable[int] | None = None):
+        """Whether a model has a row of its embedding for every token.
+
+        Args:
+            tokenizer: that made the tokens.
+            vocab_size: rows of the embedding.
+            documents: those that are used, by number; None for all.
+
+        Raises:
+            DataError: it has not; names the document, the token, its id, and the rows there are.
+        """
+        if self.max_id < vocab_size:
+            return
+        for document in range(len(self)) if documents is None else documents:
+            largest = int(self[document].max())
+            if largest >= vocab_size:
+                raise beyond_vocabulary(tokenizer, largest, vocab_size, f"document {self.ids[document]}")
 
     @classmethod
     def build(
@@ -92,90 +174,117 @@ class TokenCache:
         max_documents: int | None = None,
         on_broken: str = "error",
         asked_by: str = "{group}.min_tokens",
+        max_document_chars: int = MAX_DOCUMENT_CHARS,
     ) -> "TokenCache":
         """Opens the cache of a set of documents, tokenising them first if there is none yet.
 
         The key is what the tokens depend on: the files' bytes and names (for a dataset of the hub its
-        commit), the tokenizer, every option, and FORMAT_VERSION. Of several jobs that start at once one
-        tokenises and the others wait for it. The folder appears in one rename, so a killed build leaves
-        nothing that looks whole; where the file system has no locks, each job builds and one is first.
+        commit), the tokenizer, every option, and FORMAT_VERSION. The files have to stay as they are until they
+        are read. Of several jobs that start at once one tokenises and the others wait for it. The folder appears
+        in one rename, so a killed build leaves nothing that looks whole; where the file system has no locks, each
+        job builds and one is first. A cache that is there and whole is only read; a damaged one is made again.
 
         Args:
-            documents: a file, folder or glob (`find_files`), a dataset as the fields of `HubDataset`, or a
-                list of these, read in order; what is named twice counts twice.
+            documents: a file, folder or glob, or one with its own text field (`open_files`); a dataset as the
+                fields of `HubDataset`; or a list of these, read in order; what is named twice counts twice.
             tokenizer: a transformers tokenizer; no special tokens are added.
             cache_dir: the folder that holds all caches.
             text_field: the key of the text, for documents that do not name their own.
             min_tokens: shorter documents are left out.
             max_documents: the first so many of the others are taken, and no more is read; None takes all.
-            on_broken: "error" or "skip", for lines and rows that cannot be read.
+            on_broken: "error" or "skip", for lines and rows that cannot be read, or are too long.
+            max_document_chars: the most characters that the text of a document may have.
             asked_by: the key that min_tokens comes from, for errors.
 
         Raises:
             ConfigError: a value that cannot be meant.
-            DataError: documents are missing or broken, or none is left, or cache_dir cannot be written.
+            DataError: documents are missing, broken or changing, or none is left; memory runs out, or cache_dir
+                cannot be written.
         """
         for key, value in (("min_tokens", min_tokens), ("max_documents", max_documents)):
             if not (isinstance(value, int) and value >= 1) and (key, value) != ("max_documents", None):
                 raise ConfigError(f"data.{key}={value!r} is not accepted: give an integer of at least 1")
-        broken = Broken(on_broken)
+        broken = Broken(on_broken, max_document_chars)
         root = Path(cache_dir).expanduser()
         memo = Memo(root / ".memo")
-        sources, prints = zip(*(_open_source(spec, text_field, memo) for spec in _as_list(documents)), strict=True)
-        options = [min_tokens, max_documents, on_broken]
-        folder = root / _key(sources, list(prints), tokenizer, options)
+        sources: list = [_open_source(spec, text_field, memo) for spec in _as_list(documents)]
+        states = [source.state(memo) for source in sources]
+        options = [min_tokens, max_documents, on_broken, max_document_chars]
+        folder = root / _key(sources, states, tokenizer, options)
+        name = sources[0].name + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+
+        def write(building: Path):
+            _tokenise(name, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, building, asked_by)
+            for source, before in zip(sources, states, strict=True):
+                if differing := set(before) ^ set(source.state(memo)):
+                    raise changed(state.path for state in differing)
+
         cache = cls._open(folder)
         if cache is None:
             try:
                 (root / ".locks").mkdir(parents=True, exist_ok=True)
-                with _lock(
-                    root / ".locks" / folder.name, f"{sources[0].name} is being tokenised by another job"
-                ) as alone:
-                    cache = cls._open(folder) or cls._build(
-                        folder, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, alone, asked_by
-                    )
-            except OSError as error:
-                raise DataError(
-                    f"cache_dir={cache_dir} cannot be written to ({error}): give another folder, or room in this one"
-                ) from error
+                with _lock(root / ".locks" / folder.name, f"{name} is being tokenised by another job") as alone:
+                    cache = cls._open(folder, warn=False) or cls._build(folder, write, alone)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise DataError(
+                        f"memory ran out while {name} was tokenised ({first_line(error)}): each document has to fit. "
+                        "Split long ones, or refuse them with a lower data.max_document_chars (it is "
+                        f"{max_document_chars:,})"
+                    ) from error
+                if isinstance(error, OSError):
+                    raise DataError(
+                        f"cache_dir={cache_dir} cannot be written to ({error}): give another folder, or room in this "
+                        "one"
+                    ) from error
+                raise
         _report(cache)
         return cache
 
     @classmethod
-    def _open(cls, folder: Path) -> "TokenCache | None":
+    def _open(cls, folder: Path, warn: bool = True) -> "TokenCache | None":
+        """The cache in a folder; None where there is none, or a damaged one."""
         try:
-            return cls(folder)
-        except DAMAGE:  # or not there
+            return cls(folder) if folder.exists() else None
+        except DamagedCache as error:
+            if warn:
+                log.warning(f"{error}; it is made again")
             return None
+        except OSError as error:
+            raise unreadable(error) from error
 
     @classmethod
-    def _build(
-        cls, folder: Path, sources, tokeniser, broken, min_tokens, max_documents, alone, asked_by
-    ) -> "TokenCache":
-        for old in folder.parent.glob(
-            folder.name + ".*"
-        ):  # of killed jobs, or where there are no locks of running ones
-            if alone or time.time() - old.stat().st_mtime > A_DAY:
-                shutil.rmtree(old, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-        try:
+    def _build(cls, folder: Path, write, alone: bool) -> "TokenCache":
+        _remove_leftovers(folder, alone)
+        with suppress(FileExistsError), atomic_folder(folder) as building:  # of a job that was first, without locks
             with all_cores():
-                _tokenise(sources, tokeniser, broken, min_tokens, max_documents, building, asked_by)
-            building.chmod(0o755)
-            cache = cls._open(folder)  # of a job that was first, where there are no locks
-            if cache is None:
-                with suppress(FileNotFoundError):  # damaged: moved in one step, so that two jobs do not meet in it
-                    os.rename(folder, building / "damaged")
-                    shutil.rmtree(building / "damaged")
-                with suppress(OSError):
-                    os.rename(building, folder)
-                cache = cls(folder)
-            return cache
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+                write(building)
+            if folder.exists() and cls._open(folder, warn=False) is None:
+                with suppress(FileNotFoundError):
+                    remove_folder(folder)
+        return cls(folder)
 
 
-class _Ids(Sequence):
+def _remove_leftovers(folder: Path, alone: bool):
+    """Removes what killed builds of any documents have left beside a cache's folder.
+
+    It is theirs if nobody holds the lock of their cache; where there are no locks, if a day has passed.
+
+    Args:
+        folder: of the cache that is to be built.
+        alone: whether its lock is held here.
+    """
+    for left in folder.parent.iterdir():
+        if not (match := LEFTOVER.fullmatch(left.name)):
+            continue
+        lock = nullcontext(alone) if match[1] == folder.name else _lock(folder.parent / ".locks" / match[1])
+        with suppress(OSError), lock as is_free:  # another job may remove it too
+            newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            if is_free or time.time() - newest > A_DAY:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+class _Ids:
     """Strings in a file, by the byte at which each ends."""
 
     def __init__(self, path: Path, ends: np.ndarray):
@@ -193,21 +302,29 @@ class _Ids(Sequence):
 
 
 @contextmanager
-def _lock(path: Path, waiting: str) -> Iterator[bool]:
-    """Holds a file's lock, which the kernel takes from a process that dies; yields whether there is one to hold."""
+def _lock(path: Path, waiting: str | None = None) -> Iterator[bool]:
+    """Holds a file's lock, which the kernel takes from a process that dies; yields whether it is held.
+
+    Args:
+        path: of the file.
+        waiting: what is said before waiting for another's lock; None does not wait.
+    """
     with open(path, "a") as file:
-        alone = False
+        held = False
         with suppress(OSError):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
             except BlockingIOError:
-                log.info(f"{waiting}: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        yield alone
+                if waiting is not None:
+                    log.info(f"{waiting}: waiting for it")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    held = True
+        yield held
 
 
 def _tokenise(
+    name: str,
     sources,
     tokeniser: Tokeniser,
     broken: Broken,
@@ -219,7 +336,6 @@ def _tokenise(
     """Writes tokens.bin, ids.bin, index.bin (int64 [documents, 2]: where tokens and id end) and index.json."""
     read = kept = too_short = without_text = length = start = id_end = 0
     sizes = [source.size for source in sources]
-    name = sources[0].name + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
     bar = tqdm(
         desc=f"Tokenising {name}", total=None if None in sizes else sum(sizes),
         unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5,
@@ -234,7 +350,7 @@ def _tokenise(
         for batch in _batches(sources, tokeniser, broken):
             rows = tokeniser.encode([text for _, text, _, _, _ in batch])
             for (document_id, text, left_out, is_last, num_broken), row in zip(batch, rows, strict=True):
-                out.write(row[left_out:])
+                out.write(row[left_out:].tobytes())
                 length += len(row) - left_out
                 characters += len(text)
                 if not is_last:
@@ -247,7 +363,7 @@ def _tokenise(
                 else:
                     kept, start = kept + 1, start + length
                     id_end += ids.write(document_id.encode())
-                    index.write(np.array([start, id_end]))
+                    index.write(np.array([start, id_end]).tobytes())
                 length = 0
                 if kept == max_documents:
                     broken.forget_after(num_broken)
@@ -258,7 +374,7 @@ def _tokenise(
             if kept == max_documents:
                 break
         out.truncate(start * tokeniser.dtype.itemsize)
-    counts = {
+    counts: dict[str, Any] = {
         "documents": name,
         "read": read,
         "kept": kept,
@@ -272,7 +388,25 @@ def _tokenise(
     }
     if not kept:
         raise DataError(_nothing(counts, asked_by), group="data")
+    counts["max_id"] = int(np.memmap(folder / "tokens.bin", tokeniser.dtype, "r").max())
+    counts["checksums"] = {file.name: _checksum(file) for file in folder.iterdir()}
+    counts["checksum"] = _checksum_of_index(counts)
     (folder / "index.json").write_text(json.dumps(counts, indent=1))
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(CHECKED_AT_ONCE):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _checksum_of_index(index: dict[str, Any]) -> int:
+    """CRC-32 of the content of index.json, without its own."""
+    content = {key: value for key, value in index.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _batches(sources, tokeniser: Tokeniser, broken: Broken) -> Iterator[list[tuple[str, str, int, bool, int]]]:
@@ -297,20 +431,18 @@ def _batches(sources, tokeniser: Tokeniser, broken: Broken) -> Iterator[list[tup
 
 
 def _pieces(document: Document, tokeniser: Tokeniser) -> Iterator[tuple[str, int, bool]]:
-    waiting = None
-    for piece, left_out in tokeniser.pieces(document.text):
-        if waiting is not None:
-            yield *waiting, False
-        waiting = piece, left_out
-    yield *waiting, True
+    pieces = tokeniser.pieces(document.text)
+    piece, left_out = next(pieces)
+    for following in pieces:
+        yield piece, left_out, False
+        piece, left_out = following
+    yield piece, left_out, True
 
 
-def _open_source(spec, text_field: str, memo: Memo) -> tuple[Files | HubSource, Any]:
-    """A source, and what its documents depend on."""
-    if isinstance(spec, str | Path):
-        paths = find_files(spec)
-        files = Files(paths, Path(spec).name or str(spec), text_field)
-        return files, ["files", text_field, [[path.name, digest(path, memo)] for path in paths]]
+def _open_source(spec, text_field: str, memo: Memo) -> Files | HubSource:
+    files = open_files(spec, text_field)
+    if files is not None:
+        return files
     if not isinstance(spec, Mapping):
         raise ConfigError(f"data.documents has {spec!r}: give a file, a folder, a glob, or the fields of a dataset")
     known = [field.name for field in fields(HubDataset)]
@@ -319,15 +451,7 @@ def _open_source(spec, text_field: str, memo: Memo) -> tuple[Files | HubSource, 
     if not isinstance(spec.get("path"), str):
         raise ConfigError(f"data.documents has a dataset without a path: {dict(spec)}")
     given = {key: value for key, value in spec.items() if value is not None}
-    dataset = HubDataset(**{"text_field": text_field} | given)
-    what = [dataset.name, dataset.split, dataset.data_files, dataset.format, dataset.text_field]
-    if dataset.is_local:
-        folder = Path(dataset.path).expanduser()
-        inside = sorted(file for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts)
-        content = [[str(file.relative_to(folder)), digest(file, memo)] for file in inside]
-        return HubSource(dataset, None), ["folder", *what, content]
-    commit = dataset.commit(memo)
-    return HubSource(dataset, commit), ["hub", dataset.path, commit, *what]
+    return HubSource(HubDataset(**{"text_field": text_field} | given), memo)
 
 
 def _as_list(documents) -> list:
@@ -340,15 +464,14 @@ def _as_list(documents) -> list:
     return list(documents)
 
 
-def _key(sources, prints: list, tokenizer, options: list) -> str:
-    key = json.dumps([FORMAT_VERSION, prints, tokenizer_digest(tokenizer), options])
+def _key(sources: list, states: list, tokenizer, options: list) -> str:
+    read = [
+        [source.what, [[state.name, state.digest] for state in files]]
+        for source, files in zip(sources, states, strict=True)
+    ]
+    key = json.dumps([FORMAT_VERSION, read, tokenizer_digest(tokenizer), options])
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in sources[0].name.split(".")[0])
     return f"{name[:48]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-
-def _expect_size(path: Path, size: int):
-    if path.stat().st_size != size:
-        raise ValueError(f"{path} does not have the {size} bytes of its index")
 
 
 def _nothing(counts: dict, asked_by: str) -> str:

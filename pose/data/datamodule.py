@@ -1,28 +1,34 @@
 """The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
 
+import ctypes
 import hashlib
 import json
 import logging
 import re
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from pose.data.cache import TokenCache
+from pose.data.documents import MAX_DOCUMENT_CHARS
 from pose.data.examples import Curriculum, PoseDataset, collate
 from pose.data.heldout import SetAside, without
+from pose.data.tokenizer import beyond_vocabulary
 from pose.errors import ConfigError
 from pose.positions import PositionSampler
 from pose.tasks.synthetic import TASKS
 
 log = logging.getLogger(__name__)
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
 SENTENCE_END = re.compile(r"""([.!?]["'”’»)\]]*|\n)\s*$""")
 
 
@@ -41,7 +47,9 @@ class PoseDataModule(L.LightningDataModule):
         text_field: the key of the text, for documents that do not name their own.
         min_tokens: shorter documents are left out.
         max_documents: the first so many of the others; None takes all.
-        on_broken: "error" or "skip", for lines and rows that cannot be read.
+        on_broken: "error" or "skip", for lines and rows that cannot be read, or are too long.
+        max_document_chars: the most characters that the text of a document may have.
+        vocab_size: rows of the model's embedding, which every token must have one of; None does not look.
         heldout_share: share of whole documents set aside for evaluation (`set_aside`), in [0, 1); 0 keeps none.
         heldout_len: tokens that such a document has at least; None: the sampler's target.
         window_len: tokens of a document that one example is drawn from; None takes documents whole.
@@ -52,7 +60,7 @@ class PoseDataModule(L.LightningDataModule):
 
     Raises:
         ConfigError: shares that do not add up, an unknown task, or a BOS the tokenizer does not have.
-        DataError: documents are broken or missing, or none is long enough.
+        DataError: documents are broken or missing, or none is long enough, or a token is beyond vocab_size.
     """
 
     def __init__(
@@ -72,6 +80,8 @@ class PoseDataModule(L.LightningDataModule):
         on_broken: str = "error",
         heldout_share: float = 0.0,
         heldout_len: int | None = None,
+        max_document_chars: int = MAX_DOCUMENT_CHARS,
+        vocab_size: int | None = None,
         window_len: int | None = None,
         add_bos: bool | None = None,
         synthetic: Mapping[str, float] | None = None,
@@ -83,18 +93,25 @@ class PoseDataModule(L.LightningDataModule):
         self.num_examples, self.micro_batch, self.seed = num_examples, micro_batch, seed
         self.global_batch = micro_batch if global_batch is None else global_batch
         self.cache_dir, self.text_field, self.window_len = cache_dir, text_field, window_len
-        self.choice = {"min_tokens": min_tokens, "max_documents": max_documents, "on_broken": on_broken}
+        self.choice: dict[str, Any] = {
+            "min_tokens": min_tokens, "max_documents": max_documents, "on_broken": on_broken,
+            "max_document_chars": max_document_chars,
+        }  # fmt: skip
         self.set_aside = None
         if heldout_share:
             length = sampler.target_len if heldout_len is None else heldout_len
             self.set_aside = SetAside(documents, heldout_share, length, cache_dir, text_field, self.choice)
-        self.bos_id = bos_id(tokenizer, add_bos)
+        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, add_bos, vocab_size)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
-        self.curriculum = [tuple(phase) if isinstance(phase, Sequence) else (phase,) for phase in curriculum]
-        self.dataset: Dataset | None = None
+        self.curriculum: list[tuple] = [
+            tuple(phase) if isinstance(phase, Sequence) else (phase,) for phase in curriculum
+        ]
+        self.dataset: PoseDataset | Curriculum | None = None
         self._check()
 
     def _check(self):
+        if not isinstance(self.num_workers, int) or self.num_workers < 0:
+            raise ConfigError(f"data.num_workers={self.num_workers!r} is not accepted: give an integer of at least 0")
         for name, share in self.synthetic.items():
             if name not in TASKS:
                 raise ConfigError(f"data.synthetic has no task {name!r}: choose from {', '.join(TASKS)}")
@@ -126,33 +143,52 @@ class PoseDataModule(L.LightningDataModule):
             return
         cache = self._open()
         self.fingerprint = cache.folder.name  # of all the text and its tokens
+        if self.vocab_size is not None:
+            cache.check_vocabulary(self.tokenizer, self.vocab_size)
         kept_back = [] if self.set_aside is None else self.set_aside.of(cache)
         if kept_back:
             self.fingerprint += f", without {len(kept_back)} for evaluation: " + _fingerprint(kept_back)
             log.info(f"Held out    {len(kept_back):,} of {len(cache):,} documents (data.heldout_share)")
         documents = _Documents(cache, kept_back)
         self.num_documents, self.num_tokens = len(documents), int(cache.lengths[documents.indices].sum())
-        tasks = {TASKS[name](self.tokenizer, documents): share for name, share in self.synthetic.items()}
+        tasks: dict[Any, float] = {
+            TASKS[name](self.tokenizer, documents, self.vocab_size): share for name, share in self.synthetic.items()
+        }
         for task in tasks:  # what does not fit is an error now, not in the middle of the run
             for length in (self.sampler.example_len, *(length for _, length in self.curriculum)):
                 task.sample(np.random.default_rng(0), length)
 
         ends = sentence_ends(self.tokenizer) if self.sampler.uses_breaks else None
 
-        def dataset(sampler, window_len):
+        def dataset(sampler, window_len) -> PoseDataset:
             return PoseDataset(
                 documents, sampler, num_examples=self.num_examples, seed=self.seed,
                 window_len=window_len, bos_id=self.bos_id, synthetic=tasks, sentence_end=ends,
             )  # fmt: skip
 
-        self.dataset = dataset(self.sampler, self.window_len)
+        self.dataset = whole = dataset(self.sampler, self.window_len)
+        self._say_what_is_used(cache, whole.usable)
         if self.curriculum:
             steps = self.num_examples / self.global_batch  # an optimizer step is of one phase: its rows have one length
             phases = [
                 (round(end * steps) * self.global_batch, dataset(self.sampler.resized(n, n), n))
                 for end, n in self.curriculum
             ]
-            self.dataset = Curriculum([*phases, (self.num_examples, self.dataset)])
+            self.dataset = Curriculum([*phases, (self.num_examples, whole)])
+
+    def _say_what_is_used(self, cache: TokenCache, usable: np.ndarray):
+        """How much of the text examples are drawn from: a warning where it is less than half."""
+        if len(usable) == len(cache):
+            return
+        used, num = int(cache.lengths[usable].sum()), int(cache.lengths.sum())
+        few = 2 * len(usable) < len(cache) or 2 * used < num
+        hint = ". Join short documents, or train on less" if few else ""
+        log.log(
+            logging.WARNING if few else logging.INFO,
+            f"{cache.info['documents']}: {len(usable):,} of {len(cache):,} documents, {used:,} of {num:,} tokens, are "
+            f"used: the others are shorter than the {self.sampler.min_document_len:,} tokens that an example needs at "
+            f"pose.train_len={self.sampler.train_len}{hint}",
+        )
 
     def _open(self) -> TokenCache:
         return TokenCache.build(self.documents, self.tokenizer, self.cache_dir, self.text_field, **self.choice)
@@ -161,23 +197,30 @@ class PoseDataModule(L.LightningDataModule):
         step, rank, world = 0, 0, 1
         if self.trainer is not None:  # a run that goes on begins its data at the step it has reached
             step, rank, world = self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
+        assert self.dataset is not None, "setup comes first"
         self.order = InOrder(self.dataset, step * self.global_batch, rank, world)
         return DataLoader(
             self.dataset, self.micro_batch, sampler=self.order, num_workers=self.num_workers,
-            collate_fn=collate, persistent_workers=self.num_workers > 0, worker_init_fn=_outlive_signals,
+            collate_fn=collate, persistent_workers=self.num_workers > 0, worker_init_fn=_follow_the_trainer,
         )  # fmt: skip
 
     def describe(self, batch_idx: int, row: int) -> str:
         """Which example is in a row of a batch of this process's loader, for messages: epoch, index, document."""
+        assert self.dataset is not None, "setup comes first"
         items = islice(self.order, batch_idx * self.micro_batch, (batch_idx + 1) * self.micro_batch)
         rows = [(item, i) for item in items for i in range(self.dataset.num_rows(item))]
         return self.dataset.describe(*rows[row])
 
 
-def _outlive_signals(worker: int):
-    """Schedulers signal every process of a job: the one that trains says when those that read for it end."""
+def _follow_the_trainer(worker: int):
+    """Schedulers signal every process of a job: the one that trains says when those that read for it end.
+
+    They end with it when it is killed, too, and not when they next look, seconds later.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class InOrder(DistributedSampler):
@@ -186,15 +229,15 @@ class InOrder(DistributedSampler):
     So a global batch has the same examples for any number of processes, and a run goes on where it stopped.
     """
 
-    def __init__(self, dataset: Dataset, start: int, rank: int, world: int):
+    def __init__(self, dataset: PoseDataset | Curriculum, start: int, rank: int, world: int):
         super().__init__(dataset, world, rank, shuffle=False)
-        self.start = start
+        self.start, self.num_items = start, len(dataset)
 
     def __iter__(self):
-        return iter(range(self.start + self.rank, len(self.dataset), self.num_replicas))
+        return iter(range(self.start + self.rank, self.num_items, self.num_replicas))
 
     def __len__(self) -> int:
-        return len(range(self.start + self.rank, len(self.dataset), self.num_replicas))
+        return len(range(self.start + self.rank, self.num_items, self.num_replicas))
 
 
 class _Documents(Sequence):
@@ -206,7 +249,7 @@ class _Documents(Sequence):
     def __len__(self):
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> "_Document":
+    def __getitem__(self, index):
         return _Document(self.cache, int(self.indices[index]))
 
 
@@ -214,38 +257,42 @@ class _Document(Sequence):
     """A document of a cache, by reference: picklable for workers, and no file is touched to list it."""
 
     def __init__(self, cache: TokenCache, index: int):
-        self.cache, self.index = cache, index
+        self.cache, self.number = cache, index
 
     @property
     def id(self) -> str:
-        return self.cache.ids[self.index]
+        return self.cache.ids[self.number]
 
     def __len__(self):
-        return int(self.cache.lengths[self.index])
+        return int(self.cache.lengths[self.number])
 
     def __getitem__(self, key):
-        return self.cache[self.index][key]
+        return self.cache[self.number][key]
 
 
 def _fingerprint(indices: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(indices)).encode()).hexdigest()[:16]
 
 
-def bos_id(tokenizer, add_bos: bool | None) -> int | None:
+def bos_id(tokenizer, add_bos: bool | None, vocab_size: int | None = None) -> int | None:
     """The token to put before a document, or None.
 
     Args:
         tokenizer: a transformers tokenizer.
         add_bos: True, False, or None to do as the tokenizer itself does.
+        vocab_size: rows of the model's embedding, which the token must have one of; None does not look.
 
     Raises:
         ConfigError: add_bos is True and the tokenizer has no BOS token.
+        DataError: the token is beyond vocab_size.
     """
     if add_bos is None:
         default = tokenizer("a")["input_ids"]
         add_bos = tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id]
     if add_bos and tokenizer.bos_token_id is None:
         raise ConfigError("data.add_bos or eval.add_bos is true, but this tokenizer has no BOS token: set it to false")
+    if add_bos and vocab_size is not None and tokenizer.bos_token_id >= vocab_size:
+        raise beyond_vocabulary(tokenizer, tokenizer.bos_token_id, vocab_size, "the beginning of a text (add_bos)")
     return tokenizer.bos_token_id if add_bos else None
 
 

@@ -1,24 +1,31 @@
 """Documents as files hold them: JSON lines, Parquet, plain text; plain or compressed, one file or many."""
 
 import codecs
+import errno
 import glob
 import gzip
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from pose.errors import ConfigError, DataError
+from pose.files import REPOSITORY, Memo, digest, is_inside
 
 KINDS = (".jsonl", ".txt", ".parquet")
 PACKED = (".gz", ".zst")  # of .jsonl and .txt; Parquet packs its columns itself
 ACCEPTED = ".jsonl or .txt, each also as .gz or .zst, or .parquet"
 ON_BROKEN = ("error", "skip")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-PARQUET_BATCH_BYTES = 8 << 20  # of text in memory at a time, at least one row
+MAX_DOCUMENT_CHARS = 200_000_000  # a hundred thick novels
+BLOCK = 1 << 20  # bytes that are read at a time of a line or text file
+CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of UTF-8 that begin no character
+CHOOSE_FIELD = "choose one with data.text_field, eval.text_field, or documents={path: FILE, text_field: FIELD}"
+SHIPPED = REPOSITORY / "assets" / "corpora"  # whose text is under "text", whatever that of other documents is under
 
 
 class Document(NamedTuple):
@@ -34,23 +41,37 @@ class Document(NamedTuple):
 
 
 class Broken:
-    """What is done about a place that cannot be read: an error, or one more in a count.
+    """What is done about a place that cannot be read, or is too long: an error, or one more in a count.
 
     Args:
         on_broken: "error" or "skip".
+        max_document_chars: the most characters that the text of a document may have.
 
     Attributes:
         count: places that were skipped.
         first: the messages of the first few.
 
     Raises:
-        ConfigError: on_broken is neither.
+        ConfigError: a value that cannot be meant.
     """
 
-    def __init__(self, on_broken: str = "error"):
+    def __init__(self, on_broken: str = "error", max_document_chars: int = MAX_DOCUMENT_CHARS):
         if on_broken not in ON_BROKEN:
             raise ConfigError(f"data.on_broken={on_broken!r} is unknown: choose {' or '.join(ON_BROKEN)}")
-        self.on_broken, self.count, self.first = on_broken, 0, []
+        if not isinstance(max_document_chars, int) or max_document_chars < 1:
+            raise ConfigError(
+                f"data.max_document_chars={max_document_chars!r} is not accepted: give an integer of at least 1"
+            )
+        self.on_broken, self.max_document_chars = on_broken, max_document_chars
+        self.count = 0
+        self.first: list[str] = []
+
+    def too_long(self, where: str):
+        """As `found`, for a document of more than max_document_chars characters."""
+        self.found(
+            f"{where}: the document has more than {self.max_document_chars:,} characters: split it, or allow more with "
+            "data.max_document_chars"
+        )
 
     def found(self, message: str, cause: Exception | None = None):
         """Raises a DataError, or counts.
@@ -70,6 +91,70 @@ class Broken:
         self.count, self.first = count, self.first[:count]
 
 
+class FileState(NamedTuple):
+    """A file as it was when it was digested: equal states are the same bytes.
+
+    Attributes:
+        path: as it is opened.
+        name: which of its documents' ids and its place in a set depend on.
+        digest: SHA-256 of its content.
+        stamp: what a file system changes with any change of it.
+    """
+
+    path: str
+    name: str
+    digest: str
+    stamp: tuple[int, ...]
+
+
+def state_of(path: Path, name: str, memo: Memo) -> FileState:
+    """The state of a file, behind links.
+
+    Args:
+        path: of the file.
+        name: see `FileState`.
+        memo: of the digests of large files.
+
+    Raises:
+        DataError: it cannot be read; names it.
+    """
+    try:
+        stamp = _stamp(path.stat())
+    except OSError as error:
+        raise unreadable(error) from error
+    return FileState(str(path), name, digest(path, memo), stamp)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def changed(paths: Iterable[str]) -> DataError:
+    """The error for files that are not what they were when they were digested."""
+    return DataError(
+        f"{', '.join(sorted(set(paths))[:3])} changed while it was read: start again when nothing writes to it any more"
+    )
+
+
+def unreadable(error: OSError) -> DataError:
+    """The error for a file or folder that the system does not let this user read; names it."""
+    return DataError(
+        f"{error.filename} cannot be read ({error.strerror}): give this user the right to read it, or name documents "
+        "that are without it"
+    )
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, as whatever library says it: that is never a fault of the documents."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if type(error).__name__ == "ZstdError" and "memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class Files:
     """The documents of files, in order.
 
@@ -80,18 +165,37 @@ class Files:
 
     Attributes:
         size: bytes of all files, packed as they are.
+        what: plain JSON that tells how the files are read.
+
+    Raises:
+        DataError: a file cannot be read.
     """
 
     def __init__(self, paths: Sequence[Path], name: str, text_field: str = "text"):
         self.paths, self.name, self.text_field = list(paths), name, text_field
-        self._sizes = [path.stat().st_size for path in self.paths]
+        self.what = ["files", text_field]
+        try:
+            self._sizes = [path.stat().st_size for path in self.paths]
+        except OSError as error:
+            raise unreadable(error) from error
         self.size = sum(self._sizes)
         self._before, self._tell = 0, lambda: 0
+        self._stamps: dict[Path, tuple[int, ...]] = {}
 
     @property
     def position(self) -> int:
         """Bytes of `size` that are read."""
         return self._before + self._tell()
+
+    def state(self, memo: Memo) -> list[FileState]:
+        """The state of each file; `read` then reads these files and no others.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        states = [state_of(path, path.name, memo) for path in self.paths]
+        self._stamps = {path: state.stamp for path, state in zip(self.paths, states, strict=True)}
+        return states
 
     def read(self, broken: Broken) -> Iterator[Document]:
         """Every document, those without text included.
@@ -100,19 +204,49 @@ class Files:
             broken: what is done about lines, rows and tails of archives that cannot be read.
 
         Raises:
-            DataError: as `broken` says, and for a Parquet file without the column; names file and line.
+            DataError: as `broken` says, for a Parquet file without the column, and for a file that is another than
+                `state` has found; names file and line.
         """
         for path, size in zip(self.paths, self._sizes, strict=True):
             try:
                 file = open(path, "rb")  # noqa: SIM115
             except OSError as error:
-                raise DataError(f"{path} cannot be read: {error}") from error
+                raise unreadable(error) from error
             with file:
+                stamp = _stamp(os.fstat(file.fileno()))
+                if self._stamps.get(path, stamp) != stamp:
+                    raise changed([str(path)])
                 self._tell = file.tell
                 try:
-                    yield from READERS[_kind(path)](path, file, self.text_field, broken)
+                    yield from READERS[str(_kind(path))](path, file, self.text_field, broken)
                 finally:
                     self._before, self._tell = self._before + size, lambda: 0
+
+
+def open_files(spec: Any, text_field: str = "text") -> Files | None:
+    """The files that an entry of `documents` names; None for one that names something else, such as a dataset.
+
+    Args:
+        spec: a file, folder or glob; or a mapping of `path`, a file or glob, and `text_field`, its own.
+        text_field: the key of the text, for files that do not name their own. The shipped ones have theirs.
+
+    Raises:
+        DataError: nothing is there, or it cannot be read.
+    """
+    if isinstance(spec, Mapping):
+        given = {key: value for key, value in spec.items() if value is not None}
+        path = given.get("path")
+        if not isinstance(path, str | Path) or not given.keys() <= {"path", "text_field"}:
+            return None
+        if _kind(Path(path)) is None and not glob.has_magic(str(path)):
+            return None
+        own = given.get("text_field")
+    elif isinstance(spec, str | Path):
+        path, own = spec, None
+    else:
+        return None
+    field = own or ("text" if is_inside(path, SHIPPED) else text_field)
+    return Files(find_files(path), Path(path).name or str(path), field)
 
 
 def find_files(pattern: str | Path) -> list[Path]:
@@ -123,25 +257,26 @@ def find_files(pattern: str | Path) -> list[Path]:
             but hidden ones; or a glob, ** included.
 
     Raises:
-        DataError: nothing is there, or a file is of another kind.
+        DataError: nothing is there, something cannot be read, or a file is of another kind.
     """
     path = Path(pattern)
-    if path.is_dir():
-        found, seen = [], set()
-        for folder, folders, names in os.walk(path, followlinks=True):
-            place = os.path.realpath(folder)
-            folders[:] = [] if place in seen else [name for name in folders if not name.startswith(".")]
-            seen.add(place)
-            found += [Path(folder, name) for name in names if _kind(Path(name)) and not name.startswith(".")]
-        found = sorted(file for file in found if file.is_file())
-        if not found:
-            raise DataError(f"the folder {path} holds no file that is read here: {ACCEPTED}")
-        return found
-    found = [path] if path.is_file() else []
-    if not found and glob.has_magic(str(pattern)):
-        found = sorted(file for file in map(Path, glob.glob(str(pattern), recursive=True)) if file.is_file())
-        if not found:
-            raise DataError(f"no file matches {pattern}")
+    if not str(pattern).strip():
+        raise DataError(f"documents={str(pattern)!r} is empty: give a file ({ACCEPTED}), a folder or a glob of them")
+    try:
+        if path.is_dir():
+            inside = files_in(path, lambda name: name.startswith("."))
+            found = [file for file in inside if _kind(file) and _is_there(file)]
+            if not found:
+                raise DataError(f"the folder {path} holds no file that is read here: {ACCEPTED}")
+            return found
+        found = [path] if path.is_file() else []
+        if not found and glob.has_magic(str(pattern)):
+            _check_folders(path)
+            found = sorted(file for file in map(Path, glob.glob(str(pattern), recursive=True)) if _is_there(file))
+            if not found:
+                raise DataError(f"no file matches {pattern}")
+    except OSError as error:
+        raise unreadable(error) from error
     if not found:
         raise DataError(f"no documents file at {path}: give a file ({ACCEPTED}), a folder or a glob of them")
     for file in found:
@@ -150,20 +285,64 @@ def find_files(pattern: str | Path) -> list[Path]:
     return found
 
 
-def read_documents(path: str | Path, text_field: str = "text") -> Iterator[Document]:
-    """Reads a file, a folder or a glob; see `find_files`.
+def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:
+    """All that lies in a folder and is no folder, at any depth and behind links, sorted.
+
+    Args:
+        folder: to look through.
+        leave_out: says of a file's or folder's name that it does not count.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+    """
+
+    def fail(error: OSError):
+        raise error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        above = [parent for parent in Path(place).parents if parent.is_relative_to(folder)]
+        if any(os.path.samefile(place, parent) for parent in above):  # a link to where it lies: no end
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not leave_out(name)]
+        found += [Path(place, name) for name in names if not leave_out(name)]
+    return sorted(found)
+
+
+def _check_folders(pattern: Path):
+    """Raises OSError where a folder that a glob looks into cannot be read: `glob` passes it over."""
+    for end in range(1, len(pattern.parts)):
+        for folder in glob.glob(os.path.join(*pattern.parts[:end], ""), recursive=True):
+            os.scandir(folder).close()
+
+
+def _is_there(file: Path) -> bool:
+    """Whether it is a file, which a link to nowhere is meant to be."""
+    if file.is_symlink() and not file.exists() and _kind(file):
+        raise DataError(f"{file} is a link to {os.readlink(file)}, and nothing is there: mend it, or take it away")
+    return file.is_file()
+
+
+def read_documents(documents: Any, text_field: str = "text") -> Iterator[Document]:
+    """Reads files.
 
     A .jsonl file has one JSON object a line, and blank lines are passed over; a .txt file is one
     document; a .parquet file has one a row.
 
     Args:
-        path: the file, folder or glob.
-        text_field: the key or column that holds the text.
+        documents: a file, folder or glob, or one with a field of its own (`open_files`); or a list of these.
+        text_field: the key or column that holds the text, for files that do not name their own.
 
     Raises:
+        ConfigError: it is nothing of the kind.
         DataError: it is missing, of another kind, or broken; names file and line.
     """
-    yield from Files(find_files(path), str(path), text_field).read(Broken())
+    for spec in documents if isinstance(documents, list | tuple) else [documents]:
+        files = open_files(spec, text_field)
+        if files is None:
+            raise ConfigError(f"{spec!r} names no file to read: give a file ({ACCEPTED}), a folder or a glob of them")
+        yield from files.read(Broken())
 
 
 def document_of(record: dict, text_field: str, where: str, place: str, broken: Broken) -> Document | None:
@@ -180,10 +359,13 @@ def document_of(record: dict, text_field: str, where: str, place: str, broken: B
     if text is None and text_field in record:
         text = ""
     if not isinstance(text, str):
+        kind = f" but a value of type {type(text).__name__}" if text_field in record else ""
         return broken.found(
-            f"{where}: no text under {text_field!r}; it has the fields {sorted(record)} "
-            "(choose one with data.text_field, or eval.text_field)"
+            f"{where}: no text under {text_field!r}{kind}; it has the fields {sorted(map(str, record))} "
+            f"({CHOOSE_FIELD})"
         )
+    if len(text) > broken.max_document_chars:
+        return broken.too_long(where)
     if not text.isascii() and (half := HALF_CHARACTER.search(text)):
         return broken.found(
             f"{where}: the text has half a character ({half[0]!r} at {half.start()}), which no encoding allows"
@@ -200,7 +382,7 @@ def _kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
 
 
-def _unpack(path: Path, file: BinaryIO) -> BinaryIO:
+def _unpack(path: Path, file: BufferedIOBase) -> BufferedIOBase:
     if path.suffix.lower() == ".gz":
         return gzip.open(file)
     if path.suffix.lower() == ".zst":
@@ -217,10 +399,15 @@ def _zstd(path: Path):
     return zstd
 
 
-def _read_jsonl(path: Path, file: BinaryIO, text_field: str, broken: Broken) -> Iterator[Document]:
+def _read_jsonl(path: Path, file: BufferedIOBase, text_field: str, broken: Broken) -> Iterator[Document]:
     number = 0
+    # Beside the text a line may have other fields, and two characters for one: a longer one is not read into memory.
+    most = 2 * broken.max_document_chars + BLOCK
     try:
-        for number, line in enumerate(_unpack(path, file), 1):
+        for number, line in enumerate(_lines(_unpack(path, file), most), 1):
+            if line is None:
+                broken.too_long(f"{path}, line {number}")
+                continue
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line and not line.isspace():
                 document = _parse(line, path, number, text_field, broken)
@@ -233,12 +420,43 @@ def _read_jsonl(path: Path, file: BinaryIO, text_field: str, broken: Broken) -> 
         broken.found(f"{path} cannot be read past line {number}: {error}", error)
 
 
+def _lines(file: BufferedIOBase, most: int) -> Iterator[bytes | bytearray | None]:
+    """The lines of a file; None for one of more than `most` characters."""
+    while block := file.readline(BLOCK):
+        if len(block) < min(BLOCK, most):
+            yield block
+        else:
+            blocks = _to_the_end(block, file)
+            yield _join(blocks, most)
+            for _ in blocks:  # of a line that is too long
+                pass
+
+
+def _to_the_end(block: bytes, file: BufferedIOBase) -> Iterator[bytes]:
+    """The line that begins with a block, in blocks."""
+    yield block
+    while not block.endswith(b"\n") and (block := file.readline(BLOCK)):
+        yield block
+
+
+def _join(blocks: Iterable[bytes], most: int) -> bytearray | None:
+    """Blocks of UTF-8 in one; None, without reading further, once they have more than `most` characters."""
+    content, num = bytearray(), 0
+    for block in blocks:
+        content += block
+        num += len(block.translate(None, CONTINUATION))
+        if num > most:
+            return None
+    return content
+
+
 def _is_damage(error: Exception) -> bool:
     """Whether an error is of the file or its archive."""
-    return isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ == "ZstdError"
+    is_of_file = isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ == "ZstdError"
+    return is_of_file and not out_of_memory(error)
 
 
-def _parse(line: bytes, path: Path, number: int, text_field: str, broken: Broken) -> Document | None:
+def _parse(line: bytes | bytearray, path: Path, number: int, text_field: str, broken: Broken) -> Document | None:
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)
@@ -249,9 +467,12 @@ def _parse(line: bytes, path: Path, number: int, text_field: str, broken: Broken
     return document_of(record, text_field, where, f"{path.name}:{number}", broken)
 
 
-def _read_txt(path: Path, file: BinaryIO, text_field: str, broken: Broken) -> Iterator[Document]:
+def _read_txt(path: Path, file: BufferedIOBase, text_field: str, broken: Broken) -> Iterator[Document]:
     try:
-        text = _unpack(path, file).read().decode("utf-8-sig")
+        unpacked = _unpack(path, file)
+        content = _join(iter(lambda: unpacked.read(BLOCK), b""), broken.max_document_chars)
+        text = None if content is None else content.decode("utf-8-sig")
+        del content
     except UnicodeDecodeError as error:
         number = error.object.count(b"\n", 0, error.start) + 1
         broken.found(f"{path}, line {number}: not UTF-8 ({error.reason})", error)
@@ -260,10 +481,12 @@ def _read_txt(path: Path, file: BinaryIO, text_field: str, broken: Broken) -> It
             raise
         broken.found(f"{path} cannot be read: {error}", error)
     else:
+        if text is None:
+            return broken.too_long(str(path))
         yield Document(path.name, text)
 
 
-def _read_parquet(path: Path, file: BinaryIO, text_field: str, broken: Broken) -> Iterator[Document]:
+def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Broken) -> Iterator[Document]:
     pyarrow = _pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
@@ -274,42 +497,40 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str, broken: Broken) -
         kind = parquet.schema_arrow.field(text_field).type if names.count(text_field) == 1 else None
         if kind is None or not _is_text(kind, pyarrow.types):
             columns = ", ".join(f"{field.name} ({field.type})" for field in parquet.schema_arrow)
-            raise DataError(
-                f"{path}: no single column of text named {text_field!r}; it has {columns} "
-                "(choose one with data.text_field, or eval.text_field)"
-            )
-        columns = [name for name in (text_field, "id") if name in names]
-        for batch in parquet.iter_batches(_rows_at_once(parquet, text_field), columns=columns, use_threads=False):
-            for row in range(batch.num_rows):
-                number += 1
-                where = f"{path}, row {number}"
-                try:
-                    record = {name: batch.column(name)[row].as_py() for name in columns}
-                except UnicodeDecodeError as error:
-                    broken.found(f"{where}: not UTF-8 ({error.reason})", error)
-                    continue
-                document = document_of(record, text_field, where, f"{path.name}:{number}", broken)
-                if document is not None:
-                    yield document
+            raise DataError(f"{path}: no single column of text named {text_field!r}; it has {columns} ({CHOOSE_FIELD})")
+        wanted = [name for name in (text_field, "id") if name in names]
+        # A row at a time: what is written once in a file may be said by every row of it.
+        for batch in parquet.iter_batches(1, columns=wanted, use_threads=False):
+            number += 1
+            where = f"{path}, row {number}"
+            values = {name: batch.column(name)[0] for name in wanted}
+            if _num_bytes(values[text_field]) > 4 * broken.max_document_chars:
+                broken.too_long(where)
+                continue
+            try:
+                record = {name: value.as_py() for name, value in values.items()}
+            except UnicodeDecodeError as error:
+                broken.found(f"{where}: not UTF-8 ({error.reason})", error)
+                continue
+            document = document_of(record, text_field, where, f"{path.name}:{number}", broken)
+            if document is not None:
+                yield document
     except (OSError, pyarrow.ArrowException) as error:
+        if out_of_memory(error):
+            raise
         broken.found(f"{path} cannot be read past row {number}: {error}", error)
+
+
+def _num_bytes(value) -> int:
+    """Of a pyarrow scalar of text, without making a string of it."""
+    buffer = getattr(value, "value", value).as_buffer() if value.is_valid else None
+    return 0 if buffer is None else buffer.size
 
 
 def _is_text(kind, types) -> bool:
     if types.is_dictionary(kind):
         return _is_text(kind.value_type, types)
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def _rows_at_once(parquet, text_field: str) -> int:
-    """Rows that hold about PARQUET_BATCH_BYTES of text, by the row group whose rows are longest."""
-    longest = 1
-    for i in range(parquet.metadata.num_row_groups):
-        group = parquet.metadata.row_group(i)
-        columns = (group.column(c) for c in range(group.num_columns))
-        size = next(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
-        longest = max(longest, size // max(group.num_rows, 1))
-    return min(max(PARQUET_BATCH_BYTES // longest, 1), 4096)
 
 
 def _pyarrow(path: Path):

@@ -5,6 +5,7 @@ B examples in a batch, L tokens in an example.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class PoseDataset(Dataset):
         seed: int,
         window_len: int | None = None,
         bos_id: int | None = None,
-        synthetic: Mapping[object, float] | None = None,
+        synthetic: Mapping[Any, float] | None = None,
         sentence_end: np.ndarray | None = None,
     ):
         self.documents, self.sampler = documents, sampler

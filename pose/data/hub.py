@@ -1,10 +1,12 @@
 """Documents of a dataset on the Hugging Face hub, or of a local folder in that form, streamed by `datasets`."""
 
 import logging
+import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pose.data.documents import Broken, Document, document_of
+from pose.data.documents import Broken, Document, FileState, document_of, files_in, out_of_memory, state_of, unreadable
 from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
 from pose.errors import ConfigError, DataError
+from pose.files import Memo
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class HubDataset:
         """Name on screen."""
         return f"{self.path} ({', '.join(part for part in (self.name, self.split) if part)})"
 
-    def commit(self, memo: Mapping) -> str:
+    def commit(self, memo: Memo) -> str:
         """The commit that the revision names.
 
         Args:
@@ -98,31 +101,48 @@ class HubDataset:
         except Exception as error:
             if not may_pass(error):
                 raise
-            if (sha := memo.get(key)) is None:
+            known = memo.get(key)
+            if not isinstance(known, str) or not re.fullmatch("[0-9a-f]{40}", known):
                 raise DataError(
                     f"the hub does not answer, and {self.path} was not read here before: look to the network, or "
                     f"download the dataset elsewhere and give its folder in place of the hub id ({first_line(error)})"
                 ) from error
-            log.warning(f"The hub does not answer: {self.path} is taken at {sha[:12]}, as last time")
-            return sha
+            log.warning(f"The hub does not answer: {self.path} is taken at {known[:12]}, as last time")
+            return known
         memo.set(key, sha)
-        return sha
+        return str(sha)
+
+    @property
+    def folder(self) -> Path:
+        """Of a local dataset."""
+        return Path(os.path.abspath(os.path.expanduser(self.path)))
 
     def rows(self, commit: str | None):
         """The rows as `datasets` streams them.
 
         Args:
             commit: of the hub repository; None for a local folder.
+
+        Raises:
+            DataError: the dataset names files that are not its own.
         """
         datasets = _datasets()
-        path = str(Path(self.path).expanduser()) if self.is_local else self.path
+        path = str(self.folder) if self.is_local else self.path
         if self.format is None:
-            return datasets.load_dataset(
-                path, self.name, split=self.split, data_files=self.data_files, revision=commit, streaming=True
-            )
-        root = path if self.is_local else f"hf://datasets/{path}@{commit}"
-        files = [f"{root}/{file}" for file in self.data_files]
-        return datasets.load_dataset(self.format, data_files={self.split: files}, split=self.split, streaming=True)
+            builder = datasets.load_dataset_builder(path, self.name, data_files=self.data_files, revision=commit)
+        else:
+            root = path if self.is_local else f"hf://datasets/{path}@{commit}"
+            files = [f"{root}/{file}" for file in self.data_files]
+            builder = datasets.load_dataset_builder(self.format, data_files={self.split: files})
+        roots = (f"{path}/",) if self.is_local else (f"hf://datasets/{path}@", f"hf://datasets/{path}/")
+        for file in chain.from_iterable((builder.config.data_files or {}).values()):
+            inside = [file.removeprefix(root) for root in roots if str(file).startswith(root)]
+            if not inside or ".." in Path(inside[0]).parts:
+                raise DataError(
+                    f"the dataset {self.label} names the file {file}, which is not in it: what lies elsewhere is not "
+                    "read. Name it as documents of its own, or mend data_files in the README.md"
+                )
+        return builder.as_streaming_dataset(self.split)
 
     def read(self, broken: Broken, commit: str | None = None, sleep: Callable[[float], None] = time.sleep):
         """Every document, going on where it stopped when the hub fails in between.
@@ -154,6 +174,8 @@ class HubDataset:
             except (DataError, ConfigError):
                 raise
             except Exception as error:  # whatever datasets, its readers and its file systems raise
+                if out_of_memory(error):
+                    raise
                 if not may_pass(error, self.is_local):
                     raise DataError(self._cannot(number, error)) from error
                 failures += 1
@@ -185,13 +207,34 @@ class HubSource:
 
     Args:
         dataset: which.
-        commit: see `HubDataset.rows`.
+        memo: see `HubDataset.commit`.
+
+    Attributes:
+        what: plain JSON that tells what is read of it.
     """
 
     size, position = None, 0
 
-    def __init__(self, dataset: HubDataset, commit: str | None):
-        self.dataset, self.commit, self.name = dataset, commit, dataset.label
+    def __init__(self, dataset: HubDataset, memo: Memo):
+        self.dataset, self.name = dataset, dataset.label
+        self.commit = None if dataset.is_local else dataset.commit(memo)
+        where = ["folder"] if dataset.is_local else ["hub", dataset.path, self.commit]
+        self.what = [*where, dataset.name, dataset.split, dataset.data_files, dataset.format, dataset.text_field]
+
+    def state(self, memo: Memo) -> list[FileState]:
+        """The state of every file in a local folder, behind links too; none for a commit, which does not change.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        if not self.dataset.is_local:
+            return []
+        folder = self.dataset.folder
+        try:
+            inside = [file for file in files_in(folder, lambda name: name == ".git") if file.is_file()]
+        except OSError as error:
+            raise unreadable(error) from error
+        return [state_of(file, str(file.relative_to(folder)), memo) for file in inside]
 
     def read(self, broken: Broken) -> Iterator[Document]:
         """As `HubDataset.read`."""

@@ -3,33 +3,35 @@
 A fast tokenizer keeps some hundred bytes for each token of what it is given, so long documents are
 given to it in pieces. That the pieces have the tokens of the whole is not assumed:
 
-* A cut lies where no token of the vocabulary can lie across it: before a space or after a line break,
-  for vocabularies in which no token has a letter before that space, or anything after that line break.
+* A cut lies where no token of the vocabulary can lie across it: none has the two letters beside each
+  other that meet there, the last of the token before and the first of the token behind. Best after a
+  line break or before the space of a word; in text without them, between any two tokens. Digits count
+  as one letter: a tokenizer may take them in groups, whose places follow from where the number begins.
 * At each cut, the characters around it are tokenised together and as two pieces. Where the two differ,
   another place is taken.
 * A piece is given with the character before it, the anchor, whose tokens are taken away again: so a
   tokenizer that puts a space before every text does to a piece what it does inside a text.
 
 So a rule of a tokenizer may look at 256 characters around a place, and no further. Text without such a
-place, and a tokenizer without a Rust backend, is tokenised whole.
+place (a letter repeated a million times), and a tokenizer without a Rust backend, is tokenised whole.
 """
 
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
-PIECE = 1 << 16  # characters
+PIECE = 1 << 16  # characters; a place for a cut is looked for in as many at a time
 AROUND = 256  # characters at each side of a cut that are tokenised both ways
-TRIES = 16  # places for a cut that are looked at for each piece
-# Places for a cut, and what a token that reaches across such a place looks like.
-CUTS = (
-    (re.compile(r"(?<=[^\s]\n)(?=\S)"), re.compile(r"\n\S")),
-    (re.compile(r"(?<=[^\W_])(?= [^\W\d_])"), re.compile(r"\S \S")),
-)
-_BYTES_OF_SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "č": "\r", "ĉ": "\t"})
+TRIES = 16  # places of a kind that are looked at
+SPAN = 1 << 12  # characters that are tokenised to find other places than those of CUTS
+# Places for a cut: after a line break, before the space of a word.
+CUTS = (re.compile(r"(?<=[^\s]\n)(?=\S)"), re.compile(r"(?<=[^\W_])(?= [^\W\d_])"))
+_DIGITS = str.maketrans("0123456789", "0" * 10)
 
 
 class Tokeniser:
@@ -48,8 +50,9 @@ class Tokeniser:
         largest = max(tokenizer.get_vocab().values())
         self.dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
         self.batch_size = 4 * PIECE * max(os.cpu_count() or 1, 4)
-        self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
-        self._cuts = None
+        self._backend: Any = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        self._is_unigram = type(getattr(self._backend, "model", None)).__name__ == "Unigram"
+        self._inside: set[str] | None = None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, `dtype` [Lx]; the texts are shared among the cores."""
@@ -73,27 +76,46 @@ class Tokeniser:
         yield text[begin - anchor :], left_out
 
     def _cut(self, text: str, after: int) -> tuple[int, int] | None:
-        """The first good place at or after `after`, with the number of tokens of its anchor."""
-        for places in self._kinds():
-            tries = 0
-            for match in places.finditer(text, after):
-                cut, tries = match.start(), tries + 1
-                if cut > len(text) - AROUND or tries > TRIES:
-                    break
-                both = text[cut - AROUND : cut + AROUND]
-                whole, left, anchor, right = self.encode(
-                    [both, both[:AROUND], both[AROUND - 1 : AROUND], both[AROUND - 1 :]]
-                )
-                n = len(anchor)
-                if np.array_equal(right[:n], anchor) and np.array_equal(whole, np.concatenate([left, right[n:]])):
-                    return cut, n
+        """A good place at or after `after`, among the first, with the number of tokens of its anchor."""
+        last = len(text) - AROUND
+        for begin in range(after, last, PIECE):
+            end = min(begin + PIECE, last)
+            breaks, spaces = ((match.start() for match in places.finditer(text, begin, end)) for places in CUTS)
+            # Unigram weighs all ways to divide a word, and of equal ones rounding chooses: between words is safest.
+            kinds = [spaces, breaks] if self._is_unigram else [breaks, spaces, self._borders(text, begin, end)]
+            for places in kinds:
+                for cut in islice(places, TRIES):
+                    if (num := self._anchor(text, cut)) is not None:
+                        return cut, num
         return None
 
-    def _kinds(self) -> list[re.Pattern]:
-        if self._cuts is None:
-            tokens = [token.translate(_BYTES_OF_SPACES) for token in self.tokenizer.get_vocab()]
-            self._cuts = [cut for cut, across in CUTS if not any(across.search(token) for token in tokens)]
-        return self._cuts
+    def _borders(self, text: str, begin: int, end: int) -> Iterator[int]:
+        """Where two tokens meet, in the first SPAN characters from `begin` on, and no token could lie across."""
+        span = text[begin - AROUND : min(begin + SPAN, end)]
+        encoded = self._backend.encode(span, add_special_tokens=False)
+        ids, offsets = encoded.ids, encoded.offsets
+        for i in range(1, len(ids)):
+            cut = offsets[i][0]
+            is_in_number = span[cut - 1 : cut + 1].isnumeric() and not span[cut - 1 : cut + 1].isascii()
+            is_border = cut > AROUND and cut == offsets[i - 1][1] and not is_in_number
+            if is_border and self._are_apart(ids[i - 1], ids[i]):
+                yield begin - AROUND + cut
+
+    def _anchor(self, text: str, cut: int) -> int | None:
+        """The number of tokens of the character before a cut; None where the cut would change the tokens."""
+        both = text[cut - AROUND : cut + AROUND]
+        whole, left, anchor, right = self.encode([both, both[:AROUND], both[AROUND - 1 : AROUND], both[AROUND - 1 :]])
+        num = len(anchor)
+        same = np.array_equal(right[:num], anchor) and np.array_equal(whole, np.concatenate([left, right[num:]]))
+        return num if same and len(left) and len(right) > num and self._are_apart(left[-1], right[num]) else None
+
+    def _are_apart(self, left: int, right: int) -> bool:
+        """Whether no token of the vocabulary has the letters that meet between two tokens beside each other."""
+        if self._inside is None:
+            tokens = [token.translate(_DIGITS) for token in self.tokenizer.get_vocab()]
+            self._inside = {token[i : i + 2] for token in tokens for i in range(len(token) - 1)}
+        before, behind = self._backend.id_to_token(int(left)), self._backend.id_to_token(int(right))
+        return (before[-1:] + behind[:1]).translate(_DIGITS) not in self._inside
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pose.data.documents import read_documents
+from pose.errors import DataError, PoseError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -94,6 +95,40 @@ def token_bytes(tokenizer) -> np.ndarray:
     return sizes
 
 
+def check_vocabulary(tokenizer, text: str, vocab_size: int, where: str):
+    """Whether a model has a row of its embedding for every token of a text.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the whole text.
+        vocab_size: rows of the embedding.
+        where: the text is from, for the error.
+
+    Raises:
+        DataError: it has not; names the token, its id, and the rows there are.
+    """
+    if max(tokenizer.get_vocab().values()) >= vocab_size:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if max(ids, default=0) >= vocab_size:
+            raise beyond_vocabulary(tokenizer, max(ids), vocab_size, where)
+
+
+def beyond_vocabulary(tokenizer, token_id: int, vocab_size: int, where: str) -> DataError:
+    """The error for a token that a model has no embedding for.
+
+    Args:
+        tokenizer: that made it.
+        token_id: its id.
+        vocab_size: rows of the embedding.
+        where: it was found, for the error.
+    """
+    return DataError(
+        f"{where} has the token {tokenizer.convert_ids_to_tokens(token_id)!r} of id {token_id}, and the model's "
+        f"embedding has {vocab_size} rows, for ids 0 to {vocab_size - 1}: take the tokenizer that the model was "
+        "trained with, or documents without this token"
+    )
+
+
 def _is_byte_level(tokenizer) -> bool:
     """Whether tokens are written in the 256 letters of GPT-2, one for each byte."""
     if not tokenizer.is_fast:
@@ -102,14 +137,20 @@ def _is_byte_level(tokenizer) -> bool:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pose.data.tokenizer", description=str(__doc__).splitlines()[0])
     parser.add_argument("out", help="folder to save to")
-    parser.add_argument("documents", nargs="+", help=".jsonl or .jsonl.gz files")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--window", type=int, default=256)
-    args = parser.parse_args()
-    texts = (document.text for path in args.documents for document in read_documents(path))
-    train_tokenizer(texts, args.vocab_size, args.window).save_pretrained(args.out)
+    parser.add_argument("documents", nargs="+", help="files or folders, as data.documents takes them")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, the 256 bytes included (default: 4096)")
+    parser.add_argument("--window", type=int, default=256, help="tokens, model_max_length (default: 256)")
+    arguments = parser.parse_args()
+    try:
+        texts = (document.text for document in read_documents(arguments.documents))
+        tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.window)
+    except PoseError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    tokenizer.save_pretrained(arguments.out)
+    print(f"{arguments.out}  ({len(tokenizer):,} tokens)")
 
 
 if __name__ == "__main__":

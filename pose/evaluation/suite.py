@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pose.data.cache import TokenCache
 from pose.data.datamodule import bos_id
 from pose.data.heldout import SetAside
-from pose.data.tokenizer import token_bytes
+from pose.data.tokenizer import check_vocabulary, token_bytes
 from pose.errors import ConfigError, DataError, PoseError
 from pose.evaluation.harness import Harness
 from pose.evaluation.memo import Kept, Outcomes, Took
@@ -42,6 +42,7 @@ class Suite:
         cache_dir: the folder of all token caches.
         max_length: the window that the models are meant for, in tokens, which standard benchmarks may fill; None is the
             longest of the lengths.
+        vocab_size: rows of the models' embedding, which every token must have one of; None does not look.
 
     Attributes:
         lengths: sorted, each once.
@@ -51,21 +52,29 @@ class Suite:
 
     Raises:
         ConfigError: a task, prompt or stride that does not fit the lengths.
-        DataError: the documents are broken, or none has max(lengths) tokens.
+        DataError: the documents are broken, or none has max(lengths) tokens, or a token is beyond vocab_size.
     """
 
     def __init__(
-        self, options: EvalOptions, tokenizer, documents, cache_dir: str | Path, max_length: int | None = None
+        self,
+        options: EvalOptions,
+        tokenizer,
+        documents,
+        cache_dir: str | Path,
+        max_length: int | None = None,
+        vocab_size: int | None = None,
     ):
         assert options.lengths, "lengths are filled in by who knows the model"
         self.options, self.tokenizer = options, tokenizer
         self.lengths = sorted(set(options.lengths))
         self.max_length = self.lengths[-1] if max_length is None else max_length
-        self.bos_id = bos_id(tokenizer, options.add_bos)
+        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, options.add_bos, vocab_size)
         self.document_ids: list[str] = []
         self.took: list[Took] = []
         needs_haystack = any(task == "needle" or task.startswith("ruler/") for task in options.tasks)
         haystack = read_haystack(options.haystack) if needs_haystack else ""
+        if needs_haystack and vocab_size is not None:
+            check_vocabulary(tokenizer, haystack, vocab_size, "eval.haystack")
         self.tasks: list[Task] = []
         for name in dict.fromkeys(options.tasks):
             if name == "perplexity":
@@ -186,6 +195,8 @@ class Suite:
         if o.max_documents is not None and o.max_documents < len(usable):
             rng = np.random.default_rng(o.seed)
             usable = sorted(rng.choice(usable, o.max_documents, replace=False).tolist())
+        if self.vocab_size is not None:
+            cache.check_vocabulary(self.tokenizer, self.vocab_size, usable)
         if len(usable) < len(chosen):
             log.info(f"Perplexity on {len(usable)} of {len(chosen)} documents of at least {enough} tokens")
         return [cache[i] for i in usable], [cache.ids[i] for i in usable]

@@ -1,10 +1,12 @@
-"""Passkey retrieval (Mohtashami and Jaggi 2023, arXiv 2305.16300), with the PoSE paper's prompt."""
+"""Passkey retrieval (Mohtashami and Jaggi 2023, arXiv 2305.16300) with the PoSE paper's prompt, and as an example."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from pose.errors import ConfigError
+from pose.tasks.tokens import stretch, token_ids
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -14,6 +16,7 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 KEY_LINE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
 KEY_DIGITS = 5
+IS_TEXT_FILLER = 0.5  # of the training examples, the share whose filler is real text
 
 
 class PasskeyPrompt(NamedTuple):
@@ -109,3 +112,33 @@ class PasskeyPrompts:
 
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+
+
+class Passkey:
+    """The evaluation's passkey prompt with its answer; the filler is the paper's, or real text.
+
+    The prompt takes a random part of the example and text follows it. Were it always as long as the
+    example, a model could learn which digit belongs to which position in place of copying the key.
+    """
+
+    SLACK = 8  # tokens by which keys may differ
+
+    def __init__(self, tokenizer, documents: Sequence[np.ndarray], vocab_size: int | None = None):
+        self.prompts, self.documents = PasskeyPrompts(tokenizer), documents
+        self.full_stop = token_ids(tokenizer, ".")
+
+    def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and which of them are answers; see `pose.tasks.synthetic`."""
+        introduce = length >= self.prompts.shortest() + len(self.full_stop) + self.SLACK
+        shortest = min(self.prompts.shortest(introduce) + len(self.full_stop) + self.SLACK, length)
+        used = int(rng.integers(shortest, length, endpoint=True))
+        if rng.random() < IS_TEXT_FILLER:
+            filler = stretch(rng, self.documents, used)
+        else:  # from any word on: else a prompt of one length would always end in the same words
+            first = int(rng.integers(self.prompts.period))
+            filler = self.prompts.filler(first + used)[first:]
+        prompt = self.prompts.sample(rng, used - len(self.full_stop), filler=filler, introduce=introduce)
+        tokens = np.concatenate([prompt.input_ids, self.full_stop, stretch(rng, self.documents, length - used)])
+        is_answer = np.zeros(length, bool)
+        is_answer[used - len(self.full_stop) - prompt.num_answer : used] = True
+        return tokens, is_answer

@@ -1,0 +1,29 @@
+"""What the training examples of the retrieval tasks are made of: tokens of a text, of a document, or at random."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def token_ids(tokenizer, text: str) -> np.ndarray:
+    """The tokens of a text without special ones, int64 [Lx]."""
+    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def plain_tokens(tokenizer, vocab_size: int | None = None) -> np.ndarray:
+    """Every token that is not special and has a row in an embedding of vocab_size rows, int64."""
+    special = set(tokenizer.all_special_ids)
+    rows = len(tokenizer) if vocab_size is None else min(len(tokenizer), vocab_size)
+    return np.array([i for i in range(rows) if i not in special])
+
+
+def stretch(rng: np.random.Generator, documents: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """length tokens in a row, int64, from a random document, which is repeated if it is shorter."""
+    document = documents[int(rng.integers(len(documents)))]
+    start = int(rng.integers(max(1, len(document) - length + 1)))
+    return np.resize(document[start : start + length], length).astype(np.int64)
+
+
+def fit(values: np.ndarray, length: int, fill) -> np.ndarray:
+    """Cut or filled up to length."""
+    return np.concatenate([values[:length], np.full(max(0, length - len(values)), fill, values.dtype)])
