@@ -62,14 +62,20 @@ class Checkpoint:
         return is_there and self.run is not None and self.run == run_id(run_dir)
 
 
+def names_another(folder: Path, run_dir: Path) -> bool:
+    """Whether a checkpoint, which may be damaged, says that another run wrote it than that of a folder."""
+    run = read_json(folder / "manifest.json").get("run")
+    return run is not None and run != run_id(run_dir)
+
+
 def is_foreign(folder: Path, run_dir: Path) -> bool:
-    """Whether a checkpoint, which may be damaged, is of another run than that of a folder.
+    """Whether a checkpoint is of another run than that of a folder.
 
     One that names no run, of an older version of this package, belongs to the run among whose checkpoints it lies.
     """
-    run, own = read_json(folder / "manifest.json").get("run"), run_dir / "checkpoints"
-    if run is not None:
-        return run != run_id(run_dir)
+    if read_json(folder / "manifest.json").get("run") is not None:
+        return names_another(folder, run_dir)
+    own = run_dir / "checkpoints"
     return not (same_path(folder.resolve().parent, own) and is_inside(own, run_dir))
 
 
@@ -127,7 +133,11 @@ def read_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
                 file = folder / name
             case _:
                 raise CheckpointError(f"{folder / 'manifest.json'} says of {name!r} {entry!r}, not its size and digest")
-        if not file.is_file() or file.stat().st_size != size or (verify and sha256(file) != digest):
+        try:
+            is_whole = file.is_file() and file.stat().st_size == size and (not verify or sha256(file) == digest)
+        except OSError as error:
+            raise CheckpointError(f"the checkpoint {folder} cannot be read: {error}") from error
+        if not is_whole:
             raise CheckpointError(f"the checkpoint {folder} is damaged: {file.name} is not the file that was written")
     state = [file for file in (folder / "state", *(folder / "state").rglob("*")) if file.is_file()]
     stray = [name for name in (str(file.relative_to(folder)) for file in state) if name not in files]
@@ -222,7 +232,7 @@ class Checkpoints(L.Callback):
                 anew=True,
             )
         partial, folder = self.folder / f".step-{step}.partial", self.folder / f"step-{step}"
-        if is_foreign(folder, self.folder.parent):
+        if names_another(folder, self.folder.parent):
             raise TrainingError(
                 f"the checkpoint of step {step} cannot be written: {folder} is one of another run. Move it away"
             )
@@ -269,7 +279,7 @@ class Checkpoints(L.Callback):
 
     def _prune(self, step: int):
         """Leaves the newest ones, this one the newest: those beyond it are damaged, or of a way that was given up."""
-        found = [path for path in list_checkpoints(self.folder) if not is_foreign(path, self.folder.parent)]
+        found = [path for path in list_checkpoints(self.folder) if not names_another(path, self.folder.parent)]
         upto = [path for path in found if _step(path) <= step]
         for path in [*upto[: -self.keep], *found[len(upto) :]]:
             remove_folder(path)

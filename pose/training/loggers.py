@@ -71,7 +71,8 @@ def _wandb(options: dict, run_dir: Path, goes_on: bool) -> Logger:
     if run_id is None:
         run_id = uuid.uuid4().hex[:8]
         run_dir.mkdir(parents=True, exist_ok=True)
-        rank_zero_only(id_file.write_text)(run_id)
+        with contextlib.suppress(OSError):  # then the next start is another run of W&B
+            rank_zero_only(id_file.write_text)(run_id)
     return without_anonymous(WandbLogger(save_dir=run_dir, offline=offline, id=run_id, resume="allow", **options))
 
 

@@ -219,10 +219,8 @@ class PoseModule(L.LightningModule):
             "least_loss": nothing if self._least_loss is None else self._least_loss,
         }
         everywhere = gather({name: tensor.detach().cpu() for name, tensor in of_this.items()})
-        checkpoint["pose"] = {
-            name: torch.stack([one[name] for one in everywhere]) for name in of_this
-        }  # a row a process
-        checkpoint["pose"]["skipped"] = (self.num_skipped, self._num_skipped_in_a_row)
+        rows = {name: torch.stack([one[name] for one in everywhere]) for name in of_this}  # a row a process
+        checkpoint["pose"] = rows | {"skipped": (self.num_skipped, self._num_skipped_in_a_row)}
 
     def on_load_checkpoint(self, checkpoint: dict):
         kept = checkpoint["pose"]

@@ -23,7 +23,7 @@ BEAT = 5.0  # seconds from one sign of life of process 0 to the next
 PATIENCE = 300.0  # seconds without one, after which it is given up
 POLL = 0.5  # seconds; in between signals are heard, which a wait inside of a store would not let through
 FOLDER = ".shared"  # in the folder of a run, where there is no store
-_calls: Counter[str] = Counter()  # by name: each call has a key of its own
+_calls: Counter[tuple[str, int]] = Counter()  # by name and rank: each call has a key of its own
 
 
 def gather(value: Any) -> list[Any]:
@@ -58,9 +58,10 @@ def from_rank_zero(run_dir: Path, name: str, make: Callable[[], Any]) -> Any:
     """
     if (launch.num_started() or 1) == 1:
         return json.loads(json.dumps(make()))
-    _calls[name] += 1
-    board, key = _board(run_dir), f"{name}.{_calls[name]}"
-    if rank_zero_only.rank == 0:
+    rank = rank_zero_only.rank
+    _calls[name, rank] += 1
+    board, key = _board(run_dir), f"{name}.{_calls[name, rank]}"
+    if rank == 0:
         with _alive(board, key):
             try:
                 content = {"value": make()}
@@ -81,6 +82,7 @@ class _Board(Protocol):
     """Where process 0 puts short texts for the others."""
 
     where: str
+    hint: str  # where nothing has been heard at all
 
     def put(self, key: str, text: str): ...
 
@@ -89,6 +91,8 @@ class _Board(Protocol):
 
 class _Store:
     """The store at which the processes of `launch.run` and of torchrun meet."""
+
+    hint = ""
 
     def __init__(self, attempt: str):
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -109,14 +113,17 @@ class _Store:
 class _Files:
     """The folder of the run, for processes of `srun`, which have no store yet."""
 
+    hint = ". Do all machines share that folder?"
+
     def __init__(self, run_dir: Path, attempt: str):
         self.where, self.folder = str(run_dir), run_dir / FOLDER / attempt
+        if rank_zero_only.rank == 0:
+            for left in self.folder.parent.glob("*"):
+                if left != self.folder:  # of an earlier start
+                    remove_folder(left)
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, key: str, text: str):
-        if not self.folder.is_dir():
-            for left in self.folder.parent.glob("*"):  # of earlier starts
-                remove_folder(left)
-            self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / f"{key}.json", {"text": text})
 
     def get(self, key: str) -> str | None:
@@ -159,10 +166,9 @@ def _wait(board: _Board, key: str, name: str) -> str:
         if (new := board.get(f"{key}.alive")) != sign:
             sign, heard = new, time.monotonic()
         if time.monotonic() - heard > PATIENCE:
-            never = "" if sign is not None else " Do all machines share that folder?"
             raise TrainingError(
                 f"process {rank_zero_only.rank} waits for what process 0 makes ({name}), and has not heard of it at "
-                f"{board.where} for {PATIENCE:.0f} s: it has ended, or hangs.{never}"
+                f"{board.where} for {PATIENCE:.0f} s: it has ended, or hangs{board.hint if sign is None else ''}"
             )
         time.sleep(POLL)
     return text

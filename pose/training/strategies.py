@@ -117,8 +117,8 @@ def check_strategy(strategy: Strategy, precision: str, on_nonfinite: str = "stop
     """
     precisions = getattr(strategy, "precisions", PRECISIONS)
     if precision not in precisions:
-        reason = f": {REFUSED[precision]}" if precision in REFUSED else " by this strategy"
-        raise ConfigError(f"trainer.precision={precision} is not supported{reason}. Choose {', '.join(precisions)}")
+        why = f", since {REFUSED[precision]}" if precision in REFUSED else " by this strategy"
+        raise ConfigError(f"trainer.precision={precision} is not supported{why}: choose {', '.join(precisions)}")
     if isinstance(strategy, DeepSpeed) and strategy.needs_gpu and not isinstance(strategy.accelerator, CUDAAccelerator):
         raise ConfigError("DeepSpeed's strategies need a GPU: choose strategy=fsdp or ddp to train on the CPU")
     if isinstance(strategy, DeepSpeedStrategy) and on_nonfinite == "skip":
