@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
 from pose.app import build, models
@@ -114,13 +115,17 @@ def _check_keys(node: DictConfig, schema: type, prefix: str):
 
 def _check_no_empty(node: Any, key: str):
     """An unset shell variable makes `key=`: as a path it would be the folder that one stands in."""
-    if isinstance(node, DictConfig):
-        for name in node:
-            if not OmegaConf.is_missing(node, name):
-                _check_no_empty(node[name], f"{key}.{name}" if key else str(name))
-    elif isinstance(node, ListConfig):
-        for i, value in enumerate(node):
-            _check_no_empty(value, f"{key}[{i}]")
+    if isinstance(node, DictConfig | ListConfig):
+        is_list = isinstance(node, ListConfig)
+        for name in range(len(node)) if is_list else list(node):
+            inner = f"{key}[{name}]" if is_list else f"{key}.{name}".removeprefix(".")
+            if OmegaConf.is_missing(node, name):
+                continue
+            try:
+                value = node[name]
+            except OmegaConfBaseException as error:  # a reference (${...}) to nothing, or to another type
+                raise ConfigError(f"{inner} cannot be worked out: {str(error).splitlines()[0]}") from error
+            _check_no_empty(value, inner)
     elif isinstance(node, str) and not node.strip():
         raise ConfigError(
             f"{key} is empty: give a value, null for none, or leave it out (is a shell variable that it takes not set?)"

@@ -170,7 +170,8 @@ class Run:
         torch.manual_seed(cfg.seed)  # of random weights and adapters, whatever was measured before
         lora = OmegaConf.to_object(cfg.finetune).lora
         prepare = None if lora.rank is None else lambda model: add_lora(model, lora)
-        model = self._load(self.plan.config, layout=getattr(strategy, "layout", None), prepare=prepare)
+        layout = getattr(strategy, "layout", None)
+        model = models.load_model(cfg, self.plan.config, strategy.root_device, layout, prepare)
         trainable, total = count_parameters(model)
         log.info(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})")
         model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds

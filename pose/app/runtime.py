@@ -119,11 +119,14 @@ def run_folder() -> Path:
     """The folder that Hydra has made for this job.
 
     Raises:
-        ConfigError: hydra.run.dir is empty, which Hydra takes for the folder that one stands in.
+        ConfigError: it is given as nothing, which Hydra takes for the folder that one stands in.
     """
     job = HydraConfig.get()
-    if job.mode != RunMode.MULTIRUN and not str(job.run.dir).strip():
-        raise ConfigError("hydra.run.dir is empty: give a folder, or leave it out (is a shell variable in it not set?)")
+    key, folder = ("sweep", job.sweep.dir) if job.mode == RunMode.MULTIRUN else ("run", job.run.dir)
+    if not str(folder).strip():
+        raise ConfigError(
+            f"hydra.{key}.dir is empty: give a folder, or leave it out (is a shell variable in it not set?)"
+        )
     return Path(job.runtime.output_dir)
 
 

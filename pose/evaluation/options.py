@@ -99,11 +99,7 @@ def read_haystack(source: Any) -> str:
     Raises:
         DataError: what is missing, of another kind, or broken; names file and line.
     """
-    if isinstance(source, str | Path):
-        source = {"path": source}
-    if isinstance(source, Mapping):
-        return "\n\n".join(document.text for document in read_documents(**source))
-    return "\n\n".join(map(read_haystack, source))
+    return "\n\n".join(document.text for document in read_documents(source))
 
 
 def _refused(message: str) -> ConfigError:

@@ -117,7 +117,7 @@ class Suite:
         estimates: dict[str, Estimate] = {}
         for task in self.tasks:
             missing = [unit for unit in units[task] if unit not in kept[task]]
-            for unit in tqdm(missing, task.name, unit="unit", leave=False, disable=not progress):
+            for unit in tqdm(missing, task.name, unit="unit", leave=False, disable=not (progress and missing)):
                 if scorer is None:
                     assert load is not None, "a model, or what makes it"
                     scorer = Scorer(load(), self.options.batch_tokens)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from pose.app import build, schema
 from pose.errors import ConfigError
 from pose.positions import Mix, PoSE
+from pose.rope import RopeGeometry
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 schema.register()
@@ -98,7 +99,7 @@ def test_an_experiment_can_still_be_overridden():
 )
 def test_the_factor_follows_from_the_models_window(window, target_len, factor):
     cfg = compose("train", ["rope=linear", f"pose.target_len={target_len}"])
-    geometry = build.RopeGeometry(10000.0, 128, window)
+    geometry = RopeGeometry(10000.0, 128, window)
     assert build.build_scaling(cfg.rope).resolve(geometry, target_len).factor == factor
     sampler = build.build_sampler(cfg.pose, window)
     assert (sampler.train_len, sampler.target_len) == (window, target_len)

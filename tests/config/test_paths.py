@@ -10,8 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from pose.app import schema
-from pose.app.build import plan_training
 from pose.app.compare import plan_evaluation
+from pose.app.preflight import plan_training
 from pose.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pose.reporting.coverage
-from pose.app import run as outcome
 from pose.app import schema
+from pose.app.run import Run
 from pose.coverage import coverage, pairs_by_distance
 from pose.errors import ConfigError
 from pose.files import REPOSITORY
@@ -315,14 +315,18 @@ class Recording(PositionSampler):
 def test_a_run_says_what_it_covers(tmp_path, capsys, target_len, num_samples):
     """Of as few samples as take a second; a run that extends nothing has no figures."""
     Recording.drawn.clear()
-    plan = SimpleNamespace(sampler=Recording(256, target_len))
-    found = outcome.cover(plan, tmp_path)
+    run = Run(None, tmp_path)
+    run.plan = SimpleNamespace(sampler=Recording(256, target_len))
+    run.cover()
+    found = run.covered
     assert len(Recording.drawn) == num_samples
     assert set(found) == {"probability_beyond_window", "probability_last_window", "pair_share_beyond_window"}
     assert found["pair_share_beyond_window"] == 0
     assert "Coverage" in capsys.readouterr().out
     assert (tmp_path / "coverage.csv").is_file() and (tmp_path / "plots" / "coverage.png").is_file()
-    assert outcome.cover(SimpleNamespace(sampler=replace(plan.sampler, target_len=256)), tmp_path) == {}
+    run.plan = SimpleNamespace(sampler=replace(run.plan.sampler, target_len=256))
+    run.cover()
+    assert run.covered == {}
     assert capsys.readouterr().out == ""
 
 

@@ -13,7 +13,6 @@ from hydra import compose, initialize_config_dir
 from pose.app import compare, runtime, schema
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
-from pose.files import Memo
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "assets" / "tiny"
@@ -83,31 +82,6 @@ def test_what_cannot_run_here_is_named_at_once(tmp_path, override, message):
 def test_threads_are_at_least_one(tmp_path):
     with pytest.raises(ConfigError, match=r"num_threads=0 is not accepted: give an integer of at least 1"):
         runtime.set_up(composed(tmp_path, "ckpt=assets/tiny", "num_threads=0"))
-
-
-def test_a_checkpoint_is_told_by_what_is_in_its_files(tmp_path, longer):
-    memo, model = Memo(tmp_path / "memo"), longer / "model"
-    before = compare.checkpoint_print(str(model), None, memo)
-    assert {name for name, _ in before} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    (model / "README.md").write_text("other words")
-    assert compare.checkpoint_print(str(model), None, memo) == before
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
-    assert compare.checkpoint_print(str(model), None, memo) != before
-    kinds = ("generation_config.json", "pytorch_model.bin", "tokenizer.model", "merges.txt", "chat_template.jinja")
-    for name in kinds:
-        seen = compare.checkpoint_print(str(model), None, memo)
-        (model / name).write_text("{}")
-        assert compare.checkpoint_print(str(model), None, memo) != seen, name
-
-
-def test_a_checkpoint_of_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
-    commits = {None: "c0", "v1": "c1"}
-    cached = "/hub/models--a--b/snapshots/{}/config.json"
-    monkeypatch.setattr(compare, "find_file", lambda path, name, revision: cached.format(commits[revision]))
-    prints = [compare.checkpoint_print("a/b", revision, Memo(tmp_path)) for revision in commits]
-    assert prints == [["a/b", "c0"], ["a/b", "c1"]]
 
 
 def test_outcomes_belong_to_dtype_and_attention_too(tmp_path):
@@ -206,23 +180,19 @@ def test_a_table_that_could_not_be_finished_leaves_the_one_before(tmp_path, monk
 
 
 def test_a_checkpoint_is_saved_before_the_next_is_measured(tmp_path, monkeypatch):
-    import evaluate
-
     def measure(cfg, candidate):
         if candidate.name == "b":
             raise KeyboardInterrupt
         return {}, {}
 
     saved = []
-    job = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(tmp_path)))
-    monkeypatch.setattr(evaluate.HydraConfig, "get", lambda: job)
-    for name in ("set_up", "save_config"):
-        monkeypatch.setattr(evaluate.runtime, name, lambda *_: None)
+    for name, made in (("run_folder", tmp_path), ("set_up", None), ("save_config", None)):
+        monkeypatch.setattr(runtime, name, lambda *_, made=made: made)
     monkeypatch.setattr(compare, "plan_evaluation", lambda cfg: [SimpleNamespace(name=name) for name in cfg.ckpt])
     monkeypatch.setattr(compare, "measure", measure)
     monkeypatch.setattr(compare, "save", lambda cfg, run_dir, candidates, results, took: saved.append(list(results)))
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(composed(tmp_path, "ckpt=[a,b]"))
+        compare.evaluate(composed(tmp_path, "ckpt=[a,b]"))
     assert saved == [["a"]]
 
 
@@ -234,9 +204,18 @@ def test_metrics_of_one_checkpoint_are_not_under_its_name(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"harness/x": 0.5}
 
 
+def test_checkpoints_are_called_as_they_are_named(tmp_path, longer):
+    candidates = plan(tmp_path, f"ckpt={{base:assets/tiny,mine:{longer},again:assets/tiny}}", "eval=passkey")
+    assert [c.name for c in candidates] == ["base", "mine", "again"]
+    assert candidates[0].under == candidates[2].under and candidates[1].path == f"{longer}/model"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["+evl=3", "ckpt=assets/tiny"], ["evl is no key", "eval"]),
+        (["eval.seed=-3", "ckpt=assets/tiny"], ["eval.seed=-3", "0 to 4294967295"]),
+        (["ckpt={}"], ["ckpt={}", "names"]),
         ([], ["ckpt is not set", "ckpt=[assets/tiny,RUN]"]),
         (["ckpt=[assets/tiny,assets/tiny]"], ["each stands once"]),
         (["ckpt=assets/tiny", "eval.tasks=[perplexty]"], ["perplexty", "needle", "ruler/TASK"]),

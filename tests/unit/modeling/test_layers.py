@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pose.app import build, compare, schema
+from pose.app import compare, preflight, schema
 from pose.errors import ConfigError
 from pose.files import CONF
 from pose.modeling import layers
@@ -145,7 +145,7 @@ def test_training_and_measuring_refuse_before_weights_are_read(model_type, tmp_p
     with initialize_config_dir(str(CONF), version_base="1.3"):
         train = compose("train", [f"model.path={tmp_path}/base", "model.tokenizer=assets/tiny", "pose.target_len=256"])
         measure = compose("evaluate", [f"ckpt={tmp_path}/base", f"cache_dir={tmp_path}"])
-    for plan in (lambda: build.plan_training(train, tmp_path), lambda: compare.plan_evaluation(measure)):
+    for plan in (lambda: preflight.plan_training(train, tmp_path), lambda: compare.plan_evaluation(measure)):
         with pytest.raises(ConfigError, match=r"ForCausalLM is not supported: .*(ALiBi|no RoPE|state of their own)"):
             plan()
 

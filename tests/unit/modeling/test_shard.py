@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import Strategy
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
@@ -246,9 +247,12 @@ def test_the_papers_set_up(choice, monkeypatch):
     assert (cfg.finetune.schedule, cfg.finetune.warmup_steps) == ("linear", 10)
     assert cfg.model.gradient_checkpointing and cfg.model.path == "huggyllama/llama-7b" and cfg.pose.num_chunks == 2
     trainer = Mock(world_size=8, gradient_clip_val=cfg.trainer.gradient_clip)
-    assert build._accumulate(trainer, cfg.trainer) == 1 and trainer.accumulate_grad_batches == 8
+    assert (
+        build.accumulate(trainer, cfg.trainer.micro_batch, cfg.trainer.global_batch) == 1
+        and trainer.accumulate_grad_batches == 8
+    )
 
-    strategy = build.instantiate(cfg.strategy)
+    strategy = build.make(cfg.strategy, Strategy, "strategy")
     strategy._lightning_module = Mock(trainer=trainer)
     strategy._precision_plugin = Mock(precision="bf16-mixed")
     strategy._auto_select_batch_size = lambda: 1

@@ -14,7 +14,9 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers.logger import DummyLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pose.app import build, schema
+from pose.app import schema
+from pose.app.preflight import plan_training
+from pose.app.run import Run
 from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, DataError
 from pose.evaluation.options import EvalOptions
@@ -387,7 +389,7 @@ def plan(tmp_path, cache):
         common = [f"experiment={experiment}", "eval=none", f"cache_dir={cache}", "trainer.accelerator=cpu"]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", [*common, *overrides])
-        return build.plan_training(cfg, tmp_path)
+        return plan_training(cfg, tmp_path)
 
     return plan_
 
@@ -447,14 +449,12 @@ def test_what_cannot_work_is_refused_by_its_own_name(plan, overrides, error, wor
     assert "eval.trials" not in str(caught.value)
 
 
-def test_the_final_models_are_compared_too(capsys):
-    from pose.app import run as outcome
-
-    plan = SimpleNamespace(geometry=SimpleNamespace(window=64))
+def test_the_final_models_are_compared_too(tmp_path, capsys):
     for after, limit, words in ((10.6, 0.05, "10.60 after the training, 6.0% above"), (10.4, 0.05, ""), (99, None, "")):
-        cfg = SimpleNamespace(watch=SimpleNamespace(max_short_increase=limit))
-        outcome.warn_of_short(cfg, plan, {"untuned": {"ppl@64": 10.0}, "extended": {"ppl@64": after}})
+        run = Run(SimpleNamespace(watch=SimpleNamespace(max_short_increase=limit)), tmp_path)
+        run.plan = SimpleNamespace(geometry=SimpleNamespace(window=64))
+        run.warn_of_short({"untuned": {"ppl@64": 10.0}, "extended": {"ppl@64": after}})
         out = capsys.readouterr().out
         assert words in out and bool(out) == bool(words)
-    outcome.warn_of_short(cfg, plan, {"extended": {"ppl@64": 99.0}})
+    run.warn_of_short({"extended": {"ppl@64": 99.0}})
     assert not capsys.readouterr().out
