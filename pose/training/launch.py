@@ -240,18 +240,20 @@ def overrides(left_out: frozenset[str] | set[str] = frozenset(NOT_PASSED_ON)) ->
     return [*given["task"], *(override for override in given["hydra"] if _hydra_key(override) not in left_out)]
 
 
-def shell_command(run_dir: Path | None, changes: Sequence[str] = ()) -> str:
+def shell_command(run_dir: Path | None, changes: Sequence[str] = (), without: Sequence[str] = ()) -> str:
     """A command for the shell in which this job was started, that runs it (again).
 
     Args:
         run_dir: its folder; None lets it have a new one.
         changes: overrides, which take the place of those of the same key.
+        without: keys whose overrides are left out.
     """
     cwd = Path(HydraConfig.get().runtime.cwd)
-    keys = {key_of(change) for change in changes}
-    kept = [override for override in overrides(NOT_PASSED_ON | {"job"}) if key_of(override) not in keys]
+    names = [f"hydra.job.{key}" for key in ("num", "id")]
+    left_out = {*(key_of(change) for change in changes), *without, *names}
+    kept = [override for override in overrides() if key_of(override) not in left_out]
     if "hydra:job" in " ".join(kept):  # a job of a sweep, whose settings name it
-        kept += [f"hydra.job.{key}={_quoted(HydraConfig.get().job[key])}" for key in ("num", "id")]
+        kept += [f"{name}={_plain(str(OmegaConf.select(HydraConfig.instance().cfg, name)))}" for name in names]
     folder = [] if run_dir is None else [f"hydra.run.dir={_plain(_seen_from(cwd, run_dir.absolute()))}"]
     script = [_seen_from(cwd, SCRIPT), *_sources(but=(CONF, "train"))]
     return shlex.join([*_starter(), *script, *kept, *folder, *changes])

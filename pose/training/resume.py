@@ -170,17 +170,14 @@ def resume_command(run_dir: Path, *changes: str, anew: bool = False, sweep: bool
     if not HydraConfig.initialized():
         return shlex.join(["python", "train.py", f"hydra.run.dir={run_dir}", "resume=auto", *changes])
     given = next((o for o in launch.overrides() if launch.key_of(o) == "resume"), "resume=auto")
+    elsewhere = given.partition("=")[2] not in ("auto", "null")
     if anew:
-        return launch.shell_command(None, [*([] if _value(given) in ("auto", "null") else [given]), *changes])
+        return launch.shell_command(None, changes, without=() if elsewhere else ("resume",))
     if sweep and (command := launch.sweep_command(["resume=auto", *changes])) is not None:
         return command
     # Until this start has written a checkpoint, it goes on from where it was told to.
-    from_elsewhere = _value(given) not in ("auto", "null") and not _has_written(run_dir)
-    return launch.shell_command(run_dir, [given if from_elsewhere else "resume=auto", *changes])
-
-
-def _value(override: str) -> str:
-    return override.partition("=")[2]
+    from_there = elsewhere and not _has_written(run_dir)
+    return launch.shell_command(run_dir, [given if from_there else "resume=auto", *changes])
 
 
 def _has_written(run_dir: Path) -> bool:
