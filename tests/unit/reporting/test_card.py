@@ -115,6 +115,12 @@ def test_the_metrics_table():
     assert "What was measured" not in replace(CARD, results={}).text()
 
 
+def test_a_perplexity_of_a_benchmark_is_no_percentage():
+    results = {"extended": {"harness/wikitext": 25.34, "harness/boolq": 0.7512}}
+    rows = table(replace(CARD, results=results).text(), "What was measured")
+    assert rows["harness/wikitext"] == ["25.3"] and rows["harness/boolq"] == ["75.1%"]
+
+
 @pytest.mark.parametrize(
     ("text", "cut"),
     [
