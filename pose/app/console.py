@@ -5,7 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-from pose.reporting.text import printable
+from pose.errors import printable
 
 
 class ConsoleHandler(logging.Handler):

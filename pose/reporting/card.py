@@ -12,10 +12,11 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from pose.errors import one_line
 from pose.files import atomic_file
 from pose.positions import PositionSampler
 from pose.reporting.tables import shown
-from pose.reporting.text import markdown, one_line
+from pose.reporting.text import markdown
 from pose.rope import RopeScaling
 
 COLUMNS = {

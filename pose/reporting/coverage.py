@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pose.coverage import Coverage
+from pose.errors import one_line
 from pose.reporting.plots import COLORS, label_of, save_figure
-from pose.reporting.text import one_line
 
 
 def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:

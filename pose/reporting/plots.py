@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from pose.errors import one_line
 from pose.evaluation.task import Estimate
 from pose.files import atomic_file
 from pose.reporting.metrics_csv import logged_rows
 from pose.reporting.tables import FAMILIES, SHARES, Metrics, lengths_of, shown, value_of
-from pose.reporting.text import one_line
 
 POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
 NEEDLE = re.compile(r"needle@(\d+)/([\d.]+)")

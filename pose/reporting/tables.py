@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pose.errors import one_line
 from pose.evaluation.task import Estimate
-from pose.reporting.text import one_line
 
 log = logging.getLogger(__name__)
 

@@ -1,22 +1,11 @@
-"""Text that came from elsewhere (names of documents, folders, licenses), made safe for where people read it."""
+"""Text that came from elsewhere (names of documents, folders, licenses), as Markdown shows it safely."""
 
 import html
 import re
 
-# What moves a terminal's cursor or turns the reading direction, and what no file can hold: controls but for new lines
-# and tabs, bidirectional marks, separators of lines and paragraphs, surrogates (of file names that are not UTF-8).
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+from pose.errors import one_line
+
 _MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is only itself
-
-
-def printable(text: str) -> str:
-    """A text without what is not printed; its lines stay."""
-    return _CONTROLS.sub("", text)
-
-
-def one_line(text: object) -> str:
-    """A text without what is not printed, in one line."""
-    return " ".join(printable(" ".join(str(text).split())).split())
 
 
 def markdown(text: object) -> str:

@@ -11,11 +11,12 @@ from markdown_it import MarkdownIt
 from rich.text import Text
 
 from pose.app.console import ConsoleFormatter, FileFormatter
+from pose.errors import one_line, printable
 from pose.evaluation.task import Estimate
 from pose.positions import PoSE
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.tables import comparison_tables, print_table, results_table
-from pose.reporting.text import markdown, one_line, printable
+from pose.reporting.text import markdown
 from pose.rope import RopeGeometry, Yarn
 
 # What is shown, by what was given.
