@@ -214,7 +214,8 @@ class Run:
         plan, folder = self.plan, self.folder
         self.write_card()
         plot_training(folder / "metrics.csv", folder / "plots" / "training.png")
-        plot_results(self.results, folder / "plots" / "evaluation.png", plan.geometry.window)
+        window, target = plan.geometry.window, target_len_of(plan.config)
+        plot_results(self.results, folder / "plots" / "evaluation.png", window, target=target)
         metrics = {name: values(found) for name, found in self.results.items()}
         self.log_results(metrics | {"coverage": self.covered})
         self.save_metrics(metrics)
@@ -267,6 +268,7 @@ class Run:
             command=without_folders(shlex.join(["python", "train.py", *provenance["overrides"]])),
             versions={name: provenance["packages"][name] for name in ("torch", "transformers", "lightning")},
             commit=commit,
+            described=None if plan.suite is None else plan.suite.metrics(),
         ).write(self.folder / "model")
 
     def save_metrics(self, metrics: dict[str, dict[str, float]]):

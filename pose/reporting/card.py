@@ -13,9 +13,9 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from pose.errors import one_line
+from pose.evaluation.task import Metric, shown
 from pose.files import atomic_file
 from pose.positions import PositionSampler
-from pose.reporting.tables import shown
 from pose.reporting.text import markdown
 from pose.rope import RopeScaling
 
@@ -51,6 +51,7 @@ class Card:
         command: that made it, without folders of this machine.
         versions: package: version.
         commit: of the code, where it is known.
+        described: what the tasks say of their metrics, by name; of others only what their names tell is known.
     """
 
     base: str | None
@@ -68,6 +69,7 @@ class Card:
     command: str
     versions: Mapping[str, str]
     commit: str | None = None
+    described: Mapping[str, Metric] | None = None
 
     def write(self, folder: str | Path):
         """Writes README.md into the folder of the model, in one step."""
@@ -141,7 +143,7 @@ class Card:
         lines.append("|---|" + "---|" * len(models))
         for name in names:
             values = [self.results[model].get(name) for model in models]
-            cells = ("" if value is None else shown(name, value) for value in values)
+            cells = ("" if value is None else shown(name, value, self.described) for value in values)
             lines.append(f"| {markdown(name)} | " + " | ".join(cells) + " |")
         text = "## What was measured\n\n" + "\n".join(lines)
         text += "\n\n`@N` is the length in tokens."

@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pose.errors import one_line
-from pose.evaluation.task import Estimate
+from pose.evaluation.task import Estimate, describe, shown
 from pose.files import atomic_file
 from pose.reporting.metrics_csv import logged_rows
-from pose.reporting.tables import FAMILIES, SHARES, Metrics, lengths_of, shown, value_of
+from pose.reporting.tables import Metrics, lengths_of, value_of
 
 POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
 NEEDLE = re.compile(r"needle@(\d+)/([\d.]+)")
@@ -238,7 +238,7 @@ def _label_lengths(axes, lengths: Sequence[float]):
 
 def _scale_values(axes, name: str, values: Sequence[float]):
     """The vertical axis: shares from 0 to 1, perplexities by their logarithm, with few labels."""
-    if SHARES.fullmatch(name):
+    if describe(name).is_share:
         axes.set_ylim(-0.05, 1.05)
         axes.yaxis.set_major_formatter("{x:.0%}")
         return
@@ -310,8 +310,8 @@ def _series(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
 
 
 def _title(family: str) -> str:
-    title = TITLES.get(family) or FAMILIES.get(family, family)
-    return f"{title} accuracy" if title == family and SHARES.fullmatch(family) else label_of(title)
+    metric = describe(family)
+    return TITLES.get(family) or label_of(metric.title) + (" accuracy" if metric.is_share else "")
 
 
 def _marker(i: int) -> str:

@@ -10,35 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from pose.errors import one_line
-from pose.evaluation.task import Estimate
+from pose.evaluation.task import FAMILIES, Estimate, Metric, describe, shown
 
 log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float] | Mapping[str, Estimate]
-FAMILIES = {
-    "ppl": "perplexity",
-    "tail_ppl": "perplexity of the last tokens",
-    "sliding_ppl": "sliding-window perplexity",
-    "bits_per_byte": "bits per byte",
-    "passkey": "passkey",
-    "needle": "needle",
-}
-SHARES = re.compile("passkey|needle|ruler(/.*)?|harness/.*")  # families whose values are shares, in [0, 1]
-
-
-def shown(name: str, value: float) -> str:
-    """A metric's value as people read it: a share in percent, a perplexity with one decimal.
-
-    Args:
-        name: of the metric, such as passkey@2048, or of its family.
-        value: of it, or a bound of its interval.
-    """
-    family = name.split("@")[0]
-    if SHARES.fullmatch(family) and value <= 1:  # a benchmark may report a perplexity
-        return f"{value:.1%}" if family.startswith("harness/") else f"{value:.0%}"
-    if family == "bits_per_byte":
-        return f"{value:.3f}"
-    return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
 
 
 def lengths_of(metrics: Metrics, family: str) -> dict[int, float | Estimate]:
@@ -65,19 +41,22 @@ def results_table(results: Mapping[str, Metrics | Sequence[Metrics]], title: str
     table.add_column("", overflow="fold")
     for i, (family, n) in enumerate(columns):
         first = i == 0 or columns[i - 1][0] != family
-        table.add_column(f"{FAMILIES[family] if first else ''}\n@{n}", justify="right")
+        table.add_column(f"{_name(describe(family).title) if first else ''}\n@{n}", justify="right")
     for name, runs in rows.items():
         values = ([value_of(m[f"{family}@{n}"]) for m in runs if f"{family}@{n}" in m] for family, n in columns)
         table.add_row(_name(name), *(_cell(family, found) for (family, _), found in zip(columns, values, strict=True)))
     return table
 
 
-def comparison_tables(results: Mapping[str, Mapping[str, Estimate]], title: str) -> list[Table]:
+def comparison_tables(
+    results: Mapping[str, Mapping[str, Estimate]], title: str, described: Mapping[str, Metric] | None = None
+) -> list[Table]:
     """Checkpoints side by side: a table by length, a part of it for each family, and one of standard benchmarks.
 
     Args:
         results: estimates by checkpoint; a cell has the value, and below it its 95 % interval.
         title: of the first table.
+        described: what the tasks say of their metrics, by name; of others only what their names tell is known.
     """
     names = [name for found in results.values() for name in found]
     families = [*FAMILIES, *dict.fromkeys(name.split("@")[0] for name in names if name.startswith("ruler/"))]
@@ -93,7 +72,7 @@ def comparison_tables(results: Mapping[str, Mapping[str, Estimate]], title: str)
             table.add_column(f"@{n:,}", justify="right")
         for family, rows in by_family.items():
             if any(rows.values()):
-                table.add_row(f"[bold]{_name(FAMILIES.get(family, family))}")
+                table.add_row(f"[bold]{_name(describe(family).title)}")
                 for checkpoint, row in rows.items():
                     table.add_row(_name(checkpoint), *(_estimate(family, row.get(n)) for n in lengths))
                 table.add_section()
@@ -105,7 +84,7 @@ def comparison_tables(results: Mapping[str, Mapping[str, Estimate]], title: str)
         for name in benchmarks:
             table.add_column(_name(name.removeprefix("harness/")), justify="right", overflow="fold")
         for checkpoint, found in results.items():
-            table.add_row(_name(checkpoint), *(_estimate(name, found.get(name)) for name in benchmarks))
+            table.add_row(_name(checkpoint), *(_estimate(name, found.get(name), described) for name in benchmarks))
         tables.append(table)
     return tables
 
@@ -134,13 +113,14 @@ def _name(text: str) -> str:
     return escape(one_line(text))
 
 
-def _estimate(family: str, estimate: float | Estimate | None) -> str:
+def _estimate(family: str, estimate: float | Estimate | None, described: Mapping[str, Metric] | None = None) -> str:
     """A cell: the value, and below it the interval."""
     if estimate is None:
         return ""
-    value = shown(family, value_of(estimate))
-    low, high = getattr(estimate, "low", None), getattr(estimate, "high", None)
-    return value if low is None or high is None else f"{value}\n[dim]{shown(family, low)}-{shown(family, high)}"
+    value = shown(family, value_of(estimate), described)
+    if not isinstance(estimate, Estimate) or estimate.low is None or estimate.high is None:
+        return value
+    return f"{value}\n[dim]{'-'.join(shown(family, bound, described) for bound in (estimate.low, estimate.high))}"
 
 
 def _cell(family: str, values: list[float]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from pose.evaluation.task import Metric
 from pose.positions import Full, PoSE
 from pose.reporting.card import Card, license_of, without_folders
 from pose.rope import LongRope, RopeGeometry, Unscaled, Yarn
@@ -116,9 +117,12 @@ def test_the_metrics_table():
 
 
 def test_a_perplexity_of_a_benchmark_is_no_percentage():
-    results = {"extended": {"harness/wikitext": 25.34, "harness/boolq": 0.7512}}
-    rows = table(replace(CARD, results=results).text(), "What was measured")
-    assert rows["harness/wikitext"] == ["25.3"] and rows["harness/boolq"] == ["75.1%"]
+    """The task says what it is; its name alone says it of the paper's benchmarks."""
+    results = {"extended": {"harness/wikitext": 0.9, "harness/boolq": 0.7512, "harness/mine": 0.5}}
+    card = replace(CARD, results=results, described={"harness/mine": Metric("mine", True, ".1%")})
+    rows = table(card.text(), "What was measured")
+    assert rows["harness/wikitext"] == ["0.900"] and rows["harness/boolq"] == ["75.1%"]
+    assert rows["harness/mine"] == ["50.0%"]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pose.evaluation.task import Estimate
-from pose.reporting.tables import comparison_tables, lengths_of, print_table, results_table, shown
+from pose.evaluation.task import Estimate, Metric
+from pose.reporting.tables import comparison_tables, lengths_of, print_table, results_table
 
 METRICS = {
     "ppl@512": 9.0, "ppl@256": 12.25, "tail_ppl@256": 20.06, "tail_ppl@2048": 5.0, "sliding_ppl@256": 7.0,
@@ -64,25 +64,6 @@ def test_results_table_takes_estimates_as_numbers():
     assert cells(results_table(found, "Results", ("ppl",)))[1:] == [["a", "9.0"], ["b", "6.0 (5.0-7.0)"]]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("ppl@2048", 9.04, "9.0"),
-        ("ppl", 12345.6, "1.2e+04"),
-        ("tail_ppl@2048", 9999.94, "9999.9"),
-        ("sliding_ppl@2048", 0.96, "1.0"),
-        ("bits_per_byte@2048", 0.71234, "0.712"),
-        ("passkey@2048", 0.955, "96%"),
-        ("needle@2048/0.5", 1.0, "100%"),
-        ("ruler/niah_single_1@4096", 0.0, "0%"),
-        ("harness/boolq", 0.7512, "75.1%"),
-        ("harness/wikitext", 25.34, "25.3"),
-    ],
-)
-def test_how_a_value_is_shown(name, value, text):
-    assert shown(name, value) == text
-
-
 def test_table_is_printed_whole(capsys):
     """A file or pipe gets 120 columns: nothing of an eight-length table is cut off."""
     results = {"a model": {f"tail_ppl@{2**i}": 10.0 + i for i in range(8, 16)}}
@@ -103,9 +84,18 @@ def test_names_in_brackets_are_printed_as_they_are(capsys):
     assert all(printed.count(name.replace(" ", "")) == 3 for name in names)
 
 
-def test_a_benchmark_that_is_no_share_is_not_shown_as_one():
-    (table,) = comparison_tables({"a": {"harness/wikitext": Estimate(25.34)}}, "Results")
-    assert cells(table) == [["", "wikitext"], ["a", "25.3"]]
+def test_a_benchmark_is_a_percentage_where_it_is_known_to_be_a_share():
+    """By its name, or by what the task says; a perplexity below 1 is none."""
+    found = {
+        "harness/wikitext": Estimate(25.34),
+        "harness/mine": Estimate(0.75),
+        "harness/bits": Estimate(0.9, 0.8, 1.0),
+    }
+    known = {"harness/mine": Metric("mine", True, ".1%"), "harness/bits": Metric("bits", False, ".2f")}
+    (table,) = comparison_tables({"a": found}, "Results")
+    assert cells(table) == [["", "wikitext", "mine", "bits"], ["a", "25.340", "0.750", "0.900\n[dim]0.800-1.000"]]
+    (table,) = comparison_tables({"a": found}, "Results", known)
+    assert cells(table)[1] == ["a", "25.340", "75.0%", "0.90\n[dim]0.80-1.00"]
 
 
 def test_comparison_tables_have_parts_by_family_and_one_of_benchmarks():
