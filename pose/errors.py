@@ -1,5 +1,11 @@
 """The errors that a user can mend. Their messages name the key or file, the value, what is accepted."""
 
+import re
+
+# What moves a terminal's cursor or turns the reading direction, and what no file can hold: controls but for new lines
+# and tabs, bidirectional marks, separators of lines and paragraphs, surrogates (of file names that are not UTF-8).
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
 
 class PoseError(Exception):
     """Base of the errors below; the command line prints the message alone, without a traceback.
@@ -119,3 +125,13 @@ def require_choice(key: str, value, choices, *, group: str | None = None):
     """Raises a ConfigError unless value is one of the choices."""
     if value not in choices:
         raise ConfigError(f"{key}={value!r} is unknown: choose {', '.join(map(str, choices))}", group)
+
+
+def printable(text: str) -> str:
+    """A text without what is not printed; its lines stay."""
+    return _CONTROLS.sub("", text)
+
+
+def one_line(text: object) -> str:
+    """A text without what is not printed, in one line."""
+    return " ".join(printable(" ".join(str(text).split())).split())

@@ -193,14 +193,16 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
     )
     window = min(c.window for c in candidates)
     plots = run_dir / "plots"
-    plot_results(results, plots / "evaluation.png", window, tuple(PANELS))
+    target = max(target_len_of(c.config) for c in candidates)
+    plot_results(results, plots / "evaluation.png", window, tuple(PANELS), target)
     plot_needle(results, plots / "needle.png")
     plot_ruler(results, plots / "ruler.png")
 
 
 def show(run_dir: Path, candidates: list[Candidate], results: Results):
     """The tables in the terminal, and where everything is."""
-    for table in comparison_tables(results, "Results"):
+    described = {name: metric for candidate in candidates for name, metric in candidate.suite.metrics().items()}
+    for table in comparison_tables(results, "Results", described):
         print_table(table)
     for candidate in candidates:
         if remark := out_of_reach(results[candidate.name], candidate.window):

@@ -1,6 +1,5 @@
 """One training from its config to what it leaves in its folder: plan, measure, train, report."""
 
-import csv
 import logging
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.rotary import target_len_of
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
+from pose.reporting.metrics_csv import logged_rows
 from pose.reporting.plots import plot_results, plot_training
 from pose.reporting.tables import print_table, results_table
 from pose.training import faults, launch, memory
@@ -46,19 +46,6 @@ def train(cfg: DictConfig):
         runtime.set_up(cfg)
         with alone_in(folder), memory.freed(), faults.explained(folder):
             Run(cfg, folder)()
-
-
-def logged_rows(csv_file: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, each with what it has; those that are damaged are left out, and counted."""
-    if not csv_file.is_file():
-        return []
-    lines = csv_file.read_text(errors="replace").replace("\0", "").splitlines(keepends=True)
-    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))  # the last one may be cut off
-    # -1 is before the first step
-    whole = [row for row in rows if None not in row.values() and (row.get("step") or "").removeprefix("-").isdigit()]
-    if missing := max(len(lines) - 1, 0) - len(whole):
-        log.warning(f"{missing} rows of {csv_file} are damaged, and left out")
-    return [{name: value for name, value in row.items() if name and value} for row in whole]
 
 
 class Run:
@@ -228,7 +215,8 @@ class Run:
         plan, folder = self.plan, self.folder
         self.write_card()
         plot_training(folder / "metrics.csv", folder / "plots" / "training.png")
-        plot_results(self.results, folder / "plots" / "evaluation.png", plan.geometry.window)
+        window, target = plan.geometry.window, target_len_of(plan.config)
+        plot_results(self.results, folder / "plots" / "evaluation.png", window, target=target)
         metrics = {name: values(found) for name, found in self.results.items()}
         self.log_results(metrics | {"coverage": self.covered})
         self.save_metrics(metrics)
@@ -281,6 +269,7 @@ class Run:
             command=without_folders(shlex.join(["python", "train.py", *provenance["overrides"]])),
             versions={name: provenance["packages"][name] for name in ("torch", "transformers", "lightning")},
             commit=commit,
+            described=None if plan.suite is None else plan.suite.metrics(),
         ).write(self.folder / "model")
 
     def save_metrics(self, metrics: dict[str, dict[str, float]]):

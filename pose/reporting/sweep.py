@@ -1,13 +1,15 @@
 """What a sweep leaves: sweep.csv after every job, and one table at the end."""
 
 import csv
-import json
+import logging
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 
-from pose.files import atomic_file
+from pose.files import atomic_file, read_json
 from pose.reporting.tables import Metrics, print_table, results_table
+
+log = logging.getLogger(__name__)
 
 
 def show_sweep(folder: Path):
@@ -36,15 +38,21 @@ def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
 
 def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
     """Writes sweep.csv, a row for each job that is complete; returns overrides and metrics of each."""
-    jobs = []
+    jobs: list[tuple[str, Metrics]] = []
     for file in sorted(folder.glob("*/metrics.json"), key=lambda f: (len(f.parent.name), f.parent.name)):
-        overrides = OmegaConf.to_container(OmegaConf.load(file.parent / ".hydra" / "overrides.yaml"))
-        metrics = {k: v for k, v in json.loads(file.read_text()).items() if isinstance(v, int | float)}
-        jobs.append((" ".join(overrides), metrics))
+        metrics = {name: value for name, value in read_json(file).items() if isinstance(value, int | float)}
+        try:
+            overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            overrides = None
+        if metrics and isinstance(overrides, list):
+            jobs.append((" ".join(map(str, overrides)), metrics))
+        else:
+            log.warning(f"{file.parent} is left out of the sweep's table: its metrics or overrides cannot be read")
     if jobs:
         names = sorted({name for _, metrics in jobs for name in metrics})
-        with atomic_file(folder / "sweep.csv", newline="") as file:
-            writer = csv.DictWriter(file, ["overrides", *names])
+        with atomic_file(folder / "sweep.csv", newline="") as table:  # jobs may end at the same moment
+            writer = csv.DictWriter(table, ["overrides", *names])
             writer.writeheader()
             writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
     return jobs

@@ -113,8 +113,9 @@ class Weights:
 def broken(what: str) -> TrainingError:
     """The error of a model that training has made useless; every process raises it alike."""
     error = TrainingError(
-        f"the training has broken the model, and nothing is exported: {what}. What helps: a lower finetune.lr, and "
-        "trainer.precision=bf16-mixed or 32-true where it is 16 bits; earlier checkpoints may be sound"
+        f"the training has broken the model, and nothing is exported: {what}. Start anew with a lower finetune.lr, and "
+        "with trainer.precision=bf16-mixed or 32-true where it has 16 bits",
+        anew=True,
     )
     error.is_everywhere = True
     return error

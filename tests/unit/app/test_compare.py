@@ -16,6 +16,7 @@ from pose.evaluation.task import Estimate
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "assets" / "tiny"
+LONG = SimpleNamespace(max_position_embeddings=32)  # the config of a model that was extended
 schema.register()
 
 
@@ -128,7 +129,7 @@ def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path, monkeypatch, reuse):
 def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeypatch):
     """Of one checkpoint in a list too, and while others are still to come; the plots have all windows marked once."""
     windows = []
-    monkeypatch.setattr(compare, "plot_results", lambda results, png, window, panels: windows.append(window))
+    monkeypatch.setattr(compare, "plot_results", lambda results, png, *marks: windows.append((marks[0], marks[2])))
     cfg = composed(tmp_path, "ckpt=[b,a]", "eval=passkey", "eval.trials=7")
     (tmp_path / "provenance.json").write_text('{"commit": "c0"}')
     candidates, results, took = [], {}, {}
@@ -136,7 +137,7 @@ def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeyp
         task = SimpleNamespace(name="passkey", units=lambda i=i: {"8": {"seed": i}})
         suite = SimpleNamespace(tasks=[task])
         candidates.append(
-            compare.Candidate(name, f"in/{name}", None, 8 - i, suite, torch.device("cpu"), None, {"checkpoint": i})
+            compare.Candidate(name, f"in/{name}", LONG, 8 - i, suite, torch.device("cpu"), None, {"checkpoint": i})
         )
     for i, name in enumerate("ba"):
         results[name] = {"passkey@8": Estimate(0.5 + i / 4, 0.25, 0.875, 4 + i), "ppl@8": Estimate(3.0 + i)}
@@ -161,12 +162,12 @@ def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeyp
                 "ppl@8": {"value": 3.0 + i, "low": None, "high": None, "num": 1},
             },
         }  # fmt: skip
-    assert windows == [7, 7] and not list(tmp_path.glob("*.partial"))
+    assert windows == [(7, 32), (7, 32)] and not list(tmp_path.glob("*.partial"))
 
 
 def test_a_table_that_could_not_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
     cfg = composed(tmp_path, "ckpt=a")
-    candidate = compare.Candidate("a", "a", None, 8, SimpleNamespace(tasks=[]), torch.device("cpu"), None, {})
+    candidate = compare.Candidate("a", "a", LONG, 8, SimpleNamespace(tasks=[]), torch.device("cpu"), None, {})
     compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.5)}}, {"a": {}})
     before = (tmp_path / "results.csv").read_text()
 
@@ -199,7 +200,7 @@ def test_a_checkpoint_is_saved_before_the_next_is_measured(tmp_path, monkeypatch
 def test_metrics_of_one_checkpoint_are_not_under_its_name(tmp_path):
     cfg = composed(tmp_path, "ckpt=a")
     suite = SimpleNamespace(tasks=[])
-    candidate = compare.Candidate("a", "a", None, 8, suite, torch.device("cpu"), None, {})
+    candidate = compare.Candidate("a", "a", LONG, 8, suite, torch.device("cpu"), None, {})
     compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.5)}}, {"a": {}})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"harness/x": 0.5}
 
