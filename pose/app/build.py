@@ -1,5 +1,6 @@
 """From a composed config to objects. Checks that join several parts are in `preflight`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
+from pose.app.schema import DataConfig, TrainerConfig, to_options
 from pose.app.targets import make
 from pose.data.datamodule import PoseDataModule
 from pose.data.heldout import SetAside
@@ -60,7 +62,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
     Raises:
         ConfigError: a value that Lightning does not accept; carries its message.
     """
-    t = OmegaConf.to_object(cfg.trainer)
+    t = to_options(cfg.trainer, TrainerConfig)
     if cfg.logger.name != "wandb" and (extra := [key for key in cfg.logger if key != "name"]):
         raise ConfigError(
             f"logger.{extra[0]} is not accepted: logger={cfg.logger.name} (csv, tensorboard) takes name alone"
@@ -94,7 +96,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
 def _strategy_name(node: DictConfig) -> str:
     names = [name for name in node if name != "name"]
     if names:
-        raise ConfigError(f"strategy.{names[0]} is not accepted: strategy={node.get('name')} takes name alone")
+        raise ConfigError(f"strategy.{names[0]!s} is not accepted: strategy={node.get('name')} takes name alone")
     if any(part in node.name for part in ("spawn", "fork", "notebook")):
         raise ConfigError(f"strategy.name={node.name!r} starts processes in a way that is not used here: take ddp")
     return node.name
@@ -133,7 +135,7 @@ def build_data(
     cfg: DictConfig, tokenizer, sampler: PositionSampler, micro_batch: int, vocab_size: int
 ) -> PoseDataModule:
     """The LightningDataModule of the group `data`, not tokenised yet."""
-    d, t = OmegaConf.to_object(cfg.data), cfg.trainer
+    d, t = to_options(cfg.data, DataConfig), cfg.trainer
     measuring = [cfg.eval] + [cfg.watch] * (cfg.watch.every_n_steps is not None)
     wanting = [group for group in measuring if "perplexity" in group.tasks and group.documents is None]
     documents = find_documents("data.documents", d.documents)
@@ -184,7 +186,7 @@ def build_suite(
     if not options.tasks:
         return None
     if options.lengths is None:
-        options.lengths = default_lengths(window, target_len)
+        options.lengths = list(default_lengths(window, target_len))
     options.haystack = find_documents("{group}.haystack", options.haystack)
     documents = set_aside if options.documents is None else find_documents("{group}.documents", options.documents)
     return Suite(options, tokenizer, documents, cache_dir, target_len, vocab_size)
@@ -207,10 +209,10 @@ def build_watch(
     Raises:
         ConfigError: `best` is a metric that is not measured; a value that `EvalOptions` does not accept.
     """
-    if cfg.watch.every_n_steps is None and cfg.watch.best is None:
-        return None
     try:
-        options: WatchOptions = OmegaConf.to_object(cfg.watch)
+        options = to_options(cfg.watch, WatchOptions)
+        if options.every_n_steps is None:
+            return None
         lengths = sorted({window, target_len} if options.lengths is None else set(options.lengths))
         options.lengths = lengths
         suite = build_suite(options, tokenizer, window, target_len, cache_dir, vocab_size, set_aside)
@@ -222,10 +224,12 @@ def build_watch(
         if options.max_short_increase is not None and has_documents and cfg.model.path is not None:
             # on the documents that the suite has
             longest = max(lengths) if "perplexity" in options.tasks else window
-            only = {"tasks": ["perplexity"], "prefix": None, "lengths": [window], "tail": None, "stride": None}
-            only |= {"min_tokens": max(longest, options.min_tokens or 0), "sliding_tokens": None}
-            short_options: WatchOptions = OmegaConf.to_object(OmegaConf.merge(cfg.watch, only))
-            short = build_suite(short_options, tokenizer, window, target_len, cache_dir, vocab_size, set_aside)
+            enough = max(longest, options.min_tokens or 0)
+            only = replace(
+                options, tasks=["perplexity"], prefix=None, lengths=[window], tail=None, stride=None,
+                min_tokens=enough, sliding_tokens=None,
+            )  # fmt: skip
+            short = build_suite(only, tokenizer, window, target_len, cache_dir, vocab_size, set_aside)
     except PoseError as error:
         raise error.under("watch") from error
     return Watch(

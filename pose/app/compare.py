@@ -13,9 +13,10 @@ from transformers import PretrainedConfig
 
 from pose.app import build, models, runtime
 from pose.app.preflight import check_config
-from pose.app.schema import EvaluateConfig
+from pose.app.schema import EvaluateConfig, to_options
 from pose.errors import ConfigError
 from pose.evaluation.memo import Outcomes, identity
+from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
 from pose.evaluation.task import Estimate
 from pose.files import Memo, atomic_file, read_json, write_json
@@ -85,7 +86,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
             "ckpt is not set: give a run folder, a Hugging Face folder, or a hub id (ckpt=assets/tiny), a list of "
             "them (ckpt=[assets/tiny,RUN]), or some with names (ckpt={base:assets/tiny,mine:RUN})"
         )
-    OmegaConf.to_object(cfg.eval)
+    to_options(cfg.eval, EvalOptions)
     named = _named(cfg.ckpt)
     device = _device(cfg.device)
     dtype = _dtype(cfg.dtype, device)
@@ -109,7 +110,12 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     candidates = []
     for (name, path, config, tokenizer), window in zip(found, windows, strict=True):
         suite = build.build_suite(
-            OmegaConf.to_object(cfg.eval), tokenizer, window, target_len_of(config), cfg.cache_dir, config.vocab_size
+            to_options(cfg.eval, EvalOptions),
+            tokenizer,
+            window,
+            target_len_of(config),
+            cfg.cache_dir,
+            config.vocab_size,
         )
         if suite is None:
             raise ConfigError("eval.tasks is empty: choose eval=quick, perplexity, passkey, needle, ruler, harness")
@@ -148,7 +154,7 @@ def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate],
     def load():
         attention = models.attention_on(cfg.attention, candidate.device)
         model = build_model(candidate.config, candidate.path, attention, candidate.dtype, cfg.revision)
-        model = model.to(candidate.device)
+        model.to(candidate.device)  # type: ignore[arg-type]  # transformers wraps torch's method
         with torch.no_grad():
             check_loss(model, candidate.device)  # scores are taken from hidden states too
         return model

@@ -27,7 +27,7 @@ def build_samplers(cfg: DictConfig) -> dict[str, PositionSampler]:
     """
     job, lengths = HydraConfig.get(), ("pose.train_len=", "pose.target_len=")
     changed = [o for o in job.overrides.task if o.startswith(("pose.", "pose@")) and not o.startswith(lengths)]
-    name = " ".join([job.runtime.choices.pose, *(o.removeprefix("pose@").removeprefix("pose.") for o in changed)])
+    name = " ".join([job.runtime.choices["pose"], *(o.removeprefix("pose@").removeprefix("pose.") for o in changed)])
     samplers = {name: build.build_sampler(cfg.pose)}
     for choice in cfg.beside:
         overrides = [f"pose={choice}", *(f"{key}{OmegaConf.select(cfg, key[:-1])}" for key in lengths)]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -89,7 +90,7 @@ def model_config(cfg: DictConfig) -> PretrainedConfig:
             "model.path is not set: give a Hugging Face folder or a hub id (or model.init, the config of a model that "
             "starts from random weights)"
         )
-    init = OmegaConf.to_container(cfg.model.init, resolve=True)
+    init: Any = OmegaConf.to_container(cfg.model.init, resolve=True)
     try:
         return AutoConfig.for_model(init.pop("model_type"), **init)
     except (KeyError, ValueError, TypeError) as error:

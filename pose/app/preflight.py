@@ -14,9 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
 from pose.app import build, models
-from pose.app.schema import MAX_SEED, TrainConfig
+from pose.app.schema import MAX_SEED, FinetuneConfig, TrainConfig, to_options
 from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, PoseError, require_int
+from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite
 from pose.files import REPOSITORY, is_inside, locate
 from pose.modeling.attention import resolve_backend
@@ -107,7 +108,7 @@ def _check_keys(node: DictConfig, schema: type, prefix: str):
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, 1)
             meant = f"did you mean {prefix}{near[0]}?" if near else f"choose from {', '.join(fields)}"
-            raise ConfigError(f"{prefix}{key} is no key of the config: {meant}")
+            raise ConfigError(f"{prefix}{key!s} is no key of the config: {meant}")
         kind = OmegaConf.get_type(node, key) if not OmegaConf.is_missing(node, key) else None
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             _check_keys(node[key], kind, f"{prefix}{key}.")
@@ -154,15 +155,15 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     sampler = build.build_sampler(cfg.pose, geometry.window)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
     resolve_backend(cfg.model.attention)
-    models.check_lora(OmegaConf.to_object(cfg.finetune).lora, config)
+    models.check_lora(to_options(cfg.finetune, FinetuneConfig).lora, config)
     tokenizer = _tokenizer(cfg, base, config)
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     micro_batch = build.accumulate(trainer, cfg.trainer.micro_batch, cfg.trainer.global_batch)
     data = build.build_data(cfg, tokenizer, sampler, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)
-    suite = build.build_suite(OmegaConf.to_object(cfg.eval), *measured)
+    suite = build.build_suite(to_options(cfg.eval, EvalOptions), *measured)
     export = partial(Export, tokenizer, dtype=build.DTYPES[cfg.model.export_dtype])
-    throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))
+    throughput = next(one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
     watch = build.build_watch(cfg, *measured, export=export(run_dir / "best"), throughput=throughput)
     data.prepare_data()
     data.setup()
@@ -176,7 +177,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         check_finished(settings, run_dir)
     own, t = run_dir / "checkpoints", cfg.trainer
     saved = checkpoint.step if checkpoint is not None and checkpoint.is_own(run_dir) else None
-    trainer.callbacks += [
+    trainer.callbacks += [  # type: ignore[attr-defined]
         Checkpoints(own, t.checkpoint_every_n_steps, t.keep_checkpoints, settings, saved),
         *([] if watch is None else [watch]),
         export(run_dir / "model"),

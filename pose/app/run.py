@@ -4,16 +4,17 @@ import logging
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pose.app import models, runtime
 from pose.app.preflight import Plan, plan_training
+from pose.app.schema import FinetuneConfig, to_options
 from pose.coverage import coverage
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.suite import Suite, values
@@ -79,19 +80,19 @@ class Run:
             return
         if launch.is_needed(self.plan.trainer):
             checkpoint = self.plan.checkpoint
-            launch.run(self.plan.trainer.num_devices, self.folder, checkpoint and checkpoint.folder)
+            launch.run(self.plan.trainer.num_devices, self.folder, None if checkpoint is None else checkpoint.folder)
             return
         runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step)
         with closing(self.plan.trainer.loggers):
-            if rank_zero_only.rank == 0:
+            if self.plan.trainer.is_global_zero:
                 self.cover()
                 self.go_on()
             with runtime.explained_memory_errors(self.cfg):
                 self.measure_before()
                 self.train()
-                if rank_zero_only.rank == 0:
+                if self.plan.trainer.is_global_zero:
                     self.measure_after()
-            if rank_zero_only.rank == 0:
+            if self.plan.trainer.is_global_zero:
                 self.report()
 
     def cover(self):
@@ -129,7 +130,7 @@ class Run:
         """The untuned model, and the one whose RoPE is rescaled and nothing else."""
         plan = self.plan
         if plan.watch is not None and plan.watch.short is not None:
-            plan.watch.untuned = self._measure_short()
+            plan.watch.untuned = self._measure_short(plan.watch.short)
         if plan.suite is None or self.cfg.model.path is None or not self.cfg.eval.before:
             return
         self.measure("untuned", plan.base)
@@ -139,7 +140,7 @@ class Run:
     def train(self):
         """Trains, and exports RUN/model at the end."""
         plan, cfg = self.plan, self.cfg
-        options = {key: value for key, value in vars(OmegaConf.to_object(cfg.finetune)).items() if key != "lora"}
+        options = {key: value for key, value in vars(to_options(cfg.finetune, FinetuneConfig)).items() if key != "lora"}
         module = PoseModule(
             self.load_for_training,
             expected=plan.expected,
@@ -155,7 +156,7 @@ class Run:
         """The model of plan.config, with its adapters, in train mode; when the strategy is there."""
         cfg = self.cfg
         torch.manual_seed(cfg.seed)  # of random weights and adapters, whatever was measured before
-        lora = OmegaConf.to_object(cfg.finetune).lora
+        lora = to_options(cfg.finetune, FinetuneConfig).lora
         prepare = None if lora.rank is None else lambda model: add_lora(model, lora)
         layout = getattr(strategy, "layout", None)
         model = models.load_model(cfg, self.plan.config, strategy.root_device, layout, prepare)
@@ -171,7 +172,9 @@ class Run:
         plan = self.plan
         if plan.suite is not None:
             folder = self.folder / "model"
-            self.results["extended"] = self._measure("extended", plan.suite, load_config(str(folder)), str(folder))
+            self.results["extended"] = self._measure(
+                "the extended model", plan.suite, load_config(str(folder)), str(folder)
+            )
 
     def measure(self, name: str, config: PretrainedConfig):
         """Adds the metrics of the model that is not trained yet to the results; every process must call this.
@@ -181,17 +184,19 @@ class Run:
             config: that it is built from.
         """
         suite = self.plan.suite
-        found = from_rank_zero(self.folder, name, lambda: self._measure(name, suite, config))
+        assert suite is not None
+        found = from_rank_zero(self.folder, name, lambda: self._measure(f"the {name} model", suite, config))
         self.results[name] = {metric: Estimate(*estimate) for metric, estimate in found.items()}
 
-    def _measure_short(self) -> float:
+    def _measure_short(self, short: Suite) -> float:
         """Perplexity of the untuned model at its own window, which `watch` compares with."""
-        short, base = self.plan.watch.short, self.plan.base
-        name = "untuned model on short texts"
-        found = from_rank_zero(self.folder, "short", lambda: self._measure(name, short, base))
+        what = "the untuned model on short texts"
+        found = from_rank_zero(self.folder, "short", lambda: self._measure(what, short, self.plan.base))
         return found[f"ppl@{short.lengths[0]}"][0]
 
-    def _measure(self, name: str, suite: Suite, config: PretrainedConfig, path: str | None = None):
+    def _measure(
+        self, what: str, suite: Suite, config: PretrainedConfig, path: str | None = None
+    ) -> dict[str, Estimate]:
         """The estimates of a model that is not in memory, of which nothing is measured twice."""
         path = path or locate(self.cfg.model.path)
         device = self.plan.trainer.strategy.root_device
@@ -205,9 +210,10 @@ class Run:
         )
 
         def load():
-            return build_model(config, path, attention, revision=self.cfg.model.revision).to(device)
+            model = build_model(config, path, attention, revision=self.cfg.model.revision)
+            return model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's method
 
-        log.info(f"Measuring the {name} model ...")
+        log.info(f"Measuring {what} ...")
         return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under)
 
     def report(self):
@@ -226,9 +232,10 @@ class Run:
     def log_results(self, results: dict[str, dict[str, float]]):
         """Gives every logger but the CSV the config and the evaluation."""
         metrics = {f"{model}/{name}": value for model, found in results.items() for name, value in found.items()}
+        settings: Any = OmegaConf.to_container(self.cfg, resolve=True)
         for logger in self.plan.trainer.loggers:
             if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
+                logger.log_hyperparams(settings)
                 logger.log_metrics(metrics, step=self.plan.trainer.global_step)
 
     def write_card(self):
@@ -291,7 +298,7 @@ class Run:
     def print_results(self):
         """The table over the models, and where everything is."""
         plan, folder = self.plan, self.folder
-        if self.results:
+        if self.results and plan.suite is not None:
             documents = ", ".join(plan.suite.document_ids[:3]) + " ..." * (len(plan.suite.document_ids) > 3)
             title = (
                 f"{plan.scaling.name}, {plan.sampler.name}, {plan.geometry.window} -> {plan.sampler.target_len} tokens"

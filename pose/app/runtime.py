@@ -133,7 +133,7 @@ def run_folder() -> Path:
 def set_up(cfg: DictConfig):
     """Seeds, threads, and quiet libraries."""
     quiet_libraries()
-    if rank_zero_only.rank:  # one process speaks for all
+    if getattr(rank_zero_only, "rank", 0):  # one process speaks for all
         logging.getLogger("pose").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out

@@ -5,10 +5,10 @@ Values are checked where they stand, in `__post_init__`, once the config is comp
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pose.errors import ConfigError, require_choice, require_int, require_number
 from pose.evaluation.options import EvalOptions
@@ -167,6 +167,16 @@ class CoverageConfig:
     beside: list[str] = field(default_factory=list)  # choices of the group pose to compare with, of the same lengths
     num_samples: int | None = None  # examples drawn where there is no closed form; null: 2,000, fewer beyond 32k
     seed: int = 0  # of these examples
+
+
+Options = TypeVar("Options")
+
+
+def to_options(node: DictConfig, kind: type[Options]) -> Options:
+    """A group of the config as the dataclass that it is of, whose checks so run."""
+    options = OmegaConf.to_object(node)
+    assert isinstance(options, kind)
+    return options
 
 
 def register():
