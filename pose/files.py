@@ -1,6 +1,7 @@
 """The one place of file operations: shipped files, files and folders that are whole or not there, digests, JSON."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -88,7 +89,12 @@ def atomic_folder(folder: str | Path, replace: bool = False) -> Iterator[Path]:
         elif folder.exists():
             raise FileExistsError(f"{folder} exists")
         else:
-            partial.rename(folder)
+            try:
+                partial.rename(folder)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+                    raise FileExistsError(f"{folder} exists") from error
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

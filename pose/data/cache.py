@@ -9,10 +9,10 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +26,6 @@ from pose.data.documents import (
     changed,
     open_files,
     out_of_memory,
-    unreadable,
 )
 from pose.data.hub import HubDataset, HubSource
 from pose.data.network import first_line
@@ -82,7 +81,7 @@ class TokenCache:
         try:
             self._open_files(check)
         except PermissionError as error:
-            raise unreadable(error) from error
+            raise _closed(error) from error
         except OSError as error:
             raise self._damaged(str(error)) from error
         self._tokens: np.ndarray | None = None
@@ -131,6 +130,8 @@ class TokenCache:
         if self._tokens is None:  # opened in the process that reads, so that workers share no handle
             try:
                 self._tokens = np.memmap(self.folder / "tokens.bin", self.dtype, "r")
+            except PermissionError as error:
+                raise _closed(error) from error
             except (OSError, ValueError) as error:
                 raise self._damaged(first_line(error)) from error
         end = self.ends[document]
@@ -213,11 +214,18 @@ class TokenCache:
         folder = root / _key(sources, states, tokenizer, options)
         name = sources[0].name + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
 
-        def write(building: Path):
-            _tokenise(name, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, building, asked_by)
+        def check_unchanged():
             for source, before in zip(sources, states, strict=True):
                 if differing := set(before) ^ set(source.state(memo)):
                     raise changed(state.path for state in differing)
+
+        def write(building: Path):
+            try:
+                _tokenise(name, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, building, asked_by)
+            except DataError:  # which may be of a file that is half written
+                check_unchanged()
+                raise
+            check_unchanged()
 
         cache = cls._open(folder)
         if cache is None:
@@ -251,7 +259,7 @@ class TokenCache:
                 log.warning(f"{error}; it is made again")
             return None
         except OSError as error:
-            raise unreadable(error) from error
+            raise _closed(error) from error
 
     @classmethod
     def _build(cls, folder: Path, write, alone: bool) -> "TokenCache":
@@ -309,9 +317,10 @@ def _lock(path: Path, waiting: str | None = None) -> Iterator[bool]:
         path: of the file.
         waiting: what is said before waiting for another's lock; None does not wait.
     """
-    with open(path, "a") as file:
-        held = False
-        with suppress(OSError):
+    held = False
+    with ExitStack() as stack:
+        with suppress(OSError):  # no locks on this file system, or one of another user that cannot be opened
+            file = stack.enter_context(_open_lock(path))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
@@ -321,6 +330,21 @@ def _lock(path: Path, waiting: str | None = None) -> Iterator[bool]:
                     fcntl.flock(file, fcntl.LOCK_EX)
                     held = True
         yield held
+
+
+def _open_lock(path: Path) -> IO:
+    try:
+        return open(path, "a")
+    except PermissionError:  # another user's can be held too
+        return open(path)
+
+
+def _closed(error: OSError) -> DataError:
+    """The error for a cache that the system does not let this user read."""
+    return DataError(
+        f"the token cache {error.filename} cannot be read ({error.strerror}): give this user the right to read it, or "
+        "give another cache_dir"
+    )
 
 
 def _tokenise(

@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -52,7 +53,6 @@ class Tokeniser:
         self.batch_size = 4 * PIECE * max(os.cpu_count() or 1, 4)
         self._backend: Any = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         self._is_unigram = type(getattr(self._backend, "model", None)).__name__ == "Unigram"
-        self._inside: set[str] | None = None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, `dtype` [Lx]; the texts are shared among the cores."""
@@ -107,15 +107,25 @@ class Tokeniser:
         whole, left, anchor, right = self.encode([both, both[:AROUND], both[AROUND - 1 : AROUND], both[AROUND - 1 :]])
         num = len(anchor)
         same = np.array_equal(right[:num], anchor) and np.array_equal(whole, np.concatenate([left, right[num:]]))
-        return num if same and len(left) and len(right) > num and self._are_apart(left[-1], right[num]) else None
+        if not same or not len(left) or len(right) == num:
+            return None
+        drops = not self._has_spaces and (text[cut - 1].isspace() or text[cut].isspace())  # no token has spaces in it
+        return num if drops or self._are_apart(left[-1], right[num]) else None
 
     def _are_apart(self, left: int, right: int) -> bool:
         """Whether no token of the vocabulary has the letters that meet between two tokens beside each other."""
-        if self._inside is None:
-            tokens = [token.translate(_DIGITS) for token in self.tokenizer.get_vocab()]
-            self._inside = {token[i : i + 2] for token in tokens for i in range(len(token) - 1)}
         before, behind = self._backend.id_to_token(int(left)), self._backend.id_to_token(int(right))
         return (before[-1:] + behind[:1]).translate(_DIGITS) not in self._inside
+
+    @cached_property
+    def _inside(self) -> set[str]:
+        """Any two letters that stand beside each other in a token; digits as one."""
+        tokens = [token.translate(_DIGITS) for token in self.tokenizer.get_vocab()]
+        return {token[i : i + 2] for token in tokens for i in range(len(token) - 1)}
+
+    @cached_property
+    def _has_spaces(self) -> bool:
+        return any(letter in token for token in self.tokenizer.get_vocab() for letter in " Ġ▁")
 
 
 @contextmanager

@@ -4,7 +4,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
+import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -67,7 +70,7 @@ def tokenised(monkeypatch):
 
 def folders(cache_dir):
     """The caches, whole or not, in a folder."""
-    return [entry for entry in cache_dir.iterdir() if not entry.name.startswith(".")]
+    return [entry for entry in cache_dir.iterdir() if entry.name not in (".memo", ".locks")]
 
 
 def read_with(monkeypatch, change):
@@ -168,6 +171,19 @@ def rewrite_index(**changes):
     return change
 
 
+def flip(name, place):
+    """Another value in one byte, as a disk that forgets has it: the time of the file stays."""
+
+    def change(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[place] ^= 1
+        stat = (folder / name).stat()
+        (folder / name).write_bytes(content)
+        os.utime(folder / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    return change
+
+
 def cut(name, by):
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - by)
 
@@ -190,18 +206,60 @@ DAMAGE = {
     "index a list": lambda folder: (folder / "index.json").write_text("[]"),
     "index of no type": rewrite_index(dtype="no such"),
     "index of a wrong type": rewrite_index(dtype="uint32"),
+    "index of objects": rewrite_index(dtype="O"),
+    "index of floats": rewrite_index(dtype="f8"),
+    "index of signed numbers": rewrite_index(dtype="int16"),
+    "index of a dtype that is none": rewrite_index(dtype=None),
+    "index of another count": rewrite_index(too_short=1),
+    "index of a smaller id": rewrite_index(max_id=1),
+    "index of documents that are true": rewrite_index(kept=True),
+    "index of no list": rewrite_index(first_broken="x"),
+    "index without checksums": rewrite_index(checksums={}),
+    "index a folder": lambda folder: [(folder / "index.json").unlink(), (folder / "index.json").mkdir()],
+    "a token": flip("tokens.bin", 100),
+    "the last token": flip("tokens.bin", -1),
+    "an end": flip("index.bin", 0),
+    "an id": flip("ids.bin", 1),
     "everything gone": lambda folder: [file.unlink() for file in folder.iterdir()],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_rebuilt(path, texts, tokenizer, tmp_path, damage):
+def test_a_damaged_cache_is_rebuilt(path, texts, tokenizer, tmp_path, damage, capsys):
+    """With a warning: it is only a memory."""
     folder = TokenCache.build(path, tokenizer, tmp_path / "cache").folder
     DAMAGE[damage](folder)
+    cache_module._checked.clear()  # as in another process
+    capsys.readouterr()
     cache = TokenCache.build(path, tokenizer, tmp_path / "cache")
+    assert re.search(rf"Warning: .*{folder.name}.*; it is made again", capsys.readouterr().out)
     assert cache.folder == folder
     assert_holds(cache, texts, tokenizer)
     assert folders(tmp_path / "cache") == [folder]
+
+
+@pytest.mark.parametrize("dtype", ["O", "f8", "int64", "U9"])
+def test_tokens_are_of_two_types_whatever_an_index_says(path, tokenizer, tmp_path, dtype):
+    """Also when all else is made to fit: the bytes of a file would be read as the pointers of an array of objects."""
+    folder = TokenCache.build(path, tokenizer, tmp_path / "cache").folder
+    index = json.loads((folder / "index.json").read_text()) | {"dtype": dtype}
+    index["checksum"] = cache_module._checksum_of_index(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(cache_module.DamagedCache, match=rf"dtype '{dtype}', and not uint16 or uint32"):
+        TokenCache(folder)
+
+
+def test_checksums_are_compared_once_in_a_process(path, tokenizer, tmp_path, monkeypatch):
+    """By training, evaluation and watch alike, and not by readers."""
+    cache, read = TokenCache.build(path, tokenizer, tmp_path / "cache"), []
+    monkeypatch.setattr(cache_module, "_checksum", lambda file: read.append(file.name))
+    TokenCache.build(path, tokenizer, tmp_path / "cache")
+    cache_module._checked.clear()
+    pickle.loads(pickle.dumps(cache))
+    assert read == []
+    with pytest.raises(cache_module.DamagedCache, match=r"tokens\.bin is not what was written"):
+        TokenCache(cache.folder)
+    assert read == ["tokens.bin"]
 
 
 def test_a_broken_documents_file_leaves_nothing(tmp_path, tokenizer):
@@ -249,26 +307,46 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(path, texts, tokenizer, 
     left = folders(tmp_path / "cache")
     assert left, "the build was killed before it began"
     for folder in left:
-        with pytest.raises((OSError, ValueError, KeyError)):
+        with pytest.raises(cache_module.DamagedCache):
             TokenCache(folder)
     cache = TokenCache.build(path, tokenizer, tmp_path / "cache")
     assert cache.folder not in left
     assert_holds(cache, texts, tokenizer)
+    assert folders(tmp_path / "cache") == [cache.folder]
 
 
+@pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("locks", [True, False])
-def test_what_killed_builds_left_is_removed(path, texts, tokenizer, tmp_path, monkeypatch, locks):
-    """By who holds the lock; where there are none a day later, for another job may be at it."""
+def test_what_killed_builds_left_is_removed(path, texts, tokenizer, tmp_path, monkeypatch, locks, same):
+    """By who holds the lock; where there are none a day later, for another job may be at it. Of other documents too."""
     folder = TokenCache.build(path, tokenizer, tmp_path / "cache").folder
-    (folder / "index.json").unlink()
-    fresh, old = (folder.with_name(f"{folder.name}.{name}") for name in ("fresh", "old"))
-    fresh.mkdir()
-    old.mkdir()
-    os.utime(old, (0, 0))
+    fresh, old = (folder.with_name(f".{folder.name}.{name}") for name in ("fresh_12", "older_12"))
+    backup = folder.with_name(f"{folder.name}.backup-of-mine")
+    for left in (fresh, old, backup):
+        left.mkdir()
+    (old / "tokens.bin").write_bytes(b"x")
+    for name in (old / "tokens.bin", old, backup):
+        os.utime(name, (0, 0))
     if not locks:
         monkeypatch.setattr(cache_module.fcntl, "flock", no_locks)
-    TokenCache.build(path, tokenizer, tmp_path / "cache")
-    assert sorted(folders(tmp_path / "cache")) == ([folder] if locks else [folder, fresh])
+    if same:
+        (folder / "index.json").unlink()
+    documents = path if same else write(tmp_path / "other.jsonl", ["x"])
+    built = TokenCache.build(documents, tokenizer, tmp_path / "cache").folder
+    assert set(folders(tmp_path / "cache")) == {folder, built, backup} | (set() if locks else {fresh})
+
+
+def test_what_another_job_is_building_is_left_alone(path, tokenizer, tmp_path):
+    """However old it is: its lock is held."""
+    folder = TokenCache.build(path, tokenizer, tmp_path / "cache").folder
+    building = folder.with_name(f".{folder.name}.building")
+    building.mkdir()
+    with open(tmp_path / "cache" / ".locks" / folder.name, "a") as lock:
+        cache_module.fcntl.flock(lock, cache_module.fcntl.LOCK_EX)
+        TokenCache.build(write(tmp_path / "b.jsonl", ["x"]), tokenizer, tmp_path / "cache")
+        assert building.exists()
+    TokenCache.build(write(tmp_path / "c.jsonl", ["y"]), tokenizer, tmp_path / "cache")
+    assert not building.exists()
 
 
 def no_locks(*_):
@@ -341,7 +419,7 @@ def test_pickling_carries_no_tokens_and_reads_the_same(path, texts, tokenizer, t
     data = pickle.dumps(cache)
     assert_holds(pickle.loads(data), texts, tokenizer)
     os.truncate(cache.folder / "tokens.bin", 0)
-    with pytest.raises(ValueError):
+    with pytest.raises(cache_module.DamagedCache):
         pickle.loads(data)[0]  # the tokens were not in the pickle
 
 
@@ -373,7 +451,7 @@ def test_home_paths_ids_and_counts_are_read_back(tmp_path, capsys):
 
 
 def test_max_documents_counts_those_that_are_long_enough_and_reads_no_further(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, "PIECE", 0)  # a batch is one document
+    monkeypatch.setattr(tokenise, "PIECE", 1)  # a batch is one document
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     first.write_text('{"text": "w1"}\n{"text": "w2 w2"}\n')
     second.write_text('{"text": "w3 w3"}\n{"text": "w4 w4"}\n' + '{"text": "w5 w5 w5"}\n' * 5 + "broken")
@@ -475,3 +553,205 @@ def test_a_full_disk_is_named_and_nothing_is_left(path, tokenizer, tmp_path, mon
         with pytest.raises(DataError, match=r"cache_dir=.*No space left.*room"):
             TokenCache.build(path, tokenizer, tmp_path / "cache")
     assert folders(tmp_path / "cache") == []
+
+
+# Documents that change while they are read
+
+OTHER = ["w9 w9"] * NUM_DOCUMENTS
+
+
+def append(path):
+    with path.open("a") as file:
+        file.write(json.dumps({"text": "w9"}) + "\n")
+
+
+def replace(path):
+    other = write(path.with_name("new"), OTHER)
+    os.replace(other, path)
+
+
+def rewrite_in_place(path):
+    stat, content = path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b"12345", b"54321"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the same size and age
+
+
+def there_and_back(path):
+    """Another file while it is read, and the old one again at the end."""
+    path.rename(path.with_name("away"))
+    write(path, OTHER)
+
+
+def cut_off(path):
+    os.truncate(path, 900)
+
+
+CHANGES = {"longer": append, "replaced": replace, "in place": rewrite_in_place, "cut": cut_off}
+
+
+@pytest.mark.parametrize("after", [0, 20, NUM_DOCUMENTS])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_text_that_changes_while_it_is_tokenised_gives_no_cache(
+    path, texts, tokenizer, tmp_path, monkeypatch, change, after
+):
+    """At the first document, in the middle, after the last: never the tokens of one under the name of the other."""
+    before = path.read_bytes()
+
+    def changing(documents):
+        for number, document in enumerate(documents):
+            if number == after:
+                CHANGES[change](path)
+            yield document
+        if after == NUM_DOCUMENTS:
+            CHANGES[change](path)
+
+    with monkeypatch.context() as patch:
+        read_with(patch, changing)
+        with pytest.raises(DataError, match=r"docs\.jsonl changed while it was read: start again"):
+            TokenCache.build(path, tokenizer, tmp_path / "cache")
+    assert folders(tmp_path / "cache") == []
+    path.write_bytes(before)
+    assert_holds(TokenCache.build(path, tokenizer, tmp_path / "cache"), texts, tokenizer)
+
+
+def test_a_text_that_is_another_only_while_it_is_read_gives_no_cache(path, texts, tokenizer, tmp_path, monkeypatch):
+    read = Files.read
+
+    def swapped(self, broken):
+        there_and_back(path)
+        try:
+            yield from read(self, broken)
+        finally:
+            path.with_name("away").rename(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "read", swapped)
+        with pytest.raises(DataError, match=r"docs\.jsonl changed while it was read"):
+            TokenCache.build(path, tokenizer, tmp_path / "cache")
+    assert_holds(TokenCache.build(path, tokenizer, tmp_path / "cache"), texts, tokenizer)
+
+
+def test_a_line_that_is_broken_because_its_file_changes_is_called_so(path, tokenizer, tmp_path, monkeypatch):
+    def changing(documents):
+        yield next(documents)
+        path.write_text("half a li")
+        raise DataError("line 2 is broken")
+
+    read_with(monkeypatch, changing)
+    with pytest.raises(DataError, match=r"docs\.jsonl changed while it was read"):
+        TokenCache.build(path, tokenizer, tmp_path / "cache")
+
+
+# Other users, and what is too much
+
+
+def as_another_user(function):
+    """Whether function() succeeds in a process that may not write what is not its own."""
+
+    def run(_):
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        cache_module._checked.clear()
+        function()
+
+    return in_processes(1, run) == [0]
+
+
+@pytest.fixture
+def shared():
+    """A folder that others can read."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_whole_cache_of_another_user_is_used_without_writing(shared, tokenizer, texts, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(memo, "BYTES_TO_REMEMBER", 1)  # digests would be remembered
+    path, cache_dir = write(shared / "docs.jsonl", texts), shared / "cache"
+    TokenCache.build(path, tokenizer, cache_dir)
+    files = {file: file.stat().st_mtime_ns for file in shared.rglob("*")}
+    if os.geteuid() != 0:
+        cache_dir.chmod(0o555)
+    assert as_another_user(lambda: assert_holds(TokenCache.build(path, tokenizer, cache_dir), texts, tokenizer))
+    assert {file: file.stat().st_mtime_ns for file in shared.rglob("*")} == files
+    cache_dir.chmod(0o755)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
+def test_what_another_user_has_closed_is_named_with_a_remedy(shared, tokenizer, texts, monkeypatch):
+    """The cache, its folder, the place for a new one; the lock that another user has made can be held all the same."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    path, cache_dir = write(shared / "docs.jsonl", texts), shared / "cache"
+    folder = TokenCache.build(path, tokenizer, cache_dir).folder
+
+    def refused(message, documents=path, cache_dir=cache_dir):
+        def build():
+            with pytest.raises(DataError, match=message):
+                TokenCache.build(documents, tokenizer, cache_dir)
+
+        return as_another_user(build)
+
+    assert refused(r"cache_dir=.*cannot be written to.*Permission.*give another folder", shared / ".." / shared.name)
+    (shared / "closed").mkdir(mode=0o700)
+    assert refused(r"the token cache .*closed/.*cannot be read.*another cache_dir", cache_dir=shared / "closed" / "x")
+    for closed, mode in ((folder / "index.json", 0o600), (folder / "tokens.bin", 0o600), (folder, 0o700)):
+        before = closed.stat().st_mode
+        closed.chmod(mode)
+        assert refused(r"the token cache .*cannot be read \(Permission denied\).*another cache_dir")
+        closed.chmod(before)
+    shutil.rmtree(folder)
+    cache_dir.chmod(0o777)  # a folder of a group: what one has begun another may end
+    assert as_another_user(lambda: assert_holds(TokenCache.build(path, tokenizer, cache_dir), texts, tokenizer))
+
+
+@pytest.mark.parametrize("on_broken", ["error", "skip"])
+def test_running_out_of_memory_is_said_and_never_skipped(path, tokenizer, tmp_path, monkeypatch, on_broken):
+    def full(documents):
+        yield next(documents)
+        raise MemoryError("malloc of size 9 failed")
+
+    with monkeypatch.context() as patch:
+        read_with(patch, full)
+        with pytest.raises(DataError, match=r"memory ran out.*\(malloc of size 9 failed\).*data\.max_document_chars"):
+            TokenCache.build(path, tokenizer, tmp_path / "cache", on_broken=on_broken)
+    assert folders(tmp_path / "cache") == []
+
+
+def test_a_document_that_is_too_long_is_refused_or_left_out_by_choice(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["w1 w2", "w3 " * 40, "w4"])
+    build = lambda **options: TokenCache.build(path, word_tokenizer(9), tmp_path / "cache", **options)  # noqa: E731
+    assert len(build()) == 3
+    cache = build(max_document_chars=100, on_broken="skip")
+    assert [row.tolist() for row in cache] == [[1, 2], [4]] and cache.info["broken"] == 1
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: the document has more than 100 characters"):
+        build(max_document_chars=100)
+
+
+# The model's vocabulary
+
+
+def test_a_token_beyond_the_embedding_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["w1 w2", "w3 w8 w7", "w9 w9"])
+    tokenizer = word_tokenizer(10)
+    cache = TokenCache.build(path, tokenizer, tmp_path / "cache")
+    assert cache.max_id == 9
+    cache.check_vocabulary(tokenizer, 10)
+    cache.check_vocabulary(tokenizer, 9, [0, 1])  # the documents that are used
+    with pytest.raises(DataError, match=r"document d1 has the token 'w8' of id 8, .* 8 rows, for ids 0 to 7"):
+        cache.check_vocabulary(tokenizer, 8)
+
+
+def test_a_token_of_a_document_that_was_left_out_does_not_count(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["w1 w2", "w9", "w3 w4"])
+    assert TokenCache.build(path, word_tokenizer(10), tmp_path / "cache", min_tokens=2).max_id == 4
+
+
+def test_files_with_their_own_field_are_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "w1", "text": "w2"}')
+    documents = [tmp_path / "a.jsonl", {"path": str(tmp_path / "a.jsonl"), "text_field": "body"}]
+    cache = TokenCache.build(documents, word_tokenizer(9), tmp_path / "cache")
+    assert [row.tolist() for row in cache] == [[2], [1]]

@@ -1,7 +1,11 @@
 """pose.data.datamodule: from files to batches, and settings that cannot work are named."""
 
 import json
+import logging
+import os
 import pickle
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -275,3 +279,97 @@ def test_tokens_of_a_cache_are_not_copied_into_workers(make):
     data = pickle.dumps(module.dataset)
     assert len(data) < 10_000
     assert np.array_equal(pickle.loads(data)[5]["input_ids"], module.dataset[5]["input_ids"])
+
+
+# What is used of the text
+
+
+def short_and_long(tmp_path, num_short: int):
+    path = tmp_path / "short.jsonl"
+    texts = [" ".join(map(str, range(n))) for n in [10] * num_short + [100]]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("window_len", [None, 50])
+@pytest.mark.parametrize(
+    ("num_short", "level", "said"),
+    [
+        (30, logging.WARNING, "1 of 31 documents, 100 of 400 tokens, are used"),
+        (3, logging.WARNING, "1 of 4 documents, 100 of 130 tokens, are used"),
+        (1, logging.INFO, "1 of 2 documents, 100 of 110 tokens, are used"),
+    ],
+)
+def test_documents_that_are_too_short_are_counted(make, tmp_path, caplog, num_short, level, said, window_len):
+    ready(make([short_and_long(tmp_path, num_short)], window_len=window_len))
+    (record,) = [record for record in caplog.records if record.name == "pose.data.datamodule"]
+    assert record.levelno == level
+    assert record.getMessage().startswith(f"short.jsonl: {said}: the others are shorter than the 16 tokens")
+    assert "pose.train_len=16" in record.getMessage()
+
+
+def test_nothing_is_said_where_every_document_is_used(make, caplog):
+    ready(make())
+    assert not [record for record in caplog.records if record.name == "pose.data.datamodule"]
+
+
+# The model's vocabulary
+
+
+def test_a_token_beyond_the_models_embedding_is_found_before_training(make, tmp_path):
+    """In the text, before it, and in the words of retrieval tasks."""
+    path = tmp_path / "pad.jsonl"
+    path.write_text(json.dumps({"text": "1 2 3 4500 5 " * 20}))
+    ready(make([path], vocab_size=4501))
+    with pytest.raises(DataError, match=r"document pad\.jsonl:1 has the token '4500' of id 4500, .* has 4500 rows"):
+        ready(make([path], vocab_size=4500))
+    with pytest.raises(DataError, match=r"add_bos.* has the token '<s>' of id 5000, .* has 5000 rows"):
+        make(tokenizer=number_tokenizer(bos="<s>"), add_bos=True, vocab_size=5000)
+    make(tokenizer=number_tokenizer(bos="<s>"), add_bos=False, vocab_size=5000)
+
+
+@pytest.mark.parametrize("task", ["copy", "key_value"])
+def test_retrieval_tasks_draw_no_word_beyond_the_embedding(make, task):
+    """An added token that is not special, such as `[PAD]` of some tokenizers, may have no row."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "tiny")
+    tokenizer.add_tokens([f"new{i}" for i in range(4000)])
+    options = {"tokenizer": tokenizer, "sampler": PoSE(64, 200, 2), "synthetic": {task: 1.0}}
+    largest = lambda module: max(int(module.dataset[i]["input_ids"].max()) for i in range(20))  # noqa: E731
+    assert largest(ready(make(**options))) >= 4096 > largest(ready(make(**options, vocab_size=4096)))
+
+
+# Reading processes
+
+
+@pytest.mark.parametrize("num_workers", [-1, 1.5, "two"])
+def test_a_number_of_workers_that_cannot_be_meant(make, num_workers):
+    with pytest.raises(ConfigError, match=r"data\.num_workers=.*at least 0"):
+        make(num_workers=num_workers)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_readers_end_with_the_process_they_read_for(make):
+    """At once when it is killed, where torch's own look every five seconds leaves them until then."""
+    module = ready(make(num_workers=1))
+    read, write = os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        batches = iter(module.train_dataloader())
+        next(batches)
+        os.write(write, str(batches._workers[0].pid).encode())
+        time.sleep(60)
+        os._exit(0)
+    reader = int(os.read(read, 100))
+    assert is_running(reader)
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    deadline = time.monotonic() + 2
+    while is_running(reader) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(reader)

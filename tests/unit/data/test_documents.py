@@ -1,14 +1,23 @@
 """pose.data.documents: what is read, and that every error names file and line."""
 
+import errno
 import gzip
 import json
+import os
+import re
+import tracemalloc
+from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pose.data.documents import Broken, Document, Files, find_files, read_documents
+from pose.data import documents as module
+from pose.data.documents import Broken, Document, Files, find_files, open_files, out_of_memory, read_documents
 from pose.errors import ConfigError, DataError
+from pose.files import Memo
+
+CORPORA = Path(__file__).resolve().parents[3] / "assets" / "corpora"
 
 TEXTS = ["one\ntwo", "Ωmega – ☃ 𝔸", "", "  spaces kept  "]
 
@@ -73,8 +82,8 @@ BROKEN = {
     "a list": (b'["text"]', "a list where a JSON object was expected"),
     "a string": (b'"text"', "a str where a JSON object was expected"),
     "no field": (b'{"body": "x", "author": "y"}', r"no text under 'text'.*\['author', 'body'\].*data.text_field"),
-    "not a string": (b'{"text": ["x"]}', "no text under 'text'"),
-    "a number": (b'{"text": 3}', "no text under 'text'"),
+    "not a string": (b'{"text": ["x"]}', "no text under 'text' but a value of type list"),
+    "a number": (b'{"text": 3}', "no text under 'text' but a value of type int"),
     "half a character": (b'{"text": "ab\\ud800"}', "half a character .* at 2"),
     "deep": (b"[" * 100_000, "not valid JSON"),
 }
@@ -248,3 +257,209 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
 def test_what_is_done_about_broken_places_is_one_of_two():
     with pytest.raises(ConfigError, match=r"data\.on_broken='warn'.*error or skip"):
         Broken("warn")
+
+
+# What is too long
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.gz", "a.parquet"])
+@pytest.mark.parametrize("letter", ["x", "é", "中", "😀"])
+def test_a_document_has_at_most_so_many_characters(tmp_path, name, letter):
+    """100 are a document, and 101 are too many, of however many bytes; the others are read as before."""
+    texts, path = [letter * 100, letter * 101, "y"], tmp_path / name
+    if name.endswith("parquet"):
+        parquet.write_table(pyarrow.table({"text": texts}), path)
+    elif ".txt" in name:
+        texts = texts[:2]
+        path = write(tmp_path / f"0{name}", texts[0].encode()).parent
+        write(path / f"1{name}", texts[1].encode())
+    else:
+        write(path, b"\n".join(json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts))
+    broken = Broken("skip", max_document_chars=100)
+    read = [document.text for document in Files(find_files(path), "x").read(broken)]
+    assert read == [text for text in texts if len(text) != 101]
+    message = r"(1a\.txt.*|, (line|row) 2): the document has more than 100 characters: split it, or allow more"
+    assert broken.count == 1 and re.search(message, broken.first[0])
+    with pytest.raises(DataError, match=message):
+        list(Files(find_files(path), "x").read(Broken(max_document_chars=100)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
+def test_an_archive_of_one_long_line_does_not_fill_memory(tmp_path, name):
+    """16 MB, of which two are read at a time; the line behind it is there."""
+    path = write(tmp_path / name, b"x" * (16 << 20) + (b'\n{"text": "y"}' if "jsonl" in name else b""))
+    broken = Broken("skip", max_document_chars=1000)
+    tracemalloc.start()
+    read = [document.text for document in Files([path], "x").read(broken)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read == (["y"] if "jsonl" in name else []) and broken.count == 1
+    assert peak < 8 << 20
+
+
+def test_lines_longer_than_a_block_are_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 16)
+    texts = ["x" * n for n in (0, 1, 3, 4, 5, 15, 16, 17, 100)]
+    for end in (b"", b"\n"):
+        path = write(tmp_path / "a.jsonl", lines(*({"text": text} for text in texts)) + end)
+        assert [document.text for document in read_documents(path)] == texts
+        assert [document.text for document in read_documents(write(tmp_path / "a.txt", b"ab\n" * 30))] == ["ab\n" * 30]
+
+
+def test_a_parquet_file_that_says_one_text_in_many_rows_does_not_fill_memory(tmp_path):
+    """400 rows of 1 MB in a file of some hundred bytes."""
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 400, pyarrow.int32()), ["x" * (1 << 20)])
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": text}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 2000
+    before, held = pyarrow.total_allocated_bytes(), []
+    for document in read_documents(path):
+        held.append(pyarrow.total_allocated_bytes() - before)
+        assert len(document.text) == 1 << 20
+    assert len(held) == 400 and max(held) < 50 << 20
+
+
+def test_values_of_max_document_chars(tmp_path):
+    for value in (0, -1, 1.5, "many"):
+        with pytest.raises(ConfigError, match=r"data\.max_document_chars=.*at least 1"):
+            Broken("skip", value)
+
+
+class ZstdError(Exception):
+    """As backports.zstd names it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no"), OSError(errno.ENOMEM, "Cannot allocate memory"), pyarrow.ArrowMemoryError("malloc failed"),
+        ZstdError("Unable to decompress: Allocation error : not enough memory"),
+    ],
+)  # fmt: skip
+def test_running_out_of_memory_is_never_a_broken_document(tmp_path, monkeypatch, error):
+    """Nothing is skipped for it, in a file of any kind."""
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module, "_unpack", fails)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fails)
+    parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.txt", "a.parquet"):
+        path = tmp_path / name
+        if not path.exists():
+            write(path, b"{}")
+        broken = Broken("skip")
+        with pytest.raises(type(error)):
+            list(Files([path], "x").read(broken))
+        assert broken.count == 0 and out_of_memory(error)
+    assert not out_of_memory(OSError(errno.EIO, "x")) and not out_of_memory(ValueError("memory"))
+
+
+# What cannot be read
+
+
+@pytest.fixture
+def closed(tmp_path, monkeypatch):
+    """Three files, of which one is in a folder that cannot be read; root may read everything, so the system says so."""
+    for name in ("a.jsonl", "open/b.jsonl", "closed/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, lines({"text": name}))
+    scandir = os.scandir
+
+    def refusing(path="."):
+        if Path(os.fspath(path)).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    return tmp_path
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl", "/*/*.jsonl", "/closed/*.jsonl", "/clo*/*.jsonl"])
+def test_a_folder_that_cannot_be_read_is_not_passed_over(closed, pattern):
+    with pytest.raises(DataError, match=r"closed.* cannot be read \(Permission denied\): give this user the right"):
+        find_files(f"{closed}{pattern}")
+    assert [path.name for path in find_files(f"{closed}/o*/*.jsonl")] == ["b.jsonl"]
+
+
+def test_a_hidden_folder_may_be_closed(closed):
+    (closed / "closed").rename(closed / ".closed")
+    assert [path.name for path in find_files(closed)] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.jsonl"])
+def test_a_link_to_nowhere_is_not_passed_over(tmp_path, pattern):
+    write(tmp_path / "a.jsonl", lines({"text": "x"}))
+    (tmp_path / "lock").symlink_to(tmp_path / "nowhere")  # no documents
+    assert len(find_files(f"{tmp_path}{pattern}")) == 1
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"b\.jsonl is a link to .*gone, and nothing is there"):
+        find_files(f"{tmp_path}{pattern}")
+
+
+def test_files_of_a_closed_folder_are_a_data_error(monkeypatch, tmp_path):
+    def refused(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    path = write(tmp_path / "a.jsonl", b"{}")
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read \(Permission denied\)"):
+        find_files(path)
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read \(Permission denied\)"):
+        Files([path], "x")
+
+
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_an_empty_name_is_not_the_folder_one_stands_in(nothing):
+    with pytest.raises(DataError, match="is empty"):
+        find_files(nothing)
+
+
+def test_a_link_to_a_folder_above_ends_and_adds_nothing(tmp_path):
+    write(tmp_path / "a.jsonl", lines({"text": "x"}))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    assert [path.name for path in find_files(tmp_path)] == ["a.jsonl"]
+
+
+# Whose field is whose
+
+
+def test_a_field_belongs_to_its_file(tmp_path):
+    """A list of files, of which one names its own; the shipped text has its own, whatever others have."""
+    mine, other = (write(tmp_path / name, lines({"body": "b", "story": "s"})) for name in ("a.jsonl", "b.jsonl"))
+    documents = [mine, {"path": str(other), "text_field": "story"}, {"path": f"{tmp_path}/b*", "text_field": None}]
+    assert [document.text for document in read_documents(documents, "body")] == ["b", "s", "b"]
+    shipped = CORPORA / "proofs.heldout.jsonl.gz"
+    assert list(read_documents(shipped, "body")) == list(read_documents(shipped))
+    with pytest.raises(DataError, match="no text under 'body'"):
+        next(read_documents({"path": str(shipped), "text_field": "body"}))
+    copy = tmp_path / "copy.jsonl.gz"
+    copy.write_bytes(shipped.read_bytes())
+    with pytest.raises(DataError, match="no text under 'body'"):
+        next(read_documents(copy, "body"))
+
+
+@pytest.mark.parametrize("spec", [None, 3, {"path": "owner/name"}, {"path": "a.jsonl", "split": "train"}, {}])
+def test_what_names_no_file(spec):
+    assert open_files(spec) is None
+    with pytest.raises(ConfigError, match="names no file to read"):
+        list(read_documents([spec]))
+
+
+# Files that change
+
+
+def test_a_file_is_the_one_that_was_digested(tmp_path):
+    """Another one of that name, though its content and age are the same; found before a document is read."""
+    path = write(tmp_path / "a.jsonl", lines({"text": "x"}))
+    files = Files([path], "a")
+    files.state(Memo(tmp_path / "memo"))
+    assert len(list(files.read(Broken()))) == 1
+    stat, content = path.stat(), path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read: start again"):
+        next(files.read(Broken()))

@@ -20,6 +20,7 @@ from pose.data.cache import TokenCache
 from pose.data.documents import Broken
 from pose.data.hub import HubDataset
 from pose.errors import ConfigError, DataError
+from pose.files import Memo
 
 README = """---
 configs:
@@ -72,6 +73,18 @@ def test_frames_of_an_archive_are_all_read(tmp_path):
     assert numbers(HubDataset(str(tmp_path))) == [0, 1, 2, 3, 4]
 
 
+class Wrapped:
+    """A builder of `datasets` whose rows pass through `rows`, and whose files have other names."""
+
+    def __init__(self, builder, rows=lambda rows: rows, root: tuple[str, str] = ("", "")):
+        self.builder, self.rows = builder, rows
+        files = {split: [file.replace(*root) for file in files] for split, files in builder.config.data_files.items()}
+        self.config = type("Config", (), {"data_files": files})
+
+    def as_streaming_dataset(self, split):
+        return self.rows(self.builder.as_streaming_dataset(split))
+
+
 class Failing:
     """Rows of `datasets` that break off where they are told to."""
 
@@ -93,8 +106,10 @@ def fail(monkeypatch):
     """fail([(word, error), ...]): the row with a word is not reached, but an error, once each."""
 
     def fail(failures):
-        load = datasets.load_dataset
-        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Failing(load(*args, **kwargs), failures))
+        load, failing = datasets.load_dataset_builder, lambda rows: Failing(rows, failures)
+        monkeypatch.setattr(
+            datasets, "load_dataset_builder", lambda *args, **kwargs: Wrapped(load(*args, **kwargs), failing)
+        )
 
     return fail
 
@@ -186,13 +201,15 @@ def test_the_commit_is_pinned_and_remembered_for_when_the_hub_is_away(
     repository, tokenizer, tmp_path, monkeypatch, capsys
 ):
     """With the commit's cache there, the hub is not needed at all."""
-    asked, load = [], datasets.load_dataset
+    asked, load = [], datasets.load_dataset_builder
 
-    def load_dataset(path, name, **kwargs):
-        asked.append((path, kwargs.pop("revision")))
-        return load(str(repository), name, **kwargs)
+    def load_builder(path, name, **kwargs):
+        asked.append((path, revision := kwargs.pop("revision")))
+        return Wrapped(
+            load(str(repository), name, **kwargs), root=(str(repository), f"hf://datasets/{path}@{revision}")
+        )
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_builder)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     documents = {"path": "owner/reports", "name": "reports", "text_field": "report"}
     build = lambda: TokenCache.build(documents, tokenizer, tmp_path / "cache").folder  # noqa: E731
@@ -239,3 +256,88 @@ def test_a_config_names_datasets_as_files():
     assert find("assets/tiny/config.json").endswith("assets/tiny/config.json")
     with pytest.raises(ConfigError, match=r"data\.documents\.path is not set.*owner/name"):
         find({"path": "???", "split": "train"})
+
+
+# Files that are not the dataset's own
+
+
+@pytest.mark.parametrize("where", ["../secret.jsonl", "{outside}/secret.jsonl", "reports/../../secret.jsonl"])
+@pytest.mark.parametrize("key", ["data_files", "data_dir"])
+def test_a_readme_cannot_name_what_lies_outside(tmp_path, tokenizer, where, key):
+    folder = tmp_path / "repository"
+    (folder / "reports").mkdir(parents=True)
+    (folder / "reports" / "a.jsonl").write_text('{"text": "w2"}\n')
+    (tmp_path / "secret.jsonl").write_text('{"text": "w1"}\n')
+    where = where.format(outside=tmp_path)
+    where = where if key == "data_files" else where.removesuffix("secret.jsonl")
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {key}: {where!r}\n---\n")
+    with pytest.raises(DataError, match=r"names the file .*\.jsonl, which is not in it.*README"):
+        TokenCache.build({"path": str(folder)}, tokenizer, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("file", ["https://elsewhere.org/a.jsonl", "hf://datasets/other/name@a/x", "/etc/x.jsonl"])
+def test_a_dataset_of_the_hub_cannot_name_what_lies_outside(repository, monkeypatch, file):
+    builder = Wrapped(datasets.load_dataset_builder(str(repository), "reports"))
+    builder.config.data_files["train"].append(file)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    with pytest.raises(DataError, match=r"owner/reports \(train\) names the file .*, which is not in it"):
+        HubDataset("owner/reports").rows("a" * 40)
+
+
+def test_a_change_behind_a_link_is_a_change(tmp_path, tokenizer):
+    """Of a file, and of a folder in which there are others."""
+    folder, blobs = tmp_path / "repository", tmp_path / "blobs"
+    for place in (folder, blobs / "more"):
+        place.mkdir(parents=True)
+    (blobs / "a").write_text('{"text": "w1"}\n')
+    (blobs / "more" / "b.jsonl").write_text('{"text": "w2"}\n')
+    (folder / "a.jsonl").symlink_to(blobs / "a")
+    (folder / "more").symlink_to(blobs / "more")
+    (folder / "up").symlink_to(folder)  # no end
+    documents = {"path": str(folder), "format": "json", "data_files": ["a.jsonl", "more/b.jsonl"]}
+    build = lambda: [int(row[0]) for row in TokenCache.build(documents, tokenizer, tmp_path / "cache")]  # noqa: E731
+    assert build() == [1, 2]
+    (blobs / "a").write_text('{"text": "w3"}\n')
+    assert build() == [3, 2]
+    (blobs / "more" / "b.jsonl").write_text('{"text": "w4"}\n')
+    assert build() == [3, 4]
+
+
+def test_a_folder_that_changes_while_it_is_read_gives_no_cache(repository, tokenizer, tmp_path, monkeypatch):
+    read = HubDataset.read
+
+    def changing(self, *arguments):
+        for number, document in enumerate(read(self, *arguments)):
+            if number == 5:
+                (repository / "reports" / "train-2.parquet").write_bytes(b"x")
+            yield document
+
+    documents = {"path": str(repository), "name": "reports", "text_field": "report"}
+    with monkeypatch.context() as patch:
+        patch.setattr(HubDataset, "read", changing)
+        with pytest.raises(DataError, match=r"train-2\.parquet changed while it was read"):
+            TokenCache.build(documents, tokenizer, tmp_path / "cache")
+    assert [entry for entry in (tmp_path / "cache").iterdir() if not entry.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), pyarrow.ArrowMemoryError("malloc of size 9 failed")])
+def test_running_out_of_memory_is_no_fault_of_a_dataset(repository, fail, error):
+    fail([("w3", error)])
+    with pytest.raises(MemoryError):
+        numbers(HubDataset(str(repository), "reports", text_field="report"), Broken("skip"))
+
+
+def test_a_long_row_is_refused_or_skipped(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "w1"}\n{"text": "w22222222222"}\n')
+    broken = Broken("skip", max_document_chars=10)
+    assert numbers(HubDataset(str(tmp_path)), broken) == [1] and broken.count == 1
+
+
+@pytest.mark.parametrize("known", [{"a": 1}, 7, "no commit", ""])
+def test_a_remembered_commit_that_is_none_is_not_taken(monkeypatch, tmp_path, known):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(Api, "answer", ConnectionError("no route"))
+    memo = Memo(tmp_path)
+    memo.set(["commit", "owner/x", None], known)
+    with pytest.raises(DataError, match="does not answer"):
+        HubDataset("owner/x").commit(memo)

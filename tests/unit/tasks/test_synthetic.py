@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pose.tasks import synthetic
+from pose.tasks import passkey
 from pose.tasks.synthetic import TASKS
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
@@ -145,7 +145,7 @@ def test_passkey_filler_is_the_papers_or_real_text_half_and_half(tokenizer):
 
 def test_passkey_filler_begins_at_any_word(tokenizer, documents, monkeypatch):
     """Else a prompt of one length would always end in the same words."""
-    monkeypatch.setattr(synthetic, "IS_TEXT_FILLER", 0)
+    monkeypatch.setattr(passkey, "IS_TEXT_FILLER", 0)
     task, rng = TASKS["passkey"](tokenizer, documents), np.random.default_rng(0)
     texts = [tokenizer.decode(task.sample(rng, 1000)[0]) for _ in range(60)]
     assert len({text.split("there.\n")[1][:12] for text in texts}) > 10
