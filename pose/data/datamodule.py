@@ -1,6 +1,7 @@
 """The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
 
 import re
+import resource
 import signal
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -17,6 +18,7 @@ from pose.errors import ConfigError
 from pose.positions import PositionSampler
 from pose.tasks.synthetic import TASKS
 
+HANDLES, HANDLES_OF_A_WORKER = 128, 16  # open files: of the training process, and for each that reads (8 were seen)
 SENTENCE_END = re.compile(r"""([.!?]["'”’»)\]]*|\n)\s*$""")
 
 
@@ -81,6 +83,7 @@ class PoseDataModule(L.LightningDataModule):
         self._check()
 
     def _check(self):
+        reserve_file_handles(self.num_workers)
         for name, share in self.synthetic.items():
             if name not in TASKS:
                 raise ConfigError(f"data.synthetic has no task {name!r}: choose from {', '.join(TASKS)}")
@@ -155,9 +158,29 @@ class PoseDataModule(L.LightningDataModule):
         return self.dataset.describe(*rows[row])
 
 
+def reserve_file_handles(num_workers: int):
+    """Raises this process's limit of open files to what reading processes need, who would hang without.
+
+    Raises:
+        ConfigError: it cannot be raised so far.
+    """
+    if num_workers < 1:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = HANDLES + HANDLES_OF_A_WORKER * num_workers
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"data.num_workers={num_workers} needs {needed} open files, and the limit is {hard} (ulimit -Hn): raise "
+            "it, or give fewer; 0 reads in the training process"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _outlive_signals(worker: int):
-    """Schedulers signal every process of a job: the one that trains says when those that read for it end."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Schedulers and terminals signal every process of a job: the one that trains says when its readers end."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
