@@ -283,12 +283,12 @@ def build_watch(
     try:
         options: WatchOptions = OmegaConf.to_object(cfg.watch)
         lengths = sorted({window, target_len} if options.lengths is None else set(options.lengths))
-        check_best(options, lengths)
         suite = build_suite(
             OmegaConf.merge(cfg.watch, {"lengths": lengths}), tokenizer, window, target_len, cfg.cache_dir
         )
         if suite is None:
             raise ConfigError("watch.tasks is empty, and watch.every_n_steps is given: choose perplexity, passkey, ...")
+        check_best(options, suite)
         short = None
         if options.max_short_increase is not None and options.documents is not None and cfg.model.path is not None:
             # on the documents that the suite has

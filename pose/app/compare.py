@@ -1,26 +1,24 @@
 """Several checkpoints measured alike: what `evaluate.py` plans, measures and leaves behind."""
 
 import csv
-import hashlib
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
 from pose.app import build
 from pose.errors import ConfigError
-from pose.evaluation.suite import Suite, default_lengths, values
+from pose.evaluation.memo import Outcomes, identity
+from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
 from pose.evaluation.task import Estimate
-from pose.files import PACKAGE, Memo, digest, read_json, write_json
+from pose.files import Memo, digest, read_json, write_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.hub import find_file
 from pose.modeling.guards import check_loss
@@ -34,7 +32,6 @@ log = logging.getLogger(__name__)
 Results = dict[str, dict[str, Estimate]]
 # What a checkpoint's outcomes depend on, in its folder.
 CHECKPOINT_FILES = re.compile(r".*\.(json|safetensors|bin|model|txt|gguf|jinja)")
-MEASURING = ("evaluation", "modeling", "data", "tasks", "rope.py")  # the code that outcomes depend on
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     device = _device(cfg.device)
     dtype = _dtype(cfg.dtype, device)
     attention = build.attention_on(cfg.attention, device)
-    resolve_backend(attention)
-    _check_writable(_outcomes(cfg), cfg.cache_dir)
+    backend = resolve_backend(attention)
+    Outcomes(cfg.cache_dir).require_writable()
     memo = Memo(Path(cfg.cache_dir).expanduser() / ".memo")
     found = []
     for name in names:
@@ -96,12 +93,8 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         suite = build.build_suite(cfg.eval, tokenizer, window, target_len_of(config), cfg.cache_dir)
         if suite is None:
             raise ConfigError("eval.tasks is empty: choose eval=quick, perplexity, passkey, needle, ruler, harness")
-        under = {
-            "checkpoint": checkpoint_print(path, cfg.revision, memo),
-            "code": _code_print(),
-            "packages": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "run": [str(dtype), attention, device.type],
-        }
+        checkpoint = checkpoint_print(path, cfg.revision, memo)
+        under = identity(checkpoint, config, dtype=dtype, attention=backend, device=device)
         candidates.append(Candidate(name, path, config, window, suite, device, dtype, under))
     _share_documents(candidates)
     return candidates
@@ -140,9 +133,8 @@ def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate],
             check_loss(model, candidate.device)  # scores are taken from hidden states too
         return model
 
-    memo = Memo(_outcomes(cfg))
     suite = candidate.suite
-    metrics = suite.run(load=load, memo=memo, under=candidate.under, reuse=cfg.reuse)
+    metrics = suite.run(load=load, outcomes=Outcomes(cfg.cache_dir, cfg.reuse), under=candidate.under)
     seconds, peaks = zip(*suite.took, strict=True)
     return metrics, {"seconds": round(sum(seconds), 1), "peak_memory_gib": round(max(peaks), 2)}
 
@@ -193,6 +185,9 @@ def show(run_dir: Path, candidates: list[Candidate], results: Results):
     """The tables in the terminal, and where everything is."""
     for table in comparison_tables(results, "Results"):
         print_table(table)
+    for candidate in candidates:
+        if remark := out_of_reach(results[candidate.name], candidate.window):
+            log.info(f"{candidate.name}: {remark}")
     documents = candidates[0].suite.document_ids
     if documents:
         log.info(f"Documents   {', '.join(documents[:3])}{' ...' * (len(documents) > 3)} ({len(documents)})")
@@ -207,26 +202,6 @@ def checkpoint_print(path: str, revision: str | None, memo: Memo) -> list:
         files = sorted(file for file in folder.iterdir() if CHECKPOINT_FILES.fullmatch(file.name))
         return [[file.name, digest(file, memo)] for file in files]
     return [path, Path(find_file(path, "config.json", revision=revision)).parent.name]
-
-
-def _code_print() -> str:
-    """SHA-256 of the code that measures: an outcome of other code is not taken over."""
-    files = [file for name in MEASURING for file in sorted((PACKAGE / name).rglob("*.py")) or [PACKAGE / name]]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _outcomes(cfg: DictConfig) -> Path:
-    return Path(cfg.cache_dir).expanduser() / ".outcomes"
-
-
-def _check_writable(folder: Path, cache_dir: str):
-    """Outcomes that cannot be kept would only be missed when an evaluation has been killed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"cache_dir={cache_dir} cannot be written to ({error}): give another folder") from error
 
 
 def _names(ckpt) -> list[str]:

@@ -91,6 +91,7 @@ class TokenCache:
         min_tokens: int = 1,
         max_documents: int | None = None,
         on_broken: str = "error",
+        asked_by: str = "{group}.min_tokens",
     ) -> "TokenCache":
         """Opens the cache of a set of documents, tokenising them first if there is none yet.
 
@@ -108,6 +109,7 @@ class TokenCache:
             min_tokens: shorter documents are left out.
             max_documents: the first so many of the others are taken, and no more is read; None takes all.
             on_broken: "error" or "skip", for lines and rows that cannot be read.
+            asked_by: the key that min_tokens comes from, for errors.
 
         Raises:
             ConfigError: a value that cannot be meant.
@@ -130,7 +132,7 @@ class TokenCache:
                     root / ".locks" / folder.name, f"{sources[0].name} is being tokenised by another job"
                 ) as alone:
                     cache = cls._open(folder) or cls._build(
-                        folder, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, alone
+                        folder, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, alone, asked_by
                     )
             except OSError as error:
                 raise DataError(
@@ -147,7 +149,9 @@ class TokenCache:
             return None
 
     @classmethod
-    def _build(cls, folder: Path, sources, tokeniser, broken, min_tokens, max_documents, alone) -> "TokenCache":
+    def _build(
+        cls, folder: Path, sources, tokeniser, broken, min_tokens, max_documents, alone, asked_by
+    ) -> "TokenCache":
         for old in folder.parent.glob(
             folder.name + ".*"
         ):  # of killed jobs, or where there are no locks of running ones
@@ -156,7 +160,7 @@ class TokenCache:
         building = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
         try:
             with all_cores():
-                _tokenise(sources, tokeniser, broken, min_tokens, max_documents, building)
+                _tokenise(sources, tokeniser, broken, min_tokens, max_documents, building, asked_by)
             building.chmod(0o755)
             cache = cls._open(folder)  # of a job that was first, where there are no locks
             if cache is None:
@@ -203,7 +207,15 @@ def _lock(path: Path, waiting: str) -> Iterator[bool]:
         yield alone
 
 
-def _tokenise(sources, tokeniser: Tokeniser, broken: Broken, min_tokens: int, max_documents: int | None, folder: Path):
+def _tokenise(
+    sources,
+    tokeniser: Tokeniser,
+    broken: Broken,
+    min_tokens: int,
+    max_documents: int | None,
+    folder: Path,
+    asked_by: str,
+):
     """Writes tokens.bin, ids.bin, index.bin (int64 [documents, 2]: where tokens and id end) and index.json."""
     read = kept = too_short = without_text = length = start = id_end = 0
     sizes = [source.size for source in sources]
@@ -259,7 +271,7 @@ def _tokenise(sources, tokeniser: Tokeniser, broken: Broken, min_tokens: int, ma
         "dtype": tokeniser.dtype.name,
     }
     if not kept:
-        raise DataError(_nothing(counts))
+        raise DataError(_nothing(counts, asked_by), group="data")
     (folder / "index.json").write_text(json.dumps(counts, indent=1))
 
 
@@ -339,12 +351,12 @@ def _expect_size(path: Path, size: int):
         raise ValueError(f"{path} does not have the {size} bytes of its index")
 
 
-def _nothing(counts: dict) -> str:
+def _nothing(counts: dict, asked_by: str) -> str:
     if not counts["read"] and not counts["broken"]:
         return f"{counts['documents']} holds no document"
     places = "".join(f"\n  {place}" for place in counts["first_broken"])
     return (
-        f"{counts['documents']} holds no document of at least data.min_tokens={counts['min_tokens']} tokens: "
+        f"{counts['documents']} holds no document of at least {counts['min_tokens']} tokens ({asked_by}): "
         f"{_dropped(counts)}{places}"
     )
 

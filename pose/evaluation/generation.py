@@ -4,11 +4,13 @@ Shapes: B prompts, N tokens in a prompt.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from pose.evaluation.scoring import Scorer
 from pose.modeling.rotary import depends_on_length
 
 PREFILL_CHUNK = 2048  # tokens of a long prompt that go through the model at once
@@ -19,6 +21,30 @@ def end_ids(model: PreTrainedModel, tokenizer) -> list[int]:
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list | tuple) else [named]
     return sorted({i for i in (tokenizer.eos_token_id, *named) if i is not None})
+
+
+def write(scorer: Scorer, tokenizer, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[np.ndarray]:
+    """What greedy decoding writes after each prompt; prompts of one length share batches.
+
+    Args:
+        scorer: of the model.
+        tokenizer: the model's.
+        prompts: token ids; of any lengths.
+        max_new_tokens: at most so many for each.
+
+    Returns:
+        The new tokens of each prompt, as `greedy` gives them.
+    """
+    written: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
+    ends = end_ids(scorer.model, tokenizer)
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for _, alike in groupby(longest_first, key=lambda i: len(prompts[i])):
+        indices = list(alike)
+        batches = scorer.batches(prompts[i] for i in indices)
+        rows = (row for batch in batches for row in greedy(scorer.model, batch, max_new_tokens, ends))
+        for i, row in zip(indices, rows, strict=True):
+            written[i] = row
+    return written
 
 
 @torch.no_grad()
@@ -52,7 +78,9 @@ def greedy(
     )
     own, model.generation_config = model.generation_config, GenerationConfig()  # which would fill what is None here
     try:
-        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+        written = model.generate(  # type: ignore[operator]  # a causal model's class has it, their base has not
+            tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
+        )
     finally:
         model.generation_config = own
     rows = written[:, tokens.shape[1] :].cpu().numpy()

@@ -1,11 +1,12 @@
 """Evaluation while a model trains: curves over the steps, the model of the best step, a gate on short texts."""
 
+import difflib
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,12 @@ import torch
 from pose.errors import ConfigError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, values
+from pose.evaluation.task import Metric, describe, shown
 from pose.modeling.shard import with_root
 from pose.training.callbacks import Export, Throughput
 
 log = logging.getLogger(__name__)
 
-LOWER_IS_BETTER = ("ppl", "tail_ppl", "sliding_ppl", "position_ppl", "bits_per_byte")
-NEEDLE_DEPTHS = [i / 10 for i in range(11)]  # those of a Suite
 BEST_FILE = "pose_best.json"  # in RUN/best: which metric, its value, the step
 
 
@@ -49,43 +49,23 @@ class WatchOptions(EvalOptions):
             raise ConfigError(f"watch.best={self.best} needs watch.every_n_steps, which is null: nothing is measured")
 
 
-def metric_names(options: EvalOptions, lengths: Sequence[int]) -> list[str]:
-    """The metrics that a suite of these options has, told before anything is measured.
-
-    Args:
-        options: tasks and what they need.
-        lengths: the N.
-    """
-    names = []
-    for task in options.tasks:
-        if task == "perplexity":
-            names += [f"ppl@{n}" for n in lengths]
-            names += [f"tail_ppl@{n}" for n in lengths if options.tail is not None and n > options.tail]
-            names += [f"bits_per_byte@{n}" for n in lengths]
-            names += [f"sliding_ppl@{n}" for n in lengths if options.stride is not None]
-            ends = [(a, min(a + options.bin, max(lengths))) for a in range(0, max(lengths), options.bin)]
-            names += [f"position_ppl@{a}-{b}" for a, b in ends if b > 1]
-        elif task.startswith("harness/"):
-            names.append(task)
-        else:
-            names += [f"{task}@{n}" for n in lengths]
-            if task == "needle":
-                names += [f"needle@{n}/{depth:g}" for n in lengths for depth in options.depths or NEEDLE_DEPTHS]
-    return names
-
-
-def check_best(options: WatchOptions, lengths: Sequence[int]):
-    """Whether the metric of `best` is measured.
+def check_best(options: WatchOptions, suite: Suite):
+    """Whether the metric of `best` is measured, and can be better or worse.
 
     Raises:
         ConfigError: it is not; names those that are.
     """
-    names = metric_names(options, lengths)
-    if options.best is not None and options.best not in names:
-        shown = ", ".join(
-            name for name in names if not ("/" in name.partition("@")[2] or name.startswith("position_ppl"))
+    if options.best is None:
+        return
+    metrics = suite.metrics()
+    if options.best not in metrics:
+        names = [name for name in metrics if not ("/" in name.partition("@")[2] or name.startswith("position_ppl"))]
+        close = [name for name in difflib.get_close_matches(options.best, metrics) if name not in names]
+        raise ConfigError(f"watch.best={options.best!r} is not measured: choose from {', '.join([*names, *close])}")
+    if metrics[options.best].higher_is_better is None:
+        raise ConfigError(
+            f"watch.best={options.best!r} cannot be chosen: its definition does not say whether higher is better"
         )
-        raise ConfigError(f"watch.best={options.best!r} is not measured: choose from {shown}")
 
 
 class Watch(L.Callback):
@@ -156,7 +136,7 @@ class Watch(L.Callback):
         begin, step = time.perf_counter(), trainer.global_step
         metrics = self._measure(trainer, pl_module)
         self._watched = step
-        line = f"Step {step}: {summary(metrics)}"
+        line = f"Step {step}: {summary(metrics, self._described())}"
         if self.best is not None and step > 0 and self._improves(metrics):
             # The file that says what the folder holds is the last to come: a folder without it counts as none.
             self.export.save(trainer, pl_module)
@@ -192,10 +172,13 @@ class Watch(L.Callback):
 
     def _improves(self, metrics: Mapping[str, float]) -> bool:
         """Whether the best metric is a number, and better than any before: of equal ones the first is kept."""
-        lower = [task.name for task in self.suite.tasks if task.lower_is_better]
-        sign = -1 if self.best.split("@")[0] in (*LOWER_IS_BETTER, *lower) else 1
+        metric = self._described().get(self.best) or describe(self.best)
+        sign = 1 if metric.higher_is_better else -1
         value = sign * metrics[self.best]
         return value > (-math.inf if self.found is None else sign * self.found["value"])
+
+    def _described(self) -> dict[str, Metric]:
+        return {name: metric for task in self.suite.tasks for name, metric in task.metrics().items()}
 
     def _warn(self, pl_module: L.LightningModule, step: int, increase: float):
         """Not of what rescaling alone has done, before the first step."""
@@ -211,18 +194,23 @@ class Watch(L.Callback):
         return hashlib.sha256(json.dumps(units, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def summary(metrics: Mapping[str, float]) -> str:
-    """The metrics in one line, without those that say much the same, or in more detail."""
-    shown = []
+def summary(metrics: Mapping[str, float], described: Mapping[str, Metric] | None = None) -> str:
+    """The metrics in one line, without those that say much the same, or in more detail.
+
+    Args:
+        metrics: values by name.
+        described: what the tasks say of them.
+    """
+    parts = []
     for name, value in metrics.items():
         family, _, length = name.partition("@")
         if family in ("position_ppl", "bits_per_byte") or "/" in length or f"tail_{name}" in metrics:
             continue
         if name == "short_ppl_increase":
-            shown.append(f"perplexity of short texts {value:+.1%}")
+            parts.append(f"perplexity of short texts {value:+.1%}")
         else:
-            shown.append(f"{name} " + (f"{value:.4g}" if family in LOWER_IS_BETTER else f"{value:.0%}"))
-    return ", ".join(shown)
+            parts.append(f"{name} {shown(name, value, described)}")
+    return ", ".join(parts)
 
 
 def short_perplexity(short: Suite, model) -> float:

@@ -19,13 +19,13 @@ from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, DataError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite
-from pose.evaluation.task import Estimate
+from pose.evaluation.task import Estimate, Metric
 from pose.modeling.attention import BACKENDS
 from pose.positions import PoSE
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoints, find_checkpoint
 from pose.training.module import PoseModule
-from pose.training.watch import Watch, WatchOptions, check_best, metric_names, read_best, summary
+from pose.training.watch import Watch, WatchOptions, check_best, read_best, summary
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 TOKENIZER = AutoTokenizer.from_pretrained("assets/tiny")
@@ -331,37 +331,31 @@ def test_measuring_is_no_time_of_training(data):
     assert throughput.start == before + 3.0, "of the rate too"
 
 
-def test_names_are_those_that_are_measured(suite, tmp_path):
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        attn_implementation=BACKENDS["sdpa"],
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    measured = suite.run(model, progress=False)
-    assert sorted(metric_names(suite.options, suite.lengths)) == sorted(measured)
-    assert "tail_ppl@200" in measured and "tail_ppl@128" not in measured
-    for depths in (None, [0.0, 0.25]):
-        options = EvalOptions(
-            tasks=["needle", "ruler/niah_single_1"], lengths=[256, 300], trials=1, depths=depths,
-            haystack=suite.options.documents,
-        )  # fmt: skip
-        measured = Suite(options, TOKENIZER, None, tmp_path).run(model, progress=False)
-        assert sorted(metric_names(options, options.lengths)) == sorted(measured)
-
-
-def test_names_of_benchmarks_have_no_length():
-    assert metric_names(EvalOptions(tasks=["harness/boolq"]), [8, 16]) == ["harness/boolq"]
-
-
-@pytest.mark.parametrize("best", ["passkey@1024", "paskey@96", "tail_ppl@48", "loss", "position_ppl@0-41"])
-def test_a_misspelt_best_is_refused_and_what_there_is_named(best):
-    options = WatchOptions(tasks=["perplexity", "passkey"], documents="x", tail=50, bin=40, every_n_steps=5, best=best)
+@pytest.mark.parametrize("best", ["passkey@1024", "paskey@128", "tail_ppl@128", "loss", "position_ppl@0-91"])
+def test_a_misspelt_best_is_refused_and_what_there_is_named(suite, best):
+    options = WatchOptions(every_n_steps=5, best=best)
     with pytest.raises(ConfigError) as caught:
-        check_best(options, [48, 96])
+        check_best(options, suite)
     message = str(caught.value)
-    assert f"watch.best='{best}'" in message and "ppl@48, ppl@96, tail_ppl@96, bits_per_byte@48" in message
-    options.best = "position_ppl@80-96"
-    check_best(options, [48, 96])
+    assert f"watch.best='{best}'" in message and "ppl@128, bits_per_byte@128, ppl@200" in message
+    assert "passkey@128, passkey@200" in message
+    options.best = "position_ppl@90-180"
+    check_best(options, suite)
+
+
+def test_the_best_depth_of_a_needle_is_named_as_it_is_measured(documents, tmp_path):
+    """0.333333 is no name of 1/3, and was accepted."""
+    options = EvalOptions(tasks=["needle"], lengths=[256], trials=1, depths=[1 / 3], haystack=documents)
+    suite = Suite(options, TOKENIZER, None, tmp_path)
+    with pytest.raises(ConfigError, match=r"'needle@256/0\.333333' is not measured: .*needle@256/0\.3333333333333333"):
+        check_best(WatchOptions(every_n_steps=5, best="needle@256/0.333333"), suite)
+    check_best(WatchOptions(every_n_steps=5, best="needle@256/0.3333333333333333"), suite)
+
+
+def test_a_best_whose_direction_nobody_knows_is_refused():
+    suite = SimpleNamespace(metrics=lambda: {"harness/mine": Metric("mine", None, ".3f")})
+    with pytest.raises(ConfigError, match=r"'harness/mine' cannot be chosen: .*whether higher is better"):
+        check_best(WatchOptions(every_n_steps=5, best="harness/mine"), suite)
 
 
 def test_the_line_shows_each_thing_once():
@@ -371,9 +365,15 @@ def test_the_line_shows_each_thing_once():
         "short_ppl_increase": 0.0234,
     }  # fmt: skip
     assert summary(metrics) == (
-        "ppl@48 12, tail_ppl@96 14.12, passkey@96 85%, needle@96 50%, harness/boolq 62%, "
+        "ppl@48 12.0, tail_ppl@96 14.1, passkey@96 85%, needle@96 50%, harness/boolq 62.5%, "
         "perplexity of short texts +2.3%"
     )
+
+
+def test_the_line_has_no_percentages_of_what_is_no_share():
+    described = {"harness/mine": Metric("mine", False, ".3f"), "harness/other": Metric("other", True, ".1%")}
+    values = {"harness/mine": 0.875, "harness/other": 0.875, "harness/unknown": 0.875}
+    assert summary(values, described) == "harness/mine 0.875, harness/other 87.5%, harness/unknown 0.875"
 
 
 @pytest.fixture(scope="module")
