@@ -107,7 +107,7 @@ def replace_folder(new: Path, folder: Path):
         folder.rename(old)
     try:
         new.rename(folder)
-    except OSError:
+    except BaseException:
         with suppress(FileNotFoundError):
             old.rename(folder)
         raise
@@ -115,8 +115,13 @@ def replace_folder(new: Path, folder: Path):
 
 
 def remove_folder(folder: Path):
-    """Takes a folder's name from it before its files: a half-removed one does not look like a whole one."""
-    if folder.exists():
+    """Takes a folder's name from it before its files: a half-removed one does not look like a whole one.
+
+    Of a link the link goes, and nothing that it leads to; a file of that name goes, too.
+    """
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         doomed = folder.with_name(f".{folder.name.lstrip('.')}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)

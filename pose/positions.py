@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pose.errors import ConfigError
+from pose.errors import ConfigError, require_int
 
 
 class Layout(NamedTuple):
@@ -50,12 +50,13 @@ class PositionSampler(ABC):
     uses_breaks = False  # whether `sample` looks at `breaks`
 
     def __post_init__(self):
-        for name in ("train_len", "target_len"):
-            _require_int(f"pose.{name}", getattr(self, name), at_least=1)
+        require_int("{group}.train_len", self.train_len, at_least=2, group="pose")  # one token predicts nothing
+        require_int("{group}.target_len", self.target_len, at_least=2, group="pose")
         if self.target_len < self.train_len:
             raise ConfigError(
-                f"pose.target_len={self.target_len} is below pose.train_len={self.train_len}: "
-                "give a target of at least the training length"
+                f"{{group}}.target_len={self.target_len} is below {{group}}.train_len={self.train_len}: "
+                "give a target of at least the training length",
+                group="pose",
             )
 
     @property
@@ -128,7 +129,9 @@ class PoSE(PositionSampler):
         super().__post_init__()
         _require_chunks(self.num_chunks, self.train_len)
         if self.content not in ("random", "contiguous", "aligned"):
-            raise ConfigError(f"pose.content={self.content!r} is unknown: choose random, contiguous or aligned")
+            raise ConfigError(
+                f"{{group}}.content={self.content!r} is unknown: choose random, contiguous or aligned", group="pose"
+            )
 
     @property
     def min_document_len(self) -> int:
@@ -184,7 +187,7 @@ class Stratified(PoSE):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_int("pose.num_chunks", self.num_chunks, at_least=2)
+        require_int("{group}.num_chunks", self.num_chunks, at_least=2, group="pose")
 
     def _chunks(self, rng):
         L, num_short, last = self.train_len, self.num_chunks - 1, self.target_len - self.train_len
@@ -314,7 +317,7 @@ class Cream(PositionSampler):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.sigma, bool) or not isinstance(self.sigma, int | float) or not 0 < self.sigma < np.inf:
-            raise ConfigError(f"pose.sigma={self.sigma!r} is not accepted: give a number above 0")
+            raise ConfigError(f"{{group}}.sigma={self.sigma!r} is not accepted: give a number above 0", group="pose")
 
     def _sample(self, rng, document_len):
         L, T, f = self.train_len, self.target_len, self.target_len / self.train_len
@@ -355,7 +358,7 @@ class SentenceSkip(PositionSampler):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_int("pose.sentence_len", self.sentence_len, at_least=1)
+        require_int("{group}.sentence_len", self.sentence_len, at_least=1, group="pose")
 
     def _sample(self, rng, document_len, breaks=None):
         L, high = self.train_len, self.target_len - self.train_len
@@ -402,17 +405,23 @@ class Mix(PositionSampler):
         super().__post_init__()
         share = self.plain_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ConfigError(f"pose.plain_share={share!r} is not accepted: give a number in [0, 1]")
+            raise ConfigError(f"{{group}}.plain_share={share!r} is not accepted: give a number in [0, 1]", group="pose")
         if not isinstance(self.sampler, PositionSampler):
-            raise ConfigError(f"pose.sampler={self.sampler!r} is not accepted: give another choice of the group pose")
+            raise ConfigError(
+                f"{{group}}.sampler={self.sampler!r} is not accepted: give another choice of the group pose",
+                group="pose",
+            )
         for name in ("train_len", "target_len"):
             inner, outer = getattr(self.sampler, name), getattr(self, name)
             if inner != outer:
-                raise ConfigError(f"pose.sampler.{name}={inner} is not pose.{name}={outer}: give the same")
+                raise ConfigError(
+                    f"{{group}}.sampler.{name}={inner} is not {{group}}.{name}={outer}: give the same", group="pose"
+                )
         if self.sampler.example_len != self.train_len:
             raise ConfigError(
-                f"pose.sampler={self.sampler.name} draws examples of {self.sampler.example_len} tokens, plain ones "
-                f"have {self.train_len}: choose a sampler whose examples have pose.train_len tokens"
+                f"{{group}}.sampler={self.sampler.name} draws examples of {self.sampler.example_len} tokens, plain "
+                f"ones have {self.train_len}: choose a sampler whose examples have {{group}}.train_len tokens",
+                group="pose",
             )
 
     @property
@@ -447,14 +456,11 @@ def _nondecreasing(rng: np.random.Generator, num: int, high: int) -> np.ndarray:
     return w
 
 
-def _require_int(key: str, value, at_least: int):
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{key}={value!r} is not accepted: give an integer of at least {at_least}")
-
-
 def _require_chunks(num_chunks, train_len: int):
-    _require_int("pose.num_chunks", num_chunks, at_least=1)
+    require_int("{group}.num_chunks", num_chunks, at_least=1, group="pose")
     if num_chunks > train_len:
         raise ConfigError(
-            f"pose.num_chunks={num_chunks} is more than pose.train_len={train_len}: a chunk holds at least one token"
+            f"{{group}}.num_chunks={num_chunks} is more than {{group}}.train_len={train_len}: a chunk holds at "
+            "least one token",
+            group="pose",
         )

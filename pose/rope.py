@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pose.errors import ConfigError
+from pose.errors import ConfigError, require_number
 
 
 @dataclass(frozen=True)
@@ -505,17 +505,6 @@ class Drope(RopeScaling):
     def native(self, geometry):
         divisors = [1e30] * (geometry.dim // 2)
         return self._longrope(geometry, divisors, divisors)
-
-
-def require_number(key, value, *, at_least=None, above=None, optional=False):
-    """Raises ConfigError unless value is a number in the given bounds (or None where optional)."""
-    if value is None and optional:
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    if number and (at_least is None or value >= at_least) and (above is None or value > above):
-        return
-    bound = f"of at least {at_least:g}" if at_least is not None else f"above {above:g}"
-    raise ConfigError(f"{key}={value!r} is not accepted: give a number {bound}{' or null' * optional}")
 
 
 def _interpolate_by_turns(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> torch.Tensor:

@@ -1,28 +1,27 @@
-"""Fixtures shared by all tests. Nothing here needs network."""
+"""Fixtures shared by all tests. Nothing here needs network, or sees the home folder of who runs it."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# One home for all processes of the suite: each text is tokenised once, and nobody's caches decide. Before any import,
+# since libraries look for it then; pytest-xdist's processes have that of the process which started them.
+if "POSE_TESTS_HOME" not in os.environ:
+    os.environ["POSE_TESTS_HOME"] = os.environ["HOME"] = tempfile.mkdtemp(prefix="pose-tests-")
+    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from script_server import Scripts
 
 from pose.app.console import log_to_terminal
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def run_script(*arguments: str, cwd: Path = REPOSITORY, timeout: int = 600) -> subprocess.CompletedProcess:
-    """Runs a script of the repository as a user would, and returns what it printed."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +33,27 @@ def messages():
 
 
 @pytest.fixture(scope="session")
-def script():
-    """`run_script`, as a fixture: test modules cannot import from here."""
-    return run_script
+def scripts():
+    """Starts scripts in processes that are forked from one with the libraries imported."""
+    scripts = Scripts()
+    yield scripts
+    scripts.close()
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory) -> Path:
-    """The run folder of `experiment=smoke`, made once for all tests of a process."""
-    folder = tmp_path_factory.mktemp("smoke")
-    result = run_script("train.py", "experiment=smoke", f"hydra.run.dir={folder}")
-    assert result.returncode == 0, result.stderr[-3000:]
+def script(scripts):
+    """Runs a script of the repository as a user would, and returns what it printed: `Scripts.run`."""
+    return scripts.run
+
+
+@pytest.fixture(scope="session")
+def smoke_run(script) -> Path:
+    """The run folder of `experiment=smoke`, made once for all tests, by a new interpreter as a user's is."""
+    folder = Path.home() / "smoke"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "metrics.json").exists():
+            result = script("train.py", "experiment=smoke", f"hydra.run.dir={folder}", fresh=True)
+            assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
 

@@ -1,29 +1,29 @@
 """Several checkpoints measured alike: what `evaluate.py` plans, measures and leaves behind."""
 
 import csv
-import hashlib
 import logging
-import os
-import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
-from pose.app import build
+from pose.app import build, models, runtime
+from pose.app.preflight import check_config
+from pose.app.schema import EvaluateConfig, to_options
 from pose.errors import ConfigError
-from pose.evaluation.suite import Suite, default_lengths, values
+from pose.evaluation.memo import Outcomes, identity
+from pose.evaluation.options import EvalOptions
+from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
 from pose.evaluation.task import Estimate
-from pose.files import PACKAGE, Memo, digest, read_json, write_json
+from pose.files import Memo, atomic_file, read_json, write_json
 from pose.modeling.attention import resolve_backend
-from pose.modeling.checkpoints.hub import find_file
+from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.guards import check_loss
+from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
 from pose.reporting.plots import PANELS, plot_needle, plot_results, plot_ruler
@@ -32,9 +32,6 @@ from pose.reporting.tables import comparison_tables, print_table
 log = logging.getLogger(__name__)
 
 Results = dict[str, dict[str, Estimate]]
-# What a checkpoint's outcomes depend on, in its folder.
-CHECKPOINT_FILES = re.compile(r".*\.(json|safetensors|bin|model|txt|gguf|jinja)")
-MEASURING = ("evaluation", "modeling", "data", "tasks", "rope.py")  # the code that outcomes depend on
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Candidate:
     """A checkpoint that has passed every check that needs no weights.
 
     Attributes:
-        name: as it was given.
+        name: as it was given, or as it is to be called.
         path: folder or hub id of the model.
         config: of the model, unchanged.
         window: the model's own, before any scaling, in tokens.
@@ -61,31 +58,50 @@ class Candidate:
     under: dict[str, Any]
 
 
+def evaluate(cfg: DictConfig):
+    """What `evaluate.py` does with a composed config."""
+    with runtime.readable_errors():
+        run_dir = runtime.run_folder()
+        runtime.set_up(cfg)
+        candidates = plan_evaluation(cfg)
+        runtime.save_config(cfg, run_dir)
+        results: Results = {}
+        took: dict[str, Any] = {}
+        for candidate in candidates:
+            with runtime.explained_memory_errors(cfg):
+                results[candidate.name], took[candidate.name] = measure(cfg, candidate)
+            save(cfg, run_dir, candidates, results, took)
+        show(run_dir, candidates, results)
+
+
 def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     """Checks the whole evaluation and prepares all but the weights.
 
     Raises:
         PoseError: what cannot work, before any long work.
     """
-    if OmegaConf.is_missing(cfg, "ckpt"):
+    check_config(cfg, EvaluateConfig)
+    if OmegaConf.is_missing(cfg, "ckpt") or cfg.ckpt is None:
         raise ConfigError(
-            "ckpt is not set: give a run folder, a Hugging Face folder, or a hub id (ckpt=assets/tiny), or a list of "
-            "them (ckpt=[assets/tiny,RUN])"
+            "ckpt is not set: give a run folder, a Hugging Face folder, or a hub id (ckpt=assets/tiny), a list of "
+            "them (ckpt=[assets/tiny,RUN]), or some with names (ckpt={base:assets/tiny,mine:RUN})"
         )
-    names = _names(cfg.ckpt)
+    to_options(cfg.eval, EvalOptions)
+    named = _named(cfg.ckpt)
     device = _device(cfg.device)
     dtype = _dtype(cfg.dtype, device)
-    attention = build.attention_on(cfg.attention, device)
-    resolve_backend(attention)
-    _check_writable(_outcomes(cfg), cfg.cache_dir)
+    attention = resolve_backend(models.attention_on(cfg.attention, device))
+    outcomes = Outcomes(cfg.cache_dir, cfg.reuse)
+    outcomes.require_writable()
     memo = Memo(Path(cfg.cache_dir).expanduser() / ".memo")
     found = []
-    for name in names:
-        given = build.convert_gguf(name, cfg.cache_dir) if name.endswith(".gguf") else name
-        path = build.open_checkpoint(given)
+    for name, given in named.items():
+        given = models.convert_gguf(given, cfg.cache_dir) if given.endswith(".gguf") else given
+        path = models.open_checkpoint(given)
         config = load_config(path, cfg.revision)
+        check_layers(config)
         tokenizer = load_tokenizer(path, cfg.revision)
-        build.check_vocabulary(tokenizer, config, path)
+        models.check_vocabulary(tokenizer, config, path)
         found.append((name, path, config, tokenizer))
     windows = [rope_geometry(config).window for _, _, config, _ in found]
     if cfg.eval.lengths is None:  # the same ones for all
@@ -94,16 +110,17 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     candidates = []
     for (name, path, config, tokenizer), window in zip(found, windows, strict=True):
         suite = build.build_suite(
-            cfg.eval, tokenizer, window, target_len_of(config), cfg.cache_dir, config.vocab_size
+            to_options(cfg.eval, EvalOptions),
+            tokenizer,
+            window,
+            target_len_of(config),
+            cfg.cache_dir,
+            config.vocab_size,
         )
         if suite is None:
             raise ConfigError("eval.tasks is empty: choose eval=quick, perplexity, passkey, needle, ruler, harness")
-        under = {
-            "checkpoint": checkpoint_print(path, cfg.revision, memo),
-            "code": _code_print(),
-            "packages": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "run": [str(dtype), attention, device.type],
-        }
+        weights = fingerprint(path, cfg.revision, memo)
+        under = identity(weights, config, dtype=dtype, attention=attention, device=device)
         candidates.append(Candidate(name, path, config, window, suite, device, dtype, under))
     _share_documents(candidates)
     return candidates
@@ -135,36 +152,32 @@ def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate],
     log.info(f"Measuring {candidate.name} ...")
 
     def load():
-        attention = build.attention_on(cfg.attention, candidate.device)
+        attention = models.attention_on(cfg.attention, candidate.device)
         model = build_model(candidate.config, candidate.path, attention, candidate.dtype, cfg.revision)
-        model = model.to(candidate.device)
+        model.to(candidate.device)  # type: ignore[arg-type]  # transformers wraps torch's method
         with torch.no_grad():
             check_loss(model, candidate.device)  # scores are taken from hidden states too
         return model
 
-    memo = Memo(_outcomes(cfg))
     suite = candidate.suite
-    metrics = suite.run(load=load, memo=memo, under=candidate.under, reuse=cfg.reuse)
+    metrics = suite.run(load=load, outcomes=Outcomes(cfg.cache_dir, cfg.reuse), under=candidate.under)
     seconds, peaks = zip(*suite.took, strict=True)
     return metrics, {"seconds": round(sum(seconds), 1), "peak_memory_gib": round(max(peaks), 2)}
 
 
 def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: Results, took: Mapping[str, Any]):
     """Writes metrics.json, results.csv, results.json and plots/ of what is measured so far."""
-    several = OmegaConf.is_list(cfg.ckpt)
+    several = OmegaConf.is_config(cfg.ckpt)
     metrics = {name: values(found) for name, found in results.items()}
     write_json(run_dir / "metrics.json", metrics if several else metrics[candidates[0].name])
-    rows = [
-        {"checkpoint": name, "metric": metric} | estimate._asdict()
-        for name, found in results.items()
-        for metric, estimate in found.items()
-    ]
-    partial = run_dir / "results.csv.partial"
-    with open(partial, "w", newline="") as file:
+    with atomic_file(run_dir / "results.csv", newline="") as file:
         writer = csv.DictWriter(file, ["checkpoint", "metric", *Estimate._fields])
         writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, run_dir / "results.csv")
+        writer.writerows(
+            {"checkpoint": name, "metric": metric} | estimate._asdict()
+            for name, found in results.items()
+            for metric, estimate in found.items()
+        )
     write_json(
         run_dir / "results.json",
         {
@@ -186,56 +199,43 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
     )
     window = min(c.window for c in candidates)
     plots = run_dir / "plots"
-    plot_results(results, plots / "evaluation.png", window, tuple(PANELS))
+    target = max(target_len_of(c.config) for c in candidates)
+    plot_results(results, plots / "evaluation.png", window, tuple(PANELS), target)
     plot_needle(results, plots / "needle.png")
     plot_ruler(results, plots / "ruler.png")
 
 
 def show(run_dir: Path, candidates: list[Candidate], results: Results):
     """The tables in the terminal, and where everything is."""
-    for table in comparison_tables(results, "Results"):
+    described = {name: metric for candidate in candidates for name, metric in candidate.suite.metrics().items()}
+    for table in comparison_tables(results, "Results", described):
         print_table(table)
+    for candidate in candidates:
+        if remark := out_of_reach(results[candidate.name], candidate.window):
+            log.info(f"{candidate.name}: {remark}")
     documents = candidates[0].suite.document_ids
+    lines = []
     if documents:
-        log.info(f"Documents   {', '.join(documents[:3])}{' ...' * (len(documents) > 3)} ({len(documents)})")
-    log.info("Intervals   95 %, over documents, prompts or questions; none for a single document (docs/EVALUATION.md)")
-    log.info(f"Results     {run_dir}/results.csv, results.json, metrics.json\nPlots       {run_dir}/plots/")
+        lines.append(f"Documents   {', '.join(documents[:3])}{' ...' * (len(documents) > 3)} ({len(documents)})")
+    lines += [
+        "Intervals   95 %, over documents, prompts or questions; none for a single document (docs/EVALUATION.md)",
+        f"Results     {run_dir}/results.csv, results.json, metrics.json",
+        f"Plots       {run_dir}/plots/",
+    ]
+    log.info("\n".join(lines))
 
 
-def checkpoint_print(path: str, revision: str | None, memo: Memo) -> list:
-    """What tells a checkpoint from others: digests of a folder's files, or the commit of the hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if CHECKPOINT_FILES.fullmatch(file.name))
-        return [[file.name, digest(file, memo)] for file in files]
-    return [path, Path(find_file(path, "config.json", revision=revision)).parent.name]
-
-
-def _code_print() -> str:
-    """SHA-256 of the code that measures: an outcome of other code is not taken over."""
-    files = [file for name in MEASURING for file in sorted((PACKAGE / name).rglob("*.py")) or [PACKAGE / name]]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _outcomes(cfg: DictConfig) -> Path:
-    return Path(cfg.cache_dir).expanduser() / ".outcomes"
-
-
-def _check_writable(folder: Path, cache_dir: str):
-    """Outcomes that cannot be kept would only be missed when an evaluation has been killed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"cache_dir={cache_dir} cannot be written to ({error}): give another folder") from error
-
-
-def _names(ckpt) -> list[str]:
+def _named(ckpt) -> dict[str, str]:
+    """Checkpoints by name: given as an object, or called as they are given."""
+    if OmegaConf.is_dict(ckpt):
+        named = {str(name): str(path) for name, path in ckpt.items()}
+        if named:
+            return named
+        raise ConfigError("ckpt={} is not accepted: give checkpoints with names (ckpt={base:assets/tiny,mine:RUN})")
     names = [str(name) for name in ckpt] if OmegaConf.is_list(ckpt) else [str(ckpt)]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"ckpt={names} is not accepted: give one checkpoint, or a list in which each stands once")
-    return names
+    return {name: name for name in names}
 
 
 def _device(name: str) -> torch.device:

@@ -5,6 +5,8 @@ import sys
 
 from tqdm import tqdm
 
+from pose.errors import printable
+
 
 class ConsoleHandler(logging.Handler):
     """Writes to the terminal without tearing progress bars: errors to stderr, everything else to stdout."""
@@ -19,7 +21,15 @@ class ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-class ConsoleFormatter(logging.Formatter):
+class FileFormatter(logging.Formatter):
+    """Messages without control characters, which names of files and documents may bring."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line or lines of one message."""
+        return printable(super().format(record))
+
+
+class ConsoleFormatter(FileFormatter):
     """The message alone; a warning says that it is one."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -1,255 +1,322 @@
-"""What a run leaves behind: coverage, metrics, model card, the loggers' last entries, the table it ends with."""
+"""One training from its config to what it leaves in its folder: plan, measure, train, report."""
 
-import csv
-import json
 import logging
 import shlex
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, SCMode
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import Strategy
+from omegaconf import DictConfig, OmegaConf
+from transformers import PretrainedConfig, PreTrainedModel
 
-from pose.app.build import Plan
+from pose.app import models, runtime
+from pose.app.preflight import Plan, plan_training
+from pose.app.schema import FinetuneConfig, to_options
 from pose.coverage import coverage
-from pose.evaluation.suite import values
-from pose.files import locate, read_json, write_json
+from pose.evaluation.memo import Outcomes, identity
+from pose.evaluation.suite import Suite, values
+from pose.evaluation.task import Estimate
+from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_json
+from pose.modeling.attention import resolve_backend
+from pose.modeling.checkpoints.fingerprint import fingerprint
+from pose.modeling.load import build_model, load_config
+from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.rotary import target_len_of
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
+from pose.reporting.metrics_csv import logged_rows
+from pose.reporting.plots import plot_results, plot_training
 from pose.reporting.tables import print_table, results_table
-from pose.training.watch import read_best, short_perplexity, short_warning
+from pose.training import faults, launch, memory
+from pose.training.folder import alone_in
+from pose.training.loggers import closing
+from pose.training.module import PoseModule
+from pose.training.processes import from_rank_zero
+from pose.training.watch import read_best, short_warning
 
 log = logging.getLogger(__name__)
 
 
-@rank_zero_only
-def finish_loggers(plan: Plan, cfg: DictConfig, results: dict[str, dict[str, float]]):
-    """Gives every logger but the CSV the config and the evaluation, and closes it: a sweep's next job has its own."""
-    for logger in plan.trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            continue
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-        metrics = {f"{model}/{name}": value for model, found in results.items() for name, value in found.items()}
-        logger.log_metrics(metrics, step=plan.trainer.global_step)
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+def train(cfg: DictConfig):
+    """What `train.py` does with a composed config."""
+    with runtime.readable_errors():
+        folder = launch.join(runtime.run_folder())
+        runtime.set_up(cfg)
+        with alone_in(folder), memory.freed(), faults.explained(folder):
+            Run(cfg, folder)()
 
 
-@rank_zero_only
-def cover(plan: Plan, run_dir: Path) -> dict[str, float]:
-    """Writes coverage.csv and plots/coverage.png of the run's sampler, in about a second; returns its summary."""
-    samples = min(500, 2**23 // plan.sampler.target_len + 2)
-    covered = coverage(plan.sampler, samples)
-    covered.save_csv(run_dir / "coverage.csv")
-    plot_coverage({plan.sampler.name: covered}, run_dir / "plots" / "coverage.png")
-    found = covered.summary()
-    if found:
-        log.info(
-            f"Coverage    of distances >= {covered.train_len}: probability {found['probability_beyond_window']:.2f} "
-            f"({found['probability_last_window']:.2f} for the last {covered.train_len}), "
-            f"{found['pair_share_beyond_window']:.0%} of the pairs"
-        )
-    return found
+class Run:
+    """A run of `train.py`.
 
+    Args:
+        cfg: as it was composed; what is worked out is filled in.
+        folder: of the run.
 
-@rank_zero_only
-def say_finished(run_dir: Path):
-    """What can be done with a run that is complete."""
-    log.info(
-        f"The run in {run_dir} is finished. A larger trainer.max_steps goes on with it; python evaluate.py "
-        f"ckpt={run_dir} measures it again"
-    )
-
-
-def pick_up(cfg: DictConfig, plan: Plan, run_dir: Path) -> dict[str, dict[str, float]]:
-    """Makes a run that goes on one with what was before: metrics.csv up to its step, RUN/best, and what was measured.
-
-    Returns:
-        The metrics of models that were measured before training, by name, as this run would measure them.
+    Attributes:
+        plan: what the checks have prepared; of `__call__`'s first step.
+        results: estimates by model: untuned, scaled, extended.
+        covered: the summary of the sampler's coverage.
     """
-    if plan.checkpoint is not None and rank_zero_only.rank == 0:
+
+    plan: Plan
+
+    def __init__(self, cfg: DictConfig, folder: Path):
+        self.cfg, self.folder = cfg, folder
+        self.results: dict[str, dict[str, Estimate]] = {}
+        self.covered: dict[str, float] = {}
+
+    def __call__(self):
+        """Plans, measures, trains, reports."""
+        self.plan = plan_training(self.cfg, self.folder)
+        if self.plan.is_finished:
+            log.info(
+                f"The run in {self.folder} is finished. A larger trainer.max_steps goes on with it; python evaluate.py "
+                f"ckpt={self.folder} measures it again"
+            )
+            return
+        if launch.is_needed(self.plan.trainer):
+            checkpoint = self.plan.checkpoint
+            launch.run(self.plan.trainer.num_devices, self.folder, None if checkpoint is None else checkpoint.folder)
+            return
+        runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step)
+        with closing(self.plan.trainer.loggers):
+            if self.plan.trainer.is_global_zero:
+                self.cover()
+                self.go_on()
+            with runtime.explained_memory_errors(self.cfg):
+                self.measure_before()
+                self.train()
+                if self.plan.trainer.is_global_zero:
+                    self.measure_after()
+            if self.plan.trainer.is_global_zero:
+                self.report()
+
+    def cover(self):
+        """Writes coverage.csv and plots/coverage.png of the run's sampler, in about a second."""
+        sampler = self.plan.sampler
+        covered = coverage(sampler, min(500, 2**23 // sampler.target_len + 2))
+        covered.save_csv(self.folder / "coverage.csv")
+        plot_coverage({sampler.name: covered}, self.folder / "plots" / "coverage.png")
+        self.covered = covered.summary()
+        if self.covered:
+            beyond, last = (self.covered[f"probability_{name}_window"] for name in ("beyond", "last"))
+            log.info(
+                f"Coverage    of distances >= {covered.train_len}: probability {beyond:.2f} ({last:.2f} for the last "
+                f"{covered.train_len}), {self.covered['pair_share_beyond_window']:.0%} of the pairs"
+            )
+
+    def go_on(self):
+        """Makes a run that goes on one with what was before: metrics.csv up to its step, and RUN/best."""
+        plan = self.plan
+        if plan.checkpoint is None:
+            return
         log.info(f"Going on from step {plan.step:,} of {plan.trainer.max_steps:,}")
         source = plan.checkpoint.folder.parents[1]
         rows = logged_rows(source / "metrics.csv")
         experiment = next(logger for logger in plan.trainer.loggers if isinstance(logger, CSVLogger)).experiment
         experiment.metrics = [row for row in rows if int(row["step"]) < plan.step]
         experiment.save()
-        best = read_best(source / "best") if plan.watch is not None and source.resolve() != run_dir.resolve() else None
+        is_elsewhere = not same_path(source, self.folder)
+        best = read_best(source / "best") if plan.watch is not None and is_elsewhere else None
         if best is not None and best["step"] <= plan.step:
-            _copy(source / "best", run_dir / "best")
-    if plan.suite is None:
-        return {}
-    under = _measured_under(cfg, plan)
-    found = {name: _measured(run_dir, name, under) for name in ("untuned", "scaled")}
-    return {name: metrics for name, metrics in found.items() if metrics is not None}
+            with atomic_folder(self.folder / "best", replace=True) as copy:
+                shutil.copytree(source / "best", copy, dirs_exist_ok=True)
 
+    def measure_before(self):
+        """The untuned model, and the one whose RoPE is rescaled and nothing else."""
+        plan = self.plan
+        if plan.watch is not None and plan.watch.short is not None:
+            plan.watch.untuned = self._measure_short(plan.watch.short)
+        if plan.suite is None or self.cfg.model.path is None or not self.cfg.eval.before:
+            return
+        self.measure("untuned", plan.base)
+        if plan.scaling.name != "none":
+            self.measure("scaled", plan.config)
 
-def logged_rows(csv_file: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, each with what it has; those that are damaged are left out, and counted."""
-    if not csv_file.is_file():
-        return []
-    lines = csv_file.read_text(errors="replace").replace("\0", "").splitlines(keepends=True)
-    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))  # the last one may be cut off
-    # -1 is before the first step
-    whole = [row for row in rows if None not in row.values() and (row.get("step") or "").removeprefix("-").isdigit()]
-    if missing := max(len(lines) - 1, 0) - len(whole):
-        log.warning(f"{missing} rows of {csv_file} are damaged, and left out")
-    return [{name: value for name, value in row.items() if name and value} for row in whole]
+    def train(self):
+        """Trains, and exports RUN/model at the end."""
+        plan, cfg = self.plan, self.cfg
+        options = {key: value for key, value in vars(to_options(cfg.finetune, FinetuneConfig)).items() if key != "lora"}
+        module = PoseModule(
+            self.load_for_training,
+            expected=plan.expected,
+            target_len=plan.sampler.target_len,
+            max_steps=cfg.trainer.max_steps,
+            on_nonfinite=cfg.trainer.on_nonfinite,
+            seed=cfg.seed,
+            **options,
+        )
+        plan.trainer.fit(module, plan.data, ckpt_path=plan.ckpt_path, weights_only=True)
 
+    def load_for_training(self, strategy: Strategy) -> PreTrainedModel:
+        """The model of plan.config, with its adapters, in train mode; when the strategy is there."""
+        cfg = self.cfg
+        torch.manual_seed(cfg.seed)  # of random weights and adapters, whatever was measured before
+        lora = to_options(cfg.finetune, FinetuneConfig).lora
+        prepare = None if lora.rank is None else lambda model: add_lora(model, lora)
+        layout = getattr(strategy, "layout", None)
+        model = models.load_model(cfg, self.plan.config, strategy.root_device, layout, prepare)
+        trainable, total = count_parameters(model)
+        log.info(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})")
+        model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
+        if cfg.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
-def measure(
-    cfg: DictConfig,
-    plan: Plan,
-    run_dir: Path,
-    results: dict[str, dict[str, float]],
-    name: str,
-    load: Callable[[], torch.nn.Module],
-):
-    """Adds the metrics of a model to results, under name, unless they are there; nothing is loaded for eval=none.
+    def measure_after(self):
+        """The exported model, as `evaluate.py` loads it."""
+        plan = self.plan
+        if plan.suite is not None:
+            folder = self.folder / "model"
+            self.results["extended"] = self._measure(
+                "the extended model", plan.suite, load_config(str(folder)), str(folder)
+            )
 
-    What was measured before training is kept for a run that goes on.
-    """
-    if plan.suite is None or name in results:
-        return
+    def measure(self, name: str, config: PretrainedConfig):
+        """Adds the metrics of the model that is not trained yet to the results; every process must call this.
 
-    def run() -> dict[str, float]:
-        log.info(f"Measuring the {name} model ...")
-        return values(plan.suite.run(load().to(plan.trainer.strategy.root_device)))
+        Args:
+            name: in the results.
+            config: that it is built from.
+        """
+        suite = self.plan.suite
+        assert suite is not None
+        found = from_rank_zero(self.folder, name, lambda: self._measure(f"the {name} model", suite, config))
+        self.results[name] = {metric: Estimate(*estimate) for metric, estimate in found.items()}
 
-    if name != "extended":
-        results[name] = _measure_once(run_dir, name, _measured_under(cfg, plan), run)
-    elif rank_zero_only.rank == 0:
-        results[name] = run()
+    def _measure_short(self, short: Suite) -> float:
+        """Perplexity of the untuned model at its own window, which `watch` compares with."""
+        what = "the untuned model on short texts"
+        found = from_rank_zero(self.folder, "short", lambda: self._measure(what, short, self.plan.base))
+        return found[f"ppl@{short.lengths[0]}"][0]
 
+    def _measure(
+        self, what: str, suite: Suite, config: PretrainedConfig, path: str | None = None
+    ) -> dict[str, Estimate]:
+        """The estimates of a model that is not in memory, of which nothing is measured twice."""
+        path = path or locate(self.cfg.model.path)
+        device = self.plan.trainer.strategy.root_device
+        attention = models.attention_on(self.cfg.model.attention, device)
+        under = identity(
+            fingerprint(path, self.cfg.model.revision, Memo(Path(self.cfg.cache_dir).expanduser() / ".memo")),
+            config,
+            dtype=torch.float32,
+            attention=resolve_backend(attention),
+            device=device,
+        )
 
-def measure_short(cfg: DictConfig, plan: Plan, run_dir: Path, load: Callable[[], torch.nn.Module]):
-    """Measures the untuned model at its own window, which `watch` compares with; nothing where it does not."""
-    if plan.watch is None or plan.watch.short is None:
-        return
+        def load():
+            model = build_model(config, path, attention, revision=self.cfg.model.revision)
+            return model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's method
 
-    def run() -> dict[str, float]:
-        log.info("Measuring the untuned model on short texts ...")
-        return {"ppl": short_perplexity(plan.watch.short, load().to(plan.trainer.strategy.root_device))}
+        log.info(f"Measuring {what} ...")
+        return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under)
 
-    under = {"units": [task.units() for task in plan.watch.short.tasks], "settings": plan.settings}
-    under |= {"model.path": cfg.model.path}
-    plan.watch.untuned = _measure_once(run_dir, "short", json.loads(json.dumps(under)), run)["ppl"]
+    def report(self):
+        """Model card, plots, loggers' last entries, metrics.json (the last file of a run), and the table."""
+        plan, folder = self.plan, self.folder
+        self.write_card()
+        plot_training(folder / "metrics.csv", folder / "plots" / "training.png")
+        window, target = plan.geometry.window, target_len_of(plan.config)
+        plot_results(self.results, folder / "plots" / "evaluation.png", window, target=target)
+        metrics = {name: values(found) for name, found in self.results.items()}
+        self.log_results(metrics | {"coverage": self.covered})
+        self.save_metrics(metrics)
+        self.print_results()
+        self.warn_of_short(metrics)
 
+    def log_results(self, results: dict[str, dict[str, float]]):
+        """Gives every logger but the CSV the config and the evaluation."""
+        metrics = {f"{model}/{name}": value for model, found in results.items() for name, value in found.items()}
+        settings: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        for logger in self.plan.trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams(settings)
+                logger.log_metrics(metrics, step=self.plan.trainer.global_step)
 
-def _measure_once(run_dir: Path, name: str, under: dict, run: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What run() gives in process 0, or gave before, in this run's folder, under the same settings.
+    def write_card(self):
+        """README.md of RUN/model; reads the provenance that the run has written."""
+        cfg, plan = self.cfg, self.plan
+        provenance = read_json(self.folder / "provenance.json")
+        commit = provenance["commit"] and provenance["commit"] + " (and changes)" * provenance["uncommitted_changes"]
+        base = None if cfg.model.path is None else locate(cfg.model.path)
+        tune, steps = cfg.finetune, plan.trainer.global_step
+        tokens = steps * cfg.trainer.global_batch * plan.sampler.example_len
+        trained = "all weights"
+        if tune.lora.rank:
+            trained = f"adapters of rank {tune.lora.rank} (alpha {tune.lora.alpha:g}), merged"
+        trained += ", with embeddings and norms" if tune.lora.train_embeddings_and_norms else ""
+        synthetic = [f"{share:.0%} {name} examples" for name, share in cfg.data.synthetic.items() if share]
+        documents = cfg.data.documents if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
+        names = [f"{one.path} ({one.get('split', 'train')})" if OmegaConf.is_dict(one) else one for one in documents]
+        Card(
+            base=base,
+            license=None if base is None else license_of(base),
+            model_type=plan.base.model_type,
+            window=plan.geometry.window,
+            target_len=target_len_of(plan.config),
+            sampler=plan.sampler,
+            scaling=plan.scaling,
+            rope_base=plan.geometry.base if plan.geometry.rope_type == "default" else None,
+            data=[*names, *synthetic],
+            training={
+                "Trained": trained,
+                "Steps": f"{steps:,} of {cfg.trainer.global_batch:,} examples: {tokens:,} tokens",
+                "Optimizer": f"AdamW, {tune.schedule} schedule, peak learning rate {tune.lr:g}, "
+                f"{tune.warmup_steps:,} warm-up steps, weight decay {tune.weight_decay:g}",
+                "Precision": f"{plan.trainer.precision} in training, {cfg.model.export_dtype} in this folder",
+                "Seed": f"{cfg.seed}",
+            },
+            results={name: values(found) for name, found in self.results.items()},
+            measured_on=[] if plan.suite is None else plan.suite.document_ids,
+            command=without_folders(shlex.join(["python", "train.py", *provenance["overrides"]])),
+            versions={name: provenance["packages"][name] for name in ("torch", "transformers", "lightning")},
+            commit=commit,
+            described=None if plan.suite is None else plan.suite.metrics(),
+        ).write(self.folder / "model")
 
-    The other processes wait for it there: a process group would not wait so long.
-    """
-    metrics = _measured(run_dir, name, under)
-    if metrics is None and rank_zero_only.rank == 0:
-        metrics = run()
-        measured = run_dir / "measured.json"
-        write_json(measured, read_json(measured) | {name: {"under": under, "metrics": metrics}})
-    while metrics is None:
-        time.sleep(1)
-        metrics = _measured(run_dir, name, under)
-    return metrics
+    def save_metrics(self, metrics: dict[str, dict[str, float]]):
+        """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's.
 
+        It is the last thing a run writes: a folder that has it is complete.
+        """
+        plan = self.plan
+        logged = {f"coverage/{name}": value for name, value in self.covered.items()}
+        for row in logged_rows(self.folder / "metrics.csv"):
+            logged |= {name: float(value) for name, value in row.items() if name.startswith("train/")}
+        logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
+        logged["train/steps"] = plan.trainer.global_step
+        if plan.watch is not None and plan.watch.found is not None:
+            best = plan.watch.found
+            logged |= {f"best/{best['metric']}": best["value"], "best/step": best["step"]}
+        write_json(self.folder / "metrics.json", metrics.get("extended", {}) | logged | metrics)
 
-def _measured(run_dir: Path, name: str, under: dict) -> dict[str, float] | None:
-    entry = read_json(run_dir / "measured.json").get(name)
-    return entry["metrics"] if isinstance(entry, dict) and entry.get("under") == under else None
+    def print_results(self):
+        """The table over the models, and where everything is."""
+        plan, folder = self.plan, self.folder
+        if self.results and plan.suite is not None:
+            documents = ", ".join(plan.suite.document_ids[:3]) + " ..." * (len(plan.suite.document_ids) > 3)
+            title = (
+                f"{plan.scaling.name}, {plan.sampler.name}, {plan.geometry.window} -> {plan.sampler.target_len} tokens"
+            )
+            title += f"; held out: {documents}" if documents else ""
+            metrics = {name: values(found) for name, found in self.results.items()}
+            print_table(results_table(metrics, title, ("tail_ppl", "passkey")))
+        lines = [f"Run folder  {folder}", f"Model       {folder}/model  (any transformers loads it)"]
+        if plan.watch is not None and plan.watch.found is not None:
+            best = plan.watch.found
+            lines.append(f"Best        {folder}/best  ({best['metric']} {best['value']:.4g} at step {best['step']:,})")
+        if self.results:
+            lines += [f"Metrics     {folder}/metrics.json", f"Plots       {folder}/plots/"]
+        log.info("\n".join(lines))
 
-
-def _measured_under(cfg: DictConfig, plan: Plan) -> dict:
-    """What the metrics of a model before training depend on."""
-    options = OmegaConf.to_container(cfg.eval, resolve=True, structured_config_mode=SCMode.DICT)
-    return json.loads(json.dumps({"eval": options, "model.path": cfg.model.path, "settings": plan.settings}))
-
-
-def _copy(source: Path, folder: Path):
-    """A folder under another name, whole or not there."""
-    partial = folder.with_name(f".{folder.name}.copy")
-    for leftover in (partial, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(source, partial)
-    partial.rename(folder)
-
-
-def warn_of_short(cfg: DictConfig, plan: Plan, results: dict[str, dict[str, float]]):
-    """Says whether the trained model is worse at short texts than the untuned one, where both were measured there."""
-    window, limit = plan.geometry.window, cfg.watch.max_short_increase
-    before, after = (results.get(name, {}).get(f"ppl@{window}") for name in ("untuned", "extended"))
-    if None not in (before, after, limit) and after / before - 1 > limit:
-        log.warning(short_warning(window, "after the training", before, after / before - 1, limit))
-
-
-def save_metrics(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]], covered: dict[str, float]):
-    """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's.
-
-    It is the last thing a run writes: a folder that has it is complete.
-    """
-    logged = {f"coverage/{name}": value for name, value in covered.items()}
-    for row in logged_rows(run_dir / "metrics.csv"):
-        logged |= {name: float(value) for name, value in row.items() if name.startswith("train/")}
-    logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
-    logged["train/steps"] = plan.trainer.global_step
-    if plan.watch is not None and plan.watch.found is not None:
-        best = plan.watch.found
-        logged |= {f"best/{best['metric']}": best["value"], "best/step": best["step"]}
-    write_json(run_dir / "metrics.json", results.get("extended", {}) | logged | results)
-
-
-def print_results(run_dir: Path, plan: Plan, results: dict[str, dict[str, float]]):
-    """The table over the models, and where everything is."""
-    if results:
-        documents = ", ".join(plan.suite.document_ids[:3]) + " ..." * (len(plan.suite.document_ids) > 3)
-        title = f"{plan.scaling.name}, {plan.sampler.name}, {plan.geometry.window} -> {plan.sampler.target_len} tokens"
-        title += f"; held out: {documents}" if documents else ""
-        print_table(results_table(results, title, ("tail_ppl", "passkey")))
-    log.info(f"Run folder  {run_dir}\nModel       {run_dir}/model  (any transformers loads it)")
-    if plan.watch is not None and plan.watch.found is not None:
-        best = plan.watch.found
-        log.info(f"Best        {run_dir}/best  ({best['metric']} {best['value']:.4g} at step {best['step']:,})")
-    if results:
-        log.info(f"Metrics     {run_dir}/metrics.json\nPlots       {run_dir}/plots/")
-
-
-def write_card(cfg: DictConfig, plan: Plan, results: dict[str, dict[str, float]], run_dir: Path):
-    """README.md of RUN/model; reads the provenance that the run has written."""
-    provenance = json.loads((run_dir / "provenance.json").read_text())
-    commit = provenance["commit"] and provenance["commit"] + " (and changes)" * provenance["uncommitted_changes"]
-    base = None if cfg.model.path is None else locate(cfg.model.path)
-    tune, steps = cfg.finetune, plan.trainer.global_step
-    tokens = steps * cfg.trainer.global_batch * plan.sampler.example_len
-    lora = f"adapters of rank {tune.lora.rank} (alpha {tune.lora.alpha:g}), merged" if tune.lora.rank else "all weights"
-    lora += ", with embeddings and norms" if tune.lora.train_embeddings_and_norms else ""
-    synthetic = [f"{share:.0%} {name} examples" for name, share in cfg.data.synthetic.items() if share]
-    documents = cfg.data.documents if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
-    documents = [f"{one.path} ({one.get('split', 'train')})" if OmegaConf.is_dict(one) else one for one in documents]
-    Card(
-        base=base,
-        license=None if base is None else license_of(base),
-        model_type=plan.base.model_type,
-        window=plan.geometry.window,
-        target_len=target_len_of(plan.config),
-        sampler=plan.sampler,
-        scaling=plan.scaling,
-        rope_base=plan.geometry.base if plan.geometry.rope_type == "default" else None,
-        data=[*documents, *synthetic],
-        training={
-            "Trained": lora,
-            "Steps": f"{steps:,} of {cfg.trainer.global_batch:,} examples: {tokens:,} tokens",
-            "Optimizer": f"AdamW, {tune.schedule} schedule, peak learning rate {tune.lr:g}, "
-            f"{tune.warmup_steps:,} warm-up steps, weight decay {tune.weight_decay:g}",
-            "Precision": f"{plan.trainer.precision} in training, {cfg.model.export_dtype} in this folder",
-            "Seed": f"{cfg.seed}",
-        },
-        results=results,
-        measured_on=[] if plan.suite is None else plan.suite.document_ids,
-        command=without_folders(shlex.join(["python", "train.py", *provenance["overrides"]])),
-        versions={name: provenance["packages"][name] for name in ("torch", "transformers", "lightning")},
-        commit=commit,
-    ).write(run_dir / "model")
+    def warn_of_short(self, metrics: dict[str, dict[str, float]]):
+        """Says whether the trained model is worse at short texts than the untuned one, where both were measured."""
+        window, limit = self.plan.geometry.window, self.cfg.watch.max_short_increase
+        before, after = (metrics.get(name, {}).get(f"ppl@{window}") for name in ("untuned", "extended"))
+        if before is not None and after is not None and limit is not None and after / before - 1 > limit:
+            log.warning(short_warning(window, "after the training", before, after / before - 1, limit))

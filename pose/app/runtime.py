@@ -115,10 +115,25 @@ def quiet_libraries():
         warnings.filterwarnings("ignore", message)
 
 
+def run_folder() -> Path:
+    """The folder that Hydra has made for this job.
+
+    Raises:
+        ConfigError: it is given as nothing, which Hydra takes for the folder that one stands in.
+    """
+    job = HydraConfig.get()
+    key, folder = ("sweep", job.sweep.dir) if job.mode == RunMode.MULTIRUN else ("run", job.run.dir)
+    if not str(folder).strip():
+        raise ConfigError(
+            f"hydra.{key}.dir is empty: give a folder, or leave it out (is a shell variable in it not set?)"
+        )
+    return Path(job.runtime.output_dir)
+
+
 def set_up(cfg: DictConfig):
     """Seeds, threads, and quiet libraries."""
     quiet_libraries()
-    if rank_zero_only.rank:  # one process speaks for all
+    if getattr(rank_zero_only, "rank", 0):  # one process speaks for all
         logging.getLogger("pose").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out

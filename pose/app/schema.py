@@ -1,17 +1,32 @@
 """The typed schema of the run: a misspelt key or a wrong type fails while the config is composed.
 
-Groups whose file names a `_target_` (pose, rope, strategy) are checked by the class that they name.
+Values are checked where they stand, in `__post_init__`, once the config is composed. Groups whose file names a
+`_target_` (pose, rope, strategy) are checked by the class that they name. Nothing heavy is imported here.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
+from pose.errors import ConfigError, require_choice, require_int, require_number
 from pose.evaluation.options import EvalOptions
-from pose.modeling.lora import LoraOptions
-from pose.training.watch import WatchOptions
+from pose.modeling.options import LoraOptions
+from pose.training.options import WatchOptions
+
+# Those of transformers' get_scheduler that need nothing but the steps.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_SEED = 2**32 - 1  # of numpy's generators
 
 
 @dataclass
@@ -26,6 +41,9 @@ class ModelConfig:
     attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
+
+    def __post_init__(self):
+        require_choice("model.export_dtype", self.export_dtype, DTYPES)
 
 
 @dataclass
@@ -42,7 +60,8 @@ class DataConfig:
     """What is read, and how examples are drawn from it."""
 
     documents: Any = MISSING  # file, folder, glob, or dataset {path, name, split, ...}, or a list: docs/DATA.md
-    heldout: Any = None  # the same, of documents kept for evaluation
+    heldout: Any = None  # the same, of documents kept for evaluation; null: heldout_share of the documents
+    heldout_share: float = 0.05  # of whole documents, set aside for evaluation where heldout is null; 0: none
     text_field: str = "text"  # the key of the text, for documents that do not name their own
     min_tokens: int = 1  # tokens; shorter documents are left out
     max_documents: int | None = None  # the first so many of the others; null: all
@@ -53,6 +72,10 @@ class DataConfig:
     synthetic: SyntheticShares = field(default_factory=SyntheticShares)  # retrieval examples among the text
     curriculum: list[Any] = field(default_factory=list)  # [share of the run, length in tokens] phases
     num_workers: int = 0  # reading processes; 0: the training process reads (it takes microseconds)
+
+    def __post_init__(self):
+        require_number("data.heldout_share", self.heldout_share, at_least=0, below=1)
+        require_int("data.num_workers", self.num_workers, at_least=0)
 
 
 @dataclass
@@ -65,6 +88,14 @@ class FinetuneConfig:
     schedule: str = "linear"  # of transformers' get_scheduler
     warmup_steps: int = 10  # optimizer steps
     lora: LoraOptions = field(default_factory=LoraOptions)  # adapters, which train in place of the weights
+
+    def __post_init__(self):
+        require_number("finetune.lr", self.lr, above=0)
+        require_number("finetune.weight_decay", self.weight_decay, at_least=0)
+        require_int("finetune.warmup_steps", self.warmup_steps, at_least=0)
+        require_choice("finetune.schedule", self.schedule, SCHEDULES)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"finetune.betas={list(self.betas)} is not accepted: give two numbers in [0, 1)")
 
 
 @dataclass
@@ -83,6 +114,13 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = 100  # optimizer steps; null: only when the scheduler asks to stop
     keep_checkpoints: int = 2  # the newest ones, which stay in RUN/checkpoints
     on_nonfinite: str = "stop"  # stop or skip: a step in which a loss is infinite or NaN
+
+    def __post_init__(self):
+        for name in ("max_steps", "global_batch", "micro_batch", "num_nodes", "log_every_n_steps", "keep_checkpoints"):
+            require_int(f"trainer.{name}", getattr(self, name), at_least=1)
+        require_int("trainer.checkpoint_every_n_steps", self.checkpoint_every_n_steps, at_least=1, optional=True)
+        require_number("trainer.gradient_clip", self.gradient_clip, above=0, optional=True)
+        require_choice("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
 
 
 @dataclass
@@ -129,6 +167,16 @@ class CoverageConfig:
     beside: list[str] = field(default_factory=list)  # choices of the group pose to compare with, of the same lengths
     num_samples: int | None = None  # examples drawn where there is no closed form; null: 2,000, fewer beyond 32k
     seed: int = 0  # of these examples
+
+
+Options = TypeVar("Options")
+
+
+def to_options(node: DictConfig, kind: type[Options]) -> Options:
+    """A group of the config as the dataclass that it is of, whose checks so run."""
+    options = OmegaConf.to_object(node)
+    assert isinstance(options, kind)
+    return options
 
 
 def register():

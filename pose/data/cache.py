@@ -174,6 +174,7 @@ class TokenCache:
         min_tokens: int = 1,
         max_documents: int | None = None,
         on_broken: str = "error",
+        asked_by: str = "{group}.min_tokens",
         max_document_chars: int = MAX_DOCUMENT_CHARS,
     ) -> "TokenCache":
         """Opens the cache of a set of documents, tokenising them first if there is none yet.
@@ -194,6 +195,7 @@ class TokenCache:
             max_documents: the first so many of the others are taken, and no more is read; None takes all.
             on_broken: "error" or "skip", for lines and rows that cannot be read, or are too long.
             max_document_chars: the most characters that the text of a document may have.
+            asked_by: the key that min_tokens comes from, for errors.
 
         Raises:
             ConfigError: a value that cannot be meant.
@@ -219,7 +221,7 @@ class TokenCache:
 
         def write(building: Path):
             try:
-                _tokenise(name, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, building)
+                _tokenise(name, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, building, asked_by)
             except DataError:  # which may be of a file that is half written
                 check_unchanged()
                 raise
@@ -346,7 +348,14 @@ def _closed(error: OSError) -> DataError:
 
 
 def _tokenise(
-    name: str, sources, tokeniser: Tokeniser, broken: Broken, min_tokens: int, max_documents: int | None, folder: Path
+    name: str,
+    sources,
+    tokeniser: Tokeniser,
+    broken: Broken,
+    min_tokens: int,
+    max_documents: int | None,
+    folder: Path,
+    asked_by: str,
 ):
     """Writes tokens.bin, ids.bin, index.bin (int64 [documents, 2]: where tokens and id end) and index.json."""
     read = kept = too_short = without_text = length = start = id_end = 0
@@ -402,7 +411,7 @@ def _tokenise(
         "dtype": tokeniser.dtype.name,
     }
     if not kept:
-        raise DataError(_nothing(counts))
+        raise DataError(_nothing(counts, asked_by), group="data")
     counts["max_id"] = int(np.memmap(folder / "tokens.bin", tokeniser.dtype, "r").max())
     counts["checksums"] = {file.name: _checksum(file) for file in folder.iterdir()}
     counts["checksum"] = _checksum_of_index(counts)
@@ -489,12 +498,12 @@ def _key(sources: list, states: list, tokenizer, options: list) -> str:
     return f"{name[:48]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _nothing(counts: dict) -> str:
+def _nothing(counts: dict, asked_by: str) -> str:
     if not counts["read"] and not counts["broken"]:
         return f"{counts['documents']} holds no document"
     places = "".join(f"\n  {place}" for place in counts["first_broken"])
     return (
-        f"{counts['documents']} holds no document of at least data.min_tokens={counts['min_tokens']} tokens: "
+        f"{counts['documents']} holds no document of at least {counts['min_tokens']} tokens ({asked_by}): "
         f"{_dropped(counts)}{places}"
     )
 

@@ -1,6 +1,8 @@
 """The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
 
 import ctypes
+import hashlib
+import json
 import logging
 import re
 import signal
@@ -18,6 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 from pose.data.cache import TokenCache
 from pose.data.documents import MAX_DOCUMENT_CHARS
 from pose.data.examples import Curriculum, PoseDataset, collate
+from pose.data.heldout import SetAside, without
 from pose.data.tokenizer import beyond_vocabulary
 from pose.errors import ConfigError
 from pose.positions import PositionSampler
@@ -47,11 +50,18 @@ class PoseDataModule(L.LightningDataModule):
         on_broken: "error" or "skip", for lines and rows that cannot be read, or are too long.
         max_document_chars: the most characters that the text of a document may have.
         vocab_size: rows of the model's embedding, which every token must have one of; None does not look.
+        heldout_share: share of whole documents set aside for evaluation (`set_aside`), in [0, 1); 0 keeps none.
+        heldout_len: tokens that such a document has at least; None: the sampler's target.
         window_len: tokens of a document that one example is drawn from; None takes documents whole.
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
         synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
         curriculum: (share of the run, length in tokens) of phases of shorter sequences before the rest.
         num_workers: processes that read; 0 reads in the training process.
+
+    Attributes:
+        dataset: the examples; None before `setup`.
+        fingerprint: of all the text and its tokens.
+        num_documents, num_tokens: that examples are drawn from: of those that are long enough.
 
     Raises:
         ConfigError: shares that do not add up, an unknown task, or a BOS the tokenizer does not have.
@@ -73,6 +83,8 @@ class PoseDataModule(L.LightningDataModule):
         min_tokens: int = 1,
         max_documents: int | None = None,
         on_broken: str = "error",
+        heldout_share: float = 0.0,
+        heldout_len: int | None = None,
         max_document_chars: int = MAX_DOCUMENT_CHARS,
         vocab_size: int | None = None,
         window_len: int | None = None,
@@ -90,6 +102,10 @@ class PoseDataModule(L.LightningDataModule):
             "min_tokens": min_tokens, "max_documents": max_documents, "on_broken": on_broken,
             "max_document_chars": max_document_chars,
         }  # fmt: skip
+        self.set_aside = None
+        if heldout_share:
+            length = sampler.target_len if heldout_len is None else heldout_len
+            self.set_aside = SetAside(documents, heldout_share, length, cache_dir, text_field, self.choice)
         self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, add_bos, vocab_size)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
         self.curriculum: list[tuple] = [
@@ -134,7 +150,12 @@ class PoseDataModule(L.LightningDataModule):
         self.fingerprint = cache.folder.name  # of all the text and its tokens
         if self.vocab_size is not None:
             cache.check_vocabulary(self.tokenizer, self.vocab_size)
-        documents = _Documents(cache)
+        kept_back = [] if self.set_aside is None else self.set_aside.of(cache)
+        if kept_back:
+            self.fingerprint += f", without {len(kept_back)} for evaluation: " + _fingerprint(kept_back)
+            log.info(f"Held out    {len(kept_back):,} of {len(cache):,} documents (data.heldout_share)")
+        documents = _Documents(cache, kept_back)
+        lengths = cache.lengths[documents.indices]
         tasks: dict[Any, float] = {
             TASKS[name](self.tokenizer, documents, self.vocab_size): share for name, share in self.synthetic.items()
         }
@@ -151,7 +172,8 @@ class PoseDataModule(L.LightningDataModule):
             )  # fmt: skip
 
         self.dataset = whole = dataset(self.sampler, self.window_len)
-        self._say_what_is_used(cache, whole.usable)
+        self.num_documents, self.num_tokens = len(whole.usable), int(lengths[whole.usable].sum())
+        self._say_what_is_used(cache.info["documents"], len(lengths), int(lengths.sum()))
         if self.curriculum:
             steps = self.num_examples / self.global_batch  # an optimizer step is of one phase: its rows have one length
             phases = [
@@ -160,17 +182,16 @@ class PoseDataModule(L.LightningDataModule):
             ]
             self.dataset = Curriculum([*phases, (self.num_examples, whole)])
 
-    def _say_what_is_used(self, cache: TokenCache, usable: np.ndarray):
-        """How much of the text examples are drawn from: a warning where it is less than half."""
-        if len(usable) == len(cache):
+    def _say_what_is_used(self, name: str, num: int, tokens: int):
+        """How many of the documents and tokens examples are drawn from: a warning where it is less than half."""
+        if self.num_documents == num:
             return
-        used, num = int(cache.lengths[usable].sum()), int(cache.lengths.sum())
-        few = 2 * len(usable) < len(cache) or 2 * used < num
+        few = 2 * self.num_documents < num or 2 * self.num_tokens < tokens
         hint = ". Join short documents, or train on less" if few else ""
         log.log(
             logging.WARNING if few else logging.INFO,
-            f"{cache.info['documents']}: {len(usable):,} of {len(cache):,} documents, {used:,} of {num:,} tokens, are "
-            f"used: the others are shorter than the {self.sampler.min_document_len:,} tokens that an example needs at "
+            f"{name}: {self.num_documents:,} of {num:,} documents, {self.num_tokens:,} of {tokens:,} tokens, are used: "
+            f"the others are shorter than the {self.sampler.min_document_len:,} tokens that an example needs at "
             f"pose.train_len={self.sampler.train_len}{hint}",
         )
 
@@ -225,16 +246,16 @@ class InOrder(DistributedSampler):
 
 
 class _Documents(Sequence):
-    """The documents of a cache."""
+    """The documents of a cache, but for some."""
 
-    def __init__(self, cache: TokenCache):
-        self.cache = cache
+    def __init__(self, cache: TokenCache, left_out: Sequence[int] = ()):
+        self.cache, self.indices = cache, without(len(cache), left_out)
 
     def __len__(self):
-        return len(self.cache)
+        return len(self.indices)
 
     def __getitem__(self, index):
-        return _Document(self.cache, range(len(self))[index])
+        return _Document(self.cache, int(self.indices[index]))
 
 
 class _Document(Sequence):
@@ -252,6 +273,10 @@ class _Document(Sequence):
 
     def __getitem__(self, key):
         return self.cache[self.number][key]
+
+
+def _fingerprint(indices: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps(list(indices)).encode()).hexdigest()[:16]
 
 
 def bos_id(tokenizer, add_bos: bool | None, vocab_size: int | None = None) -> int | None:

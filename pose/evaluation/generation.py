@@ -4,12 +4,14 @@ Shapes: B prompts, N tokens in a prompt.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from pose.modeling.rotary import depends_on_length
+from pose.evaluation.scoring import Scorer
+from pose.modeling.layers import cache_is_exact
 
 PREFILL_CHUNK = 2048  # tokens of a long prompt that go through the model at once
 
@@ -21,15 +23,38 @@ def end_ids(model: PreTrainedModel, tokenizer) -> list[int]:
     return sorted({i for i in (tokenizer.eos_token_id, *named) if i is not None})
 
 
+def write(scorer: Scorer, tokenizer, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[np.ndarray]:
+    """What greedy decoding writes after each prompt; prompts of one length share batches.
+
+    Args:
+        scorer: of the model.
+        tokenizer: the model's.
+        prompts: token ids; of any lengths.
+        max_new_tokens: at most so many for each.
+
+    Returns:
+        The new tokens of each prompt, as `greedy` gives them.
+    """
+    written: list[np.ndarray] = [np.empty(0, np.int64)] * len(prompts)
+    ends = end_ids(scorer.model, tokenizer)
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for _, alike in groupby(longest_first, key=lambda i: len(prompts[i])):
+        indices = list(alike)
+        batches = scorer.batches(prompts[i] for i in indices)
+        rows = (row for batch in batches for row in greedy(scorer.model, batch, max_new_tokens, ends))
+        for i, row in zip(indices, rows, strict=True):
+            written[i] = row
+    return written
+
+
 @torch.no_grad()
 def greedy(
     model: PreTrainedModel, prompts: np.ndarray, max_new_tokens: int, eos_ids: Sequence[int] = ()
 ) -> list[np.ndarray]:
     """The most likely token, again and again, from `generate` of transformers.
 
-    A cache of keys and values is used, and a long prompt fills it in chunks. Where the frequencies depend on the length
-    of the text (`pose.modeling.rotary.depends_on_length`), keys in a cache would keep those of their time: there every
-    token takes a pass over the whole text, as when it is scored.
+    A cache of keys and values is used, and a long prompt fills it in chunks. Where one is not exact
+    (`pose.modeling.layers.cache_is_exact`), every token takes a pass over the whole text, as when it is scored.
 
     Args:
         model: built by `pose.modeling.load.build_model`.
@@ -41,7 +66,7 @@ def greedy(
         The new tokens of each prompt, int64, up to its first end token, which is left out.
     """
     tokens = torch.from_numpy(np.asarray(prompts, np.int64)).to(model.device)
-    use_cache = not depends_on_length(model.config)
+    use_cache = cache_is_exact(model.config)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -52,7 +77,9 @@ def greedy(
     )
     own, model.generation_config = model.generation_config, GenerationConfig()  # which would fill what is None here
     try:
-        written = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+        written = model.generate(  # type: ignore[operator]  # a causal model's class has it, their base has not
+            tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
+        )
     finally:
         model.generation_config = own
     rows = written[:, tokens.shape[1] :].cpu().numpy()

@@ -1,7 +1,8 @@
 """The model as lm-evaluation-harness asks it: its own class for transformers' models, with batches sized in tokens.
 
 What this adds to lm-eval's HFLM: a batch holds as many questions as fit, logits exist for the scored tokens alone, long
-requests run in chunks, log-probabilities are fp32, and requests that are cut are counted.
+requests run in chunks, log-probabilities are fp32, requests that are cut are counted, and a tokenizer may have neither
+BOS nor EOS.
 
 Shapes: B requests, N tokens in the longest, K tokens kept, V vocabulary.
 """
@@ -48,9 +49,39 @@ class ScorerLM(HFLM):
         self.num_requests = self.num_truncated = 0
         self._kept: int | None = None
 
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
+        """As HFLM's, which asks for the text of its prefix token."""
+        if self.prefix_token_id is not None:
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        tokens = self.tokenizer.encode(string, **given)
+        return tokens[-left_truncate_len:] if left_truncate_len else tokens
+
+    def tok_decode(self, tokens, skip_special_tokens=True):
+        """As HFLM's; no token, which is its EOS where there is none, is no text."""
+        return "" if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
     def loglikelihood(self, requests, disable_tqdm=False):
-        """As HFLM's, with one bar."""
+        """As HFLM's, with one bar.
+
+        Raises:
+            ConfigError: a text has nothing before it, and the tokenizer neither BOS nor EOS; names the task.
+        """
+        if any(not request.args[0] for request in requests):
+            self._require_prefix()
         return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """As HFLM's. Raises as `loglikelihood`."""
+        self._require_prefix()
+        return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def _require_prefix(self):
+        if self.prefix_token_id is None:
+            raise ConfigError(
+                f"harness/{self.task} scores texts from their first token on, after a BOS or EOS, and this tokenizer "
+                "has neither"
+            )
 
     def generate_until(self, requests, disable_tqdm=False):
         """As HFLM's, one request at a time: padding on the left would shift the positions.
@@ -65,12 +96,20 @@ class ScorerLM(HFLM):
                     f"harness/{self.task} writes up to {new_tokens} tokens, and the window is {self.max_length}: it "
                     "needs a model with a longer one"
                 )
-            self._count(len(self.tok_encode(context)) + new_tokens)
+            tokens = self.tok_encode(context)
+            if not tokens:
+                raise ConfigError(
+                    f"harness/{self.task} asks for what follows an empty text, before which nothing stands"
+                )
+            self._count(len(tokens) + new_tokens)
         with redirect_stderr(self.terminal):
             return super().generate_until(requests, disable_tqdm or not self.terminal.isatty())
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        requests = [(texts, context or self._prefix(), answer) for texts, context, answer in requests]
         for _, context, continuation in requests:
+            if not continuation:
+                raise ConfigError(f"harness/{self.task} has an empty answer, of which nothing can be scored")
             if len(continuation) > self.max_length:
                 raise ConfigError(
                     f"harness/{self.task} has an answer of {len(continuation)} tokens, and the window is "
@@ -80,6 +119,11 @@ class ScorerLM(HFLM):
         self._kept, self._batch_end, self._batch_size = None, 0, 0
         with redirect_stderr(self.terminal):
             return super()._loglikelihood_tokens(requests, not self.terminal.isatty(), override_bs)
+
+    def _prefix(self) -> list[int]:
+        """What stands before a text whose context has no tokens, such as a space."""
+        self._require_prefix()
+        return [self.prefix_token_id]
 
     def _count(self, num_tokens: int):
         self.num_requests += 1
@@ -124,7 +168,9 @@ class ScorerLM(HFLM):
             return self.model.generate(
                 context,
                 max_length=max_length,
-                stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0]),
+                stopping_criteria=stop_sequences_criteria(
+                    self.tokenizer, [text for text in stop if text], context.shape[1], context.shape[0]
+                ),
                 use_cache=not self.scorer.by_length,
                 eos_token_id=ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,

@@ -1,45 +1,23 @@
-"""A needle in real text, over length and depth (Kamradt 2023), with a fact that cannot be guessed; teacher-forced."""
+"""The needle in a haystack over length and depth; teacher-forced. Its prompts: `pose.tasks.needle`."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pose.data.tokenizer import tokenizer_digest
-from pose.errors import ConfigError
 from pose.evaluation.passkey import found
 from pose.evaluation.scoring import Scorer
-from pose.evaluation.task import Estimate, Task, wilson
-from pose.tasks.haystack import ExactTexts, split_sentences, words_digest
-from pose.tasks.ruler import NEEDLE, NIAH_ONE, needle_word
+from pose.evaluation.task import Estimate, Metric, TaskByLength, are_verdicts, describe, wilson
+from pose.tasks.haystack import words_digest
+from pose.tasks.needle import NeedlePrompts
 
 
-class NeedlePrompt(NamedTuple):
-    """One prompt together with its answer.
-
-    Attributes:
-        input_ids: int64 [length]; the last num_answer are the number.
-        num_answer: tokens of the answer.
-        key: the number's seven digits.
-        needle_start: index of the needle's first token.
-        depth: the share of the haystack's tokens before the needle.
-    """
-
-    input_ids: np.ndarray
-    num_answer: int
-    key: str
-    needle_start: int
-    depth: float
-
-
-class Needle(Task):
+class Needle(TaskByLength):
     """The share of prompts whose number is written by greedy decoding, and no digit more; a length is a unit.
 
-    The prompts are those of RULER's niah_single_2: `One of the special magic numbers for small-river is: 1234567.`
-    between two sentences of a text. Each trial begins at another sentence of it, and the text is begun again where it
-    ends. The prompts of a trial differ in depth, key and number alone: depths are compared on one text, and what stands
-    before the needles is read once. The verdict is that of the passkey, `pose.evaluation.passkey.found`.
+    The verdict is that of the passkey, `pose.evaluation.passkey.found`.
 
     Metrics: needle@N for each N, tokens of prompt and number together; needle@N/D for each depth D.
 
@@ -47,8 +25,7 @@ class Needle(Task):
         tokenizer: the models'.
         haystack: the text.
         lengths: the N.
-        depths: places in the haystack by tokens, 0 (start) to 1 (end). The needle stands at the nearest border of two
-            sentences.
+        depths: places in the haystack, as in `NeedlePrompts.sample`.
         trials: prompts per length and depth.
         seed: of keys, numbers and where the text begins.
         bos_id: put before each prompt, and counted in its length, when given.
@@ -70,44 +47,38 @@ class Needle(Task):
         seed: int,
         bos_id: int | None = None,
     ):
-        self.tokenizer, self.lengths = tokenizer, sorted(set(lengths))
-        self.depths, self.trials, self.seed = sorted({float(depth) for depth in depths}), trials, seed
-        self.bos = [] if bos_id is None else [bos_id]
+        super().__init__(lengths)
+        self.depths, self.trials = sorted({float(depth) + 0.0 for depth in depths}), trials  # -0.0 is 0
+        self.prompts = NeedlePrompts(tokenizer, haystack, seed=seed, bos_id=bos_id)
         self.haystack_digest = hashlib.sha256(haystack.encode()).hexdigest()
-        self.texts = ExactTexts(tokenizer)
-        self.sentences = self._after_full_stop(split_sentences(haystack))
         for length in self.lengths:
-            self._check(length)
+            self.prompts.check(length, self.depths, trials)
 
-    def sample(self, length: int, depth: float, trial: int) -> NeedlePrompt:
-        """The prompt of a trial, a pure function of (seed, length, depth, trial); exactly `length` tokens."""
-        rng = self._rng(length, depth, trial)
-        head, needle, question, answer, number = self._parts(rng)
-        room = length - sum(map(len, (head, needle, question, answer)))
-        first = np.random.default_rng((self.seed, trial, length)).integers(len(self.sentences))
-        filling, borders = self._filling(int(first), room)
-        before = int(borders[np.abs(borders - depth * room).argmin()])
-        parts = [head, filling[:before], needle, filling[before:], question, answer]
-        return NeedlePrompt(
-            np.concatenate(parts), len(answer), number, len(head) + before, before / room if room else 0.0
-        )
+    def metrics(self) -> dict[str, Metric]:
+        names = [
+            f"needle@{n}{depth}" for n in self.lengths for depth in ("", *(f"/{d}" for d in map(exactly, self.depths)))
+        ]
+        return {name: describe(name) for name in names}
 
-    def units(self) -> dict[str, dict[str, Any]]:
-        depends = {
-            "depths": self.depths, "trials": self.trials, "seed": self.seed, "bos": self.bos,
-            "tokenizer": tokenizer_digest(self.tokenizer), "haystack": self.haystack_digest,
+    def depends(self) -> dict[str, Any]:
+        return {
+            "depths": self.depths, "trials": self.trials, "seed": self.prompts.seed, "bos": self.prompts.bos,
+            "tokenizer": tokenizer_digest(self.prompts.tokenizer), "haystack": self.haystack_digest,
             "words": words_digest(),
         }  # fmt: skip
-        return {str(length): {"length": length, **depends} for length in self.lengths}
 
     def measure(self, scorer: Scorer, unit: str) -> dict[str, list[int]]:
-        """By depth, its shortest decimal form: 0 or 1 for each trial."""
-        prompts = [self.sample(int(unit), depth, trial) for depth in self.depths for trial in range(self.trials)]
-        verdicts = np.array(found(scorer, self.tokenizer, prompts), int).reshape(len(self.depths), self.trials)
-        return {
-            np.format_float_positional(depth, trim="-"): row.tolist()
-            for depth, row in zip(self.depths, verdicts, strict=True)
-        }
+        """By depth (`exactly`): 0 or 1 for each trial."""
+        prompts = [
+            self.prompts.sample(int(unit), depth, trial) for depth in self.depths for trial in range(self.trials)
+        ]
+        verdicts = np.array(found(scorer, self.prompts.tokenizer, prompts), int).reshape(len(self.depths), self.trials)
+        return {exactly(depth): row.tolist() for depth, row in zip(self.depths, verdicts, strict=True)}
+
+    def accepts(self, unit: str, outcome: Any) -> bool:
+        return list(outcome) == [*map(exactly, self.depths)] and all(
+            are_verdicts(row, self.trials) for row in outcome.values()
+        )
 
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         estimates = {}
@@ -117,52 +88,7 @@ class Needle(Task):
                 estimates[f"needle@{n}/{depth}"] = wilson(sum(row), len(row))
         return estimates
 
-    def _rng(self, length: int, depth: float, trial: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, trial, length, *np.float64(depth).tobytes()))
 
-    def _check(self, length: int):
-        shortest = length
-        while (needed := self._needed(shortest)) > shortest:  # keys, and so needed tokens, differ with the length
-            shortest = needed
-        if shortest > length:
-            raise ConfigError(
-                f"a needle prompt of {length} tokens is not possible: with this tokenizer the shortest has "
-                f"{shortest}; give more, in eval.lengths"
-            )
-
-    def _needed(self, length: int) -> int:
-        """The tokens of the longest prompt of a length without haystack."""
-        drawn = [self._rng(length, depth, trial) for depth in self.depths for trial in range(self.trials)]
-        return max(sum(map(len, self._parts(rng)[:4])) for rng in drawn)
-
-    def _parts(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
-        """The tokens of head, needle, question and answer; and the answer."""
-        key, number = needle_word(rng), str(rng.integers(1_000_000, 10_000_000))
-        head, question, prefix = (part.format(kind="number", query=key) for part in NIAH_ONE)
-        [needle] = self._after_full_stop([NEEDLE.format(kind="number", key=key, value=number)])
-        asked, both = (np.array(self.texts.ids(question + prefix + end), np.int64) for end in ("", f" {number}"))
-        shared = min(len(asked), len(both) - 1)
-        while not np.array_equal(both[:shared], asked[:shared]):
-            shared -= 1
-        head = np.array([*self.bos, *self.texts.ids(head)], np.int64)
-        return head, needle, both[:shared], both[shared:], number
-
-    def _filling(self, first: int, room: int) -> tuple[np.ndarray, np.ndarray]:
-        """`room` tokens of the haystack from a sentence on; and where its sentences begin, the first at 0."""
-        chosen, total = [], 0
-        while total < room:
-            chosen.append(self.sentences[first % len(self.sentences)])
-            total, first = total + len(chosen[-1]), first + 1
-        borders = np.cumsum([0, *map(len, chosen)])
-        tokens = np.concatenate([np.array([], np.int64), *chosen])[:room]
-        return tokens, borders[borders <= room]
-
-    def _after_full_stop(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each sentence as they are when it stands after another one and a space."""
-        stop = self.texts.ids(".")
-        texts = [f". {sentence}" for sentence in sentences]
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [
-            np.array(row[len(stop) :] if row[: len(stop)] == stop else self.texts.ids(f" {sentence}"), np.int64)
-            for row, sentence in zip(rows, sentences, strict=True)
-        ]
+def exactly(depth: float) -> str:
+    """A depth in its shortest decimal form, which no other depth has: 0.5, 1, 0.3333333333333333, 0.0000001."""
+    return np.format_float_positional(depth, trim="-")

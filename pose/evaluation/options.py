@@ -1,12 +1,16 @@
 """What is measured: the group `eval`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from pose.data.documents import read_documents
 from pose.errors import ConfigError
 
 TASKS = ("perplexity", "passkey", "needle")
 BOOK = "assets/corpora/books.heldout.jsonl.gz"
+LARGEST_SEED = 2**32 - 1  # that numpy's generator of lm-eval takes
 
 
 @dataclass
@@ -22,7 +26,7 @@ class EvalOptions:
     before: bool = True  # train.py measures the untuned and the scaled model too
     # perplexity
     documents: Any = None  # file, folder, glob, or dataset {path, name, split, ...}, or a list of them: docs/DATA.md
-    text_field: str = "text"  # the key of the text, for documents that do not name their own
+    text_field: str = "text"  # the key of the text in documents that do not name their own
     min_tokens: int | None = None  # tokens; shorter documents are left out; null: the longest of lengths
     max_documents: int | None = None  # so many of those that are long enough; null: all
     draw_documents: bool = False  # max_documents are drawn by the seed; false: the first ones, and no more is read
@@ -37,21 +41,22 @@ class EvalOptions:
         None  # places in [0, 1]: of the passkey in turn (null: random), of needles (null: 0 to 1)
     )
     generate: bool = False  # passkey by greedy decoding in place of teacher forcing
-    haystack: Any = BOOK  # the text that needles lie in: file, folder or glob
+    haystack: Any = BOOK  # the text that needles lie in: file, folder or glob, {path, text_field}, or a list of them
     # harness
     num_fewshot: int | None = None  # examples before a question; null: the paper's for its six tasks, others their own
     limit: int | None = None  # questions of each task; null: all
     include_path: str | None = None  # folder with task YAMLs of your own
+    trust_tasks: bool = False  # include_path runs code: the !function of its YAMLs, and its templates
 
     def __post_init__(self):
         if self.prefix not in (None, "ruler", "harness"):
-            raise ConfigError(f"eval.prefix={self.prefix!r} is unknown: choose ruler or harness")
+            raise _refused(f"prefix={self.prefix!r} is unknown: choose ruler or harness")
         if self.prefix is not None:
             self.tasks = [task if "/" in task or task in TASKS else f"{self.prefix}/{task}" for task in self.tasks]
         for task in self.tasks:
-            if task not in TASKS and not task.startswith(("ruler/", "harness/")):
-                raise ConfigError(
-                    f"eval.tasks has {task!r}: choose from {', '.join(TASKS)}, ruler/TASK and harness/TASK (with "
+            if task not in TASKS and not (task.startswith(("ruler/", "harness/")) and task.partition("/")[2]):
+                raise _refused(
+                    f"tasks has {task!r}: choose from {', '.join(TASKS)}, ruler/TASK and harness/TASK (with "
                     "eval=ruler or eval=harness TASK alone)"
                 )
         for name in (
@@ -60,16 +65,65 @@ class EvalOptions:
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"eval.{name}={value} is not accepted: give an integer of at least 1")
+                raise _refused(f"{name}={value} is not accepted: give an integer of at least 1")
         if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError(f"eval.num_fewshot={self.num_fewshot} is not accepted: give an integer of at least 0")
+            raise _refused(f"num_fewshot={self.num_fewshot} is not accepted: give an integer of at least 0")
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 2):
-            raise ConfigError(f"eval.lengths={list(self.lengths)} is not accepted: give lengths of at least 2 tokens")
-        if self.depths is not None and (not self.depths or min(self.depths) < 0 or max(self.depths) > 1):
-            raise ConfigError(f"eval.depths={list(self.depths)} is not accepted: give places from 0 to 1")
-        if self.seed < 0:
-            raise ConfigError(f"eval.seed={self.seed} is not accepted: give an integer of at least 0")
-        if "perplexity" in self.tasks and self.documents is None:
-            raise ConfigError(
-                "eval.documents is not set, and perplexity needs a file (.jsonl, .txt, .parquet), a folder or a dataset"
-            )
+            raise _refused(f"lengths={list(self.lengths)} is not accepted: give lengths of at least 2 tokens")
+        if self.depths is not None and not (self.depths and all(0 <= depth <= 1 for depth in self.depths)):
+            raise _refused(f"depths={list(self.depths)} is not accepted: give places from 0 to 1")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise _refused(f"seed={self.seed} is not accepted: give an integer from 0 to {LARGEST_SEED}")
+        if not self.text_field:
+            raise _refused("text_field is empty: give the key of the text, such as text")
+        if self.documents is not None:
+            _check_source("documents", self.documents)
+        if self.haystack is not None or any(task == "needle" or task.startswith("ruler/") for task in self.tasks):
+            _check_source("haystack", self.haystack, fields={"path", "text_field"})
+        if self.include_path is not None:
+            if not self.include_path or not Path(self.include_path).expanduser().is_dir():
+                raise _refused(f"include_path={self.include_path!r} is no folder: give one with task YAMLs")
+            if not self.trust_tasks:
+                raise _refused(
+                    f"include_path={self.include_path} can run code: the functions that its YAMLs name (!function), "
+                    "and its templates. Read them, and give {group}.trust_tasks=true to allow it"
+                )
+
+
+def read_haystack(source: Any) -> str:
+    """The text of a haystack, documents separated by empty lines.
+
+    Args:
+        source: as `EvalOptions.haystack`, its paths found.
+
+    Raises:
+        DataError: what is missing, of another kind, or broken; names file and line.
+    """
+    return "\n\n".join(document.text for document in read_documents(source))
+
+
+def _refused(message: str) -> ConfigError:
+    return ConfigError(f"{{group}}.{message}", group="eval")
+
+
+def _check_source(key: str, value: Any, fields: set[str] | None = None):
+    """Whether a value names at least one file, folder or dataset, and none by an empty text.
+
+    Args:
+        key: of the group.
+        value: file, folder or glob, an object with a path, or a list of them.
+        fields: what an object may have; None is left to who reads it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if isinstance(value, list | tuple) and value:
+        for one in value:
+            _check_source(key, one, fields)
+        return
+    path = value.get("path") if isinstance(value, Mapping) else value
+    is_object = isinstance(value, Mapping) and (fields is None or set(value) <= fields)
+    if not (isinstance(path, str | Path) and str(path).strip() and (is_object or not isinstance(value, Mapping))):
+        what = "a file, folder or glob" if fields else "a file, folder, glob or dataset"
+        such = " (or {path: FILE, text_field: KEY})" if fields else ""
+        raise _refused(f"{key}={value!r} is not accepted: give {what}{such}, or a list of them")

@@ -1,15 +1,15 @@
 """Passkey retrieval accuracy, teacher-forced: no token is decoded, and what prompts begin with is read once."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby, takewhile
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
 
 from pose.data.tokenizer import tokenizer_digest
-from pose.evaluation.generation import end_ids, greedy
+from pose.evaluation.generation import write
 from pose.evaluation.scoring import Scorer
-from pose.evaluation.task import Estimate, Task, wilson
+from pose.evaluation.task import Estimate, Metric, TaskByLength, are_shares, are_verdicts, describe, wilson
 from pose.tasks.passkey import PasskeyPrompt, PasskeyPrompts
 
 MORE_TOKENS = 3  # that are decoded beyond one for each digit: a space before the number, and where it ends
@@ -24,9 +24,14 @@ class NumberPrompt(Protocol):
         key: its digits.
     """
 
-    input_ids: np.ndarray
-    num_answer: int
-    key: str
+    @property
+    def input_ids(self) -> np.ndarray: ...
+
+    @property
+    def num_answer(self) -> int: ...
+
+    @property
+    def key(self) -> str: ...
 
 
 def written(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bool]:
@@ -34,18 +39,9 @@ def written(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[
 
     It is the digits that are compared, after any spaces: in which tokens they are written does not matter.
     """
-    verdicts: list[bool] = [False] * len(prompts)
-    ends = end_ids(scorer.model, tokenizer)
-    by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].num_answer)
-    for num_answer, group in groupby(by_length, key=lambda i: prompts[i].num_answer):
-        indices = list(group)
-        texts = []
-        for batch in scorer.batches(prompts[i].input_ids[:-num_answer] for i in indices):
-            new_tokens = max(len(prompts[i].key) for i in indices) + MORE_TOKENS
-            texts += [tokenizer.decode(row) for row in greedy(scorer.model, batch, new_tokens, ends)]
-        for i, text in zip(indices, texts, strict=True):
-            verdicts[i] = _leading_digits(text) == prompts[i].key
-    return verdicts
+    new_tokens = max((len(prompt.key) for prompt in prompts), default=0) + MORE_TOKENS
+    rows = write(scorer, tokenizer, [prompt.input_ids[: -prompt.num_answer] for prompt in prompts], new_tokens)
+    return [_leading_digits(tokenizer.decode(row)) == p.key for row, p in zip(rows, prompts, strict=True)]
 
 
 def found(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bool]:
@@ -68,10 +64,8 @@ def found(scorer: Scorer, tokenizer, prompts: Sequence[NumberPrompt]) -> list[bo
         _verdict(tokenizer, predicted[-prompt.num_answer - 1 :], prompt)
         for prompt, predicted in zip(prompts, predictions, strict=True)
     ]
-    open_ones = [i for i, verdict in enumerate(verdicts) if verdict is None]
-    for i, verdict in zip(open_ones, written(scorer, tokenizer, [prompts[i] for i in open_ones]), strict=True):
-        verdicts[i] = verdict
-    return verdicts
+    decoded = iter(written(scorer, tokenizer, [p for p, v in zip(prompts, verdicts, strict=True) if v is None]))
+    return [next(decoded) if verdict is None else verdict for verdict in verdicts]
 
 
 def _verdict(tokenizer, predicted: np.ndarray, prompt: NumberPrompt) -> bool | None:
@@ -90,7 +84,7 @@ def _leading_digits(text: str) -> str:
     return "".join(takewhile("0123456789".__contains__, text.lstrip(" ")))
 
 
-class Passkey(Task):
+class Passkey(TaskByLength):
     """The share of prompts whose key is written by greedy decoding, and no digit more; a length is a unit.
 
     Metrics: passkey@N for each N, tokens of prompt and key together.
@@ -119,7 +113,8 @@ class Passkey(Task):
         depths: Sequence[float] | None = None,
         generate: bool = False,
     ):
-        self.prompts, self.lengths = prompts, sorted(set(lengths))
+        super().__init__(lengths)
+        self.prompts = prompts
         self.trials, self.seed, self.generate = trials, seed, generate
         self.depths = None if depths is None else list(depths)
         for length in self.lengths:
@@ -136,12 +131,14 @@ class Passkey(Task):
             for t in range(self.trials)
         ]
 
-    def units(self) -> dict[str, dict[str, Any]]:
-        depends = {
+    def metrics(self) -> dict[str, Metric]:
+        return {name: describe(name) for name in (f"passkey@{n}" for n in self.lengths)}
+
+    def depends(self) -> dict[str, Any]:
+        return {
             "trials": self.trials, "seed": self.seed, "depths": self.depths, "generate": self.generate,
             "bos": self.prompts.bos.tolist(), "tokenizer": tokenizer_digest(self.prompts.tokenizer),
         }  # fmt: skip
-        return {str(length): {"length": length, **depends} for length in self.lengths}
 
     def measure(self, scorer: Scorer, unit: str) -> dict[str, list]:
         """By prompt: `found`, 0 or 1, and `depths`, the share of the prompt before the line with the key."""
@@ -149,6 +146,9 @@ class Passkey(Task):
         verdicts = (written if self.generate else found)(scorer, self.prompts.tokenizer, prompts)
         places = [prompt.key_start / len(prompt.input_ids) for prompt in prompts]
         return {"found": [int(verdict) for verdict in verdicts], "depths": places}
+
+    def accepts(self, unit: str, outcome: Any) -> bool:
+        return are_verdicts(outcome["found"], self.trials) and are_shares(outcome["depths"], self.trials)
 
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         return {f"passkey@{n}": wilson(sum(outcome["found"]), len(outcome["found"])) for n, outcome in outcomes.items()}

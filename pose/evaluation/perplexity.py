@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pose.evaluation.scoring import Scorer
-from pose.evaluation.task import Estimate, Task, ratio
+from pose.evaluation.task import Estimate, Metric, Task, are_numbers, describe, ratio
 
 Sums = dict[str, list[float]]  # by metric: loss in nats, scored tokens and, for ppl@N, their bytes
 
@@ -59,6 +59,13 @@ class Perplexity(Task):
         self.windows, self.tail, self.bin = windows, tail, bin
         self.stride, self.sliding_tokens, self.bos_id = stride, sliding_tokens, bos_id
 
+    def metrics(self) -> dict[str, Metric]:
+        names = [f"{family}@{n}" for n in self.lengths for family in ("ppl", "bits_per_byte")]
+        names += [f"tail_ppl@{n}" for n in with_tail(self.lengths, self.tail)]
+        names += [f"position_ppl@{a}-{b}" for a, b in bins(self.lengths[-1], self.bin)]
+        names += [f"sliding_ppl@{n}" for n in self.lengths if self.stride is not None]
+        return {name: describe(name) for name in names}
+
     def units(self) -> dict[str, dict[str, Any]]:
         options = {
             "lengths": self.lengths, "windows": self.windows, "tail": self.tail, "bin": self.bin, "stride": self.stride,
@@ -84,8 +91,14 @@ class Perplexity(Task):
             sums |= sliding(scorer, cut, self.lengths, stride=self.stride, bos_id=self.bos_id)
         return sums
 
+    def accepts(self, unit: str, outcome: Any) -> bool:
+        names = [name for name in self.metrics() if not name.startswith("bits_per_byte")]
+        return list(outcome) == names and all(
+            are_numbers(sums, 3 if name.startswith("ppl@") else 2) and sums[1] > 0 for name, sums in outcome.items()
+        )
+
     def summarise(self, outcomes: Mapping[str, Sums]) -> dict[str, Estimate]:
-        estimates = {}
+        estimates: dict[str, Estimate] = {}
         for name in dict.fromkeys(name for sums in outcomes.values() for name in sums):
             nll, tokens, *num_bytes = zip(*(sums[name] for sums in outcomes.values() if name in sums), strict=True)
             estimates[name] = ratio(nll, tokens, np.exp)
@@ -122,21 +135,20 @@ def truncated(
     """
     lengths = sorted(set(lengths))
     longest = lengths[-1]
-    starts = np.array(spread(len(document) - longest, windows))
+    starts = spread(len(document) - longest, windows)
     whole = _nll(scorer, document, starts, longest, longest - 1, bos_id)
     sums: Sums = {}
     for n in lengths:
         nll = _nll(scorer, document, starts, n, n - 1, bos_id) if scorer.by_length and n < longest else whole
         scored = np.concatenate([document[start + 1 : start + n] for start in starts])
         sums[f"ppl@{n}"] = [*_sum(nll[:, : n - 1]), int(token_bytes[scored].sum())]
-    for n in lengths if tail is not None else ():
-        if n > tail:
-            nll = whole if n == longest else _nll(scorer, document, starts + longest - n, n, tail, bos_id)
+    if tail is not None:
+        for n in with_tail(lengths, tail):
+            later = [start + longest - n for start in starts]
+            nll = whole if n == longest else _nll(scorer, document, later, n, tail, bos_id)
             sums[f"tail_ppl@{n}"] = _sum(nll[:, -tail:])
-    for a in range(0, longest, bin):
-        b = min(a + bin, longest)
-        if b > 1:
-            sums[f"position_ppl@{a}-{b}"] = _sum(whole[:, max(a, 1) - 1 : b - 1])
+    for a, b in bins(longest, bin):
+        sums[f"position_ppl@{a}-{b}"] = _sum(whole[:, max(a, 1) - 1 : b - 1])
     return sums
 
 
@@ -163,19 +175,30 @@ def sliding(
             scored = end
             if end == len(document):
                 break
-    alike: dict[tuple, list[int]] = {}  # these share batches
-    for start, scores in spans.items():
-        alike.setdefault(tuple(scores), []).append(start)
-    sums = {f"sliding_ppl@{n}": [0.0, 0] for n in lengths}
+    alike: dict[tuple[tuple[int, int, int], ...], list[int]] = {}  # these share batches
+    for start, of_start in spans.items():
+        alike.setdefault(tuple(of_start), []).append(start)
+    sums: Sums = {f"sliding_ppl@{n}": [0.0, 0] for n in lengths}
     for scores, starts in alike.items():
         size = max(end for _, _, end in scores)
-        scored = np.unique(np.concatenate([np.arange(begin, end) for _, begin, end in scores]))
+        places = np.unique(np.concatenate([np.arange(begin, end) for _, begin, end in scores]))
         nll = np.full((len(starts), size), np.nan)
-        nll[:, scored] = _nll(scorer, document, starts, size, scored, bos_id)
+        nll[:, places] = _nll(scorer, document, starts, size, places, bos_id)
         for n, begin, end in scores:
             name = f"sliding_ppl@{n}"
             sums[name] = [a + b for a, b in zip(sums[name], _sum(nll[:, begin:end]), strict=True)]
     return sums
+
+
+def with_tail(lengths: Sequence[int], tail: int | None) -> list[int]:
+    """The lengths that `tail_ppl` has: those of more than `tail` tokens."""
+    return [] if tail is None else [n for n in lengths if n > tail]
+
+
+def bins(longest: int, bin: int) -> list[tuple[int, int]]:
+    """The bins [A, B) of perplexity by position that have a scored token, which the first of a window is not."""
+    ends = [(a, min(a + bin, longest)) for a in range(0, longest, bin)]
+    return [(a, b) for a, b in ends if b > 1]
 
 
 def spread(last: int, num: int) -> list[int]:

@@ -109,10 +109,10 @@ class Scorer:
 
     def _states(self, tokens: torch.Tensor, places: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The hidden states [B, C, H] at some places [C] of the windows, with these, a chunk after the other."""
-        places = torch.from_numpy(places).to(self.device)
+        wanted = torch.from_numpy(places).to(self.device)
         begin = 0
         for states in hidden_states(self.model, tokens, self.chunk_len):
-            here = places[(places >= begin) & (places < begin + states.shape[1])]
+            here = wanted[(wanted >= begin) & (wanted < begin + states.shape[1])]
             if len(here):
                 yield states[:, here - begin], here
             begin += states.shape[1]

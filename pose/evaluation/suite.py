@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -12,28 +12,24 @@ from transformers import PreTrainedModel
 
 from pose.data.cache import TokenCache
 from pose.data.datamodule import bos_id
-from pose.data.documents import read_documents
+from pose.data.heldout import SetAside
 from pose.data.tokenizer import check_vocabulary, token_bytes
-from pose.errors import ConfigError, DataError
+from pose.errors import ConfigError, DataError, PoseError
 from pose.evaluation.harness import Harness
+from pose.evaluation.memo import Kept, Outcomes, Took
 from pose.evaluation.needle import Needle
-from pose.evaluation.options import EvalOptions
+from pose.evaluation.options import EvalOptions, read_haystack
 from pose.evaluation.passkey import Passkey
 from pose.evaluation.perplexity import Perplexity
 from pose.evaluation.ruler import Ruler
 from pose.evaluation.scoring import Scorer, peak_memory_gib
-from pose.evaluation.task import Estimate, Task
-from pose.files import Memo
+from pose.evaluation.task import Estimate, Metric, Task, describe
 from pose.tasks.passkey import PasskeyPrompts
 
 log = logging.getLogger(__name__)
 
 
-class Took(NamedTuple):
-    """What one unit took: wall clock seconds, and the most memory that the process had held by then, in GiB."""
-
-    seconds: float
-    peak_memory_gib: float
+NEEDLE_DEPTHS = [i / 10 for i in range(11)]
 
 
 class Suite:
@@ -68,17 +64,17 @@ class Suite:
         max_length: int | None = None,
         vocab_size: int | None = None,
     ):
+        assert options.lengths, "lengths are filled in by who knows the model"
         self.options, self.tokenizer = options, tokenizer
         self.lengths = sorted(set(options.lengths))
         self.max_length = self.lengths[-1] if max_length is None else max_length
         self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, options.add_bos, vocab_size)
         self.document_ids: list[str] = []
         self.took: list[Took] = []
-        haystack = None
-        if any(task == "needle" or task.startswith("ruler/") for task in options.tasks):
-            haystack = "\n\n".join(document.text for document in read_documents(options.haystack, options.text_field))
-            if vocab_size is not None:
-                check_vocabulary(tokenizer, haystack, vocab_size, "eval.haystack")
+        needs_haystack = any(task == "needle" or task.startswith("ruler/") for task in options.tasks)
+        haystack = read_haystack(options.haystack) if needs_haystack else ""
+        if needs_haystack and vocab_size is not None:
+            check_vocabulary(tokenizer, haystack, vocab_size, "eval.haystack")
         self.tasks: list[Task] = []
         for name in dict.fromkeys(options.tasks):
             if name == "perplexity":
@@ -86,15 +82,18 @@ class Suite:
             else:
                 self.tasks.append(self._retrieval(name, haystack))
 
+    def metrics(self) -> dict[str, Metric]:
+        """What `run` will give, by name."""
+        return {name: metric for task in self.tasks for name, metric in task.metrics().items()}
+
     def run(
         self,
         model: PreTrainedModel | None = None,
         progress: bool = True,
         *,
         load: Callable[[], PreTrainedModel] | None = None,
-        memo: Memo | None = None,
+        outcomes: Outcomes | None = None,
         under: Any = None,
-        reuse: bool = True,
     ) -> dict[str, Estimate]:
         """Measures one model; the metrics by name, such as ppl@2048 and passkey@2048.
 
@@ -102,36 +101,34 @@ class Suite:
             model: to measure; None where `load` gives it.
             progress: whether to show a bar.
             load: makes the model when the first unit has to be measured.
-            memo: keeps the outcome of each unit as soon as it is there, and those of earlier evaluations.
-            under: plain JSON that tells the model from every other one, with `memo`.
-            reuse: whether outcomes in `memo` are taken over.
+            outcomes: keep the outcome of each unit as soon as it is there, and have those of earlier evaluations.
+            under: what tells the model from every other one (`pose.evaluation.memo.identity`), with `outcomes`.
         """
         scorer = None if model is None else Scorer(model, self.options.batch_tokens)
-        keys = {task: {unit: [under, task.name, it] for unit, it in task.units().items()} for task in self.tasks}
-        kept: dict[Task, dict[str, Any]] = {task: {} for task in self.tasks}
+        units = {task: task.units() for task in self.tasks}
+        kept: dict[Task, dict[str, Kept]] = {}
         for task in self.tasks:
-            if memo is not None and reuse:
-                found = {unit: memo.get(key) for unit, key in keys[task].items()}
-                kept[task] = {unit: outcome for unit, outcome in found.items() if outcome is not None}
-                if kept[task]:
-                    log.info(f"{task.name}: {len(kept[task])} of {len(keys[task])} are there from before")
-            if len(kept[task]) < len(keys[task]):
+            kept[task] = {} if outcomes is None else outcomes.find(under, task, units[task])
+            if kept[task]:
+                log.info(f"{task.name}: {len(kept[task])} of {len(units[task])} are there from before")
+            if len(kept[task]) < len(units[task]):
                 task.prepare()
         self.took = []
         estimates: dict[str, Estimate] = {}
         for task in self.tasks:
-            missing = [unit for unit in keys[task] if unit not in kept[task]]
-            for unit in tqdm(missing, task.name, unit="unit", leave=False, disable=not progress):
+            missing = [unit for unit in units[task] if unit not in kept[task]]
+            for unit in tqdm(missing, task.name, unit="unit", leave=False, disable=not (progress and missing)):
                 if scorer is None:
+                    assert load is not None, "a model, or what makes it"
                     scorer = Scorer(load(), self.options.batch_tokens)
                 begin = time.perf_counter()
                 outcome = task.measure(scorer, unit)
                 took = Took(time.perf_counter() - begin, peak_memory_gib(scorer.device))
-                kept[task][unit] = {"outcome": outcome, "took": took}
-                if memo is not None:
-                    memo.set(keys[task][unit], kept[task][unit])
-            self.took += [Took(*kept[task][unit]["took"]) for unit in keys[task]]
-            estimates |= task.summarise({unit: kept[task][unit]["outcome"] for unit in keys[task]})
+                kept[task][unit] = Kept(outcome, took)
+                if outcomes is not None:
+                    outcomes.keep(under, task, units[task][unit], kept[task][unit])
+            self.took += [kept[task][unit].took for unit in units[task]]
+            estimates |= task.summarise({unit: kept[task][unit].outcome for unit in units[task]})
         return estimates
 
     def keep_documents(self, ids: Collection[str]):
@@ -145,12 +142,21 @@ class Suite:
         o = self.options
         if o.stride is not None and o.stride >= self.lengths[0]:
             raise ConfigError(
-                f"eval.stride={o.stride} leaves tokens unscored at a window of {self.lengths[0]}: give at most "
-                f"{self.lengths[0] - 1}"
+                f"{{group}}.stride={o.stride} leaves tokens unscored at a window of {self.lengths[0]}: give at most "
+                f"{self.lengths[0] - 1}",
+                group="eval",
             )
         if o.sliding_tokens is not None and o.sliding_tokens < self.lengths[-1]:
             raise ConfigError(
-                f"eval.sliding_tokens={o.sliding_tokens} is less than one window: give at least {self.lengths[-1]}"
+                f"{{group}}.sliding_tokens={o.sliding_tokens} is less than one window: give at least "
+                f"{self.lengths[-1]}",
+                group="eval",
+            )
+        if documents is None:
+            raise ConfigError(
+                "{group}.documents is not set, and perplexity needs a file (.jsonl, .txt, .parquet), a folder or a "
+                "dataset",
+                group="eval",
             )
         tokens, self.document_ids = self._choose(documents, cache_dir)
         return Perplexity(
@@ -163,36 +169,45 @@ class Suite:
         """Tokens and ids of the documents that are measured: those that are long enough, or some of them."""
         o, longest = self.options, self.lengths[-1]
         enough = max(longest, o.min_tokens or 0)
-        key = "eval.lengths" if enough == longest else "eval.min_tokens"
+        key = "{group}.lengths" if enough == longest else "{group}.min_tokens"
         stop_early = o.max_documents is not None and not o.draw_documents
-        bounds = {"min_tokens": enough, "max_documents": o.max_documents} if stop_early else {}
-        try:
-            cache = TokenCache.build(documents, self.tokenizer, cache_dir, o.text_field, **bounds)
-        except DataError as error:
-            raise DataError(str(error).replace(f"data.min_tokens={enough}", f"{enough} ({key})")) from error
-        usable = [i for i in range(len(cache)) if cache.lengths[i] >= enough]
+        if isinstance(documents, SetAside):
+            cache, chosen = documents.open(self.tokenizer)
+        else:
+            try:
+                cache = TokenCache.build(
+                    documents, self.tokenizer, cache_dir, o.text_field,
+                    min_tokens=enough if stop_early else 1, max_documents=o.max_documents if stop_early else None,
+                    asked_by=key,
+                )  # fmt: skip
+            except PoseError as error:
+                error.under("eval")
+                raise
+            chosen = list(range(len(cache)))
+        usable = [i for i in chosen if cache.lengths[i] >= enough]
         if not usable:
             name = documents if isinstance(documents, str | Path) else cache.info["documents"]
             raise DataError(
                 f"none of the {len(cache)} documents of {name} has {enough} tokens ({key}): the longest has "
-                f"{cache.lengths.max()}"
+                f"{cache.lengths.max()}",
+                group="eval",
             )
         if o.max_documents is not None and o.max_documents < len(usable):
             rng = np.random.default_rng(o.seed)
             usable = sorted(rng.choice(usable, o.max_documents, replace=False).tolist())
         if self.vocab_size is not None:
             cache.check_vocabulary(self.tokenizer, self.vocab_size, usable)
-        if len(usable) < len(cache):
-            log.info(f"Perplexity on {len(usable)} of {len(cache)} documents of at least {enough} tokens")
+        if len(usable) < len(chosen):
+            log.info(f"Perplexity on {len(usable)} of {len(chosen)} documents of at least {enough} tokens")
         return [cache[i] for i in usable], [cache.ids[i] for i in usable]
 
-    def _retrieval(self, name: str, haystack: str | None) -> Task:
+    def _retrieval(self, name: str, haystack: str) -> Task:
         o = self.options
         if name == "passkey":
             prompts = PasskeyPrompts(self.tokenizer, self.bos_id)
             return Passkey(prompts, self.lengths, trials=o.trials, seed=o.seed, depths=o.depths, generate=o.generate)
         if name == "needle":
-            depths = [i / 10 for i in range(11)] if o.depths is None else o.depths
+            depths = NEEDLE_DEPTHS if o.depths is None else o.depths
             return Needle(
                 self.tokenizer, haystack, self.lengths, depths=depths, trials=o.trials, seed=o.seed, bos_id=self.bos_id
             )
@@ -212,6 +227,32 @@ class Suite:
 def values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
     """The metrics alone."""
     return {name: estimate.value for name, estimate in estimates.items()}
+
+
+def out_of_reach(results: Mapping[str, Estimate | float], window: int) -> str | None:
+    """What is to be said of tasks that a model cannot do at all: 0 at every length inside its own window.
+
+    Such a task says nothing of how far the model reaches, and its zeros look like a failure of the extension.
+
+    Args:
+        results: metrics by name, of one model.
+        window: the model's own, in tokens.
+
+    Returns:
+        A line for the reader; None where there is no such task.
+    """
+    inside: dict[str, list[float]] = {}
+    for name, found in results.items():
+        family, _, length = name.partition("@")
+        if length.isdecimal() and int(length) <= window and describe(name).is_share:
+            inside.setdefault(family, []).append(found.value if isinstance(found, Estimate) else found)
+    zero = [family for family, scores in inside.items() if not any(scores)]
+    if not zero:
+        return None
+    return (
+        f"{', '.join(zero)}: 0 at every length inside the model's own window of {window:,} tokens. This model cannot "
+        f"do {'this task' if len(zero) == 1 else 'these tasks'} at all: a 0 beyond the window says nothing of its reach"
+    )
 
 
 def default_lengths(window: int, target_len: int) -> Sequence[int]:

@@ -1,12 +1,17 @@
-"""What every measurement is: units of work whose outcomes can be kept, and estimates made of them."""
+"""What every measurement is: units of work whose outcomes can be kept, metrics that are known before, and estimates."""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pose.evaluation.scoring import Scorer
+if TYPE_CHECKING:
+    from pose.evaluation.scoring import Scorer
 
 RESAMPLES = 1000  # of the bootstrap
 NORMAL_95 = 1.959964  # standard normal quantile at 0.975
@@ -27,6 +32,70 @@ class Estimate(NamedTuple):
     num: int = 1
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is, told before anything is measured.
+
+    Attributes:
+        title: in tables.
+        higher_is_better: None where that is not known.
+        format: of a value; one that ends in % is of a share, in [0, 1].
+    """
+
+    title: str
+    higher_is_better: bool | None = True
+    format: str = ".0%"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its values lie in [0, 1], and are read as percentages."""
+        return self.format.endswith("%")
+
+    def show(self, value: float) -> str:
+        """A value as tables have it. What is no share, whatever it was taken for, is never a percentage."""
+        if self.is_share:
+            return f"{value:{self.format}}" if 0 <= value <= 1 else f"{value:.4g}"
+        return f"{value:{self.format}}" if abs(value) < 1e4 else f"{value:.1e}"
+
+
+# By family, which is what a name has before its @. Stored results have nothing but names.
+FAMILIES = {
+    "ppl": Metric("perplexity", False, ".1f"),
+    "tail_ppl": Metric("perplexity of the last tokens", False, ".1f"),
+    "sliding_ppl": Metric("sliding-window perplexity", False, ".1f"),
+    "position_ppl": Metric("perplexity by position", False, ".1f"),
+    "bits_per_byte": Metric("bits per byte", False, ".3f"),
+    "passkey": Metric("passkey"),
+    "needle": Metric("needle"),
+    "ruler": Metric("RULER"),
+}
+ACCURACY = Metric("accuracy", True, ".1%")  # of a standard benchmark
+SCORE = Metric("score", None, ".3f")  # of a benchmark: what it is cannot be told from a name
+# The paper's benchmarks, which are known to have accuracies.
+BENCHMARKS = ("arc_challenge", "hellaswag", "boolq", "piqa", "winogrande", "truthfulqa_mc2")
+
+
+def describe(name: str) -> Metric:
+    """What is known of a metric from its name alone, such as needle@2048/0.5 and harness/boolq."""
+    family, _, task = name.partition("@")[0].partition("/")
+    if family == "harness":
+        return replace(ACCURACY if task in BENCHMARKS else SCORE, title=task)
+    if family not in FAMILIES:
+        return Metric(name.partition("@")[0], None, ".4g")
+    return replace(FAMILIES[family], title=f"{family}/{task}") if task else FAMILIES[family]
+
+
+def shown(name: str, value: float, metrics: Mapping[str, Metric] | None = None) -> str:
+    """A value of a metric as tables have it.
+
+    Args:
+        name: of the metric.
+        value: of it.
+        metrics: those of the tasks that measured (`Task.metrics`), which know more than a name tells.
+    """
+    return ((metrics or {}).get(name) or describe(name)).show(value)
+
+
 class Task(ABC):
     """One thing to measure, divided into units: a document, a length, a benchmark.
 
@@ -35,7 +104,10 @@ class Task(ABC):
     """
 
     name: str
-    lower_is_better = False  # of its metrics; perplexity's families are told by their names
+
+    @abstractmethod
+    def metrics(self) -> dict[str, Metric]:
+        """Exactly the metrics that `summarise` gives, by name, in its order; known before anything is measured."""
 
     @abstractmethod
     def units(self) -> dict[str, dict[str, Any]]:
@@ -50,8 +122,53 @@ class Task(ABC):
         """The outcome of one unit, as plain JSON."""
 
     @abstractmethod
+    def accepts(self, unit: str, outcome: Any) -> bool:
+        """Whether a kept outcome has the shape of what `measure` gives; of a wrong one it may also raise an error."""
+
+    @abstractmethod
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         """The metrics by name, from the outcomes of all units."""
+
+
+class TaskByLength(Task):
+    """A task whose units are lengths.
+
+    Args:
+        lengths: in tokens, in any order.
+
+    Attributes:
+        lengths: sorted, each once.
+    """
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = sorted(set(lengths))
+
+    @abstractmethod
+    def depends(self) -> dict[str, Any]:
+        """Everything, besides model and length, that an outcome depends on, as plain JSON."""
+
+    def units(self) -> dict[str, dict[str, Any]]:
+        depends = self.depends()
+        return {str(length): {"length": length, **depends} for length in self.lengths}
+
+
+def are_numbers(values: Any, num: int | None = None) -> bool:
+    """Whether values are a list of numbers, `num` of them where that is given."""
+    return (
+        isinstance(values, list)
+        and (num is None or len(values) == num)
+        and all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
+    )
+
+
+def are_verdicts(values: Any, num: int) -> bool:
+    """Whether values are a list of `num` times 0 or 1."""
+    return are_numbers(values, num) and set(values) <= {0, 1}
+
+
+def are_shares(values: Any, num: int) -> bool:
+    """Whether values are a list of `num` numbers in [0, 1]."""
+    return are_numbers(values, num) and all(0 <= value <= 1 for value in values)
 
 
 def wilson(successes: int, trials: int) -> Estimate:
@@ -62,7 +179,9 @@ def wilson(successes: int, trials: int) -> Estimate:
     return Estimate(p, float(max(middle - half, 0.0)), float(min(middle + half, 1.0)), trials)
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], transform=float) -> Estimate:
+def ratio(
+    numerators: Sequence[float], denominators: Sequence[float], transform: Callable[[float], float] = float
+) -> Estimate:
     """transform(sum of numerators / sum of denominators), with a percentile bootstrap over the items.
 
     Items are documents (losses over tokens) or prompts (scores over ones). The bootstrap draws items with

@@ -18,7 +18,9 @@ INV_FREQ_TOLERANCE = 1e-5  # relative; fp32 rounding is 1e-7, bf16 rounding 4e-3
 
 
 @torch.no_grad()
-def run_guards(model: PreTrainedModel, expected: Frequencies | None, target_len: int, device: torch.device | str):
+def run_guards(
+    model: PreTrainedModel, expected: Frequencies | None, target_len: int, device: torch.device | str
+) -> str:
     """Runs every guard; the caller provides the precision context.
 
     Args:
@@ -27,22 +29,34 @@ def run_guards(model: PreTrainedModel, expected: Frequencies | None, target_len:
         target_len: the window to extend to, in tokens.
         device: of the model.
 
+    Returns:
+        What was checked and found, in one line.
+
     Raises:
         GuardError: a guard failed; the message says what it means and what to look at.
     """
     training = model.training
     model.eval()
     try:
-        check_frequencies(model, expected, target_len)
+        deviation = check_frequencies(model, expected, target_len)
         check_chunks_attend(model, target_len, device)
-        check_loss(model, device)
+        own, chunked = check_loss(model, device)
     finally:
         model.train(training)
+    closed_form = "" if deviation is None else f" and those of the closed form (to {deviation:.0e})"
+    return (
+        f"frequencies are fp32{closed_form}; the first chunk reaches the last, {target_len:,} positions apart; the "
+        f"loss is the model's own ({chunked:.4f}, {own:.4f})"
+    )
 
 
-def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, target_len: int):
-    """The inverse frequencies the model rotates a text of target_len with are fp32 and equal the closed form."""
-    modules = rotary_modules(model)
+def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, target_len: int) -> float | None:
+    """The inverse frequencies the model rotates a text of target_len with are fp32 and equal the closed form.
+
+    Returns:
+        Their largest relative deviation from it; None without one.
+    """
+    modules, deviation = rotary_modules(model), None
     if not modules:
         raise GuardError("no rotary embedding was found in the model: there is nothing to extend")
     for module in modules:
@@ -58,7 +72,8 @@ def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, targ
         inv_freq = frequencies_at(module, target_len)
         wanted = expected.inv_freq.to(inv_freq.device)
         same_shape = inv_freq.shape == wanted.shape
-        tolerance = INV_FREQ_TOLERANCE * wanted.abs() + torch.finfo(torch.float32).tiny  # as good as none: drope
+        tiny = torch.finfo(torch.float32).tiny
+        tolerance = INV_FREQ_TOLERANCE * wanted.abs() + tiny  # as good as none: drope
         if not same_shape or not ((inv_freq.double() - wanted).abs() <= tolerance).all():
             detail = (
                 f"{((inv_freq.double() / wanted) - 1).abs().max().item():.1%} off at worst" if same_shape
@@ -68,12 +83,14 @@ def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, targ
                 f"the model's inv_freq is not that of the configured scaling ({detail}): the scaling did not reach "
                 "the model. It must be in the config before the model is built."
             )
+        deviation = max(deviation or 0.0, ((inv_freq.double() - wanted).abs() / (wanted.abs() + tiny)).max().item())
         factor = getattr(module, "attention_scaling", 1.0)
         if abs(factor - expected.attention_factor) > 1e-6:
             raise GuardError(
                 f"the model's attention factor is {factor:g}, and the configured scaling has "
                 f"{expected.attention_factor:g}: the scaling did not reach the model"
             )
+    return deviation
 
 
 def check_chunks_attend(model: PreTrainedModel, target_len: int, device):
@@ -103,8 +120,12 @@ def check_chunks_attend(model: PreTrainedModel, target_len: int, device):
             )
 
 
-def check_loss(model: PreTrainedModel, device):
-    """The chunked loss is the model's own: nothing between the hidden states and its logits is left out."""
+def check_loss(model: PreTrainedModel, device) -> tuple[float, float]:
+    """The chunked loss is the model's own: nothing between the hidden states and its logits is left out.
+
+    Returns:
+        The model's own loss and the chunked one, of a probe; nats per token.
+    """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(model.config.vocab_size, (1, PROBE_LEN), generator=generator).to(device)
     positions = torch.arange(PROBE_LEN, device=device)[None]
@@ -119,3 +140,4 @@ def check_loss(model: PreTrainedModel, device):
             f"differ by up to {difference / logits.std():.2g} standard deviations: this model "
             f"({model.config.model_type}) changes its logits after the head, which the chunked loss does not do"
         )
+    return own.item(), chunked.item()

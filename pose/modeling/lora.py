@@ -8,7 +8,6 @@ layer with weight W [out, in] computes with W + alpha / rank * B A, where A is [
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -16,35 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pose.errors import ConfigError
-
-
-@dataclass
-class LoraOptions:
-    """The adapters: `finetune.lora`."""
-
-    rank: int | None = None  # of an adapter; null: no adapters, all weights train
-    alpha: float = 16.0  # an adapter is scaled by alpha / rank
-    dropout: float = 0.0  # probability of dropping an input of an adapter
-    target_modules: list[str] | None = None  # linear layers, by the end of their name; null: all but the head
-    train_embeddings_and_norms: bool = False  # these too, whole, as LongLoRA (arXiv 2309.12307)
-
-    def __post_init__(self):
-        if self.rank is None:
-            for option in fields(self):
-                if getattr(self, option.name) != option.default:
-                    raise ConfigError(
-                        f"finetune.lora.{option.name}={getattr(self, option.name)} has no effect without adapters: "
-                        "choose finetune=lora, or set finetune.lora.rank"
-                    )
-            return
-        if self.rank < 1:
-            raise ConfigError(f"finetune.lora.rank={self.rank} is not accepted: give an integer of at least 1")
-        if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"finetune.lora.alpha={self.alpha} is not accepted: give a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"finetune.lora.dropout={self.dropout} is not accepted: give a number in [0, 1)")
-        if self.target_modules is not None and not self.target_modules:
-            raise ConfigError("finetune.lora.target_modules=[] is not accepted: name linear layers, or give null")
+from pose.modeling.options import LoraOptions
 
 
 class Adapter(NamedTuple):

@@ -1,14 +1,23 @@
 """The model card of an exported folder: what the model is, how it was made, what was measured, how to load it."""
 
 import inspect
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from pose.errors import one_line
+from pose.evaluation.task import Metric, shown
+from pose.files import atomic_file
+from pose.positions import PositionSampler
+from pose.reporting.text import markdown
+from pose.rope import RopeScaling
 
 COLUMNS = {
     "untuned": "as it was",
@@ -23,7 +32,7 @@ tokenizer = AutoTokenizer.from_pretrained("model")"""
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says. Lengths are in tokens.
+    """What a card says. Lengths are in tokens; texts come as they are, and are made safe for Markdown here.
 
     Attributes:
         base: hub id, or folder, of the model that was extended; None for random weights. Of a folder
@@ -42,6 +51,7 @@ class Card:
         command: that made it, without folders of this machine.
         versions: package: version.
         commit: of the code, where it is known.
+        described: what the tasks say of their metrics, by name; of others only what their names tell is known.
     """
 
     base: str | None
@@ -49,8 +59,8 @@ class Card:
     model_type: str
     window: int
     target_len: int
-    sampler: object
-    scaling: object
+    sampler: PositionSampler
+    scaling: RopeScaling
     rope_base: float | None
     data: Sequence[str]
     training: Mapping[str, str]
@@ -59,13 +69,12 @@ class Card:
     command: str
     versions: Mapping[str, str]
     commit: str | None = None
+    described: Mapping[str, Metric] | None = None
 
     def write(self, folder: str | Path):
         """Writes README.md into the folder of the model, in one step."""
-        file = Path(folder) / "README.md"
-        partial = file.with_name("README.md.partial")
-        partial.write_text(self.text(), encoding="utf8")
-        os.replace(partial, file)
+        with atomic_file(Path(folder) / "README.md") as file:
+            file.write(self.text())
 
     def text(self) -> str:
         """The whole card, in Markdown with a YAML head as the Hugging Face hub reads it."""
@@ -74,53 +83,58 @@ class Card:
 
     @property
     def name(self) -> str:
-        """Of the base."""
+        """Of the base, in one line."""
         if self.base is None:
-            return f"A {self.model_type} model from random weights"
+            return one_line(f"A {self.model_type} model from random weights")
         folder = Path(self.base).expanduser()
         if not folder.is_dir():
-            return without_folders(self.base)
+            return one_line(without_folders(self.base))
         folder = folder.resolve()
-        return folder.parent.name if folder.name == "model" else folder.name
+        return one_line(folder.parent.name if folder.name == "model" else folder.name)
 
     def _head(self) -> str:
-        head = {} if self.base is None else {"base_model": self.name, "base_model_relation": "finetune"}
-        head |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        head |= {} if self.license is None else {"license": self.license}
-        head["tags"] = ["pose", "long-context", "rope"] + [self.scaling.name] * (self.scaling.name != "none")
-        return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+        base = {} if self.base is None else {"base_model": self.name, "base_model_relation": "finetune"}
+        head: dict[str, Any] = base | {
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "license": None if self.license is None else one_line(self.license),
+            "tags": ["pose", "long-context", "rope"] + [self.scaling.name] * (self.scaling.name != "none"),
+        }
+        return f"---\n{ModelCardData(**head).to_yaml()}\n---"
 
     def _title(self) -> str:
+        name = markdown(self.name)
         if self.target_len <= self.window:
-            return f"# {self.name}: window {self.window:,} tokens"
+            return f"# {name}: window {self.window:,} tokens"
         times = f"{self.target_len / self.window:.4g}"
         return (
-            f"# {self.name}, extended from {self.window:,} to {self.target_len:,} tokens\n\n"
-            f"The window of {self.name} is {self.window:,} tokens; this model uses {times} times as many. It was "
+            f"# {name}, extended from {self.window:,} to {self.target_len:,} tokens\n\n"
+            f"The window of {name} is {self.window:,} tokens; this model uses {times} times as many. It was "
             f"trained on examples of {self.sampler.example_len:,} tokens whose position ids lie between 0 and "
             f"{self.target_len - 1:,}, after [PoSE](https://arxiv.org/abs/2309.10400), with the package `pose`."
         )
 
     def _making(self) -> str:
         base = "scaled already" if self.rope_base is None else f"base {self.rope_base:,g} before scaling"
+        data = [
+            markdown(without_folders(name)) + (f" ({times} times)" if times > 1 else "")
+            for name, times in Counter(self.data).items()
+        ]
         rows = {
-            "Base model": f"{self.name}, window {self.window:,} tokens",
+            "Base model": f"{markdown(self.name)}, window {self.window:,} tokens",
             "Window": f"{self.target_len:,} tokens",
             "Length in training": f"{self.sampler.example_len:,} tokens",
             "Position ids": _described(self.sampler, without=("train_len", "target_len")),
             "RoPE": f"{_described(self.scaling)}; {base}",
-            "Data": ", ".join(
-                without_folders(name) + (f" ({times} times)" if times > 1 else "")
-                for name, times in Counter(self.data).items()
-            ),
-            **self.training,
+            "Data": ", ".join(data),
+            **{markdown(label): markdown(value) for label, value in self.training.items()},
         }
         return "## How it was made\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
 
     def _measured(self) -> str:
         models = [name for name in COLUMNS if name in self.results]
-        names = dict.fromkeys(name for model in models for name in self.results[model])
-        names = [name for name in names if not name.startswith("position_ppl")]
+        found = dict.fromkeys(name for model in models for name in self.results[model])
+        names = [name for name in found if not name.startswith("position_ppl")]
         if not names:
             return ""
         families = list(dict.fromkeys(name.split("@")[0] for name in names))
@@ -128,23 +142,26 @@ class Card:
         lines = ["| | " + " | ".join(f"{name}: {COLUMNS[name]}" for name in models) + " |"]
         lines.append("|---|" + "---|" * len(models))
         for name in names:
-            values = (_shown(name, self.results[model].get(name)) for model in models)
-            lines.append(f"| {name} | " + " | ".join(values) + " |")
+            values = [self.results[model].get(name) for model in models]
+            cells = ("" if value is None else shown(name, value, self.described) for value in values)
+            lines.append(f"| {markdown(name)} | " + " | ".join(cells) + " |")
         text = "## What was measured\n\n" + "\n".join(lines)
         text += "\n\n`@N` is the length in tokens."
         if any(name.startswith("tail_ppl") for name in names):
             text += " `tail_ppl` is the perplexity of the same last tokens, given more or less text before them."
         if self.measured_on:
-            text += f" Perplexity is of held-out documents: {', '.join(self.measured_on)}."
+            text += f" Perplexity is of held-out documents: {', '.join(map(markdown, self.measured_on))}."
         return text
 
     def _loading(self) -> str:
         return f"## Load it\n\n```python\n{LOAD}\n```"
 
     def _repeating(self) -> str:
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        commit = f", commit {self.commit}" if self.commit else ""
-        return f"## Repeat it\n\n```\n{self.command}\n```\n\nWith {versions}{commit}."
+        command = one_line(self.command)
+        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", command)), 3)  # longer than any inside
+        versions = ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in self.versions.items())
+        commit = f", commit {markdown(self.commit)}" if self.commit else ""
+        return f"## Repeat it\n\n{fence}\n{command}\n{fence}\n\nWith {versions}{commit}."
 
 
 def without_folders(text: str) -> str:
@@ -158,38 +175,27 @@ def without_folders(text: str) -> str:
 def license_of(folder: str) -> str | None:
     """The license that the card of a local folder names; None where there is no card, or none in it."""
     card = Path(folder).expanduser() / "README.md"
-    if not card.is_file():
-        return None
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf8", errors="replace"), re.DOTALL)
     try:
-        license = yaml.safe_load(head[1])["license"] if head else None
-    except (yaml.YAMLError, KeyError, TypeError):
+        license = (metadata_load(card) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     return license if isinstance(license, str) else None
 
 
-def _described(method: object, without: Sequence[str] = ()) -> str:
+def _described(method: Any, without: Sequence[str] = ()) -> str:
     """The name, what is set, and the first line of the docstring."""
     settings = [
-        f"{field.name}={_setting(getattr(method, field.name))}"
+        f"{field.name}={markdown(_setting(getattr(method, field.name)))}"
         for field in fields(method)
         if field.name not in without and getattr(method, field.name) is not None
     ]
     text = f"`{method.name}`" + (f" ({', '.join(settings)})" if settings else "")
-    return f"{text}: {inspect.getdoc(type(method)).splitlines()[0].rstrip('.')}"
+    return f"{text}: {(inspect.getdoc(type(method)) or '').partition(chr(10))[0].rstrip('.')}"
 
 
-def _setting(value: object) -> str:
+def _setting(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 8:
         return f"{len(value)} values"
-    return value.name if is_dataclass(value) else str(value)
-
-
-def _shown(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if "ppl" in name:
-        return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
-    return f"{value:.3f}" if "bits" in name else f"{value:.0%}"
+    return value.name if isinstance(value, PositionSampler | RopeScaling) else str(value)

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from pose.coverage import Coverage
-from pose.reporting.plots import save_figure
+from pose.errors import one_line
+from pose.reporting.plots import COLORS, label_of, save_figure
 
 
 def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:
@@ -23,7 +24,7 @@ def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:
     """
     first = next(iter(covered.values()))
     bins = list(pairwise(_distance_bins(first.train_len, first.target_len)))
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(title=escape(one_line(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("distance", overflow="fold", max_width=24)
     for low, high in bins:
         table.add_column(f"{low}\n-{high - 1}", justify="right")
@@ -37,7 +38,7 @@ def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:
         for name, c in covered.items():
             found = (reduce(getattr(c, values)[low - 1 : high - 1]) for low, high in bins)
             error = getattr(c, errors).max(initial=0)
-            table.add_row(escape(name), *map(_share, found), f"<={error:.0e}" if error else "exact")
+            table.add_row(escape(one_line(name)), *map(_share, found), f"<={error:.0e}" if error else "exact")
         table.add_section()
     return table
 
@@ -50,11 +51,13 @@ def plot_coverage(covered: Mapping[str, Coverage], png: Path):
         png: file to write.
     """
     L, T = (getattr(next(iter(covered.values())), name) for name in ("train_len", "target_len"))
-    figure, all_axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    for name, c in covered.items():
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    all_axes = figure.subplots(1, 2)
+    for i, (name, c) in enumerate(covered.items()):
         relative = c.pair_share * len(c.distance)
-        all_axes[0].plot(c.distance, c.probability, label=name, linewidth=1.2)
-        all_axes[1].plot(c.distance[relative > 0], relative[relative > 0], linewidth=1.2)
+        style = {"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--")[i // len(COLORS) % 2], "linewidth": 1.2}
+        all_axes[0].plot(c.distance, c.probability, label=label_of(name), **style)
+        all_axes[1].plot(c.distance[relative > 0], relative[relative > 0], **style)
     all_axes[0].set(ylabel="probability that an example contains it", ylim=(-0.02, 1.02))
     all_axes[1].set(ylabel="pairs of tokens, relative to an even spread", yscale="log", ylim=(1e-3, None))
     all_axes[1].axhline(1, color="grey", linestyle=":", linewidth=1)

@@ -1,198 +1,318 @@
 """Plots of what a training logged and of what was measured, as PNG files."""
 
-import csv
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pose.evaluation.task import Estimate
-from pose.reporting.tables import SHARES, Metrics, lengths_of, value_of
+from pose.errors import one_line
+from pose.evaluation.task import Estimate, describe, shown
+from pose.files import atomic_file
+from pose.reporting.metrics_csv import logged_rows
+from pose.reporting.tables import Metrics, lengths_of, value_of
 
 POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
 NEEDLE = re.compile(r"needle@(\d+)/([\d.]+)")
 RULER = re.compile(r"ruler/(.+)@(\d+)")
+# By panel: what is across. Their titles are those of the families, but for these.
 PANELS = {
-    "tail_ppl": ("perplexity of the last tokens", "window (tokens)"),
-    "position": ("perplexity by position", "position in the window (tokens)"),
-    "passkey": ("passkey accuracy", "prompt (tokens)"),
-    "ppl": ("perplexity", "window (tokens)"),
-    "sliding_ppl": ("sliding-window perplexity", "window (tokens)"),
-    "bits_per_byte": ("bits per byte", "window (tokens)"),
-    "needle": ("needle accuracy", "prompt (tokens)"),
-    "ruler": ("RULER, mean of its tasks", "prompt (tokens)"),
+    "tail_ppl": "window (tokens)",
+    "position": "position in the window (tokens)",
+    "passkey": "prompt (tokens)",
+    "ppl": "window (tokens)",
+    "sliding_ppl": "window (tokens)",
+    "bits_per_byte": "window (tokens)",
+    "needle": "prompt (tokens)",
+    "ruler": "prompt (tokens)",
+}
+TITLES = {
+    "position": "perplexity by position",
+    "ruler": "RULER, mean of its tasks",
+    "short_ppl_increase": "increase of perplexity at short lengths",
 }
 DEFAULT_PANELS = ("tail_ppl", "position", "passkey")
+TRAINING = {  # panels of a training, by the name of the metric
+    "train/loss": "training loss (nats per token)",
+    "train/loss_text": "training loss of text (nats per token)",
+    "train/loss_retrieval": "training loss of retrieval (nats per token)",
+    "train/lr": "learning rate",
+    "train/grad_norm": "norm of the gradient",
+}
+NOISY = ("train/loss", "train/loss_text", "train/loss_retrieval", "train/grad_norm")  # smoothed over SMOOTHING
+SMOOTHING = 0.05, 2.5  # standard deviation of the kernel: a share of all steps, and at least so many points
+# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white paper swallows.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "os^Dvp*"
+HEATMAP = "cividis"  # grows evenly in brightness, and looks alike to the colour-blind
+STEPS = (1, 2, 5, 10)  # between ticks, times a power of ten
+LABEL_SPACE = 0.13  # of an axis, that the label of a tick needs
 
 
 def plot_training(csv_file: Path, png: Path):
-    """Over the optimizer steps, from Lightning's metrics.csv: the loss, and in further panels what `watch` measured."""
-    if not csv_file.is_file():  # nothing was logged: a run that was complete
+    """Over the optimizer steps, from Lightning's metrics.csv: losses, what `watch` measured, learning rate, gradients.
+
+    A loss is drawn faintly as it was logged, and smoothed. Where text and retrieval examples were logged apart, their
+    losses are, and the loss of both together is left out.
+    """
+    train: dict[str, list[tuple[int, float]]] = {}  # by metric: step and value
+    watched: dict[str, dict[int | None, list[tuple[int, float]]]] = {}  # by family and length
+    for row in logged_rows(csv_file):
+        for name, text in row.items():
+            point = (int(row["step"]) + 1, float(text))
+            family, _, length = name.removeprefix("val/").partition("@")
+            if name in TRAINING:
+                train.setdefault(name, []).append(point)
+            elif name.startswith("val/") and family != "bits_per_byte" and (not length or length.isdecimal()):
+                watched.setdefault(family, {}).setdefault(int(length) if length else None, []).append(point)
+    if "train/loss_text" in train and "train/loss_retrieval" in train:
+        train.pop("train/loss", None)
+    elif "train/loss" in train:  # the same again
+        train.pop("train/loss_text", None)
+        train.pop("train/loss_retrieval", None)
+    losses = [name for name in TRAINING if name in train and name.startswith("train/loss")]
+    if not losses:
         return
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {"loss": {}}  # by panel and line: step and value
-    with open(csv_file) as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                panel, _, line = name.removeprefix("val/").partition("@")
-                if name == "train/loss":
-                    panel = "loss"
-                elif not name.startswith("val/") or panel in ("position_ppl", "bits_per_byte") or "/" in line:
-                    continue
-                if value:
-                    curves.setdefault(panel, {}).setdefault(line, []).append((int(row["step"]) + 1, float(value)))
-    if not curves["loss"]:
-        return
-    titles = {"loss": "training loss (nats per token)", "short_ppl_increase": "increase of perplexity at short lengths"}
-    titles |= {name: title for name, (title, _) in PANELS.items()}
-    figure, panels = _panels(len(curves))
-    for (panel, lines), axes in zip(curves.items(), panels, strict=True):
-        for line, points in lines.items():
-            marker = "o" if len(points) < 30 else None
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=f"at {line} tokens")
-        axes.set(xlabel="optimizer step", title=titles.get(panel, panel))
-        if SHARES.fullmatch(panel):
-            axes.set_ylim(-0.05, 1.05)
-        if any(lines):
+    families = [name for name in PANELS if name in watched] + [name for name in watched if name not in PANELS]
+    others = [name for name in TRAINING if name in train and name not in losses]
+    figure, panels = _panels(len(losses) + len(families) + len(others))
+    for name, axes in zip([*losses, *families, *others], panels, strict=True):
+        axes.set(title=TRAINING.get(name) or _title(name), xlabel="optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
+        if name in train:
+            _plot_noisy(axes, train[name], smooth=name in NOISY)
+            continue
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(watched[name])))
+        lines = sorted(watched[name].items(), key=lambda item: item[0] or 0)
+        for i, ((tokens, points), color) in enumerate(zip(lines, shades, strict=True)):
+            label = "" if tokens is None else f"at {tokens:,} tokens"
+            axes.plot(*zip(*points, strict=True), marker=_marker(i), markersize=3, label=label, color=color)
+        if any(tokens is not None for tokens, _ in lines):
             axes.legend(fontsize="small")
+        _scale_values(axes, name, [value for _, points in lines for _, value in points])
     save_figure(figure, png)
 
 
 def plot_results(
-    results: Mapping[str, Metrics], png: Path, window: int | None = None, panels: Sequence[str] = DEFAULT_PANELS
+    results: Mapping[str, Metrics],
+    png: Path,
+    window: int | None = None,
+    panels: Sequence[str] = DEFAULT_PANELS,
+    target: int | None = None,
 ):
     """Metrics by length or by position, a panel each; a line for each model, and its 95 % interval where there is one.
 
     Args:
-        results: metrics or estimates by model.
+        results: metrics or estimates by model; the names are those of the legend.
         png: file to write.
-        window: tokens; marked by a dotted line when given.
+        window: of the model before it was extended, in tokens; marked by a dotted line when given.
         panels: of PANELS; those without data are left out.
+        target: the window that was trained for, in tokens; marked by a dashed line when given.
     """
     series = {name: {model: _series(metrics, name) for model, metrics in results.items()} for name in panels}
-    shown = [name for name in panels if any(series[name].values())]
-    if not shown:
+    drawn = [name for name in panels if any(series[name].values())]
+    if not drawn:
         return
-    figure, grid = _panels(len(shown))
-    for name, axes in zip(shown, grid, strict=True):
-        title, label = PANELS[name]
-        for i, (model, points) in enumerate(series[name].items()):
+    figure, grid = _panels(len(drawn))
+    entries: dict[str, Line2D] = {}
+    for panel, axes in zip(drawn, grid, strict=True):
+        lengths = sorted({n for points in series[panel].values() for n in points})
+        axes.set(title=_title(panel), xlabel=PANELS[panel])
+        for i, (model, points) in enumerate(series[panel].items()):
             if points:
-                found = [value_of(value) for value in points.values()]
-                (line,) = axes.plot(list(points), found, marker="o", markersize=3, label=model, color=f"C{i}")
-                bounds = [(n, e.low, e.high) for n, e in points.items() if getattr(e, "low", None) is not None]
-                if bounds:
-                    axes.fill_between(*zip(*bounds, strict=True), alpha=0.15, color=line.get_color(), linewidth=0)
-        if window:
-            axes.axvline(window, color="grey", linestyle=":", label=f"window of {window}")
-        axes.set(title=title, xlabel=label)
-        if name == "position":
-            axes.set_yscale("log")
+                entries.setdefault(model, _plot_estimates(axes, model, points, i))
+        for mark, label, style in ((window, "window", ":"), (target, "target", "--")):
+            if mark and (mark != window or label == "window"):
+                name = f"{label} of {mark:,} tokens"
+                entries.setdefault(name, axes.axvline(mark, color="grey", linestyle=style, linewidth=1, label=name))
+        if panel == "position":
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
         else:
-            ticks = sorted({n for points in series[name].values() for n in points})
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ticks, [str(n) for n in ticks])
-        is_share = SHARES.fullmatch(name)
-        if is_share:
-            axes.set_ylim(-0.05, 1.05)
-        if name in ("tail_ppl", "ppl", "sliding_ppl"):
-            axes.set_yscale("log")
-        if not is_share:
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-    entries = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    options = {"loc": "outside lower center", "ncols": min(len(shown), 3), "fontsize": "small"}
-    figure.legend(entries.values(), map(_short, entries), **options)
+            _label_lengths(axes, lengths)
+        values = [value_of(value) for points in series[panel].values() for value in points.values()]
+        _scale_values(axes, panel, values)
+    order = [*(model for model in results if model in entries), *(name for name in entries if name not in results)]
+    figure.legend(
+        [entries[name] for name in order],
+        [label_of(name) for name in order],
+        loc="outside lower center",
+        ncols=min(2 * len(drawn), len(order)),
+        fontsize="small",
+    )
     save_figure(figure, png)
 
 
 def plot_needle(results: Mapping[str, Metrics], png: Path):
-    """Heatmaps of needle@N/D, one a model: length across, depth down, the share found in each cell."""
-    found = {}
+    """Heatmaps of needle@N/D, one a model: length across, depth down, the share found and its number in each cell."""
+    found: dict[str, dict[tuple, float | Estimate]] = {}
     for model, metrics in results.items():
         cells = ((NEEDLE.fullmatch(name), value) for name, value in metrics.items())
-        found[model] = {(float(m[2]), int(m[1])): value_of(value) for m, value in cells if m}
-    _plot_heatmaps(
-        {model: cells for model, cells in found.items() if cells}, png, "prompt (tokens)", "depth of the needle"
-    )
+        found[model] = {(float(m[2]), int(m[1])): value for m, value in cells if m}
+    _plot_heatmaps(found, png, "needle", "prompt (tokens)", "depth of the needle")
 
 
 def plot_ruler(results: Mapping[str, Metrics], png: Path):
-    """Heatmaps of ruler/TASK@N, one a model: length across, tasks down, the score in each cell."""
-    found = {}
+    """Heatmaps of ruler/TASK@N, one a model: length across, tasks down, the score and its number in each cell."""
+    found: dict[str, dict[tuple, float | Estimate]] = {}
     for model, metrics in results.items():
         cells = ((RULER.fullmatch(name), value) for name, value in metrics.items())
-        found[model] = {(m[1], int(m[2])): value_of(value) for m, value in cells if m}
-    _plot_heatmaps({model: cells for model, cells in found.items() if cells}, png, "prompt (tokens)", "")
+        found[model] = {(m[1], int(m[2])): value for m, value in cells if m}
+    _plot_heatmaps(found, png, "ruler", "prompt (tokens)", "")
 
 
-def _panels(num: int):
+def save_figure(figure: Figure, png: Path):
+    """Writes a figure in one step; its folder is made."""
+    png.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings(), atomic_file(png, "wb") as file:
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names in scripts that the font lacks
+        figure.savefig(file, format="png", dpi=120)
+
+
+def label_of(name: str) -> str:
+    """A name, or the end of a long one, as matplotlib shows it: no mathematics, and no underscore, which it hides."""
+    name = one_line(name)
+    name = (name if len(name) <= 40 else "..." + name[-37:]).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+def _panels(num: int) -> tuple[Figure, list]:
     """A figure with num panels, and their axes."""
     columns = min(num, 3)
     rows = math.ceil(num / columns)
-    size = (4.6 * columns, 4 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.6 * columns, 4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[num:]:
         axes.remove()
     return figure, list(grid.flat[:num])
 
 
-def _plot_heatmaps(found: Mapping[str, Mapping[tuple, float]], png: Path, xlabel: str, ylabel: str):
-    """Cells by (row, column), with values in [0, 1]; rows in the order they come in."""
+def _plot_noisy(axes, points: Sequence[tuple[int, float]], smooth: bool):
+    """Values by step; where they are to be smoothed, as a line over what was logged."""
+    steps, values = np.array(points, dtype=np.float64).T
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    if not smooth or len(steps) < 5:
+        axes.plot(steps, values, marker=_marker(0) if len(steps) < 30 else None, markersize=3, color=COLORS[0])
+        return
+    axes.plot(steps, values, color=COLORS[0], alpha=0.3, linewidth=1, label="as logged")
+    at = np.linspace(steps[0], steps[-1], 200)
+    share, num_points = SMOOTHING
+    width = max(share, num_points / len(steps)) * max(np.ptp(steps), 1)
+    weights = np.exp(-0.5 * ((at[:, None] - steps) / width) ** 2)
+    axes.plot(at, weights @ values / weights.sum(1), color=COLORS[0], linewidth=2, label="smoothed")
+    axes.legend(fontsize="small")
+
+
+def _plot_estimates(axes, model: str, points: Mapping[float, float | Estimate], i: int) -> Line2D:
+    """A line through a model's values, and their intervals: a band, or a bar where it would have no width."""
+    style = {"color": COLORS[i % len(COLORS)], "linestyle": ("-", "--")[i // len(COLORS) % 2], "marker": _marker(i)}
+    values = [value_of(value) for value in points.values()]
+    (line,) = axes.plot(list(points), values, markersize=4, label=model, **style)
+    bounds = [(n, e.low, e.high) for n, e in points.items() if isinstance(e, Estimate) and e.low is not None]
+    if len(bounds) > 1:
+        axes.fill_between(*zip(*bounds, strict=True), alpha=0.15, color=style["color"], linewidth=0)
+    elif bounds:
+        axes.vlines(*zip(*bounds, strict=True), color=style["color"], linewidth=1)
+    return line
+
+
+def _label_lengths(axes, lengths: Sequence[float]):
+    """A logarithmic axis of lengths, with a tick for each, and labels for as many as have room: the ends first."""
+    axes.set_xscale("log", base=2)
+    places = np.log2(lengths)
+    space = LABEL_SPACE * max(np.ptp(places), 1e-9)
+    labelled: list[int] = []
+    for i in [0, len(lengths) - 1, *range(1, len(lengths) - 1)]:
+        if all(abs(places[i] - places[j]) >= space for j in labelled) or i == 0:
+            labelled.append(i)
+    axes.set_xticks(lengths, [f"{n:,.0f}" if i in labelled else "" for i, n in enumerate(lengths)])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _scale_values(axes, name: str, values: Sequence[float]):
+    """The vertical axis: shares from 0 to 1, perplexities by their logarithm, with few labels."""
+    if describe(name).is_share:
+        axes.set_ylim(-0.05, 1.05)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        return
+    if name == "short_ppl_increase":
+        axes.yaxis.set_major_formatter("{x:+.0%}")
+        return
+    finite = [value for value in values if 0 < value < math.inf]
+    if not finite or ("ppl" not in name and name != "position"):
+        return
+    axes.set_yscale("log")
+    decades = math.log10(max(finite) / min(finite))
+    if decades < 0.7:
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}"))
+
+
+def _plot_heatmaps(
+    found: Mapping[str, Mapping[tuple, float | Estimate]], png: Path, family: str, xlabel: str, ylabel: str
+):
+    """Cells by (row, column), with values in [0, 1]; rows in the order they come in; models without any left out."""
+    found = {model: cells for model, cells in found.items() if cells}
     if not found:
         return
     rows = list(dict.fromkeys(row for cells in found.values() for row, _ in cells))
     columns = sorted({column for cells in found.values() for _, column in cells})
     across = min(len(found), 3)
     down = math.ceil(len(found) / across)
-    size = (across * max(3.6, 1.6 + 0.7 * len(columns)), down * max(3.0, 1.4 + 0.36 * len(rows)))
-    figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
-    for item, axes in zip_longest(found.items(), grid.flat):
-        if item is None:
-            axes.axis("off")
-            continue
-        model, cells = item
-        values = np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows])
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    size = (across * max(3.6, 1.8 + 0.75 * len(columns)), down * max(3.0, 1.4 + 0.45 * len(rows)))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat[len(found) :]:
+        axes.remove()
+    for (model, cells), axes in zip(found.items(), grid.flat, strict=False):
+        values = np.array(
+            [[value_of(cells[row, column]) if (row, column) in cells else np.nan for column in columns] for row in rows]
+        )
+        image = axes.imshow(values, vmin=0, vmax=1, cmap=HEATMAP, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
-                axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize="x-small")
-        axes.set_xticks(range(len(columns)), [f"{column:,}" for column in columns], rotation=30)
-        axes.set_yticks(range(len(rows)), [f"{row:.0%}" if isinstance(row, float) else row for row in rows])
-        axes.set_title(_short(model), fontsize="small")
+                cell = cells[rows[y], columns[x]]
+                text = shown(family, value) + (f"\nn={cell.num}" if isinstance(cell, Estimate) else "")
+                dark = np.dot(image.cmap(image.norm(value))[:3], (0.299, 0.587, 0.114)) < 0.5
+                axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
+        axes.set_xticks(range(len(columns)), [f"{column:,}" for column in columns], fontsize="small")
+        labels = [f"{row:.0%}" if isinstance(row, float) else label_of(row) for row in rows]
+        axes.set_yticks(range(len(rows)), labels, fontsize="small")
+        axes.set_title(label_of(model), fontsize="medium")
         axes.set(xlabel=xlabel, ylabel=ylabel)
-    figure.colorbar(image, ax=grid, shrink=0.8)
+    figure.colorbar(image, ax=list(grid.flat[: len(found)]), shrink=0.8, format="{x:.0%}")
     save_figure(figure, png)
 
 
 def _series(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
     """What a panel shows of one model, by length, or by the middle of the bin."""
     if panel == "position":
-        found = ((POSITION.fullmatch(name), value) for name, value in metrics.items())
-        return dict(sorted(((int(m[1]) + int(m[2])) / 2, value) for m, value in found if m))
+        bins = ((POSITION.fullmatch(name), value) for name, value in metrics.items())
+        by_middle = {(int(m[1]) + int(m[2])) / 2: value for m, value in bins if m}
+        return dict(sorted(by_middle.items()))
     if panel == "ruler":
-        found = ((RULER.fullmatch(name), value) for name, value in metrics.items())
-        by_length: dict[int, list[float]] = {}
-        for match, value in found:
-            if match:
+        by_length: dict[float, list[float]] = {}
+        for name, value in metrics.items():
+            if match := RULER.fullmatch(name):
                 by_length.setdefault(int(match[2]), []).append(value_of(value))
         return {n: sum(scores) / len(scores) for n, scores in sorted(by_length.items())}
-    return lengths_of(metrics, panel)
+    return {float(n): value for n, value in lengths_of(metrics, panel).items()}
 
 
-def _short(name: str) -> str:
-    """A model's name, or the end of a long path."""
-    return name if len(name) <= 40 else "..." + name[-37:]
+def _title(family: str) -> str:
+    metric = describe(family)
+    return TITLES.get(family) or label_of(metric.title) + (" accuracy" if metric.is_share else "")
 
 
-def save_figure(figure, png: Path):
-    png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=120)
-    plt.close(figure)
+def _marker(i: int) -> str:
+    return MARKERS[i % len(MARKERS)]

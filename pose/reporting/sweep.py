@@ -1,28 +1,26 @@
 """What a sweep leaves: sweep.csv after every job, and one table at the end."""
 
 import csv
-import json
-import os
+import logging
 from pathlib import Path
 
-from hydra.experimental.callback import Callback
-from omegaconf import OmegaConf
+import yaml
 
+from pose.files import atomic_file, read_json
 from pose.reporting.tables import Metrics, print_table, results_table
 
+log = logging.getLogger(__name__)
 
-class SweepTable(Callback):
-    """A Hydra callback: sweep.csv after every job of a multirun, and one table at its end."""
 
-    def on_job_end(self, config, job_return, **kwargs):
-        if config.hydra.mode.name == "MULTIRUN":
-            _write_sweep(Path(config.hydra.sweep.dir))
+def show_sweep(folder: Path):
+    """One table over all jobs, those that differ in nothing but their seed in one row.
 
-    def on_multirun_end(self, config, **kwargs):
-        folder = Path(config.hydra.sweep.dir)
-        jobs = _write_sweep(folder)
-        if jobs:
-            print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
+    Args:
+        folder: of the sweep, with a folder for each job.
+    """
+    jobs = write_sweep(folder)
+    if jobs:
+        print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
 
 
 def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
@@ -38,18 +36,23 @@ def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
     return rows
 
 
-def _write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
-    jobs = []
+def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
+    """Writes sweep.csv, a row for each job that is complete; returns overrides and metrics of each."""
+    jobs: list[tuple[str, Metrics]] = []
     for file in sorted(folder.glob("*/metrics.json"), key=lambda f: (len(f.parent.name), f.parent.name)):
-        overrides = OmegaConf.to_container(OmegaConf.load(file.parent / ".hydra" / "overrides.yaml"))
-        metrics = {k: v for k, v in json.loads(file.read_text()).items() if isinstance(v, int | float)}
-        jobs.append((" ".join(overrides), metrics))
+        metrics = {name: value for name, value in read_json(file).items() if isinstance(value, int | float)}
+        try:
+            overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            overrides = None
+        if metrics and isinstance(overrides, list):
+            jobs.append((" ".join(map(str, overrides)), metrics))
+        else:
+            log.warning(f"{file.parent} is left out of the sweep's table: its metrics or overrides cannot be read")
     if jobs:
         names = sorted({name for _, metrics in jobs for name in metrics})
-        partial = folder / f"sweep.csv.{os.getpid()}"  # jobs may end at the same moment
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["overrides", *names])
+        with atomic_file(folder / "sweep.csv", newline="") as table:  # jobs may end at the same moment
+            writer = csv.DictWriter(table, ["overrides", *names])
             writer.writeheader()
             writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
-        os.replace(partial, folder / "sweep.csv")
     return jobs

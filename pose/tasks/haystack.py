@@ -85,7 +85,7 @@ def split_sentences(text: str) -> list[str]:
     wrapped = (textwrap.wrap(sentence, LONGEST_SENTENCE, break_on_hyphens=False) for sentence in sentences)
     pieces = [piece for lines in wrapped for piece in lines]
     if not pieces:
-        raise ConfigError("eval.haystack is empty: give a text to hide needles in")
+        raise ConfigError("{group}.haystack is empty: give a text to hide needles in", group="eval")
     return pieces
 
 

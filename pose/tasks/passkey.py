@@ -79,7 +79,8 @@ class PasskeyPrompts:
         if room < 0:
             raise ConfigError(
                 f"a passkey prompt of {length} tokens is not possible: with this tokenizer the shortest "
-                f"has {length - room}; give longer eval.lengths, or where it trains data.synthetic.passkey=0"
+                f"has {length - room}; give longer {{group}}.lengths, or where it trains data.synthetic.passkey=0",
+                group="eval",
             )
         before = round(depth * room) if depth is not None else int(rng.integers(room, endpoint=True))
         filling = self.filler(room) if filler is None else filler[:room]

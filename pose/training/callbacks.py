@@ -1,30 +1,50 @@
 """What happens beside the steps of a training: what a user sees of it, and the export at its end."""
 
+import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from pose.modeling.export import export_model
 
 
 class ProgressBar(TQDMProgressBar):
-    """A bar over the optimizer steps of the whole run, whatever the gradient accumulation."""
+    """A bar over the optimizer steps of the whole run, whatever the gradient accumulation; closed however it ends."""
 
-    @property
-    def total_train_batches(self) -> int:
-        return self.trainer.max_steps
+    def __init__(self):
+        super().__init__()
+        self.bar: Tqdm | None = None
+
+    def init_train_tqdm(self) -> Tqdm:
+        """With its name and length from the beginning, so that Lightning need not draw it anew."""
+        self.bar = Tqdm(
+            desc="Training", total=self.trainer.max_steps, initial=self.trainer.global_step, unit="step",
+            disable=self.is_disabled, dynamic_ncols=True, file=sys.stdout, smoothing=0, bar_format=self.BAR_FORMAT,
+        )  # fmt: skip
+        return self.bar
 
     def on_train_epoch_start(self, trainer, *_):
-        super().on_train_epoch_start(trainer, *_)
-        self.train_progress_bar.set_description("Training")
-        self.train_progress_bar.unit = "step"
+        pass
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pass
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.train_progress_bar.n = trainer.global_step
-        self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+        bar = self.bar
+        if bar is None or trainer.global_step == bar.n:
+            return
+        bar.n = trainer.global_step
+        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=bar.n < trainer.max_steps)  # the end draws it too
+
+    def on_exception(self, trainer, pl_module, exception):
+        if self.bar is not None:  # or the bars of a sweep's later jobs are drawn below it
+            self.bar.close()
 
     def get_metrics(self, trainer, pl_module):
         items = super().get_metrics(trainer, pl_module)
@@ -33,7 +53,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Throughput(L.Callback):
-    """Logs train/tokens_per_second over all devices, and on a GPU its peak memory in GiB."""
+    """Logs train/tokens_per_second over all devices, train/step_seconds, and on a GPU the peak memory in GiB."""
 
     def __init__(self):
         self.seconds_before = 0.0  # of the same run, up to the checkpoint it goes on from
@@ -43,14 +63,25 @@ class Throughput(L.Callback):
         """Of training, in the whole run."""
         return self.seconds_before + time.perf_counter() - self.begin
 
-    def leave_out(self, seconds: float):
-        """Takes from the time of training what was none of it, and has just passed."""
-        self.start += seconds
-        self.begin += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is none of the training, so that it counts neither in its time nor in its memory."""
+        begin = time.perf_counter()
+        self.peak = max(self.peak, self._peak_memory())
+        try:
+            yield
+        finally:
+            self._forget_peak()
+            seconds = time.perf_counter() - begin
+            self.start += seconds
+            self.begin += seconds
 
     def on_train_start(self, trainer, pl_module):
-        self.tokens, self.start = 0, time.perf_counter()
-        self.begin = self.start
+        self.device = pl_module.device
+        self.peak = 0
+        self._forget_peak()  # what was measured before
+        self.begin = time.perf_counter()
+        self._count_from(trainer.global_step)
 
     def state_dict(self):
         return {"seconds": self.seconds}
@@ -63,14 +94,27 @@ class Throughput(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.tokens += batch["input_ids"].numel() * trainer.world_size
-        if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
+        step = trainer.global_step
+        if step == self.step or step % trainer.log_every_n_steps:  # once, at the last batch of a step
             return
-        now = time.perf_counter()
-        metrics = {"train/tokens_per_second": self.tokens / (now - self.start)}
-        if pl_module.device.type == "cuda":
-            metrics["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+        seconds = time.perf_counter() - self.start
+        metrics = {"train/tokens_per_second": self.tokens / seconds, "train/step_seconds": seconds / (step - self.step)}
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, self._peak_memory())
+            metrics["train/peak_memory_gib"] = self.peak / 2**30
         pl_module.log_dict(metrics)
-        self.tokens, self.start = 0, now
+        self._count_from(step)
+
+    def _count_from(self, step: int):
+        self.tokens, self.step, self.start = 0, step, time.perf_counter()
+
+    def _peak_memory(self) -> int:
+        """Bytes, since they were last forgotten."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _forget_peak(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
 
 class Export(L.Callback):

@@ -9,13 +9,14 @@ job's own overrides in the job's own folder, whatever started the job; the proce
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -23,6 +24,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments import (
@@ -31,12 +33,12 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
 from pose.errors import ConfigError, Interrupted, PoseError, TrainingError
-from pose.files import REPOSITORY
+from pose.files import CONF, REPOSITORY, same_path
+from pose.training import signals
 
 SCRIPT = REPOSITORY / "train.py"
 PARENT = "POSE_PARENT"  # environment variable of a process started here: the id of the one that did
@@ -100,29 +102,6 @@ def join(run_dir: Path) -> Path:
     return run_dir
 
 
-@contextlib.contextmanager
-def alone_in(run_dir: Path):
-    """Keeps other runs out of a folder while it lasts; a process that is killed keeps nobody out.
-
-    Raises:
-        ConfigError: another run is at work there.
-    """
-    if PARENT in os.environ or rank_zero_only.rank:  # whoever started this one has seen to it
-        yield
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the processes that read
-        except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(
-                f"another run is at work in hydra.run.dir={run_dir}: give another folder, or wait"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
 def num_started() -> int | None:
     """The processes that torchrun, srun or `run` have started, this one included; None where this one is alone."""
     if all(name in os.environ for name in RANKS):
@@ -178,8 +157,8 @@ def chosen_checkpoint() -> str | None:
 def run(num_processes: int, run_dir: Path, checkpoint: Path | None = None):
     """Runs this job in processes of its own, and waits for them.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on, and waited for: a checkpoint may take minutes. When a process fails,
-    the others have a moment to end by themselves, and are then ended.
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on, and waited for: a checkpoint may take minutes. When a process
+    fails, the others have a moment to end by themselves, and are then ended.
 
     Args:
         num_processes: one for each device.
@@ -200,7 +179,7 @@ def run(num_processes: int, run_dir: Path, checkpoint: Path | None = None):
         PARENT: str(os.getpid()), CHECKPOINT: str(checkpoint.absolute()) if checkpoint else "",
     }  # fmt: skip
     children: list[subprocess.Popen] = []
-    with _noted_signals() as received:
+    with _noted_signals() as requests:
         try:
             for rank in range(num_processes):
                 ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -210,23 +189,24 @@ def run(num_processes: int, run_dir: Path, checkpoint: Path | None = None):
                     start_new_session=True,
                 )  # fmt: skip
                 children.append(child)
-            first = _wait(children, received)
+            first = _wait(children, requests.received)
         finally:
             for child in children:
                 child.kill()  # nothing where all have ended
                 child.wait()
     codes = [child.returncode for child in children]
-    if received and (any(codes) or HydraConfig.get().mode == RunMode.MULTIRUN):
-        name = signal.Signals(received[0]).name
+    if requests.first is not None and (any(codes) or HydraConfig.get().mode == RunMode.MULTIRUN):
         raise _with_status(
-            Interrupted(f"stopped by {name}, and so were the {num_processes} processes of {run_dir}"),
-            128 + (signal.SIGINT if received[0] == signal.SIGINT else signal.SIGTERM),
+            Interrupted(
+                f"stopped by {signals.name_of(requests.first)}, and so were the {num_processes} processes of {run_dir}"
+            ),
+            signals.status_of(requests.first),
         )
     if any(codes):
         rank = first if first is not None else next(rank for rank, code in enumerate(codes) if code)
         code = codes[rank]
-        if code == Interrupted.status:
-            raise Interrupted(f"process {rank} of {num_processes} was asked to stop, and all did")
+        if code in signals.STATUSES:
+            raise _with_status(Interrupted(f"process {rank} of {num_processes} was asked to stop, and all did"), code)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         hint = " (the system does so when memory runs out)" if code == -signal.SIGKILL else ""
         raise _with_status(
@@ -238,14 +218,8 @@ def run(num_processes: int, run_dir: Path, checkpoint: Path | None = None):
 def command(rank: int, run_dir: Path) -> list[str]:
     """The command line of one process of the job that Hydra is at."""
     job = HydraConfig.get()
-    sources = {source.provider: source.path for source in job.runtime.config_sources if source.schema == "file"}
-    overrides = OmegaConf.to_container(job.overrides, resolve=False)  # as they were given, references included
     left_out = NOT_PASSED_ON | ({"job_logging"} if rank else set())
-    arguments = [sys.executable, str(SCRIPT), "--config-path", sources["main"], "--config-name", job.job.config_name]
-    if "command-line" in sources:
-        arguments += ["--config-dir", sources["command-line"]]
-    arguments += overrides["task"]
-    arguments += [override for override in overrides["hydra"] if _hydra_key(override) not in left_out]
+    arguments = [sys.executable, str(SCRIPT), *_sources(), *overrides(left_out)]
     # .hydra is there already, written by the process that starts this one
     arguments += ["hydra.mode=RUN", f"hydra.run.dir={_quoted(run_dir.absolute())}", "hydra.output_subdir=null"]
     for key in ("num", "id"):  # settings may name them
@@ -256,8 +230,67 @@ def command(rank: int, run_dir: Path) -> list[str]:
     return arguments
 
 
+def overrides(left_out: frozenset[str] | set[str] = frozenset(NOT_PASSED_ON)) -> list[str]:
+    """The overrides of the job that Hydra is at, as they were given, references included.
+
+    Args:
+        left_out: settings of Hydra itself that are not handed on, such as launcher.
+    """
+    given = OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)
+    return [*given["task"], *(override for override in given["hydra"] if _hydra_key(override) not in left_out)]
+
+
+def shell_command(run_dir: Path | None, changes: Sequence[str] = (), without: Sequence[str] = ()) -> str:
+    """A command for the shell in which this job was started, that runs it (again).
+
+    Args:
+        run_dir: its folder; None lets it have a new one.
+        changes: overrides, which take the place of those of the same key.
+        without: keys whose overrides are left out.
+    """
+    cwd = Path(HydraConfig.get().runtime.cwd)
+    names = [f"hydra.job.{key}" for key in ("num", "id")]
+    left_out = {*(key_of(change) for change in changes), *without, *names}
+    kept = [override for override in overrides() if key_of(override) not in left_out]
+    if "hydra:job" in " ".join(kept):  # a job of a sweep, whose settings name it
+        kept += [f"{name}={_plain(str(OmegaConf.select(HydraConfig.instance().cfg, name)))}" for name in names]
+    folder = [] if run_dir is None else [f"hydra.run.dir={_plain(_seen_from(cwd, run_dir.absolute()))}"]
+    script = [_seen_from(cwd, SCRIPT), *_sources(but=(CONF, "train"))]
+    return shlex.join([*_starter(), *script, *kept, *folder, *changes])
+
+
+def sweep_command(changes: Sequence[str] = ()) -> str | None:
+    """A command for the shell in which a sweep was started, that goes through it again in its folder.
+
+    Args:
+        changes: overrides, as of `shell_command`.
+
+    Returns:
+        None where this process has not the command line of a sweep: it is no job of one, or a launcher's worker.
+    """
+    job, given = HydraConfig.get(), sys.argv[1:]
+    if job.mode != RunMode.MULTIRUN or not {"-m", "--multirun"} & set(given):
+        return None
+    cwd = Path(job.runtime.cwd)
+    changes = [f"hydra.sweep.dir={_plain(_seen_from(cwd, Path(job.sweep.dir).absolute()))}", *changes]
+    keys = {key_of(change) for change in changes}
+    kept = [argument for argument in given if argument.startswith("-") or key_of(argument) not in keys]
+    return shlex.join(["python", _seen_from(cwd, SCRIPT), *kept, *changes])
+
+
+def key_of(override: str) -> str | None:
+    """`trainer.max_steps` of ++trainer.max_steps=3; None of what is no override."""
+    try:
+        return OverridesParser.create().parse_override(override).key_or_group
+    except HydraException:
+        return None
+
+
 def _wait(children: list[subprocess.Popen], received: list[int]) -> int | None:
-    """Waits for the end of all, passes signals on; returns the rank of the first that failed, if one did."""
+    """Waits for the end of all, passes signals on; returns the rank of the first that failed, if one did.
+
+    When one has failed, or at a second Ctrl-C, the others have a moment to end by themselves, and are then ended.
+    """
     first, deadline, passed_on, means = None, None, 0, [signal.SIGTERM, signal.SIGKILL]
     while True:
         while passed_on < len(received):
@@ -268,11 +301,12 @@ def _wait(children: list[subprocess.Popen], received: list[int]) -> int | None:
                 child.send_signal(number)
         codes = [child.poll() for child in children]
         if first is None:
-            first = next((rank for rank, code in enumerate(codes) if code not in (None, 0, Interrupted.status)), None)
-            deadline = time.monotonic() + GRACE
+            first = next((rank for rank, code in enumerate(codes) if code not in (None, 0, *signals.STATUSES)), None)
         if None not in codes:
             return first
-        if first is not None and means and time.monotonic() > deadline:
+        if deadline is None and (first is not None or received.count(signal.SIGINT) > 1):
+            deadline = time.monotonic() + GRACE
+        if deadline is not None and means and time.monotonic() > deadline:
             number, deadline = means.pop(0), time.monotonic() + GRACE
             for child in children:
                 child.send_signal(number)
@@ -280,33 +314,67 @@ def _wait(children: list[subprocess.Popen], received: list[int]) -> int | None:
 
 
 @contextlib.contextmanager
-def _noted_signals():
-    """Notes SIGTERM, SIGINT and SIGUSR1 in a list while it lasts; then those who were to know of them do.
+def _noted_signals() -> Iterator[signals.Requests]:
+    """Notes requests to stop while it lasts; then those who were to know of them do.
 
     Those are handlers of a program around this one, such as submitit's, which puts a job back into the queue. Its
     SIGUSR2 is noted too.
     """
-    received: list[int] = []
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    if callable(signal.getsignal(signal.SIGUSR2)):
-        numbers.append(signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in numbers}
-    noted = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup sets it
-    for number in noted:
-        signal.signal(number, lambda number, frame: received.append(number))
+    requests = signals.Requests()
+    theirs = (signal.SIGUSR2,) if callable(signal.getsignal(signal.SIGUSR2)) else ()
+    before = signals.install(requests, (*signals.STOP_SIGNALS, *theirs))
     try:
-        yield received
+        yield requests
     finally:
-        for number in noted:
-            signal.signal(number, before[number])
-    for number in received[:1]:
-        if callable(before[number]) and before[number] is not signal.default_int_handler:
-            before[number](number, None)
+        signals.restore(before)
+    if requests.first is not None and signals.is_foreign(handler := before[requests.first]):
+        handler(requests.first, None)
 
 
 def _hydra_key(override: str) -> str:
     """`launcher` of hydra/launcher=joblib, ++hydra.launcher.n_jobs=2, ~hydra.launcher ..."""
-    return re.split(r"[./@]", OverridesParser.create().parse_override(override).key_or_group)[1]
+    return re.split(r"[./@]", key_of(override) or "hydra.")[1]
+
+
+def _sources(but: tuple[Path, str] | None = None) -> list[str]:
+    """Where the config is read from, as options of Hydra's command line; the usual place and name can be left out."""
+    job = HydraConfig.get()
+    found = {source.provider: source.path for source in job.runtime.config_sources if source.schema == "file"}
+    main = found.get("main")
+    arguments = []
+    if main is not None and not (but is not None and same_path(main, but[0])):
+        arguments += ["--config-path", main]
+    if but is None or job.job.config_name != but[1]:
+        arguments += ["--config-name", job.job.config_name]
+    if "command-line" in found:
+        arguments += ["--config-dir", found["command-line"]]
+    return arguments
+
+
+def _starter() -> list[str]:
+    """What has started this job, as far as it can be told: python, torchrun, srun."""
+    started = num_started()
+    if started is None or PARENT in os.environ:
+        return ["python"]
+    if all(name in os.environ for name in RANKS):
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(started))
+        nodes = started // int(here)
+        return ["torchrun", *(["--standalone"] if nodes == 1 else [f"--nnodes={nodes}"]), f"--nproc_per_node={here}"]
+    return ["srun", "python"]
+
+
+def _seen_from(folder: Path, path: Path) -> str:
+    """A path as it is written in a folder: relative where it is inside."""
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def _plain(value: str) -> str:
+    """A value as Hydra reads it back, without quotes where it needs none."""
+    try:
+        read = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:
+        read = None
+    return value if read == value and "$" not in value else _quoted(value)
 
 
 def _quoted(value: object) -> str:

@@ -1,15 +1,24 @@
 """Where a run's metrics go: metrics.csv always, TensorBoard or W&B beside it."""
 
+import contextlib
+import logging
 import netrc
 import os
+import re
+import sys
 import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from pose.data.network import first_line
 from pose.errors import ConfigError
+from pose.training.compat import without_anonymous
+
+log = logging.getLogger(__name__)
 
 
 def build_loggers(cfg: DictConfig, run_dir: Path, step: int = 0) -> list[Logger]:
@@ -26,18 +35,55 @@ def build_loggers(cfg: DictConfig, run_dir: Path, step: int = 0) -> list[Logger]
     return loggers
 
 
+@contextlib.contextmanager
+def closing(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Around a job: its loggers are finished however it ends, so that the next job of a sweep has its own.
+
+    Lightning's WandbLogger would log into whatever W&B run is open.
+    """
+    try:
+        yield
+    except BaseException:
+        for logger in loggers:
+            try:
+                _finish(logger, "failed")
+            except Exception as error:  # of a disk or a network that may be what has stopped the job
+                log.warning(f"{type(logger).__name__} could not be finished: {first_line(error)}")
+        raise
+    for logger in loggers:
+        _finish(logger, "success")
+
+
+def _finish(logger: Logger, status: str):
+    logger.finalize(status)
+    wandb = sys.modules.get("wandb")
+    run = None if wandb is None else wandb.run
+    if isinstance(logger, WandbLogger) and run is not None and run.id == logger.version:
+        run.finish(exit_code=0 if status == "success" else 1)
+
+
 def _wandb(options: dict, run_dir: Path, goes_on: bool) -> Logger:
     offline = options.pop("offline")
     if offline is None:
         offline = not _has_wandb_account()
     id_file = run_dir / ".wandb_id"  # under which a run goes on
-    if goes_on and id_file.is_file():
-        run_id = id_file.read_text()
-    else:
+    run_id = _kept_id(id_file) if goes_on else None
+    if run_id is None:
         run_id = uuid.uuid4().hex[:8]
         run_dir.mkdir(parents=True, exist_ok=True)
-        rank_zero_only(id_file.write_text)(run_id)
-    return WandbLogger(save_dir=run_dir, offline=offline, id=run_id, resume="allow", **options)
+        with contextlib.suppress(OSError):  # then the next start is another run of W&B
+            rank_zero_only(id_file.write_text)(run_id)
+    return without_anonymous(WandbLogger(save_dir=run_dir, offline=offline, id=run_id, resume="allow", **options))
+
+
+def _kept_id(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{8}", text := file.read_text(encoding="utf-8").strip()):
+            return text
+    log.warning(f"{file} does not hold the id of a W&B run: the run gets a new one")
+    return None
 
 
 def _has_wandb_account() -> bool:

@@ -1,6 +1,7 @@
 """The LightningModule: one step, one optimizer, one schedule."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import lightning as L
@@ -10,15 +11,22 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, get_scheduler
 
+from pose.data.examples import IGNORE
 from pose.errors import TrainingError
 from pose.modeling.guards import run_guards
 from pose.modeling.loss import loss_and_example_losses
 from pose.modeling.shard import full_shape, with_root
 from pose.rope import Frequencies
+from pose.training.compat import deepspeed_gradient_norm, forget_logged, loops_at
+from pose.training.processes import gather
 
 log = logging.getLogger(__name__)
 
 SKIPS_IN_A_ROW = 10
+KINDS = ("text", "retrieval")
+SOMETIMES = (*(f"train/loss_{kind}" for kind in KINDS), "train/grad_norm")  # logged where there is one
+# A loss is lost when it is about that of a guess, and was lower by so much before
+GUESSING, BETTER = 0.95, 1.1
 
 
 class PoseModule(L.LightningModule):
@@ -66,6 +74,12 @@ class PoseModule(L.LightningModule):
         self._num_skipped_in_a_row = 0
         self._unchecked: dict[int, torch.Tensor] = {}
         self._recent_losses: list[torch.Tensor] = []
+        self._recent_by_kind: list[torch.Tensor] = []  # [2 KINDS]: sums of example losses, then their numbers
+        self._has_retrieval = False
+        self._least_loss: torch.Tensor | None = None
+        self._has_warned = False
+        self._rate: float | None = None  # of the step
+        self._gradient_norm: torch.Tensor | None = None
         self._logged_step = 0
 
     def configure_model(self):
@@ -85,10 +99,12 @@ class PoseModule(L.LightningModule):
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         loss, by_example = with_root(self.model, self._losses, batch)
         self._unchecked[batch_idx] = by_example
-        # The logged loss is the mean since the last one logged: examples differ too much for one batch to tell.
+        # The logged losses are means since the last ones logged: examples differ too much for one batch to tell.
         self._recent_losses.append(torch.where(loss.isfinite(), loss.detach(), torch.nan))
+        self._recent_by_kind.append(_by_kind(by_example, batch["labels"]))
+        least = self._recent_losses[-1] if self._least_loss is None else self._least_loss
+        self._least_loss = torch.fmin(least, self._recent_losses[-1])
         self.log("loss", loss, prog_bar=True, logger=False)
-        self.log("train/loss", torch.stack(self._recent_losses).nanmean(), sync_dist=True)
         return loss
 
     def _losses(self, batch):
@@ -97,12 +113,15 @@ class PoseModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer):
         # One look at the device for each optimizer step, by all processes together.
+        self._rate, self._gradient_norm = optimizer.param_groups[0]["lr"], None
         losses, self._unchecked = self._unchecked, {}
         looked_at = [torch.cat(list(losses.values()))] if losses else []
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if gradients and self._fused:  # with a scaler, infinite ones are its business
+        if gradients and (self._fused or self._is_logged(self.trainer.global_step + 1)):
             norm = torch.nn.utils.get_total_norm(gradients)
-            looked_at.append((norm.full_tensor() if hasattr(norm, "full_tensor") else norm)[None])
+            self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            if self._fused:  # with a scaler, infinite ones are its business
+                looked_at.append(self._gradient_norm[None])
         broken = bool(looked_at) and not torch.cat([part.float() for part in looked_at]).isfinite().all()
         if not self.trainer.strategy.reduce_boolean_decision(broken, all=False):
             self._num_skipped_in_a_row = 0
@@ -115,10 +134,7 @@ class PoseModule(L.LightningModule):
             for row in range(len(by_example))
             if not by_example[row].isfinite()
         ]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everywhere = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(everywhere, found)
-            found = [line for lines in everywhere for line in lines]
+        found = [line for lines in gather(found) for line in lines]
         what = f"the loss of step {step} is not finite: {'; '.join(found)}"
         if not found:
             what = f"the gradient of step {step} is not finite, though its losses are"
@@ -126,8 +142,9 @@ class PoseModule(L.LightningModule):
         if self.on_nonfinite == "stop" or self._num_skipped_in_a_row == SKIPS_IN_A_ROW:
             skipped = f" (the last {SKIPS_IN_A_ROW - 1} steps were skipped)" if self.on_nonfinite == "skip" else ""
             error = TrainingError(
-                f"{what}{skipped}. Go on here without such steps (resume=auto trainer.on_nonfinite=skip), or start in "
-                "another folder with a lower finetune.lr or with trainer.gradient_clip=1"
+                f"{what}{skipped}. Go on here without such steps (trainer.on_nonfinite=skip), or start in another "
+                "folder with a lower finetune.lr or with trainer.gradient_clip=1",
+                changes=("trainer.on_nonfinite=skip",) if self.on_nonfinite == "stop" else (),
             )
             error.is_everywhere = True
             raise error
@@ -137,32 +154,92 @@ class PoseModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         step = self.trainer.global_step
-        if step % self.trainer.log_every_n_steps == 0 and step != self._logged_step:
+        if step == self._logged_step or not self._is_logged(step):
+            return
+        self._logged_step = step
+        self._log_step(step)
+        if step % self.trainer.log_every_n_steps == 0:  # the last one may be another, and a longer run goes on from it
             self._recent_losses.clear()
-            self._logged_step = step
+            self._recent_by_kind.clear()
+
+    def _is_logged(self, step: int) -> bool:
+        return step > 0 and (step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps)
+
+    def _log_step(self, step: int):
+        """Means over all processes since the last ones logged; of the step its rate and the norm of its gradient."""
+        forget_logged(self.trainer, SOMETIMES)
+        reduce = self.trainer.strategy.reduce
+        loss = reduce(torch.stack(self._recent_losses).nanmean(), reduce_op="mean")
+        self._check_loss(step, float(loss), float(reduce(self._least_loss.clone(), reduce_op="min")))
+        metrics = {"train/loss": loss}
+        by_kind = reduce(torch.stack(self._recent_by_kind).sum(0), reduce_op="sum").tolist()
+        sums = dict(zip(KINDS, zip(by_kind[: len(KINDS)], by_kind[len(KINDS) :], strict=True), strict=True))
+        self._has_retrieval |= sums["retrieval"][1] > 0
+        if self._has_retrieval:  # or the two would be one curve
+            metrics |= {f"train/loss_{kind}": total / number for kind, (total, number) in sums.items() if number}
+        norm = self._gradient_norm
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            norm = deepspeed_gradient_norm(self.trainer.strategy)
+        if norm is not None and math.isfinite(norm):  # not of a step that a scaler has skipped
+            metrics["train/grad_norm"] = norm
+        if self._rate is not None:
+            metrics["train/lr"] = self._rate
         if self.num_skipped:
-            self.log("train/skipped_steps", float(self.num_skipped))
+            metrics["train/skipped_steps"] = float(self.num_skipped)
+        self.log_dict(metrics)
+
+    def _check_loss(self, step: int, loss: float, least: float):
+        """A loss that has got lost: above that of guessing among all tokens, or near it, and it was better before.
+
+        Raises:
+            TrainingError: the training is at its end.
+        """
+        guess = math.log(self.model.config.get_text_config().vocab_size)
+        if not (loss >= GUESSING * guess and loss > BETTER * least):
+            return
+        message = (
+            f"the training has diverged: at step {step} the loss is {loss:.4g} nats per token, where guessing gives "
+            f"{guess:.4g} and it has been {least:.4g}. Start anew with a lower finetune.lr (it is {self.lr:g}), more "
+            f"finetune.warmup_steps (they are {self.warmup_steps}), or trainer.gradient_clip=1"
+        )
+        if step == self.trainer.max_steps:
+            lower = f"finetune.lr={self.lr / 10:g}"
+            error = TrainingError(f"{message}. Nothing is exported", changes=(lower,), anew=True)
+            error.is_everywhere = True
+            raise error
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(message)
 
     def on_save_checkpoint(self, checkpoint: dict):
-        recent = torch.stack(self._recent_losses) if self._recent_losses else torch.empty(0, device=self.device)
-        checkpoint["pose"] = {
-            "recent_losses": torch.atleast_2d(self.all_gather(recent)).cpu(),  # a row a process
-            "skipped": (self.num_skipped, self._num_skipped_in_a_row),
+        nothing, size = torch.tensor(torch.nan), 2 * len(KINDS)
+        of_this = {
+            "recent_losses": torch.stack(self._recent_losses) if self._recent_losses else torch.empty(0),
+            "recent_by_kind": torch.stack(self._recent_by_kind) if self._recent_by_kind else torch.empty(0, size),
+            "least_loss": nothing if self._least_loss is None else self._least_loss,
         }
+        everywhere = gather({name: tensor.detach().cpu() for name, tensor in of_this.items()})
+        rows = {name: torch.stack([one[name] for one in everywhere]) for name in of_this}  # a row a process
+        checkpoint["pose"] = rows | {"skipped": (self.num_skipped, self._num_skipped_in_a_row)}
 
     def on_load_checkpoint(self, checkpoint: dict):
-        recent = checkpoint["pose"]["recent_losses"].to(self.device)
-        same_processes = len(recent) == self.trainer.world_size
-        self._recent_losses = list(recent[self.trainer.global_rank] if same_processes else recent.mean(0))
-        self.num_skipped, self._num_skipped_in_a_row = checkpoint["pose"]["skipped"]
+        kept = checkpoint["pose"]
+        losses = kept["recent_losses"].to(self.device)
+        by_kind = kept.get("recent_by_kind", losses.new_zeros(len(losses), 0, 2 * len(KINDS))).to(self.device)
+        rank, same_processes = self.trainer.global_rank, len(losses) == self.trainer.world_size
+        self._recent_losses = list(losses[rank] if same_processes else losses.mean(0))
+        if same_processes:
+            self._recent_by_kind = list(by_kind[rank])
+        else:  # sums: those of all are with one
+            self._recent_by_kind = list(by_kind.sum(0) if rank == 0 else torch.zeros_like(by_kind[0]))
+        least = kept.get("least_loss", losses.new_empty(0))
+        least = least[least.isfinite()].to(self.device)
+        self._least_loss = least.min() if len(least) else None
+        self.num_skipped, self._num_skipped_in_a_row = kept["skipped"]
         self._logged_step = checkpoint["global_step"]
         # The loops begin anew at the step, and the data from there on, so that the number of processes and the
         # micro-batch may be others than before.
-        loop = self.trainer.fit_loop.state_dict()
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
-        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
-        steps["ready"] = steps["completed"] = checkpoint["global_step"]
-        checkpoint["loops"]["fit_loop"] = loop
+        checkpoint["loops"]["fit_loop"] = loops_at(self.trainer, checkpoint["global_step"])
 
     def on_train_start(self):
         # Of a run that goes on the schedule may be longer than it was when this learning rate was worked out.
@@ -173,7 +250,8 @@ class PoseModule(L.LightningModule):
             group["lr"] = base * rate(scheduler.last_epoch)
         # After the strategy has wrapped, cast and restored the model: what trains is what is probed.
         with self.trainer.precision_plugin.forward_context():
-            with_root(self.model, run_guards, self.model, self.expected, self.target_len, self.device)
+            found = with_root(self.model, run_guards, self.model, self.expected, self.target_len, self.device)
+        log.info(f"Checked     {found}")
 
     @property
     def _fused(self) -> bool:
@@ -183,8 +261,7 @@ class PoseModule(L.LightningModule):
         # Lightning refuses to clip for a fused optimizer in mixed precision; without a scaler it is safe.
         # DeepSpeed has the value in its own config, and clips in its step.
         if gradient_clip_val is not None and self._fused and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -198,3 +275,21 @@ class PoseModule(L.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=self._fused)
         scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _by_kind(by_example: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sums of the losses of examples, text before retrieval, then the numbers of both; those not finite count in none.
+
+    Of text every token carries a loss, of a retrieval task the answers alone.
+
+    Args:
+        by_example: fp32 [B].
+        labels: [B, L].
+
+    Returns:
+        fp32 [4]; nothing waits for the device.
+    """
+    is_retrieval, is_finite = (labels == IGNORE).any(1), by_example.isfinite()
+    of_kind = torch.stack([~is_retrieval, is_retrieval]) & is_finite
+    sums = (of_kind * torch.where(is_finite, by_example, 0)).sum(1)
+    return torch.cat([sums, of_kind.sum(1)]).float()

@@ -15,6 +15,18 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 
 from pose.errors import ConfigError
 from pose.modeling.shard import FullyShard, Layout, Whole, Zero3, set_masters
+from pose.training.compat import deepspeed_config, set_data_parallel_size, undo_deepspeed_patches
+
+# Weights are fp32, or have fp32 masters. Why what Lightning has besides is not for this:
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+REFUSED = {
+    "16-true": "it keeps the weights themselves in fp16 and has no scaler of the gradients, so small ones vanish and "
+    "the loss gets lost without an error",
+    "bf16-true": "it keeps the weights themselves in bf16, whose rounding is larger than most steps at the learning "
+    "rates of fine-tuning, so many weights never move",
+    "64-true": "positions and losses are computed in fp32, and the export is fp32 at most, so fp64 weights take twice "
+    "the memory for nothing",
+}
 
 
 class FSDP(ModelParallelStrategy):
@@ -26,7 +38,7 @@ class FSDP(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1)
 
     def setup_environment(self):
-        self._data_parallel_size = self.num_nodes * self.num_processes  # "auto" would be the nodes alone
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     @property
@@ -68,10 +80,10 @@ class DeepSpeed(DeepSpeedStrategy):
 
     @property
     def layout(self) -> Layout:
-        self._init_config_if_needed()
+        config = deepspeed_config(self)
         if self.stage == 3:
-            return Zero3(self.config, self.root_device)
-        return Whole(self.root_device, Zero3(self.config, self.root_device).dtype)
+            return Zero3(config, self.root_device)
+        return Whole(self.root_device, Zero3(config, self.root_device).dtype)
 
     @contextmanager
     def model_sharded_context(self):
@@ -93,9 +105,7 @@ class DeepSpeed(DeepSpeedStrategy):
             set_masters(model, model.source())
 
     def teardown(self):
-        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as patches
-
-        torch.nn.functional.linear = getattr(patches, "linear_bk", torch.nn.functional.linear)
+        undo_deepspeed_patches()
         super().teardown()
 
 
@@ -105,11 +115,10 @@ def check_strategy(strategy: Strategy, precision: str, on_nonfinite: str = "stop
     Raises:
         ConfigError: it cannot; says what can.
     """
-    precisions = getattr(strategy, "precisions", None)
-    if precisions is not None and precision not in precisions:
-        raise ConfigError(
-            f"trainer.precision={precision} is not supported by this strategy: choose {', '.join(precisions)}"
-        )
+    precisions = getattr(strategy, "precisions", PRECISIONS)
+    if precision not in precisions:
+        why = f", since {REFUSED[precision]}" if precision in REFUSED else " by this strategy"
+        raise ConfigError(f"trainer.precision={precision} is not supported{why}: choose {', '.join(precisions)}")
     if isinstance(strategy, DeepSpeed) and strategy.needs_gpu and not isinstance(strategy.accelerator, CUDAAccelerator):
         raise ConfigError("DeepSpeed's strategies need a GPU: choose strategy=fsdp or ddp to train on the CPU")
     if isinstance(strategy, DeepSpeedStrategy) and on_nonfinite == "skip":

@@ -1,91 +1,48 @@
 """Evaluation while a model trains: curves over the steps, the model of the best step, a gate on short texts."""
 
+import contextlib
+import difflib
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
 import torch
 
-from pose.errors import ConfigError
-from pose.evaluation.options import EvalOptions
+from pose.errors import CheckpointError, ConfigError
 from pose.evaluation.suite import Suite, values
+from pose.evaluation.task import Metric, describe, shown
+from pose.files import load_json, write_json
 from pose.modeling.shard import with_root
 from pose.training.callbacks import Export, Throughput
+from pose.training.options import WatchOptions
 
 log = logging.getLogger(__name__)
 
-LOWER_IS_BETTER = ("ppl", "tail_ppl", "sliding_ppl", "position_ppl", "bits_per_byte")
-NEEDLE_DEPTHS = [i / 10 for i in range(11)]  # those of a Suite
 BEST_FILE = "pose_best.json"  # in RUN/best: which metric, its value, the step
 
 
-@dataclass
-class WatchOptions(EvalOptions):
-    """What is measured while the model trains: the group `watch`. The rest is as in `eval`."""
-
-    every_n_steps: int | None = None  # optimizer steps from one measurement to the next; null: nothing is measured
-    before: bool = True  # before the first step too
-    best: str | None = None  # metric, such as passkey@2048: RUN/best is the model of the step where it was best
-    max_short_increase: float | None = 0.05  # share; perplexity at the window may rise by so much; null: any
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.every_n_steps is not None and self.every_n_steps < 1:
-            raise ConfigError(
-                f"watch.every_n_steps={self.every_n_steps} is not accepted: give an integer of at least 1, or null"
-            )
-        if self.max_short_increase is not None and not 0 < self.max_short_increase < math.inf:
-            raise ConfigError(
-                f"watch.max_short_increase={self.max_short_increase} is not accepted: give a share above 0, such as "
-                "0.05, or null"
-            )
-        if self.best is not None and self.every_n_steps is None:
-            raise ConfigError(f"watch.best={self.best} needs watch.every_n_steps, which is null: nothing is measured")
-
-
-def metric_names(options: EvalOptions, lengths: Sequence[int]) -> list[str]:
-    """The metrics that a suite of these options has, told before anything is measured.
-
-    Args:
-        options: tasks and what they need.
-        lengths: the N.
-    """
-    names = []
-    for task in options.tasks:
-        if task == "perplexity":
-            names += [f"ppl@{n}" for n in lengths]
-            names += [f"tail_ppl@{n}" for n in lengths if options.tail is not None and n > options.tail]
-            names += [f"bits_per_byte@{n}" for n in lengths]
-            names += [f"sliding_ppl@{n}" for n in lengths if options.stride is not None]
-            ends = [(a, min(a + options.bin, max(lengths))) for a in range(0, max(lengths), options.bin)]
-            names += [f"position_ppl@{a}-{b}" for a, b in ends if b > 1]
-        elif task.startswith("harness/"):
-            names.append(task)
-        else:
-            names += [f"{task}@{n}" for n in lengths]
-            if task == "needle":
-                names += [f"needle@{n}/{depth:g}" for n in lengths for depth in options.depths or NEEDLE_DEPTHS]
-    return names
-
-
-def check_best(options: WatchOptions, lengths: Sequence[int]):
-    """Whether the metric of `best` is measured.
+def check_best(options: WatchOptions, suite: Suite):
+    """Whether the metric of `best` is measured, and can be better or worse.
 
     Raises:
         ConfigError: it is not; names those that are.
     """
-    names = metric_names(options, lengths)
-    if options.best is not None and options.best not in names:
-        shown = ", ".join(
-            name for name in names if not ("/" in name.partition("@")[2] or name.startswith("position_ppl"))
+    if options.best is None:
+        return
+    metrics = suite.metrics()
+    if options.best not in metrics:
+        names = [name for name in metrics if not ("/" in name.partition("@")[2] or name.startswith("position_ppl"))]
+        close = [name for name in difflib.get_close_matches(options.best, metrics) if name not in names]
+        raise ConfigError(f"watch.best={options.best!r} is not measured: choose from {', '.join([*names, *close])}")
+    if metrics[options.best].higher_is_better is None:
+        raise ConfigError(
+            f"watch.best={options.best!r} cannot be chosen: its definition does not say whether higher is better"
         )
-        raise ConfigError(f"watch.best={options.best!r} is not measured: choose from {shown}")
 
 
 class Watch(L.Callback):
@@ -100,10 +57,11 @@ class Watch(L.Callback):
         before: whether to measure before the first step.
         short: perplexity at the model's own window alone; None where there is no untuned model to compare with.
         max_short_increase: a share; a perplexity of `short` further than this above the untuned model's gives a
-            warning, and another when it has risen by as much again. None gives none.
+            warning when it has stopped falling or the training ends, and another when it has risen by as much again.
+            None gives none.
         best: a metric of the suite, by which the model after one of the steps is kept; None keeps none.
         export: to the folder of the best model.
-        throughput: whose clock stops meanwhile.
+        throughput: whose clock stops meanwhile, and which does not count the memory that it takes.
 
     Attributes:
         untuned: the perplexity of the untuned model by `short`; to be set before the training.
@@ -129,12 +87,14 @@ class Watch(L.Callback):
         self.found: dict | None = None
         self._watched: int | None = None  # the step last measured
         self._warned: float | None = None  # the increase last warned of
+        self._increase: float | None = None  # the one last seen after a step
 
     def state_dict(self):
-        return {"watched": self._watched, "warned": self._warned}
+        return {"watched": self._watched, "warned": self._warned, "increase": self._increase}
 
     def load_state_dict(self, state_dict):
         self._watched, self._warned = state_dict["watched"], state_dict["warned"]
+        self._increase = state_dict.get("increase")
 
     def on_train_start(self, trainer, pl_module):
         if self.best is not None and self._watched is not None:
@@ -154,23 +114,21 @@ class Watch(L.Callback):
 
     def _watch(self, trainer: L.Trainer, pl_module: L.LightningModule):
         begin, step = time.perf_counter(), trainer.global_step
-        metrics = self._measure(trainer, pl_module)
-        self._watched = step
-        line = f"Step {step}: {summary(metrics)}"
-        if self.best is not None and step > 0 and self._improves(metrics):
-            # The file that says what the folder holds is the last to come: a folder without it counts as none.
-            self.export.save(trainer, pl_module)
-            self.found = {"metric": self.best, "value": metrics[self.best], "step": step, "under": self._under()}
-            if trainer.is_global_zero:
-                (self.export.folder / BEST_FILE).write_text(json.dumps(self.found, indent=2) + "\n")
-            trainer.strategy.barrier("best model")
-            line += f"; {self.best} is the best so far"
-        seconds = time.perf_counter() - begin
-        if self.throughput is not None:
-            self.throughput.leave_out(seconds)
-        log.info(f"{line} ({seconds:.1f} s)")
+        with contextlib.nullcontext() if self.throughput is None else self.throughput.paused():
+            metrics = self._measure(trainer, pl_module)
+            self._watched = step
+            line = f"Step {step}: {summary(metrics, self._described())}"
+            if self.best is not None and step > 0 and self._improves(metrics):
+                # The file that says what the folder holds is the last to come: a folder without it counts as none.
+                self.export.save(trainer, pl_module)
+                self.found = {"metric": self.best, "value": metrics[self.best], "step": step, "under": self._under()}
+                if trainer.is_global_zero:
+                    write_json(self.export.folder / BEST_FILE, self.found)
+                trainer.strategy.barrier("best model")
+                line += f"; {self.best} is the best so far"
+        log.info(f"{line} ({time.perf_counter() - begin:.1f} s)")
         if (increase := metrics.get("short_ppl_increase")) is not None:
-            self._warn(pl_module, step, increase)
+            self._warn(step, increase, is_last=step == trainer.max_steps)
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=step - 1)
 
@@ -192,15 +150,21 @@ class Watch(L.Callback):
 
     def _improves(self, metrics: Mapping[str, float]) -> bool:
         """Whether the best metric is a number, and better than any before: of equal ones the first is kept."""
-        lower = [task.name for task in self.suite.tasks if task.lower_is_better]
-        sign = -1 if self.best.split("@")[0] in (*LOWER_IS_BETTER, *lower) else 1
+        metric = self._described().get(self.best) or describe(self.best)
+        sign = 1 if metric.higher_is_better else -1
         value = sign * metrics[self.best]
         return value > (-math.inf if self.found is None else sign * self.found["value"])
 
-    def _warn(self, pl_module: L.LightningModule, step: int, increase: float):
-        """Not of what rescaling alone has done, before the first step."""
-        limit = self.max_short_increase
-        if limit is None or step == 0 or increase <= limit + (self._warned or 0.0):
+    def _described(self) -> dict[str, Metric]:
+        return {name: metric for task in self.suite.tasks for name, metric in task.metrics().items()}
+
+    def _warn(self, step: int, increase: float, is_last: bool):
+        """Not of what rescaling alone has done, before the first step, nor while training takes it back."""
+        if step == 0:
+            return
+        falls = self._increase is None or increase < self._increase
+        limit, self._increase = self.max_short_increase, increase
+        if limit is None or increase <= limit + (self._warned or 0.0) or (falls and not is_last):
             return
         self._warned = increase
         log.warning(short_warning(self.short.lengths[0], f"at step {step}", self.untuned, increase, limit))
@@ -211,18 +175,23 @@ class Watch(L.Callback):
         return hashlib.sha256(json.dumps(units, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def summary(metrics: Mapping[str, float]) -> str:
-    """The metrics in one line, without those that say much the same, or in more detail."""
-    shown = []
+def summary(metrics: Mapping[str, float], described: Mapping[str, Metric] | None = None) -> str:
+    """The metrics in one line, without those that say much the same, or in more detail.
+
+    Args:
+        metrics: values by name.
+        described: what the tasks say of them.
+    """
+    parts = []
     for name, value in metrics.items():
         family, _, length = name.partition("@")
         if family in ("position_ppl", "bits_per_byte") or "/" in length or f"tail_{name}" in metrics:
             continue
         if name == "short_ppl_increase":
-            shown.append(f"perplexity of short texts {value:+.1%}")
+            parts.append(f"perplexity of short texts {value:+.1%}")
         else:
-            shown.append(f"{name} " + (f"{value:.4g}" if family in LOWER_IS_BETTER else f"{value:.0%}"))
-    return ", ".join(shown)
+            parts.append(f"{name} {shown(name, value, described)}")
+    return ", ".join(parts)
 
 
 def short_perplexity(short: Suite, model) -> float:
@@ -248,14 +217,18 @@ def short_warning(window: int, when: str, untuned: float, increase: float, limit
     return (
         f"perplexity at the model's own window of {window} tokens is {untuned * (1 + increase):.2f} {when}, "
         f"{increase:.1%} above the untuned model's {untuned:.2f} (watch.max_short_increase={limit:g}). What helps: "
-        "more short examples (pose=mix pose.plain_share=0.25), a lower finetune.lr, another rope"
+        "more steps (trainer.max_steps) while it still falls, more short examples (pose=mix pose.plain_share=0.25), a "
+        "lower finetune.lr, another rope"
     )
 
 
 def read_best(folder: Path) -> dict | None:
     """What the folder of the best model says it holds: metric, value, step, under; None where it says nothing."""
+    file = folder / BEST_FILE
+    if not file.exists():
+        return None
     try:
-        found = json.loads((folder / BEST_FILE).read_text())
-        return found if {"metric", "value", "step", "under"} <= found.keys() else None
-    except (OSError, ValueError, AttributeError):
+        return load_json(file, CheckpointError, {"metric": str, "value": (int, float), "step": int, "under": str})
+    except CheckpointError as error:
+        log.warning(f"{error}: the best model there counts as none")
         return None

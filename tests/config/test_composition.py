@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from pose.app import build, schema
 from pose.errors import ConfigError
 from pose.positions import Mix, PoSE
+from pose.rope import RopeGeometry
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 schema.register()
@@ -98,7 +99,7 @@ def test_an_experiment_can_still_be_overridden():
 )
 def test_the_factor_follows_from_the_models_window(window, target_len, factor):
     cfg = compose("train", ["rope=linear", f"pose.target_len={target_len}"])
-    geometry = build.RopeGeometry(10000.0, 128, window)
+    geometry = RopeGeometry(10000.0, 128, window)
     assert build.build_scaling(cfg.rope).resolve(geometry, target_len).factor == factor
     sampler = build.build_sampler(cfg.pose, window)
     assert (sampler.train_len, sampler.target_len) == (window, target_len)
@@ -133,6 +134,6 @@ def test_samplers_that_cannot_work_are_named(overrides, message):
 
 
 def test_without_a_model_the_training_length_has_to_be_given():
-    with pytest.raises(ConfigError, match=r"pose.train_len=None is not accepted: give an integer of at least 1"):
+    with pytest.raises(ConfigError, match=r"pose.train_len=None is not accepted: give an integer of at least 2"):
         build.build_sampler(compose("train").pose)
     assert build.build_sampler(compose("train", ["pose.train_len=64", "pose.target_len=128"]).pose) == PoSE(64, 128)

@@ -16,7 +16,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.distributed.tensor import DTensor
 
-from pose.app import build, runtime, schema
+from pose.app import runtime, schema
+from pose.app.preflight import plan_training
+from pose.app.run import Run
 from pose.files import CONF
 from pose.modeling.rotary import rotary_modules
 
@@ -99,7 +101,8 @@ def train(name: str, overrides: list[str], out: Path, rank: int = 0):
         cfg = compose("train", overrides)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    plan = build.plan_training(cfg, folder)
+    run = Run(cfg, folder)
+    plan = run.plan = plan_training(cfg, folder)
     record = Record(folder / f"seen.{rank}.json")
     plan.trainer.callbacks.insert(0, record)
     strategy_type = type(plan.trainer.strategy)
@@ -109,12 +112,13 @@ def train(name: str, overrides: list[str], out: Path, rank: int = 0):
             (strategy_type,),
             {"layout": property(lambda self: watch(super(type(self), self).layout, record.seen))},
         )
-    plan.trainer.fit(build.build_module(cfg, plan), plan.data, ckpt_path=plan.ckpt_path, weights_only=True)
+    run.train()
 
 
 if __name__ == "__main__":
     runtime.quiet_libraries()
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported: looking through it takes as long as a training
     for name, overrides in json.loads(Path(sys.argv[1]).read_text()).items():
         train(name, overrides, Path(sys.argv[2]), int(os.environ["RANK"]))
     # Together, and without the teardown of process groups, whose threads may end a process that is done

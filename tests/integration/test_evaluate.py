@@ -3,9 +3,6 @@
 import csv
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -82,25 +79,25 @@ def test_several_checkpoints_and_nothing_is_measured_twice(script, load_json, tm
     assert load_json(tmp_path / "anew" / "metrics.json") == pytest.approx(metrics["assets/tiny"], rel=1e-6)
 
 
-def test_a_killed_evaluation_goes_on(script, load_json, tmp_path, other):
+def test_a_killed_evaluation_goes_on(scripts, script, load_json, tmp_path, other):
     arguments = [f"ckpt=[{other},assets/tiny]", f"cache_dir={tmp_path}/cache", *QUICK]
     outcomes, killed = tmp_path / "cache" / ".outcomes", 0
+    out, err = tmp_path / "out", tmp_path / "err"
     for _ in range(30):
         known = len(list(outcomes.glob("*.json")))
-        run = subprocess.Popen(
-            [sys.executable, "evaluate.py", *arguments, f"hydra.run.dir={tmp_path}/run"], cwd=REPOSITORY,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        with open(out, "w") as stdout, open(err, "w") as stderr:
+            run = scripts.start(
+                "evaluate.py", *arguments, f"hydra.run.dir={tmp_path}/run", stdout=stdout, stderr=stderr
+            )
         while run.poll() is None and len(list(outcomes.glob("*.json"))) < known + 3:
-            time.sleep(0.01)
+            time.sleep(0.001)
         if run.poll() is not None:
             break
-        run.send_signal(signal.SIGKILL)
-        run.communicate()
+        run.kill()
+        run.wait(60)
         killed += 1
-    out, err = run.communicate()
-    assert run.returncode == 0, err[-3000:]
-    assert killed >= 2 and "are there from before" in out
+    assert run.wait(600) == 0, err.read_text()[-3000:]
+    assert killed >= 2 and "are there from before" in out.read_text()
     evaluate(script, tmp_path / "whole", arguments[0], f"cache_dir={tmp_path}/other", *QUICK)
     found, expected = (load_json(tmp_path / folder / "metrics.json") for folder in ("run", "whole"))
     assert list(found) == list(expected) == [str(other), "assets/tiny"]

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def test_it_extends_the_tiny_model(script, tmp_path):
     assert output.index("Before:") < output.index("Guards passed") < output.index("'loss'") < output.index("After:")
     before, after = (float(value) for value in re.findall(r"'tail_ppl@2048': ([\d.]+)", output))
     assert after < 0.9 * before
-    loaded = subprocess.run([sys.executable, "-c", PLAIN], cwd=tmp_path, capture_output=True, text=True, check=False)
+    loaded = script("-c", PLAIN, cwd=tmp_path)
     assert loaded.returncode == 0, loaded.stderr
 
 

@@ -1,9 +1,7 @@
 """Several processes for a job, and several jobs: sweeps, launchers, torchrun, pre-emption. On two CPU processes."""
 
 import csv
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -87,38 +85,39 @@ def children_of(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_two_processes_are_preempted_go_on_and_end_with_a_parent_that_is_killed(tmp_path):
-    command = [
-        sys.executable, "train.py", *SHORT, *TWO, "trainer.max_steps=100000", "trainer.checkpoint_every_n_steps=1",
-        "resume=auto", f"hydra.run.dir={tmp_path}",
-    ]  # fmt: skip
+def test_two_processes_are_preempted_go_on_and_end_with_a_parent_that_is_killed(scripts, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = (
+        *SHORT, *TWO, "trainer.max_steps=100000", "trainer.checkpoint_every_n_steps=1", "resume=auto",
+        f"hydra.run.dir={run}",
+    )  # fmt: skip
 
     def newest():
-        return max((int(path.name.removeprefix("step-")) for path in tmp_path.glob("checkpoints/step-*")), default=0)
+        return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
 
     def start(step):
         """Goes on beyond the step."""
-        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        with open(log, "w") as printed:
+            process = scripts.start("train.py", *arguments, stdout=printed, stderr=printed)
         deadline = time.monotonic() + 120
         while newest() <= step:
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
         return process, children_of(process.pid)
 
     process, children = start(0)
     assert len(children) == 2
     process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and not children_of(process.pid)
-    assert f"step-{newest()}. The same command with resume=auto goes on" in errors and "Traceback" not in errors
+    assert process.wait(60) == 143 and not children_of(process.pid)
+    printed = log.read_text()
+    assert f"step-{newest()}. The same command with resume=auto goes on" in printed and "Traceback" not in printed
 
     process, children = start(newest())
     assert len(children) == 2
     process.kill()
-    process.wait()
+    process.wait(60)
     deadline = time.monotonic() + 10
     while children_of(process.pid):
         assert time.monotonic() < deadline, "processes without a parent go on"
         time.sleep(0.1)
-    process.stderr.close()
-    assert os.path.isdir(tmp_path / "checkpoints")
+    assert (run / "checkpoints").is_dir()

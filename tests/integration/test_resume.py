@@ -2,13 +2,10 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -30,46 +27,24 @@ SMALL = (
 )  # fmt: skip
 
 
-def _train(arguments: list[str], log: str, limit: int | None, cwd: Path):
-    if limit is not None:  # no file can grow beyond
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    os.setsid()  # a process group of its own, to be signalled as a whole
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115
-    os.chdir(cwd)
-    sys.argv = ["train.py", "--config-path", str(REPOSITORY / "conf"), *arguments]
-    import train
-
-    train.main()
-
-
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts train.py in a process forked from one that has imported everything: a second in place of eight."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    cache = tmp_path_factory.mktemp("cache")
-    path, sys.path[:] = list(sys.path), [str(REPOSITORY), *sys.path]
+def start(scripts):
+    """Starts train.py, in a process group of its own, to be signalled as a whole; what it prints is in FOLDER.log."""
 
     def start_(folder, *overrides, limit=None, cwd=REPOSITORY):
-        arguments = [*SMALL, *overrides, f"hydra.run.dir={folder}", f"cache_dir={cache}"]
-        process = context.Process(target=_train, args=(arguments, f"{folder}.log", limit, cwd))
-        process.start()
-        return process
+        with open(f"{folder}.log", "a") as log:
+            return scripts.start(
+                REPOSITORY / "train.py", *SMALL, *overrides, f"hydra.run.dir={folder}", cwd=cwd, stdout=log, stderr=log,
+                new_session=True, file_limit=limit,
+            )  # fmt: skip
 
-    yield start_
-    sys.path[:] = path
+    return start_
 
 
 @pytest.fixture(scope="module")
 def finish(start):
     """Runs train.py to its end; returns the status."""
-
-    def finish_(folder, *overrides, **options) -> int:
-        process = start(folder, *overrides, **options)
-        process.join(300)
-        return process.exitcode
-
-    return finish_
+    return lambda folder, *overrides, **options: start(folder, *overrides, **options).wait(300)
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +83,18 @@ def test_killed_at_any_moment_it_ends_the_same(start, finish, uninterrupted, tmp
         process, writing = start(run), kills % 2
         begin, patience = time.monotonic(), random.uniform(0.5, 4.0)
         seen = set(run.glob("checkpoints/.step-*"))  # of the kill before
-        while process.is_alive():
+        while process.poll() is None:
             partial = set(run.glob("checkpoints/.step-*.partial")) - seen
             if (writing and partial) or (not writing and time.monotonic() - begin > patience):
                 break
             time.sleep(0.0005)
-        if not process.is_alive():  # it came to its end first
-            assert process.exitcode == 0, Path(f"{run}.log").read_text()[-3000:]
+        if process.poll() is not None:  # it came to its end first
+            assert process.returncode == 0, Path(f"{run}.log").read_text()[-3000:]
             shutil.rmtree(run)
             continue
         time.sleep(random.uniform(0, 0.01) if writing else 0)
         os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        process.wait(60)
         kills += 1
         while_writing += any(run.glob("checkpoints/.step-*.partial"))
     assert while_writing >= 3, "the kills have to hit checkpoints in the making"
@@ -135,8 +110,8 @@ def test_a_signal_writes_a_checkpoint_and_ends_in_good_order(start, finish, unin
     while not (run / "metrics.csv").exists():
         time.sleep(0.01)
     os.kill(process.pid, number)
-    process.join()
-    assert process.exitcode == 143
+    process.wait(60)
+    assert process.returncode == 143
     log = Path(f"{run}.log").read_text()
     (step,) = steps(run)
     assert 0 < step < 40 and f"asked to stop at step {step}" in log and "Traceback" not in log
@@ -154,8 +129,8 @@ def test_a_signal_to_every_process_of_a_run_with_workers(start, finish, uninterr
     while not (run / "metrics.csv").exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 143, Path(f"{run}.log").read_text()[-3000:]
+    process.wait(60)
+    assert process.returncode == 143, Path(f"{run}.log").read_text()[-3000:]
     assert len(steps(run)) == 1 and "Traceback" not in Path(f"{run}.log").read_text()
     assert finish(run, "data.num_workers=2") == 0
     assert_same_end(run, uninterrupted)
@@ -166,8 +141,8 @@ def test_a_process_that_is_signalled_before_it_trains_ends(start, tmp_path):
     while not (log.exists() and "documents of" in log.read_text()):
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGUSR1)
-    process.join(60)
-    assert process.exitcode == 143
+    process.wait(60)
+    assert process.returncode == 143
 
 
 def test_two_runs_in_one_folder_do_not_meet(start, finish, uninterrupted, tmp_path):
@@ -177,8 +152,8 @@ def test_two_runs_in_one_folder_do_not_meet(start, finish, uninterrupted, tmp_pa
         time.sleep(0.01)
     assert finish(run) == 1, "while the first is at work"
     assert "another run is at work" in Path(f"{run}.log").read_text()
-    first.join()
-    assert first.exitcode == 0
+    first.wait(300)
+    assert first.returncode == 0
     assert_same_end(run, uninterrupted)
 
 
@@ -241,7 +216,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(start, finish, uninterrupte
     while not steps(run):
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.wait(60)
     before = steps(run)
     assert finish(run, "trainer.keep_checkpoints=1", limit=300_000) == 1
     assert steps(run) == before

@@ -4,6 +4,7 @@ One group of processes trains all cases, since a start costs as much as a case.
 """
 
 import csv
+import gc
 import json
 import os
 import subprocess
@@ -72,6 +73,10 @@ RANDOM = [
     "trainer.checkpoint_every_n_steps=2",
 ]
 TIED = ["trainer.max_steps=2", "finetune.lr=1e-3"]
+WATCH = [
+    "watch.every_n_steps=2", "watch.best=tail_ppl@256", "watch.lengths=[128,256]", "watch.tail=100",
+    "watch.max_documents=1", "watch.windows=1", "watch.trials=4",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,7 @@ def tied(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def runs(tied, tmp_path_factory):
     """The run folders by name; whole/... are those of one process."""
-    out, cache = tmp_path_factory.mktemp("strategies"), tmp_path_factory.mktemp("cache")
+    out = tmp_path_factory.mktemp("strategies")
     random, from_tied = [*RANDOM, *COMMON_AFTER], [f"model.path={tied}", *COMMON, *TIED]
     kinds = {
         "random": random,
@@ -99,6 +104,8 @@ def runs(tied, tmp_path_factory):
             *from_tied, "trainer.precision=32-true", "finetune=lora", "finetune.lora.train_embeddings_and_norms=true",
         ],
         "frozen": [*from_tied, "trainer.precision=bf16-mixed", "finetune.lr=1e-12"],
+        "watched": [*random, *WATCH],
+        "watched_bf16": [*random, *WATCH, "trainer.precision=bf16-mixed"],
     }  # fmt: skip
     cases = {}
     for kind, names in {
@@ -106,15 +113,20 @@ def runs(tied, tmp_path_factory):
         "bf16": ("fsdp", "zero1", "zero2", "zero3"),
         "lora": ("ddp", "fsdp", "zero3"),
         "frozen": ("zero1", "zero2", "zero3_offload"),
+        "watched": ("fsdp", "zero3"),
+        "watched_bf16": ("fsdp",),
     }.items():
         for name in names:
-            cases[f"{kind}/{name}"] = [*kinds[kind], *STRATEGIES[name], "trainer.devices=2", f"cache_dir={cache}"]
+            cases[f"{kind}/{name}"] = [*kinds[kind], *STRATEGIES[name], "trainer.devices=2"]
     for name in ("ddp", "fsdp", "zero2", "zero3"):
         resumed = [f"resume={out}/random/{name}/checkpoints/step-2", "trust_pickle=true"]
         cases[f"resumed/{name}"] = [*cases[f"random/{name}"], *resumed]
     threads = torch.get_num_threads()
+    gc.freeze()  # as the worker does
     for kind, overrides in kinds.items():
-        strategy_worker.train(f"{kind}/whole", [*overrides, "trainer.devices=1", f"cache_dir={cache}"], out)
+        if kind not in ("frozen", "watched_bf16"):
+            strategy_worker.train(f"{kind}/whole", [*overrides, "trainer.devices=1"], out)
+    gc.unfreeze()
     torch.set_num_threads(threads)
     (out / "cases.json").write_text(json.dumps(cases))
     environment = os.environ | {
@@ -232,6 +244,33 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(runs, name):
     whole, resumed = runs / "random" / name, runs / "resumed" / name
     assert largest_difference(weights(whole), weights(resumed)) == 0
     assert len(losses(resumed)) == 2
+
+
+def measured(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "metrics.csv") as file:
+        found = [row for row in csv.DictReader(file) if row["val/ppl@256"]]
+    return [{name: float(value) for name, value in row.items() if name.startswith("val/")} for row in found]
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_a_model_in_parts_is_measured_whole_and_trains_on_unchanged(runs, name):
+    run = runs / "watched" / name
+    assert largest_difference(weights(run), weights(runs / "random" / name)) == 0
+    one, two = measured(runs / "watched" / "whole"), measured(run)
+    assert len(one) == len(two) == 3
+    for alone, together in zip(one, two, strict=True):
+        assert together == pytest.approx(alone, rel=1e-5)
+    best = json.loads((run / "best" / "pose_best.json").read_text())
+    assert best["value"] == min(metrics["val/tail_ppl@256"] for metrics in two[1:])
+    if best["step"] == 4:  # the last step's is the run's model
+        assert (run / "best" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_it_measures_in_the_precision_that_trains(runs):
+    whole, low = measured(runs / "watched" / "whole"), measured(runs / "watched_bf16" / "fsdp")
+    for alone, bf16 in zip(whole, low, strict=True):
+        assert bf16["val/ppl@256"] == pytest.approx(alone["val/ppl@256"], rel=1e-2)
+        assert bf16["val/ppl@256"] != pytest.approx(alone["val/ppl@256"], rel=1e-6)
 
 
 def persistent_bytes(strategy: str, total: float, trainable: float, processes: int, weight: int) -> float:

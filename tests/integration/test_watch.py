@@ -1,12 +1,7 @@
 """Evaluation during training, as a user runs it: curves, the best model, kills, several processes."""
 
 import csv
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,13 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import strategy_worker  # noqa: E402
-from test_strategies import COMMON_AFTER, RANDOM, STRATEGIES  # noqa: E402
-
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("watch")]
-REPOSITORY = HERE.parents[1]
 # On so little text that it takes a second
 LITTLE = ("watch.max_documents=1", "watch.windows=1", "watch.trials=4")
 WATCH = ("watch.every_n_steps=2", "watch.best=tail_ppl@512", *LITTLE)
@@ -99,21 +88,19 @@ def test_without_it_the_same_model_comes_out(watched, train, tmp_path):
     assert not (tmp_path / "best").exists() and "val/" not in (tmp_path / "metrics.csv").read_text()
 
 
-def test_a_run_that_is_killed_ends_with_the_same_best_and_the_same_curves(watched, train, load_json, tmp_path):
+def test_a_run_that_is_killed_ends_with_the_same_best_and_the_same_curves(watched, scripts, train, load_json, tmp_path):
     """Killed once right after the first checkpoint, and once while the best of a later step is exported."""
     whole, run = watched[0], tmp_path / "run"
     overrides = [*SMOKE, *WATCH, "trainer.checkpoint_every_n_steps=2", "resume=auto", f"hydra.run.dir={run}"]
     for waits_for in (run / "checkpoints" / "step-2", run / "best" / "pose_best.json"):
         changed = waits_for.stat().st_mtime_ns if waits_for.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *overrides], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        with open(tmp_path / "log", "w") as log:
+            process = scripts.start("train.py", *overrides, stdout=log, stderr=log)
         while process.poll() is None and not (waits_for.exists() and waits_for.stat().st_mtime_ns > changed):
             time.sleep(0.001)
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        process.kill()
+        process.wait(60)
     train(run, *WATCH, "trainer.checkpoint_every_n_steps=2", "resume=auto")
     assert rows(run) == rows(whole)
     assert load_json(run / "best" / "pose_best.json") == load_json(whole / "best" / "pose_best.json")
@@ -159,60 +146,3 @@ def test_two_processes_find_what_one_does(watched, train, load_json, tmp_path):
         == load_json(watched[0] / "best" / "pose_best.json")["step"]
     )
     assert printed.count("Step 4:") == 1
-
-
-@pytest.fixture(scope="module")
-def strategies(tmp_path_factory):
-    """Runs of two processes that share a model, with and without, one after the other in one group."""
-    out, cache = tmp_path_factory.mktemp("strategies"), tmp_path_factory.mktemp("cache")
-    watch = [
-        "watch.every_n_steps=2", "watch.best=tail_ppl@256", "watch.lengths=[128,256]", "watch.tail=100", *LITTLE,
-    ]  # fmt: skip
-    cases = {}
-    for name in ("fsdp", "zero3"):
-        common = [*RANDOM, *COMMON_AFTER, *STRATEGIES[name], "trainer.checkpoint_every_n_steps=null"]
-        common += ["trainer.devices=2", f"cache_dir={cache}"]
-        cases |= {f"without/{name}": common, f"with/{name}": [*common, *watch]}
-    cases["bf16/fsdp"] = [*cases["with/fsdp"], "trainer.precision=bf16-mixed"]
-    one = [*RANDOM, *COMMON_AFTER, *watch, "trainer.checkpoint_every_n_steps=null", f"cache_dir={cache}"]
-    threads = torch.get_num_threads()
-    strategy_worker.train("with/whole", [*one, "trainer.devices=1"], out)
-    torch.set_num_threads(threads)
-    (out / "cases.json").write_text(json.dumps(cases))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE), str(REPOSITORY)]),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    result = subprocess.run(
-        [*command, str(HERE / "strategy_worker.py"), str(out / "cases.json"), str(out)],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-6000:]
-    return out
-
-
-def measured(folder: Path) -> list[dict[str, float]]:
-    with open(folder / "metrics.csv") as file:
-        found = [row for row in csv.DictReader(file) if row["val/ppl@256"]]
-    return [{name: float(value) for name, value in row.items() if name.startswith("val/")} for row in found]
-
-
-@pytest.mark.parametrize("name", ["fsdp", "zero3"])
-def test_a_model_in_parts_is_measured_whole_and_trains_on_unchanged(strategies, name):
-    assert equal(strategies / "with" / name / "model", strategies / "without" / name / "model")
-    one, two = measured(strategies / "with" / "whole"), measured(strategies / "with" / name)
-    assert len(one) == len(two) == 3
-    for alone, together in zip(one, two, strict=True):
-        assert together == pytest.approx(alone, rel=1e-5)
-    best = json.loads((strategies / "with" / name / "best" / "pose_best.json").read_text())
-    assert best["value"] == min(metrics["val/tail_ppl@256"] for metrics in two[1:])
-    if best["step"] == 4:  # the last step's is the run's model
-        assert equal(strategies / "with" / name / "best", strategies / "with" / name / "model")
-
-
-def test_it_measures_in_the_precision_that_trains(strategies):
-    for alone, bf16 in zip(
-        measured(strategies / "with" / "whole"), measured(strategies / "bf16" / "fsdp"), strict=True
-    ):
-        assert bf16["val/ppl@256"] == pytest.approx(alone["val/ppl@256"], rel=1e-2)
-        assert bf16["val/ppl@256"] != pytest.approx(alone["val/ppl@256"], rel=1e-6)

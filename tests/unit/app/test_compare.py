@@ -13,10 +13,10 @@ from hydra import compose, initialize_config_dir
 from pose.app import compare, runtime, schema
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
-from pose.files import Memo
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "assets" / "tiny"
+LONG = SimpleNamespace(max_position_embeddings=32)  # the config of a model that was extended
 schema.register()
 
 
@@ -85,64 +85,11 @@ def test_threads_are_at_least_one(tmp_path):
         runtime.set_up(composed(tmp_path, "ckpt=assets/tiny", "num_threads=0"))
 
 
-def test_a_checkpoint_is_told_by_what_is_in_its_files(tmp_path, longer):
-    memo, model = Memo(tmp_path / "memo"), longer / "model"
-    before = compare.checkpoint_print(str(model), None, memo)
-    assert {name for name, _ in before} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    (model / "README.md").write_text("other words")
-    assert compare.checkpoint_print(str(model), None, memo) == before
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
-    assert compare.checkpoint_print(str(model), None, memo) != before
-    kinds = ("generation_config.json", "pytorch_model.bin", "tokenizer.model", "merges.txt", "chat_template.jinja")
-    for name in kinds:
-        seen = compare.checkpoint_print(str(model), None, memo)
-        (model / name).write_text("{}")
-        assert compare.checkpoint_print(str(model), None, memo) != seen, name
-
-
-def test_a_checkpoint_of_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
-    commits = {None: "c0", "v1": "c1"}
-    cached = "/hub/models--a--b/snapshots/{}/config.json"
-    monkeypatch.setattr(compare, "find_file", lambda path, name, revision: cached.format(commits[revision]))
-    prints = [compare.checkpoint_print("a/b", revision, Memo(tmp_path)) for revision in commits]
-    assert prints == [["a/b", "c0"], ["a/b", "c1"]]
-
-
-def test_outcomes_belong_to_the_code_that_measured(tmp_path, monkeypatch):
-    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "rope.py", "module.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("a = 1")
-    monkeypatch.setattr(compare, "PACKAGE", tmp_path)
-    seen = [compare._code_print()]
-    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "rope.py"):
-        (tmp_path / name).write_text("a = 2")
-        seen.append(compare._code_print())
-    assert len(set(seen)) == 5
-    (tmp_path / "module.py").write_text("a = 2")  # trains, and measures nothing
-    assert compare._code_print() == seen[-1]
-
-
 def test_outcomes_belong_to_dtype_and_attention_too(tmp_path):
     common = ("ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]")
     under = [plan(tmp_path, *common, *o)[0].under for o in ((), ("dtype=bfloat16",), ("attention=eager",), ())]
     assert under[0] == under[3]
     assert under[0] != under[1] != under[2] != under[0]
-
-
-def test_outcomes_belong_to_the_code_and_the_packages(tmp_path, monkeypatch):
-    common = ("ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]")
-    under = [plan(tmp_path, *common)[0].under]
-    for owner, name, value in (
-        (compare, "_code_print", lambda: "other"),
-        (compare.torch, "__version__", "0.1"),
-        (compare.transformers, "__version__", "0.1"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, value)
-            under.append(plan(tmp_path, *common)[0].under)
-    assert len({json.dumps(one) for one in under}) == 4
 
 
 def test_each_checkpoint_is_measured_with_its_own_tokenizer(tmp_path, longer):
@@ -157,8 +104,8 @@ class FakeSuite:
         self.asked, self.tasks, self.document_ids = [], [], []
         self.took = [(1.25, 0.5), (2.5, 0.75), (0.0, 0.5)]
 
-    def run(self, load, memo, under, reuse):
-        self.asked.append((load(), memo.folder, under, reuse))
+    def run(self, load, outcomes, under):
+        self.asked.append((load(), outcomes.folder, under, outcomes.reuse))
         return {"ppl@8": Estimate(3.0)}
 
 
@@ -182,7 +129,7 @@ def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path, monkeypatch, reuse):
 def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeypatch):
     """Of one checkpoint in a list too, and while others are still to come; the plots have all windows marked once."""
     windows = []
-    monkeypatch.setattr(compare, "plot_results", lambda results, png, window, panels: windows.append(window))
+    monkeypatch.setattr(compare, "plot_results", lambda results, png, *marks: windows.append((marks[0], marks[2])))
     cfg = composed(tmp_path, "ckpt=[b,a]", "eval=passkey", "eval.trials=7")
     (tmp_path / "provenance.json").write_text('{"commit": "c0"}')
     candidates, results, took = [], {}, {}
@@ -190,7 +137,7 @@ def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeyp
         task = SimpleNamespace(name="passkey", units=lambda i=i: {"8": {"seed": i}})
         suite = SimpleNamespace(tasks=[task])
         candidates.append(
-            compare.Candidate(name, f"in/{name}", None, 8 - i, suite, torch.device("cpu"), None, {"checkpoint": i})
+            compare.Candidate(name, f"in/{name}", LONG, 8 - i, suite, torch.device("cpu"), None, {"checkpoint": i})
         )
     for i, name in enumerate("ba"):
         results[name] = {"passkey@8": Estimate(0.5 + i / 4, 0.25, 0.875, 4 + i), "ppl@8": Estimate(3.0 + i)}
@@ -215,12 +162,12 @@ def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeyp
                 "ppl@8": {"value": 3.0 + i, "low": None, "high": None, "num": 1},
             },
         }  # fmt: skip
-    assert windows == [7, 7] and not list(tmp_path.glob("*.partial"))
+    assert windows == [(7, 32), (7, 32)] and not list(tmp_path.glob("*.partial"))
 
 
 def test_a_table_that_could_not_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
     cfg = composed(tmp_path, "ckpt=a")
-    candidate = compare.Candidate("a", "a", None, 8, SimpleNamespace(tasks=[]), torch.device("cpu"), None, {})
+    candidate = compare.Candidate("a", "a", LONG, 8, SimpleNamespace(tasks=[]), torch.device("cpu"), None, {})
     compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.5)}}, {"a": {}})
     before = (tmp_path / "results.csv").read_text()
 
@@ -234,37 +181,42 @@ def test_a_table_that_could_not_be_finished_leaves_the_one_before(tmp_path, monk
 
 
 def test_a_checkpoint_is_saved_before_the_next_is_measured(tmp_path, monkeypatch):
-    import evaluate
-
     def measure(cfg, candidate):
         if candidate.name == "b":
             raise KeyboardInterrupt
         return {}, {}
 
     saved = []
-    job = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(tmp_path)))
-    monkeypatch.setattr(evaluate.HydraConfig, "get", lambda: job)
-    for name in ("set_up", "save_config"):
-        monkeypatch.setattr(evaluate.runtime, name, lambda *_: None)
+    for name, made in (("run_folder", tmp_path), ("set_up", None), ("save_config", None)):
+        monkeypatch.setattr(runtime, name, lambda *_, made=made: made)
     monkeypatch.setattr(compare, "plan_evaluation", lambda cfg: [SimpleNamespace(name=name) for name in cfg.ckpt])
     monkeypatch.setattr(compare, "measure", measure)
     monkeypatch.setattr(compare, "save", lambda cfg, run_dir, candidates, results, took: saved.append(list(results)))
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(composed(tmp_path, "ckpt=[a,b]"))
+        compare.evaluate(composed(tmp_path, "ckpt=[a,b]"))
     assert saved == [["a"]]
 
 
 def test_metrics_of_one_checkpoint_are_not_under_its_name(tmp_path):
     cfg = composed(tmp_path, "ckpt=a")
     suite = SimpleNamespace(tasks=[])
-    candidate = compare.Candidate("a", "a", None, 8, suite, torch.device("cpu"), None, {})
+    candidate = compare.Candidate("a", "a", LONG, 8, suite, torch.device("cpu"), None, {})
     compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.5)}}, {"a": {}})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"harness/x": 0.5}
+
+
+def test_checkpoints_are_called_as_they_are_named(tmp_path, longer):
+    candidates = plan(tmp_path, f"ckpt={{base:assets/tiny,mine:{longer},again:assets/tiny}}", "eval=passkey")
+    assert [c.name for c in candidates] == ["base", "mine", "again"]
+    assert candidates[0].under == candidates[2].under and candidates[1].path == f"{longer}/model"
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["+evl=3", "ckpt=assets/tiny"], ["evl is no key", "eval"]),
+        (["eval.seed=-3", "ckpt=assets/tiny"], ["eval.seed=-3", "0 to 4294967295"]),
+        (["ckpt={}"], ["ckpt={}", "names"]),
         ([], ["ckpt is not set", "ckpt=[assets/tiny,RUN]"]),
         (["ckpt=[assets/tiny,assets/tiny]"], ["each stands once"]),
         (["ckpt=assets/tiny", "eval.tasks=[perplexty]"], ["perplexty", "needle", "ruler/TASK"]),

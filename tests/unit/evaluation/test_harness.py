@@ -5,7 +5,7 @@ import json
 import random
 import sys
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,17 +14,20 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pose.errors import ConfigError, DataError
 from pose.evaluation import harness as harness_module
+from pose.evaluation import lmeval
 from pose.evaluation.harness import FEWSHOT, Harness
 from pose.evaluation.hflm import ScorerLM
+from pose.evaluation.memo import is_whole
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.scoring import Scorer
 from pose.evaluation.suite import Suite
-from pose.evaluation.task import Estimate
+from pose.evaluation.task import Estimate, Metric
 from pose.modeling.load import build_model, load_config
 from pose.training.watch import Watch
 
@@ -167,6 +170,12 @@ def harness(tasks, tokenizer):
         return Harness(task, **{"tokenizer": tokenizer, "include_path": str(tasks), "max_length": MAX_LENGTH} | options)
 
     return make
+
+
+@pytest.fixture
+def own_alone(monkeypatch):
+    """Tasks of one's own alone: lm-eval's take seconds to read, for each folder."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @cache
@@ -342,7 +351,7 @@ def test_an_answer_may_fill_the_window(model, stock, tokenizer):
         ScorerLM(Scorer(model, 64), tokenizer, num - 1, "x").loglikelihood(requests([(context, answer)]))
 
 
-def test_a_task_that_was_added_meanwhile_is_found(tasks, tokenizer, tmp_path):
+def test_a_task_that_was_added_meanwhile_is_found(own_alone, tasks, tokenizer, tmp_path):
     options = {"include_path": str(tmp_path), "max_length": MAX_LENGTH}
     with pytest.raises(ConfigError, match="does not know"):
         Harness("later", tokenizer, **options)
@@ -372,8 +381,9 @@ def test_a_group_has_the_score_of_all_its_questions(harness, model):
     assert task.summarise({"both": outcome})["harness/both"].value == pytest.approx(np.mean(parts))
 
 
-def test_of_a_perplexity_the_lower_is_better(harness, model):
+def test_of_a_perplexity_the_lower_is_better_and_it_is_no_percentage(harness, model):
     task = harness("rolling", limit=2)
+    assert task.metrics() == {"harness/rolling": Metric("rolling", False, ".3f")}
     watch = Watch(SimpleNamespace(tasks=[task]), 1, best=task.name)
     value = task.summarise({"rolling": task.measure(Scorer(model, 512), "rolling")})[task.name].value
     watch.found = {"value": value}
@@ -398,7 +408,7 @@ def test_the_papers_tasks_have_its_examples_and_metrics(tokenizer, tasks):
 def test_a_task_may_fix_its_examples_at_none(harness, model, capsys):
     outcome = harness("fixed", num_fewshot=3, limit=2).measure(Scorer(model, 512), "fixed")
     assert outcome["num_fewshot"] == {"fixed": 0}
-    assert "harness/fixed: the definition fixes 0 examples; eval.num_fewshot=3 is not used" in capsys.readouterr().out
+    assert "harness/fixed: the definition fixes 0 examples; num_fewshot=3 is not used" in capsys.readouterr().out
     for num in (0, None):
         outcome = harness("fixed", num_fewshot=num, limit=2).measure(Scorer(model, 512), "fixed")
         assert outcome["num_fewshot"] == {"fixed": 0} and capsys.readouterr().out == ""
@@ -417,15 +427,6 @@ def test_the_seed_draws_the_examples(harness, model, monkeypatch):
     assert seen[0] == seen[2] != seen[1]
 
 
-def test_generators_that_tasks_may_use_are_seeded():
-    def drawn(seed):
-        with harness_module._surroundings(seed):
-            return random.random(), np.random.rand(), torch.rand(1).item()
-
-    first, other = drawn(1), drawn(2)
-    assert drawn(1) == first and all(a != b for a, b in zip(first, other, strict=True))
-
-
 def test_an_error_that_is_no_number_is_none_and_of_several_filters_the_first_counts(harness):
     values = {
         "em,strict": 0.25,
@@ -434,7 +435,7 @@ def test_an_error_that_is_no_number_is_none_and_of_several_filters_the_first_cou
         "em_stderr,loose": "N/A",
         "alias": "x",
     }
-    metrics = harness_module._metrics(values)
+    metrics = lmeval.reported(values)
     assert metrics == {"em,strict": {"value": 0.25, "stderr": None}, "em,loose": {"value": 0.5, "stderr": None}}
     found = harness("written").summarise({"written": {"metrics": metrics, "num": 4}})
     assert found == {"harness/written": Estimate(0.25, None, None, 4)}
@@ -494,9 +495,7 @@ def test_the_interval_of_a_share_ends_at_0_and_1(harness):
     assert bounds("word_perplexity", 0.25)[0] < 0
 
 
-def test_a_missing_folder_or_package_is_named(tokenizer, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"eval\.include_path=nowhere is no folder"):
-        Harness("piqa", tokenizer, include_path="nowhere", max_length=64)
+def test_a_missing_package_is_named(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigError, match="pip install lm-eval"):
         Harness("piqa", tokenizer, include_path=str(tmp_path), max_length=64)
@@ -557,7 +556,8 @@ def test_local_questions_are_told_by_their_content(tmp_path, config):
 def test_the_options_of_an_evaluation_reach_it(harness, tasks, tokenizer, tmp_path):
     """max_length is the window that a model is meant for, and else the longest of the lengths."""
     given = {"num_fewshot": 1, "limit": 3, "seed": 1}
-    options = EvalOptions(tasks=["choice"], prefix="harness", lengths=[99, 64], include_path=str(tasks), **given)
+    own = {"include_path": str(tasks), "trust_tasks": True}
+    options = EvalOptions(tasks=["choice"], prefix="harness", lengths=[99, 64], **own, **given)
     for window, max_length in ((None, 99), (128, 128)):
         (task,) = Suite(options, tokenizer, None, tmp_path, window).tasks
         assert task.name == "harness/choice"
@@ -575,3 +575,182 @@ def test_random_generators_and_the_tokenizer_are_left_as_they_were(harness, mode
     harness("choice", tokenizer=tokenizer, num_fewshot=2, limit=2).measure(Scorer(model, 512), "choice")
     harness("written", tokenizer=tokenizer, limit=1).measure(Scorer(model, 512), "written")
     assert state() == before
+
+
+DIRECTIONS = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/test.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{metrics}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        ("choice", Metric("choice", True, ".1%")),
+        ("written", Metric("written", True, ".1%")),
+        ("rolling", Metric("rolling", False, ".3f")),
+        ("both", Metric("both", True, ".1%")),
+        ("boolq", Metric("boolq", True, ".1%")),
+        ("hellaswag", Metric("hellaswag", True, ".1%")),
+        ("mmlu", Metric("mmlu", True, ".1%")),
+        ("wikitext", Metric("wikitext", False, ".3f")),
+        ("squadv2", Metric("squadv2", None, ".3f")),  # a class: what it measures is in its code
+    ],
+)
+def test_a_metric_is_known_before_anything_is_loaded(harness, name, metric):
+    assert harness(name).metrics() == {f"harness/{name}": metric}
+
+
+@pytest.mark.parametrize("name", ["choice", "written", "rolling", "both", "fixed"])
+def test_what_comes_out_is_what_was_told_before(harness, model, name):
+    task = harness(name, limit=2)
+    outcome = json.loads(json.dumps(task.measure(Scorer(model, 512), name)))
+    assert list(task.metrics()) == list(task.summarise({name: outcome}))
+    entry = {"outcome": outcome, "took": [1.0, 1.0]}
+    assert is_whole(task, name, entry)
+    metric = next(iter(outcome["metrics"]))
+    for change in (
+        {"num": "2"}, {"num": None}, {"metrics": {}}, {"metrics": []}, {"metrics": {metric: 0.5}},
+        {"metrics": {metric: {"value": "x", "stderr": None}}}, {"metrics": {metric: {"value": 0.5}}},
+    ):  # fmt: skip
+        assert not is_whole(task, name, entry | {"outcome": outcome | change}), change
+    assert not any(is_whole(task, name, entry | {"outcome": damaged}) for damaged in (None, 7, [], {}, "x"))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "chosen"),
+    [
+        ("{metric: brier_score, higher_is_better: false}", Metric("declared", False, ".3f")),
+        ("{metric: mcc}, {metric: brier_score}", Metric("declared", True, ".3f")),
+        ("{metric: brier_score}, {metric: acc}", Metric("declared", True, ".1%")),
+        ("{metric: acc_norm}", Metric("declared", True, ".1%")),
+    ],
+)
+def test_the_metric_is_that_of_the_definition(own_alone, tasks, tokenizer, model, tmp_path, metrics, chosen):
+    text = DIRECTIONS.format(name="declared", folder=tasks, metrics=metrics)
+    (tmp_path / "declared.yaml").write_text(text)
+    task = Harness("declared", tokenizer, include_path=str(tmp_path), limit=4, max_length=MAX_LENGTH)
+    assert task.metrics() == {"harness/declared": chosen}
+    outcome = task.measure(Scorer(model, 512), "declared")
+    shown = {key.split(",")[0]: metric["value"] for key, metric in outcome["metrics"].items()}
+    name = "acc" if "acc}" in metrics else metrics.split("metric: ")[1].split(",")[0].split("}")[0]
+    assert task.summarise({"declared": outcome})["harness/declared"].value == shown[name]
+
+
+def test_a_score_of_a_hundred_keeps_its_interval(harness):
+    """Which was cut at 1 where the metric is called f1."""
+    metrics = {"f1,none": {"value": 45.0, "stderr": 2.0}}
+    found = harness("written").summarise({"written": {"metrics": metrics, "num": 4}})["harness/written"]
+    assert found[:3] == pytest.approx((45.0, 45 - 2 * 1.959964, 45 + 2 * 1.959964))
+
+
+@pytest.fixture(scope="module")
+def without_ends():
+    """The same tokenizer without BOS and EOS."""
+    other = AutoTokenizer.from_pretrained(TINY, bos_token=None, eos_token=None, pad_token=None)
+    assert other.bos_token_id is other.eos_token_id is other.pad_token_id is None
+    return other
+
+
+@pytest.mark.parametrize("name", ["choice", "written"])
+def test_a_tokenizer_may_have_neither_bos_nor_eos(harness, model, without_ends, name):
+    """It died in lm-eval. The shipped one puts no BOS, so the figures are the same; and what is written goes on as long
+    as it may, since nothing ends it but the model's own end."""
+    scorer = Scorer(model, 512)
+    expected = harness(name).measure(scorer, name)
+    found = harness(name, tokenizer=without_ends).measure(scorer, name)
+    assert found == expected
+
+
+def test_what_needs_a_bos_or_eos_is_refused_before_a_model_is_loaded(own_alone, harness, tasks, without_ends, tmp_path):
+    with pytest.raises(ConfigError, match=r"eval\.tasks has rolling, .*BOS or EOS, and this tokenizer has neither"):
+        harness("rolling", tokenizer=without_ends)
+    bare = (tasks / "choice.yaml").read_text().replace("task: choice", "task: bare").replace('"{{question}}"', '""')
+    (tmp_path / "bare.yaml").write_text(bare)
+    options = {"include_path": str(tmp_path), "max_length": MAX_LENGTH}
+    with pytest.raises(ConfigError, match=r"eval\.tasks has bare, .*this tokenizer has neither"):
+        Harness("bare", without_ends, **options)
+    Harness("bare", without_ends, num_fewshot=1, **options)
+
+
+def test_a_text_before_which_nothing_stands_is_refused_where_it_comes_up(model, tokenizer, without_ends):
+    bare, spaces = requests([("", " the sea")]), requests([(" ", "the sea")])
+    lm = ScorerLM(Scorer(model, 512), without_ends, MAX_LENGTH, "mine")
+    for each in (bare, spaces):
+        with pytest.raises(ConfigError, match="harness/mine scores texts from their first token on"):
+            lm.loglikelihood(each)
+    with pytest.raises(ConfigError, match="harness/mine scores texts from their first token on"):
+        lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("the sea",), 0)])
+    with pytest.raises(ConfigError, match="harness/mine asks for what follows an empty text"):
+        lm.generate_until([Instance("generate_until", {}, ("", {"max_gen_toks": 4}), 0)])
+    with pytest.raises(ConfigError, match="harness/mine has an empty answer"):
+        lm.loglikelihood(requests([("the sea", "")]))
+    with_ends = ScorerLM(Scorer(model, 512), tokenizer, MAX_LENGTH, "mine")
+    assert with_ends.loglikelihood(spaces) == with_ends.loglikelihood(requests([("", " the sea")]))
+
+
+def test_what_a_yaml_includes_from_elsewhere_counts(own_alone, tasks, tokenizer, tmp_path, monkeypatch):
+    """It lies outside the folder, whose files alone were looked at."""
+    monkeypatch.setattr(lmeval, "_task_manager", lmeval._task_manager.__wrapped__)  # as in another process
+    folder = tmp_path / "own"
+    folder.mkdir()
+    base = (tasks / "choice.yaml").read_text().replace("task: choice\n", "")
+    (tmp_path / "base.yaml").write_text(base)
+    (folder / "mine.yaml").write_text("include: ../base.yaml\ntask: mine\n")
+
+    def unit():
+        return Harness("mine", tokenizer, include_path=str(folder), max_length=64).units()["mine"]
+
+    first = unit()
+    assert unit() == first
+    (tmp_path / "base.yaml").write_text(base.replace("{{question}}", "Question: {{question}}"))
+    assert unit() != first
+
+
+def test_own_tasks_are_the_same_wherever_their_folder_is(own_alone, tasks, tokenizer, tmp_path):
+    units = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "code.py").write_text("def label(doc):\n    return doc['label']\n")
+        text = (tasks / "choice.yaml").read_text().replace("task: choice", "task: mine")
+        (folder / "mine.yaml").write_text(text.replace("doc_to_target: label", "doc_to_target: !function code.label"))
+        units.append(Harness("mine", tokenizer, include_path=str(folder), max_length=64).units())
+    assert units[0] == units[1]
+
+
+def test_a_task_without_a_number_is_named(harness, model, monkeypatch):
+    results = {"results": {"choice": {"alias": "choice", "acc,none": "N/A"}}}
+    monkeypatch.setattr("lm_eval.evaluate", lambda *_, **__: results)
+    with pytest.raises(ConfigError, match="harness/choice has no metric that is a number"):
+        harness("choice").measure(Scorer(model, 512), "choice")
+
+
+def test_files_that_cannot_be_read_are_named(tasks, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(CHOICE.format(name="mine", folder=tasks))
+
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(harness_module, "sha256", unreadable)
+    with pytest.raises(DataError, match=rf"{tmp_path}/mine\.yaml cannot be read: Permission denied"):
+        Harness("mine", tokenizer, include_path=str(tmp_path), max_length=64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dataset_kwargs": "x"}, {"dataset_kwargs": {"data_files": 7}}, {"dataset_path": ["a", 3]},
+        {"dataset_kwargs": {"data_dir": {"a": None}}}, {},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_definitions_of_any_shape_name_no_files_they_do_not_have(config):
+    assert harness_module._local_data([config]) == harness_module._local_data([])

@@ -9,13 +9,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pose.data import passkey as prompt_texts
 from pose.data.tokenizer import train_tokenizer
 from pose.errors import ConfigError
-from pose.evaluation import passkey
+from pose.evaluation import generation
 from pose.evaluation.passkey import Passkey, found, written
 from pose.evaluation.scoring import Scorer
 from pose.modeling.load import build_model, load_config
+from pose.tasks import passkey as prompt_texts
 from pose.tasks.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION, PasskeyPrompts
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
@@ -112,7 +112,7 @@ def test_verdict_on_what_is_generated(monkeypatch, tokenizer, prompts, ending, l
     model = answers_with(prompt, continuation)
     generated = greedy_text(tokenizer, model, prompt.input_ids[: -prompt.num_answer], prompt.num_answer + 1)
     assert (leading_digits(generated) == prompt.key) is is_key
-    monkeypatch.setattr(passkey, "greedy", lambda model, batch, num, ends: [np.array(continuation[:num])])
+    monkeypatch.setattr(generation, "greedy", lambda model, batch, num, ends: [np.array(continuation[:num])])
     for generate in (False, True):
         accuracy = passkey_accuracy(Script(model), prompts, [length], trials=1, seed=0, generate=generate)
         assert accuracy == {f"passkey@{length}": float(is_key)}
@@ -282,7 +282,7 @@ def test_other_tokens_for_the_same_digits_are_the_same_key(monkeypatch, continua
         text = writes[:max_new_tokens]
         return [np.array(text[: text.index(end)] if end in text else text)]
 
-    monkeypatch.setattr(passkey, "greedy", greedy)
+    monkeypatch.setattr(generation, "greedy", greedy)
     script = Script(lambda prefix: writes[len(prefix) - 2] if prefix[2:].tolist() == writes[: len(prefix) - 2] else 0)
     assert written(script, DigitPairs(), [prompt]) == [is_key]
     assert found(script, DigitPairs(), [prompt]) == [is_key]
@@ -296,7 +296,7 @@ def test_what_follows_the_right_tokens_is_not_what_follows_others_of_the_same_di
     def greedy(model, prompts, max_new_tokens, eos_ids):
         return [np.array([1, 2, 44, 111])]
 
-    monkeypatch.setattr(passkey, "greedy", greedy)
+    monkeypatch.setattr(generation, "greedy", greedy)
     script = Script(lambda prefix: after[tuple(prefix[2:].tolist())])
     assert written(script, DigitPairs(), [prompt]) == found(script, DigitPairs(), [prompt]) == [True]
 
@@ -312,7 +312,7 @@ def test_keys_of_different_numbers_of_tokens_are_asked_for_without_a_token_of_th
         asked.extend(batch.tolist())
         return [np.array([1, 2, 3, 4, 111])] * len(batch)
 
-    monkeypatch.setattr(passkey, "greedy", greedy)
+    monkeypatch.setattr(generation, "greedy", greedy)
     assert written(Script(None), DigitPairs(), prompts) == [True] * 5
     assert asked == [[111]] * 5
 

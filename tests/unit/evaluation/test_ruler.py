@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pose.data import ruler as made
 from pose.errors import ConfigError
-from pose.evaluation import ruler
-from pose.evaluation.ruler import TASKS, Ruler, parse, score, write_prompts
+from pose.evaluation import generation
+from pose.evaluation.ruler import Ruler, score
 from pose.evaluation.task import wilson
+from pose.tasks import ruler as made
 from pose.tasks.haystack import NOISE, ExactTexts, split_sentences, word_list
-from pose.tasks.ruler import NEEDLES, RulerPrompts
+from pose.tasks.ruler import NEEDLES, TASKS, RulerPrompts
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
 PLACES = ["north", "the old mill", "a river", "nowhere at all", "the sea and its islands", "unbelievable heights"]
@@ -501,7 +501,7 @@ def test_measuring_reads_what_is_written_and_nothing_else(monkeypatch):
             yield np.stack(windows[:3])
             yield np.stack(windows[3:])
 
-    monkeypatch.setattr(ruler, "greedy", greedy)
+    monkeypatch.setattr(generation, "greedy", greedy)
     outcome = json.loads(json.dumps(task.measure(Scorer(), "800")))
     assert outcome["scores"] == [0, 0.25, 0.5, 0.75, 1]
     assert outcome["predictions"][1] == f" {prompts[1].answers[0]}"  # without special tokens
@@ -528,29 +528,6 @@ def test_units_name_all_that_they_depend_on(monkeypatch):
 # The command
 
 
-def test_prompts_are_written_out(tmp_path):
-    out = tmp_path / "new" / "prompts.jsonl"
-    write_prompts(out, "niah_single_2", shipped(), HAYSTACK, 900, 3, seed=5, depth=0.5)
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["index"] for line in lines] == [0, 1, 2] and list(out.parent.iterdir()) == [out]
-    prompts = RulerPrompts("niah_single_2", shipped(), HAYSTACK, depths=[0.5])
-    for line in lines:
-        prompt = prompts.sample(5, 900, line["index"])
-        assert (line["prompt"], line["answers"], line["length"]) == (prompt.text, prompt.answers, 900)
-        assert (line["task"], line["depths"]) == ("niah_single_2", [0.5])
-    write_prompts(out, "niah_single_2", shipped(), HAYSTACK, 900, 2, add_bos=True)
-    assert [count(shipped(), json.loads(line)["prompt"]) for line in out.read_text().splitlines()] == [899, 899]
-    before = out.read_text()
-    with pytest.raises(ConfigError):
-        write_prompts(out, "niah_single_2", shipped(), HAYSTACK, 30, 3)
-    with pytest.raises(ConfigError, match=r"depth=0.5 does not go with task=vt"):
-        write_prompts(out, "vt", shipped(), HAYSTACK, 900, 3, depth=0.5)
-    for place in (tmp_path, out / "more"):
-        with pytest.raises(ConfigError, match=rf"out={place} cannot be written.*give a file"):
-            write_prompts(place, "vt", shipped(), HAYSTACK, 900, 3)
-    assert out.read_text() == before and list(out.parent.iterdir()) == [out]
-
-
 def test_intervals_hold_where_no_answer_or_every_answer_is_found():
     """A bootstrap would be sure of it."""
     task = Ruler("vt", shipped(), HAYSTACK, [900], trials=1, seed=0)
@@ -564,53 +541,6 @@ def test_intervals_hold_where_no_answer_or_every_answer_is_found():
 def test_a_length_that_is_too_short_names_its_key():
     with pytest.raises(ConfigError, match=r"with 30 tokens is not possible.*give more, in eval\.lengths"):
         Ruler("vt", shipped(), HAYSTACK, [30, 900], trials=1, seed=0)
-
-
-WHOLE = ["tokenizer=t", "task=vt", "length=900", "num=3", "out=o.jsonl"]
-
-
-def test_arguments_of_the_command():
-    assert parse(WHOLE) == {
-        "tokenizer": "t", "task": "vt", "length": 900, "num": 3, "out": "o.jsonl", "seed": 0, "depth": None,
-        "haystack": "assets/corpora/books.heldout.jsonl.gz", "add_bos": False,
-    }  # fmt: skip
-    given = parse([*WHOLE, "depth=0.25", "seed=7", "add_bos=true", "haystack=a=b.txt"])
-    assert (given["depth"], given["seed"], given["add_bos"], given["haystack"]) == (0.25, 7, True, "a=b.txt")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (WHOLE[:-1], r"out=\.\.\. must be given too"),
-        ([*WHOLE, "lenght=3"], "'lenght=3' is not known: give key=value with tokenizer, task"),
-        ([*WHOLE, "900"], "'900' is not known"),
-        ([*WHOLE, "length=1e3"], "length=1e3 is not accepted: give an integer of at least 1"),
-        ([*WHOLE, "num=0"], "num=0 is not accepted"),
-        ([*WHOLE, "depth=1.5"], "depth=1.5 is not accepted: give a place from 0 to 1"),
-        ([*WHOLE, "depth=nan"], "depth=nan is not accepted"),
-        ([*WHOLE, "depth=deep"], "depth=deep is not accepted"),
-        ([*WHOLE, "add_bos=1"], "add_bos=1 is not accepted: give true or false"),
-    ],
-)
-def test_what_the_command_refuses(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        parse(arguments)
-
-
-def test_the_command(tmp_path, script):
-    out = tmp_path / "p.jsonl"
-    result = script(
-        "-m",
-        "pose.evaluation.ruler",
-        "tokenizer=assets/tiny",
-        "task=niah_single_1",
-        "length=4096",
-        "num=2",
-        f"out={out}",
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [count(shipped(), line["prompt"]) for line in lines] == [4096, 4096] == [line["length"] for line in lines]
 
 
 # The public definition

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from transformers import LlamaConfig
 
 from pose.data.tokenizer import train_tokenizer
 from pose.errors import ConfigError, DataError
+from pose.evaluation.memo import Outcomes
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.scoring import Scorer
-from pose.evaluation.suite import Suite, default_lengths, values
-from pose.evaluation.task import Estimate
+from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
+from pose.evaluation.task import Estimate, describe
 from pose.files import Memo
 from pose.modeling.load import build_model
 from pose.tasks.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION
@@ -71,62 +73,6 @@ def suite(tokenizer, documents, tmp_path):
         return Suite(EvalOptions(**options), tokenizer, options["documents"], tmp_path / "cache")
 
     return build
-
-
-@pytest.mark.parametrize(
-    "options, key, also",
-    [
-        ({"tasks": ["perplexty"]}, "eval.tasks", "perplexity, passkey"),
-        ({"tasks": ["rules/vt"]}, "eval.tasks has 'rules/vt'", "ruler/TASK"),
-        ({"tasks": ["ruler"]}, "eval.tasks has 'ruler'", "ruler/TASK"),
-        ({"tasks": ["harness"]}, "eval.tasks has 'harness'", "harness/TASK"),
-        ({"prefix": "lm-eval"}, "eval.prefix='lm-eval'", "harness"),
-        ({"min_tokens": 0}, "eval.min_tokens=0", "at least 1"),
-        ({"limit": 0}, "eval.limit=0", "at least 1"),
-        ({"num_fewshot": -1}, "eval.num_fewshot=-1", "at least 0"),
-        ({"windows": 0}, "eval.windows=0", "at least 1"),
-        ({"windows": -3}, "eval.windows=-3", "at least 1"),
-        ({"tail": 0}, "eval.tail=0", "at least 1"),
-        ({"bin": -1}, "eval.bin=-1", "at least 1"),
-        ({"trials": 0}, "eval.trials=0", "at least 1"),
-        ({"batch_tokens": 0}, "eval.batch_tokens=0", "at least 1"),
-        ({"stride": 0}, "eval.stride=0", "at least 1"),
-        ({"sliding_tokens": -1}, "eval.sliding_tokens=-1", "at least 1"),
-        ({"max_documents": 0}, "eval.max_documents=0", "at least 1"),
-        ({"lengths": []}, "eval.lengths=[]", "at least 2"),
-        ({"lengths": [256, 1]}, "eval.lengths=[256, 1]", "at least 2"),
-        ({"depths": []}, "eval.depths=[]", "0 to 1"),
-        ({"depths": [0.5, 1.01]}, "eval.depths=[0.5, 1.01]", "0 to 1"),
-        ({"depths": [-0.1]}, "eval.depths=[-0.1]", "0 to 1"),
-        ({"seed": -1}, "eval.seed=-1", "at least 0"),
-        ({"tasks": ["passkey", "perplexity"]}, "eval.documents", ".jsonl"),
-    ],
-)
-def test_option_errors_name_key_value_and_what_is_accepted(options, key, also):
-    with pytest.raises(ConfigError) as error:
-        EvalOptions(**options)
-    assert key in str(error.value)
-    assert also in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"tasks": ["passkey"]},
-        {"windows": 1, "tail": 1, "bin": 1, "trials": 1, "batch_tokens": 1, "stride": 1, "max_documents": 1},
-        {"lengths": [2], "depths": [0.0, 1.0], "seed": 0},
-        {"tasks": ["perplexity"], "documents": "books.jsonl"},
-    ],
-)
-def test_options_at_their_bounds_are_accepted(options):
-    for name, value in options.items():
-        assert getattr(EvalOptions(**options), name) == value
-
-
-def test_a_prefix_goes_before_names_of_its_tasks_alone():
-    tasks = EvalOptions(tasks=["vt", "passkey", "harness/boolq"], prefix="ruler").tasks
-    assert tasks == ["ruler/vt", "passkey", "harness/boolq"]
 
 
 @pytest.mark.parametrize("stride, accepted", [(7, True), (8, False), (20, False)])
@@ -203,8 +149,10 @@ def test_the_first_documents_are_taken_without_reading_on(suite, tmp_path, texts
 
 
 def test_no_document_is_long_enough_for_the_first_few(suite):
-    with pytest.raises(DataError, match=r"holds no document of at least 100000 \(eval.min_tokens\) tokens"):
-        suite(max_documents=1, min_tokens=100_000, lengths=[8])
+    for key, options in (("min_tokens", {"min_tokens": 100_000}), ("lengths", {"lengths": [100_000]})):
+        with pytest.raises(DataError, match=rf"holds no document of at least 100000 tokens \(eval\.{key}\)") as caught:
+            suite(**{"max_documents": 1, "lengths": [8]} | options)
+        assert f"(watch.{key})" in str(caught.value.under("watch"))
 
 
 def test_documents_are_drawn_by_the_seed(suite):
@@ -220,13 +168,15 @@ def test_no_tasks_need_nothing(suite, model):
 
 def test_outcomes_are_kept_and_the_model_is_not_loaded_for_nothing(suite, model, tmp_path):
     ready = suite(tasks=["perplexity", "passkey"], lengths=[100, 120], windows=2, trials=2, tail=10)
-    memo, loaded = Memo(tmp_path / "memo"), []
+    loaded = []
 
     def load():
         loaded.append(1)
         return model
 
-    run = lambda ready, under="a", **options: ready.run(load=load, memo=memo, under=under, progress=False, **options)  # noqa: E731
+    def run(ready, under="a", reuse=True):
+        return ready.run(load=load, outcomes=Outcomes(tmp_path, reuse), under=under, progress=False)
+
     first = run(ready)
     assert loaded == [1] and first == ready.run(model, progress=False)
     assert run(ready) == first and loaded == [1]
@@ -258,6 +208,12 @@ class Fixed:
     def prepare(self):
         self.prepared += 1
 
+    def metrics(self):
+        return {name: describe(name) for name in self.summarise(dict.fromkeys(self.names))}
+
+    def accepts(self, unit, outcome):
+        return outcome == [self.name, unit]
+
     def measure(self, scorer, unit):
         if unit == self.stop:
             raise KeyboardInterrupt
@@ -272,18 +228,18 @@ class Fixed:
 
 def test_outcomes_are_kept_at_once_by_task_and_summarised_in_the_order_of_the_units(suite, model, tmp_path):
     """Killed in the third unit, the first two are there; another task of the same units does not take them over."""
-    ready, memo = suite(tasks=[]), Memo(tmp_path / "memo")
+    ready, outcomes = suite(tasks=[]), Outcomes(tmp_path)
     ready.tasks = [Fixed("x", "abc", stop="c")]
     with pytest.raises(KeyboardInterrupt):
-        ready.run(model, memo=memo, progress=False)
+        ready.run(model, outcomes=outcomes, progress=False)
     ready.tasks = [Fixed("x", "cab"), Fixed("y", "ab")]
-    found = ready.run(model, memo=memo, progress=False)
+    found = ready.run(model, outcomes=outcomes, progress=False)
     assert [task.measured for task in ready.tasks] == [["c"], ["a", "b"]]
     assert list(found) == ["x:c,a,b", "x/c", "x/a", "x/b", "y:a,b", "y/a", "y/b"]
     assert all(found[f"{name}/{unit}"].value == 1 for name, unit in ("xa", "xb", "xc", "ya", "yb"))
     assert len(ready.took) == 5 and all(took.seconds >= 0 and took.peak_memory_gib > 0.1 for took in ready.took)
     took = list(ready.took)
-    ready.run(load=lambda: pytest.fail("nothing is missing"), memo=memo, progress=False)
+    ready.run(load=lambda: pytest.fail("nothing is missing"), outcomes=outcomes, progress=False)
     assert ready.took == took and [task.prepared for task in ready.tasks] == [1, 1]
 
 
@@ -333,26 +289,28 @@ def test_every_option_reaches_its_task(suite, documents, task, changes):
         assert option == "add_bos" or found[option] == value
 
 
-def test_texts_are_read_by_their_key(suite, texts, tmp_path):
-    """Documents and haystack, of which two documents do not run together."""
-    path = tmp_path / "body.jsonl"
+def test_texts_are_read_by_the_key_of_their_source(suite, texts, tmp_path):
+    """text_field is of documents: a haystack names its own. Two documents of a haystack do not run together."""
+    path, haystack = tmp_path / "body.jsonl", tmp_path / "haystack.jsonl"
     path.write_text("\n".join(json.dumps({"id": f"d{i}", "body": text}) for i, text in enumerate(texts)))
-    options = {"documents": str(path), "haystack": str(path), "text_field": "body"}
+    haystack.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    options = {"documents": str(path), "text_field": "body"}
     ready = suite(tasks=["perplexity"], lengths=[8], **options)
     assert ready.document_ids == ["d0", "d1", "d2", "d3"]
-    (needle,) = suite(tasks=["needle"], lengths=[500], **options).tasks
-    assert needle.haystack_digest == hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
+    for source in (str(haystack), {"path": str(path), "text_field": "body"}):
+        (needle,) = suite(tasks=["needle"], lengths=[500], haystack=source, **options).tasks
+        assert needle.haystack_digest == hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
 
 
 def test_a_unit_that_was_lost_is_measured_again(suite, model, tmp_path):
     ready = suite(lengths=[8, 16], windows=2, tail=4)
-    memo = Memo(tmp_path / "memo")
-    first = ready.run(model, memo=memo, progress=False)
-    files = sorted((tmp_path / "memo").iterdir())
+    outcomes = Outcomes(tmp_path)
+    first = ready.run(model, outcomes=outcomes, progress=False)
+    files = sorted(outcomes.folder.iterdir())
     assert len(files) == len(ready.document_ids)
     files[0].write_text("{")
     files[1].unlink()
-    assert ready.run(model, memo=memo, progress=False) == first
+    assert ready.run(model, outcomes=outcomes, progress=False) == first
 
 
 def test_metrics_of_a_run(suite, model):
@@ -414,3 +372,32 @@ def test_bos_is_part_of_a_passkey_prompts_length(suite, tokenizer):
 )
 def test_default_lengths(window, target, expected):
     assert default_lengths(window, target) == expected
+
+
+def test_what_comes_out_is_what_was_told_before(suite, model):
+    options = {"tasks": ["perplexity", "passkey"], "lengths": [100, 120], "windows": 2, "trials": 2, "stride": 50}
+    ready = suite(**options, tail=110, bin=64)
+    told = ready.metrics()
+    assert list(told) == list(ready.run(model, progress=False)) and "tail_ppl@100" not in told
+    assert [told[name].higher_is_better for name in ("ppl@100", "passkey@100")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("results", "remark"),
+    [
+        (
+            {"needle@256": 0.0, "needle@256/0.5": 0.0, "needle@512": 0.0},
+            "needle: 0 at every length inside .* 256 tokens",
+        ),
+        ({"ruler/vt@128": Estimate(0.0), "ruler/vt@256": Estimate(0.0), "passkey@256": 0.0}, "ruler/vt, passkey: 0 at"),
+        ({"ruler/vt@128": Estimate(0.5), "ruler/vt@256": Estimate(0.0)}, None),
+        ({"needle@512": 0.0}, None),
+        ({"passkey@256": 1.0, "passkey@512": 0.0, "ppl@256": 9.0, "harness/boolq": 0.0}, None),
+        ({"ppl@256": 0.0, "bits_per_byte@256": 0.0}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_model_cannot_do_at_all_is_said(results, remark):
+    """The zeros of a model that never finds a needle look like a failure of its extension."""
+    found = out_of_reach(results, 256)
+    assert (found is None) if remark is None else re.match(remark, found)

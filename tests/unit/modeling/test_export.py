@@ -1,22 +1,31 @@
 """An export is a plain Hugging Face folder: the same logits without pose, whole or not there."""
 
 import json
+import logging
 import os
+import re
 import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+from transformers.core_model_loading import Chunk, WeightConverter
 
-from pose.errors import GuardError
+import pose.modeling.export.check
+import pose.modeling.export.weights
+from pose.errors import GuardError, TrainingError
 from pose.modeling.export import export_model, verify_export
+from pose.modeling.export.weights import Weights
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
+from pose.modeling.lora import LoraOptions, add_lora
 from pose.rope import (
     NTK,
     Drope,
@@ -174,6 +183,177 @@ def test_a_tied_head_is_saved_once(tmp_path, tokenizer, dtype):
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
 
 
+def of_experts():
+    """Mixtral's checkpoints have each expert apart, the model has them stacked."""
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=WINDOW,
+    )  # fmt: skip
+    scale_config(config, Linear(), TARGET_LEN)
+    return build_model(config, None, "sdpa").eval()
+
+
+def merged_in_checkpoints():
+    """Two layers of the model are one in its checkpoints: neither can be written without the other."""
+    model = make_model(Linear())
+    names = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    model._weight_conversions = [WeightConverter("mlp.gate_up_proj.weight", names, operations=[Chunk(dim=0)])]
+    return model
+
+
+@pytest.mark.parametrize("size", ["5GB", "100KB"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_model(Yarn()),
+        lambda: make_model(Yarn(), tie_word_embeddings=True),
+        of_experts,
+        merged_in_checkpoints,
+    ],
+    ids=["llama", "tied", "experts", "merged"],
+)
+def test_the_files_are_those_of_save_pretrained(tmp_path, monkeypatch, make, size):
+    monkeypatch.setattr(pose.modeling.export.weights, "SHARD_SIZE", size)
+    model = make()
+    model.save_pretrained(tmp_path / "wanted", max_shard_size=size)
+    (tmp_path / "got").mkdir()
+    Weights(model, torch.float32).write(tmp_path / "got", is_writer=True)
+    wanted, got = (
+        {file.name: load_file(file) for file in (tmp_path / name).glob("*.safetensors")} for name in ("wanted", "got")
+    )
+    merged = [{name: tensor for file in files.values() for name, tensor in file.items()} for files in (wanted, got)]
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
+    assert (len(got) > 1) == (size == "100KB")
+    if make is not of_experts:  # transformers does not part what was stacked in memory
+        assert {file: set(tensors) for file, tensors in got.items()} == {
+            f: set(tensors) for f, tensors in wanted.items()
+        }
+        index = [tmp_path / name / "model.safetensors.index.json" for name in ("wanted", "got")]
+        assert size == "5GB" or index[0].read_text() == index[1].read_text()
+    if make is not merged_in_checkpoints:  # which no class of transformers reads
+        (tmp_path / "got" / "config.json").write_text((tmp_path / "wanted" / "config.json").read_text())
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "got").state_dict()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_are_merged(tmp_path, tokenizer):
+    """W + alpha / rank * B A, under the names of the model without them; in memory they stay apart."""
+    model = make_model(Yarn())
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    add_lora(model, LoraOptions(rank=2, alpha=6.0, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        parts = {name: p.normal_() for name, p in model.named_parameters() if "lora" in name}
+    export_model(model, tokenizer, tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert saved.keys() == base.keys() and any("lora" in name for name in model.state_dict())
+    for name, tensor in saved.items():
+        change = [part for key, part in parts.items() if key.startswith(name.removesuffix("weight") + "lora")]
+        wanted = base[name] + 3 * change[1] @ change[0] if change else base[name]
+        torch.testing.assert_close(tensor, wanted)
+        assert bool(change) == ("q_proj" in name or "down_proj" in name)
+
+
+def anonymous_mib() -> float:
+    """Memory of this process that no file stands for."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read as Linux tells it")
+def test_an_export_holds_one_file_of_weights_at_a_time(tmp_path, tokenizer, monkeypatch):
+    """Of 180 MB: not all weights that a strategy has put together, and beside them those of the model loaded back."""
+    config = LlamaConfig(
+        vocab_size=8000, hidden_size=640, intermediate_size=2560, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    scale_config(config, Yarn(), 64)
+    model = build_model(config, None, "sdpa")
+    monkeypatch.setattr(pose.modeling.export.weights, "SHARD_SIZE", "30MB")
+    monkeypatch.setattr(pose.modeling.export.weights, "full_weight", lambda parameter: parameter.detach().clone())
+    export_model(make_model(Yarn()), tokenizer, tmp_path / "small")  # what is imported and allocated once
+    seen, done = [], threading.Event()
+
+    def watch():
+        while not done.wait(0.003):
+            seen.append(anonymous_mib())
+
+    before, watcher = anonymous_mib(), threading.Thread(target=watch)
+    watcher.start()
+    try:
+        export_model(model, tokenizer, tmp_path / "model")
+    finally:
+        done.set()
+        watcher.join()
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 5
+    assert max(seen) - before < 90, "MiB, of 175 in all"
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk full")])
+def test_a_writer_that_fails_still_gives_its_parts_to_the_others(tmp_path, monkeypatch, error):
+    """They wait for them in a collective operation, from which nothing else can free them."""
+    gathered = []
+    weights = Weights(make_model(Yarn()), torch.float32)
+
+    def gather(parameter):
+        gathered.append(parameter)
+        return parameter.detach()
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(pose.modeling.export.weights, "SHARD_SIZE", "100KB")
+    monkeypatch.setattr(pose.modeling.export.weights, "full_weight", gather)
+    monkeypatch.setattr(pose.modeling.export.weights, "save_file", fail)
+    with pytest.raises(type(error), match="disk full"):
+        Weights(weights.model, torch.float32).write(tmp_path, is_writer=True)
+    assert len(gathered) == len(list(weights.model.parameters()))
+
+
+@pytest.mark.parametrize("is_writer", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("model.embed_tokens.weight", torch.nan, "model.embed_tokens.weight has values that are not finite"),
+        ("model.norm.weight", torch.inf, "its logits are not finite"),
+        ("lm_head.weight", 1e6, "its logits are worth .*e.* nats per token of random text, where guessing costs 4.6"),
+        ("model.layers.1.mlp.down_proj.weight", 1e30, "its logits are all the same"),  # the last norm overflows
+    ],
+)
+def test_a_training_that_broke_the_model_is_no_fault_of_the_export(tmp_path, tokenizer, name, value, what, is_writer):
+    """As with finetune.lr=1e3: every process says so, nothing is written, and what to lower is named."""
+    model = make_model(Yarn())
+    with torch.no_grad():
+        weight = dict(model.named_parameters())[name]
+        if 1e6 <= value < torch.inf:
+            weight.mul_(value)
+        else:  # of the embeddings a row that no check happens to read
+            used = {i for p in pose.modeling.export.check._probes(model) for i in p.input_ids[0].tolist()}
+            free = min(set(range(VOCAB)) - used) if weight.ndim == 2 else 0
+            weight[free] = value
+    with pytest.raises(TrainingError, match=rf"broken the model(.|\n)*{what}(.|\n)*finetune\.lr") as error:
+        export_model(model, tokenizer, tmp_path / "model", is_writer=is_writer)
+    assert error.value.is_everywhere and error.value.anew and os.listdir(tmp_path) == []
+
+
+def test_an_export_says_what_it_does_and_what_was_checked(tmp_path, tokenizer, caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        export_model(make_model(Yarn()), tokenizer, tmp_path / "model")
+    writing, checking, checked = (record.message for record in caplog.records if record.name.startswith("pose"))
+    assert re.fullmatch(r"Writing the model \(0\.000\d+ GB, float32\) \.\.\.", writing)
+    assert "Checking" in checking
+    assert re.fullmatch(
+        rf"The model in {tmp_path}/model is checked: its logits differ from the trained model's by at most \S+ "
+        rf"standard deviations \(0.001 accepted\) on a text of 64 tokens, on a text of {WINDOW + 64} tokens, at "
+        r"positions spread over the window, at the last positions \(\d+ s\)",
+        checked,
+    )
+    bars = capsys.readouterr().err
+    for title in ("Asking the trained model", "Checking the export"):
+        assert title in bars
+    export_model(make_model(Yarn()), tokenizer, tmp_path / "model", progress=False)
+    assert "the" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("mode", [True, False])
 def test_verify_passes_on_a_sound_export(tmp_path, tokenizer, name, mode):
@@ -230,7 +410,7 @@ def test_verify_looks_at_texts_on_both_sides_of_the_window(tmp_path, tokenizer, 
 
 def test_verify_looks_at_positions_up_to_the_end(tmp_path, tokenizer, monkeypatch):
     """With no room for a text beyond the window, and with a model whose rotation is wrong from 1,000 on."""
-    monkeypatch.setattr("pose.modeling.export.folder.CPU_FLOPS", 0)
+    monkeypatch.setattr("pose.modeling.export.check.CPU_FLOPS", 0)
     model = make_model(Yarn())
     export_model(model, tokenizer, tmp_path / "model")
     verify_export(model, tmp_path / "model")
@@ -278,14 +458,16 @@ def test_a_wrong_export_never_has_the_name(tmp_path, tokenizer, monkeypatch, fau
         export_model(make_model(Linear()), tokenizer, folder)
         before = contents(folder)
     model = make_model(Yarn())
-    save = model.save_pretrained
+    write = Weights.write
 
-    def save_another(folder, state_dict):
-        save(folder, state_dict=state_dict | {"lm_head.weight": 1.1 * state_dict["lm_head.weight"]})
+    def write_another(weights, partial, is_writer):
+        write(weights, partial, is_writer)
+        saved = load_file(partial / "model.safetensors")
+        save_file(saved | {"lm_head.weight": 1.1 * saved["lm_head.weight"]}, partial / "model.safetensors")
         if fault == "file":
-            (folder / "model.safetensors").unlink()
+            (partial / "model.safetensors").unlink()
 
-    monkeypatch.setattr(model, "save_pretrained", save_another)
+    monkeypatch.setattr(Weights, "write", write_another)
     message = "gives other logits" if fault == "weights" else "model.safetensors"
     with pytest.raises(GuardError, match=rf"{message}(.|\n)*nothing was put at {folder}\.$") as error:
         export_model(model, tokenizer, folder)
@@ -316,10 +498,11 @@ def test_export_replaces_a_folder(exported, tokenizer):
 
 def test_an_interrupted_replacement_keeps_the_old_folder(exported, tokenizer, monkeypatch):
     _, folder = exported
-    before, rename = contents(folder), Path.rename
+    before, rename, failed = contents(folder), Path.rename, []
 
     def fail(self, target):
-        if self.name.startswith("."):
+        if self.name.startswith(".") and not failed:
+            failed.append(self)
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -330,9 +513,10 @@ def test_an_interrupted_replacement_keeps_the_old_folder(exported, tokenizer, mo
 
 
 def test_what_a_kill_left_behind_is_cleared(exported, tokenizer):
-    """Between its two renames a replacement has the old folder as `model.old`."""
+    """A half-written folder; and between its two renames a replacement has the old folder as `.model.old`."""
     model, folder = exported
-    folder.rename(folder.with_name("model.old"))
+    folder.rename(folder.with_name(".model.old"))
+    folder.with_name(".model.abcdef").mkdir()
     export_model(model, tokenizer, folder)
     assert os.listdir(folder.parent) == ["model"]
     verify_export(model, folder)

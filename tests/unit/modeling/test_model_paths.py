@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pose.app import build, compare, schema
+from pose.app import compare, models, schema
 from pose.errors import CheckpointError
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -15,18 +15,18 @@ schema.register()
 
 @pytest.fixture
 def find(tmp_path, monkeypatch):
-    """build.find_model on a path, with a package that has an empty GGUF, and a conversion that only notes the file."""
+    """models.find_model on a path, with a package that has an empty GGUF, and a conversion that only notes the file."""
     (tmp_path / "some_package").mkdir()
     (tmp_path / "some_package" / "m.gguf").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(build, "cached_folder", lambda file, cache_dir: Path(cache_dir) / "gguf" / file.stem)
-    monkeypatch.setattr(build, "describe", lambda file: f"{file.name} (weights Q4_1, dequantised)")
+    monkeypatch.setattr(models, "cached_folder", lambda file, cache_dir: Path(cache_dir) / "gguf" / file.stem)
+    monkeypatch.setattr(models, "describe", lambda file: f"{file.name} (weights Q4_1, dequantised)")
 
     def find_(path, offline=None):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", [f"model.path={path}", f"cache_dir={tmp_path}"])
         cfg.model.offline = offline
-        build.find_model(cfg)
+        models.find_model(cfg)
         return cfg.model.path
 
     return find_
@@ -55,7 +55,7 @@ def test_a_package_that_is_not_installed_is_named(find):
 
 @pytest.mark.parametrize("where", ["hub", "cache", "folder"])
 def test_the_package_is_not_taken_where_the_model_is_there(find, monkeypatch, capsys, where):
-    monkeypatch.setattr(build, "is_available", lambda path, revision: where != "folder" or path != HUB_ID)
+    monkeypatch.setattr(models, "is_available", lambda path, revision: where != "folder" or path != HUB_ID)
     path = "assets/tiny" if where == "folder" else HUB_ID
     assert find(path, "some-package==0.1") == path
     assert capsys.readouterr().out == ""
@@ -67,7 +67,7 @@ def test_without_a_package_the_id_is_left_to_its_reader(find):
 
 def test_evaluate_takes_a_gguf_file_too(monkeypatch, tmp_path):
     """Read as any checkpoint once it is converted."""
-    monkeypatch.setattr(build, "convert_gguf", lambda path, cache_dir: {"some.gguf": "assets/tiny"}[path])
+    monkeypatch.setattr(models, "convert_gguf", lambda path, cache_dir: {"some.gguf": "assets/tiny"}[path])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("evaluate", ["ckpt=some.gguf", "eval.lengths=[256]", f"cache_dir={tmp_path}"])
     (plan,) = compare.plan_evaluation(cfg)

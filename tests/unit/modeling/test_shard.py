@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import Strategy
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
@@ -16,10 +17,11 @@ from pose.app import build, schema
 from pose.errors import CheckpointError, ConfigError
 from pose.files import CONF
 from pose.modeling.export import export_model
+from pose.modeling.layers import decoder_layers
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import LoraOptions, add_lora
 from pose.modeling.rotary import rotary_modules
-from pose.modeling.shard import FullyShard, Whole, decoder_layers, fill, parameters_on_meta, set_masters
+from pose.modeling.shard import FullyShard, Whole, fill, parameters_on_meta, set_masters
 from pose.training import strategies
 
 schema.register()
@@ -146,7 +148,8 @@ def test_tied_embeddings_that_differ_are_named(change, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options"), [("mixtral", {"num_local_experts": 2}), ("qwen3_moe", {"num_experts": 2, "head_dim": 8})]
+    ("model_type", "options"),
+    [("mixtral", {"num_local_experts": 2}), ("qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8})],
 )
 def test_experts_that_are_merged_while_they_are_read_are_refused(model_type, options, tmp_path):
     save(tmp_path, model_type, **options)
@@ -244,9 +247,12 @@ def test_the_papers_set_up(choice, monkeypatch):
     assert (cfg.finetune.schedule, cfg.finetune.warmup_steps) == ("linear", 10)
     assert cfg.model.gradient_checkpointing and cfg.model.path == "huggyllama/llama-7b" and cfg.pose.num_chunks == 2
     trainer = Mock(world_size=8, gradient_clip_val=cfg.trainer.gradient_clip)
-    assert build._accumulate(trainer, cfg.trainer) == 1 and trainer.accumulate_grad_batches == 8
+    assert (
+        build.accumulate(trainer, cfg.trainer.micro_batch, cfg.trainer.global_batch) == 1
+        and trainer.accumulate_grad_batches == 8
+    )
 
-    strategy = build.instantiate(cfg.strategy)
+    strategy = build.make(cfg.strategy, Strategy, "strategy")
     strategy._lightning_module = Mock(trainer=trainer)
     strategy._precision_plugin = Mock(precision="bf16-mixed")
     strategy._auto_select_batch_size = lambda: 1

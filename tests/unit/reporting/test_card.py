@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from pose.evaluation.task import Metric
 from pose.positions import Full, PoSE
 from pose.reporting.card import Card, license_of, without_folders
 from pose.rope import LongRope, RopeGeometry, Unscaled, Yarn
@@ -113,6 +114,15 @@ def test_the_metrics_table():
     assert rows["passkey@2048"] == ["100%", "95%"] and rows["bits_per_byte@2048"] == ["", "0.712"]
     assert "persuasion" in CARD.text()
     assert "What was measured" not in replace(CARD, results={}).text()
+
+
+def test_a_perplexity_of_a_benchmark_is_no_percentage():
+    """The task says what it is; its name alone says it of the paper's benchmarks."""
+    results = {"extended": {"harness/wikitext": 0.9, "harness/boolq": 0.7512, "harness/mine": 0.5}}
+    card = replace(CARD, results=results, described={"harness/mine": Metric("mine", True, ".1%")})
+    rows = table(card.text(), "What was measured")
+    assert rows["harness/wikitext"] == ["0.900"] and rows["harness/boolq"] == ["75.1%"]
+    assert rows["harness/mine"] == ["50.0%"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 
 import lightning as L
 import pytest
@@ -9,7 +11,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from pose.errors import CheckpointError, Interrupted, TrainingError
-from pose.training.checkpoints import CheckpointIO, Checkpoints, find_checkpoint, list_checkpoints, read_checkpoint
+from pose.training import signals
+from pose.training.checkpoints import (
+    Checkpoint,
+    CheckpointIO,
+    Checkpoints,
+    find_checkpoint,
+    is_foreign,
+    list_checkpoints,
+    read_checkpoint,
+)
+from pose.training.folder import alone_in, run_id
 
 
 class Line(L.LightningModule):
@@ -98,7 +110,12 @@ def rewrite(**entries):
 
 DAMAGES = [
     remove("state"), remove("manifest.json"), cut, flip, scribble, empty, rewrite(files=None), rewrite(files=[]),
-    rewrite(files={}), rewrite(step="4"), rewrite(settings=None), rewrite(files={"state": 3}),
+    rewrite(files={}), rewrite(step="4"), rewrite(step=True), rewrite(settings=None), rewrite(files={"state": 3}),
+    rewrite(files={"state": [None, "x"]}), rewrite(files={"state": ["3", 3]}),
+    rewrite(files={"manifest.json": [1, ""]}),
+    lambda folder: (folder / "manifest.json").write_text("[]"),
+    lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe"),
+    lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
 ]  # fmt: skip
 
 
@@ -183,7 +200,7 @@ def test_a_failed_write_keeps_the_ones_before_and_says_so(fit, monkeypatch):
         save(state, path)
 
     monkeypatch.setattr(torch, "save", fails_late)
-    with pytest.raises(TrainingError, match=r"step 4 cannot be written .*No space left.*still step-2.*resume=auto"):
+    with pytest.raises(TrainingError, match=r"step 4 cannot be written .*No space left.*still step-2, to go on"):
         fit(6)
 
 
@@ -191,3 +208,218 @@ def test_a_manifest_names_every_file(fit):
     folder = fit(2)
     manifest = json.loads((folder / "step-2" / "manifest.json").read_text())
     assert set(manifest["files"]) == {"state"} and manifest["step"] == 2
+
+
+def test_what_is_not_in_the_manifest_is_no_part_of_a_checkpoint(fit):
+    """Lightning reads all that is under state; a file that was put there was never digested."""
+    folder = fit(2) / "step-2"
+    (folder / "notes.txt").write_text("of somebody")
+    assert read_checkpoint(folder).step == 2
+    (folder / "state").rename(folder / "part")
+    (folder / "state").mkdir()
+    (folder / "part").rename(folder / "state" / "0.distcp")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {"state/0.distcp": manifest["files"]["state"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert read_checkpoint(folder).step == 2
+    (folder / "state" / ".metadata").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"damaged: state/.metadata is not in its manifest"):
+        read_checkpoint(folder)
+
+
+def test_a_file_of_a_checkpoints_name_makes_way(fit, tmp_path):
+    """Twice: what was left of the first stood in the way of the second."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("step-2", "step-4", "step-100", ".step-2.removed", ".step-4.partial"):
+        (folder / name).write_text("mine")
+    assert list_checkpoints(folder) == [] and find_checkpoint(folder) is None
+    fit(4)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-2", "step-4"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-100", "step-2", "step-4"]
+
+
+def started(run_dir) -> str:
+    """Gives a run's folder its id, as a run does."""
+    with alone_in(run_dir):
+        return run_id(run_dir)
+
+
+def test_a_checkpoint_names_its_run(fit, tmp_path):
+    own = started(tmp_path)
+    assert started(tmp_path) == own and started(tmp_path / "other") != own
+    checkpoint = read_checkpoint(fit(2) / "step-2")
+    assert checkpoint.run == own and checkpoint.is_own(tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    spelt = link / "other" / ".." / "checkpoints" / "step-2"
+    assert read_checkpoint(spelt).is_own(tmp_path) and read_checkpoint(spelt).is_own(link)
+    assert not is_foreign(spelt, link / "checkpoints" / "..")
+
+
+def test_what_came_from_another_run_is_not_a_runs_own(fit, tmp_path):
+    """However it got there: a link to it, to the folder it lies in, a copy, a nested run."""
+    started(tmp_path)
+    foreign = fit(2) / "step-2"
+    run, nested = tmp_path / "run", tmp_path / "nested"
+    own = started(run)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-2").symlink_to(foreign)
+    shutil.copytree(foreign, run / "checkpoints" / "step-3")
+    nested.mkdir()
+    (nested / ".run").write_text(run_id(tmp_path))  # even one that has the same id, as a copied folder has
+    (nested / "checkpoints").symlink_to(run / "checkpoints")
+    for folder, run_dir in (
+        (run / "checkpoints" / "step-2", run),
+        (run / "checkpoints" / "step-3", run),
+        (foreign, run),
+        (run / ".." / "checkpoints" / "step-2", run),
+    ):
+        assert not read_checkpoint(folder).is_own(run_dir) and is_foreign(folder, run_dir)
+    assert not Checkpoint(foreign, 2, {}, run=None).is_own(tmp_path), "one without a name is nobody's"
+    assert not read_checkpoint(foreign).is_own(nested), "what lies elsewhere is not its own"
+    assert own != read_checkpoint(run / "checkpoints" / "step-3").run
+
+
+def test_one_of_an_older_version_belongs_where_it_lies(fit, tmp_path):
+    old = fit(2) / "step-2"
+    assert read_checkpoint(old).run is None and not is_foreign(old, tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "checkpoints")
+    assert is_foreign(run / "checkpoints" / "step-2", run)
+
+
+def test_what_is_of_another_run_is_passed_over_and_neither_replaced_nor_removed(fit, tmp_path, capsys):
+    own = started(tmp_path)
+    folder = fit(2)
+    (tmp_path / ".run").write_text("0" * 32)
+    assert find_checkpoint(folder).step == 2 and find_checkpoint(folder, tmp_path) is None
+    assert "step-2 is of another run: it is passed over" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match=r"step-2 is one of another run. Move it away"):
+        fit(2)
+    fit(9, every_n_steps=3, keep=1)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-2", "step-9"]
+    assert read_checkpoint(folder / "step-2").run == own
+
+
+# Requests to stop
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals that a shell has its background ignore are heard here; and all are afterwards as before."""
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    expected = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    yield
+    found = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert found == expected, "a training leaves the handlers that it found"
+
+
+@pytest.fixture
+def signalled(tmp_path):
+    """Trains 9 steps; this process gets the given signals at the end of a step."""
+
+    class Send(L.Callback):
+        def __init__(self, step, *numbers):
+            self.step, self.numbers = step, numbers
+
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == self.step:
+                for number in self.numbers:
+                    os.kill(os.getpid(), number)
+
+    def train(step, *numbers, every_n_steps=None):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", every_n_steps, 2, {})
+        trainer = L.Trainer(
+            max_steps=9, max_epochs=-1, callbacks=[Send(step, *numbers), checkpoints], plugins=[CheckpointIO()],
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Line(), DataLoader(torch.ones(64, 1), 1))
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGUSR1, 143)],
+)
+def test_a_request_writes_a_checkpoint_of_the_step(signalled, tmp_path, capsys, number, status):
+    with pytest.raises(Interrupted, match=r"asked to stop at step 3: the state is in .*step-3") as caught:
+        signalled(3, number)
+    assert caught.value.status == status
+    assert find_checkpoint(tmp_path / "checkpoints").step == 3
+    said = capsys.readouterr().out
+    assert f"{signals.name_of(number)}: stopping after this step, with a checkpoint" in said
+    assert ("once more" in said) == (number == signal.SIGINT)
+
+
+def test_a_second_interrupt_ends_at_once_without_one(signalled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signals, "AGAIN", 0.0)
+    with pytest.raises(SystemExit) as caught:
+        signalled(3, signal.SIGINT, signal.SIGINT, every_n_steps=2)
+    assert caught.value.code == 130
+    assert find_checkpoint(tmp_path / "checkpoints").step == 2
+    assert "Stopped at once, with step-2 in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_comes_twice_is_one(signalled, tmp_path, number):
+    """Ctrl-C may come from the terminal and from the parent; SLURM sends SIGTERM to both, and again before it kills."""
+    with pytest.raises(Interrupted, match="step 3"):
+        signalled(3, number, number)
+    assert find_checkpoint(tmp_path / "checkpoints").step == 3
+
+
+def test_one_in_the_last_step_is_not_forgotten(signalled, tmp_path):
+    """There the training is over; export and evaluation, which may take hours, are for the next start."""
+    with pytest.raises(Interrupted, match=r"at the last step, 9: the state is in .*step-9"):
+        signalled(9, signal.SIGTERM)
+    assert find_checkpoint(tmp_path / "checkpoints").step == 9
+
+
+def test_what_nohup_has_ignored_stays_ignored(signalled, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signalled(3, signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Parent directory /x/.step-4.partial does not exist."), PermissionError(13, "Permission denied")],
+)
+def test_a_folder_that_cannot_be_written_is_said_so(fit, monkeypatch, error):
+    save = torch.save
+
+    def fails(state, path):
+        if state["global_step"] == 4:
+            raise error
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(TrainingError, match=r"step 4 cannot be written .*still step-2"):
+        fit(6)
+
+
+def test_a_runs_folder_that_is_gone_is_not_made_again(tmp_path):
+    class Remove(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                shutil.rmtree(tmp_path / "run")
+
+    trainer = L.Trainer(
+        max_steps=9, max_epochs=-1, callbacks=[Remove(), Checkpoints(tmp_path / "run" / "checkpoints", 2, 2, {})],
+        plugins=[CheckpointIO()], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match=r"step 4 cannot be written .*folder is gone.*still none before it"):
+        trainer.fit(Line(), DataLoader(torch.ones(64, 1), 1))
+    assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ from torch.distributed import TCPStore
 
 from pose.app import schema
 from pose.errors import ConfigError, Interrupted, TrainingError
-from pose.training import launch
+from pose.training import launch, signals
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0"}
@@ -210,7 +210,7 @@ def test_the_job_is_handed_on_and_the_sweep_is_not(job, tmp_path):
         assert given[2:6] == ["--config-path", str(CONF), "--config-name", "train"]
         assert set(settings) <= set(given)
         assert set(sweep) & set(given) == ({"hydra.job_logging.root.level=WARN"} if rank == 0 else set())
-        assert ("hydra/job_logging=stdout" in given) is (rank == 1)
+        assert ("hydra/job_logging=pose_worker" in given) is (rank == 1)
         child = job(*given[6:])
         assert (child.pose.num_chunks, child.data.documents, child.model.path) == (3, "a b=c,d.jsonl", "it's, [x]")
         assert (child.seed, child.pose.target_len) == (7, 4096)
@@ -353,40 +353,66 @@ def test_when_one_fails_all_end_and_its_status_is_the_jobs(processes, codes, sta
 
 
 SAVES = (
-    "on({0}, lambda: (time.sleep(1.2), tell('saved' + os.environ['RANK']), os._exit(143))); tell('{1}'); time.sleep(60)"
+    "on({0}, lambda: (time.sleep(1.2), tell('saved' + os.environ['RANK']), os._exit({2}))); tell('{1}'); time.sleep(60)"
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_request_to_stop_is_passed_on_and_waited_for(processes, send, tmp_path, number):
+@pytest.fixture
+def terminal():
+    """What signals do in a process of a terminal; a shell has the processes in its background ignore SIGINT."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "name"),
+    [
+        (signal.SIGTERM, 143, "SIGTERM"),
+        (signal.SIGUSR1, 143, "SIGUSR1"),
+        (signal.SIGHUP, 143, "SIGHUP"),
+        (signal.SIGINT, 130, "Ctrl-C"),
+    ],
+)
+def test_a_request_to_stop_is_passed_on_and_waited_for(processes, send, tmp_path, terminal, number, status, name):
     """Longer than a failure's grace: one saves, the other has ended already."""
     send(number, "ready0", "ready1")
-    with pytest.raises(Interrupted, match=f"stopped by {number.name}") as error:
+    with pytest.raises(Interrupted, match=f"stopped by {name}") as error:
         processes(
-            SAVES.format(int(number), "ready0"),
-            f"on({int(number)}, lambda: os._exit(143)); tell('ready1'); time.sleep(60)",
+            SAVES.format(int(number), "ready0", status),
+            f"on({int(number)}, lambda: os._exit({status})); tell('ready1'); time.sleep(60)",
         )
-    assert error.value.status == 143 and (tmp_path / "saved0").exists()
+    assert error.value.status == status and (tmp_path / "saved0").exists()
 
 
-@pytest.fixture
-def on_interrupt():
-    """Sets what SIGINT does in this process; a shell has the processes in its background ignore it."""
-    before = signal.getsignal(signal.SIGINT)
-    yield lambda handler: signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGINT, before)
+def test_a_second_interrupt_is_waited_for_no_longer_than_a_failure(processes, send, tmp_path, terminal, monkeypatch):
+    """The processes end at once by themselves; one that cannot is killed."""
+    monkeypatch.setattr(signals, "AGAIN", 0.2)
+    send(signal.SIGINT, "ready0")
+    send(signal.SIGINT, "heard")
+    code = (
+        "signal.signal(15, signal.SIG_IGN); on(2, lambda: (time.sleep(0.3), tell('heard'))); tell('ready0')\n"
+        "while True: time.sleep(1)"
+    )
+    begin = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped by Ctrl-C") as error:
+        processes(code)
+    assert error.value.status == 130 and time.monotonic() - begin < 20
 
 
-def test_a_keyboard_interrupt_ends_all(processes, send, on_interrupt):
-    on_interrupt(signal.default_int_handler)
-    send(signal.SIGINT, "ready0", "ready1")
-    with pytest.raises(Interrupted) as error:
-        processes(*(f"on(2, lambda: os._exit(1)); tell('ready{rank}'); time.sleep(60)" for rank in range(2)))
-    assert error.value.status == 130
+@pytest.mark.parametrize("status", [130, 143])
+def test_processes_that_were_asked_to_stop_and_did_are_no_failure(processes, status):
+    """Without a signal to this one: a scheduler has sent it to them alone."""
+    with pytest.raises(Interrupted, match="was asked to stop") as error:
+        processes(f"sys.exit({status})", "")
+    assert error.value.status == status
 
 
-def test_a_signal_that_is_ignored_stays_ignored(processes, send, on_interrupt):
-    on_interrupt(signal.SIG_IGN)
+def test_a_signal_that_is_ignored_stays_ignored(processes, send, terminal):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     send(signal.SIGINT, "ready0")
     processes("on(2, lambda: os._exit(1)); tell('ready0'); time.sleep(0.5)")
 
@@ -410,7 +436,7 @@ def test_the_launcher_around_hears_of_its_signal_when_all_is_saved(processes, se
     try:
         send(signal.SIGUSR2, "ready0")
         with pytest.raises(Interrupted):
-            processes(SAVES.format(15, "ready0"))
+            processes(SAVES.format(15, "ready0", 143))
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert heard == [True]

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -36,7 +38,20 @@ def data(tmp_path):
     return data
 
 
-def fit(data, callbacks=(), steps=15, ckpt_path=None, **options) -> tuple[PoseModule, L.Trainer]:
+class Recorder(DummyLogger):
+    """Notes what is logged, by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.setdefault(step, {}).update(metrics)
+
+
+def fit(
+    data, callbacks=(), steps=15, ckpt_path=None, logger=False, log_every=1, clip=None, precision="32-true", **options
+) -> tuple[PoseModule, L.Trainer]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -49,13 +64,13 @@ def fit(data, callbacks=(), steps=15, ckpt_path=None, **options) -> tuple[PoseMo
         )
     )
     module = PoseModule(
-        lambda strategy: model, expected=None, target_len=64, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1,
-        warmup_steps=0, max_steps=steps, **{"schedule": "constant"} | options,
+        lambda strategy: model, expected=None, target_len=64, betas=(0.9, 0.99), weight_decay=0.1,
+        warmup_steps=0, max_steps=steps, **{"schedule": "constant", "lr": 1e-2} | options,
     )  # fmt: skip
     trainer = L.Trainer(
-        max_steps=steps, max_epochs=-1, accumulate_grad_batches=2, accelerator="cpu", logger=False,
+        max_steps=steps, max_epochs=-1, accumulate_grad_batches=2, accelerator="cpu", logger=logger,
         callbacks=[Weights(), *callbacks], enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=1,
+        enable_model_summary=False, log_every_n_steps=log_every, gradient_clip_val=clip, precision=precision,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return module, trainer
@@ -109,7 +124,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(data, break_loss, item):
     message = str(caught.value)
     assert f"loss of step {item // 4 + 1} is not finite" in message
     assert f"example (epoch {epoch}, index {index}), document {document} (loss nan)" in message
-    assert message.count("example (") == 1 and "trainer.on_nonfinite=skip" in message
+    assert message.count("example (") == 1 and caught.value.changes == ("trainer.on_nonfinite=skip",)
 
 
 def test_a_skipped_step_changes_no_weight_and_the_next_ones_train(data, break_loss, capsys):
@@ -181,6 +196,181 @@ def test_the_logged_loss_is_the_mean_since_the_last(data, monkeypatch):
     torch.testing.assert_close(
         trainer.callback_metrics["train/loss"], torch.stack([loss for loss, _ in losses[-2:]]).mean()
     )
+
+
+# What is logged
+
+
+@pytest.fixture
+def mixed(data, tmp_path):
+    """Half of the examples are retrieval tasks."""
+    data = PoseDataModule(
+        data.documents, TOKENIZER, PoSE(64, 128), num_examples=60, micro_batch=2, global_batch=4, seed=5,
+        cache_dir=tmp_path, synthetic={"copy": 0.5},
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_losses_of_text_and_of_retrieval_are_logged_apart(mixed, monkeypatch, log_every):
+    """Each the mean over its examples since the last ones logged, told by where a loss is taken."""
+    honest, seen = pose_module.loss_and_example_losses, []
+
+    def record(hidden, head, labels):
+        loss, by_example = honest(hidden, head, labels)
+        kinds = ["retrieval" if (row == -100).any() else "text" for row in labels]
+        seen.extend(zip(kinds, by_example.tolist(), strict=True))
+        return loss, by_example
+
+    monkeypatch.setattr(pose_module, "loss_and_example_losses", record)
+    recorder = Recorder()
+    fit(mixed, logger=recorder, log_every=log_every)
+    del seen[: len(seen) - 60]  # of the guards
+    kinds = [mixed.describe(batch, row).endswith("a retrieval task") for batch in range(30) for row in range(2)]
+    assert kinds == [kind == "retrieval" for kind, _ in seen] and 20 < sum(kinds) < 40
+    steps = range(log_every, 16, log_every)
+    assert sorted(recorder.rows) == [step - 1 for step in steps]
+    for step in steps:
+        window, row = seen[4 * (step - log_every) : 4 * step], recorder.rows[step - 1]
+        for kind in ("text", "retrieval"):
+            losses = [loss for one, loss in window if one == kind]
+            found = row.get(f"train/loss_{kind}")
+            assert (found is None) == (not losses), "nothing of an earlier row is said again"
+            assert found is None or found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_without_retrieval_there_is_one_curve(data):
+    recorder = Recorder()
+    fit(data, logger=recorder)
+    assert all("train/loss" in row and "train/loss_text" not in row for row in recorder.rows.values())
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_the_rate_and_the_norm_of_the_gradient_are_those_of_the_step(data, clip):
+    """Before clipping, and without it too."""
+
+    class Look(L.Callback):
+        def __init__(self):
+            self.norms, self.rates = {}, {}
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            squares = [p.grad.double().square().sum() for p in pl_module.parameters()]
+            self.norms[trainer.global_step] = torch.stack(squares).sum().sqrt().item()
+            self.rates[trainer.global_step] = optimizer.param_groups[0]["lr"]
+
+    look, recorder = Look(), Recorder()
+    fit(data, [look], logger=recorder, clip=clip, schedule="linear")
+    assert {step: row["train/grad_norm"] for step, row in recorder.rows.items()} == pytest.approx(look.norms, rel=1e-4)
+    assert {step: row["train/lr"] for step, row in recorder.rows.items()} == pytest.approx(look.rates)
+    assert look.rates[0] == 1e-2 and look.rates[14] == pytest.approx(1e-2 / 15)
+    assert max(look.norms.values()) > 0.5, "what is clipped is logged as it was"
+
+
+def test_what_is_logged_changes_no_weight(data):
+    weights = []
+    for log_every in (1, 7, 100):
+        module, _ = fit(data, logger=Recorder(), log_every=log_every)
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_between_logged_steps_nothing_is_reduced(data, monkeypatch):
+    """A reduction over all processes is one for each logged row, not one for each batch."""
+    calls = []
+    reduce = SingleDeviceStrategy.reduce
+
+    def counted(self, tensor, *arguments, **options):
+        calls.append(self.lightning_module.global_step)
+        return reduce(self, tensor, *arguments, **options)
+
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", counted)
+    fit(data, log_every=5)
+    assert [step for step in calls if step] == [5] * 3 + [10] * 3 + [15] * 3
+
+
+@pytest.mark.parametrize("stop", [7, 8])
+def test_a_run_that_goes_on_logs_what_it_would_have(mixed, tmp_path, stop):
+    """Also of the examples between the last row and the checkpoint."""
+    whole, rest = Recorder(), Recorder()
+    fit(mixed, logger=whole, log_every=4, steps=15)
+    _, trainer = fit(mixed, log_every=4, steps=stop)
+    trainer.save_checkpoint(tmp_path / "state")
+    fit(mixed, logger=rest, log_every=4, steps=15, ckpt_path=tmp_path / "state")
+    assert rest.rows == {step: row for step, row in whole.rows.items() if step >= stop} != {}
+
+
+def test_one_that_goes_on_from_an_older_version_logs_again(mixed, tmp_path):
+    """Its checkpoints have the losses alone."""
+    _, trainer = fit(mixed, log_every=4, steps=6)
+    trainer.save_checkpoint(tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    for name in ("recent_by_kind", "least_loss"):
+        del state["pose"][name]
+    torch.save(state, tmp_path / "state")
+    recorder = Recorder()
+    fit(mixed, logger=recorder, log_every=4, ckpt_path=tmp_path / "state")
+    assert {"train/loss", "train/loss_text", "train/lr"} <= recorder.rows[7].keys()
+
+
+def test_the_guards_say_what_they_found(data, capsys):
+    fit(data)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Checked")]
+    for words in (
+        "frequencies are fp32",
+        "the first chunk reaches the last, 64 positions apart",
+        "loss is the model's",
+    ):
+        assert words in line
+
+
+# A loss that has got lost
+
+
+def test_a_training_that_has_diverged_says_so_and_exports_nothing(data, capsys):
+    """Once on the way, and as an error at the end, in place of a guard's or an export's."""
+    ended = []
+
+    class End(L.Callback):
+        def on_train_end(self, *_):
+            ended.append(True)
+
+    with pytest.raises(TrainingError) as caught:
+        fit(data, [End()], lr=3.0, log_every=4)
+    message = str(caught.value)
+    for words in ("diverged: at step 15", "nats per token, where guessing gives 8.3", "finetune.lr (it is 3)"):
+        assert words in message
+    assert caught.value.anew and caught.value.changes == ("finetune.lr=0.3",) and caught.value.is_everywhere
+    assert not ended
+    assert capsys.readouterr().out.count("Warning: the training has diverged: at step 4") == 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([8.4, 8.3, 8.35], False),  # random weights, and too few steps
+        ([8.4, 7.0, 3.0], False),
+        ([3.0, 8.32, 8.32], True),  # a model that could do something, and guesses now
+        ([3.0, 8.32, 4.0], False),  # it came back
+        ([8.4, 1e7, 2350.0], True),
+        ([12.0, 11.0, 10.5], False),  # a far rescaling, which training takes back
+        ([2.0, 2.2, 7.0], False),
+    ],
+)
+def test_it_has_diverged_when_it_guesses_and_was_better(data, monkeypatch, losses, diverged):
+    def loss_and_example_losses(hidden, head, labels):
+        loss = losses[min(len(seen) // 2, 2)] + 0 * head(hidden).sum()
+        seen.append(loss)
+        return loss, loss.detach().expand(len(labels))
+
+    seen = []
+    monkeypatch.setattr(pose_module, "loss_and_example_losses", loss_and_example_losses)
+    if diverged:
+        with pytest.raises(TrainingError, match="diverged"):
+            fit(data, steps=3)
+    else:
+        fit(data, steps=3)
 
 
 class Rates(L.Callback):

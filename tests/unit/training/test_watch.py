@@ -14,18 +14,20 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers.logger import DummyLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pose.app import build, schema
+from pose.app import schema
+from pose.app.preflight import plan_training
+from pose.app.run import Run
 from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, DataError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite
-from pose.evaluation.task import Estimate
+from pose.evaluation.task import Estimate, Metric
 from pose.modeling.attention import BACKENDS
 from pose.positions import PoSE
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoints, find_checkpoint
 from pose.training.module import PoseModule
-from pose.training.watch import Watch, WatchOptions, check_best, metric_names, read_best, summary
+from pose.training.watch import Watch, WatchOptions, check_best, read_best, summary
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 TOKENIZER = AutoTokenizer.from_pretrained("assets/tiny")
@@ -204,7 +206,7 @@ def test_the_best_folder_has_the_model_of_its_step(data, tmp_path):
 def test_a_run_that_goes_on_watches_as_if_it_had_never_stopped(data, tmp_path):
     """From a checkpoint before the best step; what was exported beyond it stands until it comes again."""
     values = [9.0, 5.0, 6.0, 4.0, 4.5, 4.0]
-    increases = [0.0, 0.06, 0.0, 0.08, 0.0, 0.13]
+    increases = [0.0, 0.06, 0.08, 0.08, 0.12, 0.18]
 
     def watch(folder, first=0):
         export = Export(TOKENIZER, tmp_path / folder / "best", torch.float32)
@@ -228,7 +230,8 @@ def test_a_run_that_goes_on_watches_as_if_it_had_never_stopped(data, tmp_path):
     assert torch.equal(weights(got), weights(expected))
     assert more.watched == [row for row in rows.watched if row[0] >= 2]
     assert resumed.found == whole.found and whole.found["step"] == 3
-    assert resumed.state_dict() == whole.state_dict() == {"watched": 5, "warned": pytest.approx(0.13)}
+    expected_state = {"watched": 5, "warned": pytest.approx(0.18), "increase": pytest.approx(0.18)}
+    assert resumed.state_dict() == whole.state_dict() == expected_state
     theirs, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "best") for name in ("whole", "run"))
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
 
@@ -278,23 +281,40 @@ def test_a_best_value_belongs_to_what_was_measured():
     assert len(set(prints)) == 4 and under(a={"8": 1}) == prints[0]
 
 
-def test_a_best_of_another_metric_or_measurement_is_not_taken_over(data, tmp_path):
+def test_a_best_of_another_metric_or_measurement_or_shape_is_not_taken_over(data, tmp_path, capsys):
     export = Export(TOKENIZER, tmp_path / "best", torch.float32)
     export.save = lambda trainer, module: export.folder.mkdir(exist_ok=True)
     watch = Watch(FakeSuite(*[{"ppl@64": 3.0}] * 4), 2, best="ppl@64", export=export)
     fit(data, Checkpoints(tmp_path, 2, 1, {}), watch, steps=4)
     kept = watch.found
-    for change in ({}, {"metric": "ppl@32"}, {"under": "other"}, None):
+    shapes = ({"value": "3.0"}, {"step": None}, {"step": "2"}, {"metric": 1}, {"under": ["x"]}, {"value": [3.0]})
+    for change in ({}, {"metric": "ppl@32"}, {"under": "other"}, None, *shapes):
         content = "{" if change is None else json.dumps(kept | change)
         (tmp_path / "best" / "pose_best.json").write_text(content)
         again = Watch(FakeSuite({"ppl@64": 4.0}), 2, best="ppl@64", export=export)
         fit(data, again, ckpt_path=find_checkpoint(tmp_path).state)
         assert again.found["step"] == (2 if change == {} else 5)
+        said = capsys.readouterr().out
+        assert ("the best model there counts as none" in said) == (change is None or change in shapes)
 
 
-def test_the_gate_warns_first_and_whenever_it_got_worse_again(data, capsys):
-    """More than 5 % above 10, then more than 5 points above what was last warned of; never before the first step."""
-    increases = [0.5, 0.04, 0.06, 0.10, 0.12, 0.03]
+@pytest.mark.parametrize(
+    ("increases", "steps"),
+    [
+        # More than 5 % above, then more than 5 points above what was last warned of; never before the first step.
+        ([0.5, 0.04, 0.06, 0.10, 0.12, 0.03], [2, 4]),
+        # Rescaling has raised it, and training takes it back: nothing at step 1, however much is left.
+        ([0.44, 0.44, 0.30, 0.20, 0.08, 0.04], []),
+        # It ends above the limit, though it still falls.
+        ([0.44, 0.43, 0.30, 0.20, 0.10, 0.07], [5]),
+        # It has stopped falling.
+        ([0.44, 0.40, 0.20, 0.20, 0.19, 0.18], [3]),
+        # Training itself raises it.
+        ([0.00, 0.10, 0.11, 0.12, 0.13, 0.14], [2]),
+        ([0.00, 0.03, 0.02, 0.03, 0.02, 0.03], []),
+    ],
+)
+def test_the_gate_warns_of_what_training_does_not_take_back(data, capsys, increases, steps):
     short = FakeSuite(*({"ppl@64": 10 * (1 + increase)} for increase in increases))
     watch = Watch(FakeSuite(*[{"ppl@96": 7.0}] * 6), 1, short=short, max_short_increase=0.05)
     watch.untuned = 10.0
@@ -302,9 +322,22 @@ def test_the_gate_warns_first_and_whenever_it_got_worse_again(data, capsys):
     logged = [metrics["val/short_ppl_increase"] for _, metrics in recorder.watched]
     assert logged == pytest.approx(increases)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
-    assert [line.split("at step ")[1][0] for line in warnings] == ["2", "4"]
-    for word in ("window of 64 tokens", "10.60", "6.0% above", "10.00", "watch.max_short_increase=0.05", "finetune.lr"):
-        assert word in warnings[0]
+    assert [int(line.split("at step ")[1][0]) for line in warnings] == steps
+    if warnings:
+        increase = increases[steps[0]]
+        for word in (
+            "window of 64 tokens", f"{10 * (1 + increase):.2f}", f"{increase:.1%} above", "10.00",
+            "watch.max_short_increase=0.05", "more steps (trainer.max_steps)", "finetune.lr",
+        ):  # fmt: skip
+            assert word in warnings[0]
+
+
+def test_a_run_of_one_watch_says_at_its_end_that_short_texts_are_harder(data, capsys):
+    short = FakeSuite({"ppl@64": 14.4}, {"ppl@64": 14.0})
+    watch = Watch(FakeSuite(*[{"ppl@96": 7.0}] * 2), STEPS, short=short, max_short_increase=0.05)
+    watch.untuned = 10.0
+    fit(data, watch)
+    assert f"at step {STEPS}, 40.0% above" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("untuned", "limit"), [(None, 0.05), (10.0, None)])
@@ -324,44 +357,38 @@ def test_measuring_is_no_time_of_training(data):
 
     throughput = Throughput()
     begin = time.perf_counter()
-    fit(data, throughput, Watch(Slow(*[{"ppl@64": 3.0}] * 6), 1, throughput=throughput))
-    assert 0 < throughput.seconds < time.perf_counter() - begin - 6 * 0.2
-    before = throughput.start
-    throughput.leave_out(3.0)
-    assert throughput.start == before + 3.0, "of the rate too"
+    _, recorder = fit(data, throughput, Watch(Slow(*[{"ppl@64": 3.0}] * 6), 1, throughput=throughput))
+    taken = time.perf_counter() - begin - 6 * 0.2
+    assert 0 < throughput.seconds < taken
+    seconds = [metrics["train/step_seconds"] for _, metrics in recorder.rows if "train/step_seconds" in metrics]
+    assert len(seconds) == STEPS and sum(seconds) < taken, "of a step too"
 
 
-def test_names_are_those_that_are_measured(suite, tmp_path):
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        attn_implementation=BACKENDS["sdpa"],
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    measured = suite.run(model, progress=False)
-    assert sorted(metric_names(suite.options, suite.lengths)) == sorted(measured)
-    assert "tail_ppl@200" in measured and "tail_ppl@128" not in measured
-    for depths in (None, [0.0, 0.25]):
-        options = EvalOptions(
-            tasks=["needle", "ruler/niah_single_1"], lengths=[256, 300], trials=1, depths=depths,
-            haystack=suite.options.documents,
-        )  # fmt: skip
-        measured = Suite(options, TOKENIZER, None, tmp_path).run(model, progress=False)
-        assert sorted(metric_names(options, options.lengths)) == sorted(measured)
-
-
-def test_names_of_benchmarks_have_no_length():
-    assert metric_names(EvalOptions(tasks=["harness/boolq"]), [8, 16]) == ["harness/boolq"]
-
-
-@pytest.mark.parametrize("best", ["passkey@1024", "paskey@96", "tail_ppl@48", "loss", "position_ppl@0-41"])
-def test_a_misspelt_best_is_refused_and_what_there_is_named(best):
-    options = WatchOptions(tasks=["perplexity", "passkey"], documents="x", tail=50, bin=40, every_n_steps=5, best=best)
+@pytest.mark.parametrize("best", ["passkey@1024", "paskey@128", "tail_ppl@128", "loss", "position_ppl@0-91"])
+def test_a_misspelt_best_is_refused_and_what_there_is_named(suite, best):
+    options = WatchOptions(every_n_steps=5, best=best)
     with pytest.raises(ConfigError) as caught:
-        check_best(options, [48, 96])
+        check_best(options, suite)
     message = str(caught.value)
-    assert f"watch.best='{best}'" in message and "ppl@48, ppl@96, tail_ppl@96, bits_per_byte@48" in message
-    options.best = "position_ppl@80-96"
-    check_best(options, [48, 96])
+    assert f"watch.best='{best}'" in message and "ppl@128, bits_per_byte@128, ppl@200" in message
+    assert "passkey@128, passkey@200" in message
+    options.best = "position_ppl@90-180"
+    check_best(options, suite)
+
+
+def test_the_best_depth_of_a_needle_is_named_as_it_is_measured(documents, tmp_path):
+    """0.333333 is no name of 1/3, and was accepted."""
+    options = EvalOptions(tasks=["needle"], lengths=[256], trials=1, depths=[1 / 3], haystack=documents)
+    suite = Suite(options, TOKENIZER, None, tmp_path)
+    with pytest.raises(ConfigError, match=r"'needle@256/0\.333333' is not measured: .*needle@256/0\.3333333333333333"):
+        check_best(WatchOptions(every_n_steps=5, best="needle@256/0.333333"), suite)
+    check_best(WatchOptions(every_n_steps=5, best="needle@256/0.3333333333333333"), suite)
+
+
+def test_a_best_whose_direction_nobody_knows_is_refused():
+    suite = SimpleNamespace(metrics=lambda: {"harness/mine": Metric("mine", None, ".3f")})
+    with pytest.raises(ConfigError, match=r"'harness/mine' cannot be chosen: .*whether higher is better"):
+        check_best(WatchOptions(every_n_steps=5, best="harness/mine"), suite)
 
 
 def test_the_line_shows_each_thing_once():
@@ -371,9 +398,15 @@ def test_the_line_shows_each_thing_once():
         "short_ppl_increase": 0.0234,
     }  # fmt: skip
     assert summary(metrics) == (
-        "ppl@48 12, tail_ppl@96 14.12, passkey@96 85%, needle@96 50%, harness/boolq 62%, "
+        "ppl@48 12.0, tail_ppl@96 14.1, passkey@96 85%, needle@96 50%, harness/boolq 62.5%, "
         "perplexity of short texts +2.3%"
     )
+
+
+def test_the_line_has_no_percentages_of_what_is_no_share():
+    described = {"harness/mine": Metric("mine", False, ".3f"), "harness/other": Metric("other", True, ".1%")}
+    values = {"harness/mine": 0.875, "harness/other": 0.875, "harness/unknown": 0.875}
+    assert summary(values, described) == "harness/mine 0.875, harness/other 87.5%, harness/unknown 0.875"
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +420,7 @@ def plan(tmp_path, cache):
         common = [f"experiment={experiment}", "eval=none", f"cache_dir={cache}", "trainer.accelerator=cpu"]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", [*common, *overrides])
-        return build.plan_training(cfg, tmp_path)
+        return plan_training(cfg, tmp_path)
 
     return plan_
 
@@ -447,14 +480,12 @@ def test_what_cannot_work_is_refused_by_its_own_name(plan, overrides, error, wor
     assert "eval.trials" not in str(caught.value)
 
 
-def test_the_final_models_are_compared_too(capsys):
-    from pose.app import run as outcome
-
-    plan = SimpleNamespace(geometry=SimpleNamespace(window=64))
+def test_the_final_models_are_compared_too(tmp_path, capsys):
     for after, limit, words in ((10.6, 0.05, "10.60 after the training, 6.0% above"), (10.4, 0.05, ""), (99, None, "")):
-        cfg = SimpleNamespace(watch=SimpleNamespace(max_short_increase=limit))
-        outcome.warn_of_short(cfg, plan, {"untuned": {"ppl@64": 10.0}, "extended": {"ppl@64": after}})
+        run = Run(SimpleNamespace(watch=SimpleNamespace(max_short_increase=limit)), tmp_path)
+        run.plan = SimpleNamespace(geometry=SimpleNamespace(window=64))
+        run.warn_of_short({"untuned": {"ppl@64": 10.0}, "extended": {"ppl@64": after}})
         out = capsys.readouterr().out
         assert words in out and bool(out) == bool(words)
-    outcome.warn_of_short(cfg, plan, {"extended": {"ppl@64": 99.0}})
+    run.warn_of_short({"extended": {"ppl@64": 99.0}})
     assert not capsys.readouterr().out

@@ -1,0 +1,245 @@
+"""Before any weights are loaded: the whole run checked, and everything prepared but the model."""
+
+import dataclasses
+import difflib
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import PretrainedConfig
+
+from pose.app import build, models
+from pose.app.schema import MAX_SEED, FinetuneConfig, TrainConfig, to_options
+from pose.data.datamodule import PoseDataModule
+from pose.errors import ConfigError, PoseError, require_int
+from pose.evaluation.options import EvalOptions
+from pose.evaluation.suite import Suite
+from pose.files import REPOSITORY, is_inside, locate
+from pose.modeling.attention import resolve_backend
+from pose.modeling.layers import check_layers
+from pose.modeling.load import load_tokenizer, rope_geometry, scale_config
+from pose.positions import PositionSampler
+from pose.rope import Frequencies, RopeGeometry, RopeScaling
+from pose.training.callbacks import Export, Throughput
+from pose.training.checkpoints import Checkpoint, Checkpoints
+from pose.training.resume import check_finished, check_resume, find_resume, finished_steps, resume_settings
+from pose.training.watch import Watch
+
+log = logging.getLogger(__name__)
+
+SHIPPED = REPOSITORY / "assets"
+MANY_EPOCHS = 4  # beyond this many, text is learnt by heart (Muennighoff et al. 2023, arXiv 2305.16264)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights.
+
+    Attributes:
+        base: the model's own config.
+        config: the same with scaling and new window written in.
+        tokenizer: of the model.
+        scaling, sampler: with everything filled in.
+        geometry: of the base.
+        trainer: built, not started.
+        data: tokenised.
+        suite: what is measured before and after; None for eval=none.
+        watch: what is measured meanwhile; None without it.
+        settings: what decides the weights, by key.
+        checkpoint: from which training goes on; None at the beginning.
+        is_finished: whether the run folder holds this run, complete.
+    """
+
+    base: PretrainedConfig
+    config: PretrainedConfig
+    tokenizer: Any
+    scaling: RopeScaling
+    sampler: PositionSampler
+    geometry: RopeGeometry
+    trainer: L.Trainer
+    data: PoseDataModule
+    suite: Suite | None
+    watch: Watch | None
+    settings: dict[str, Any]
+    checkpoint: Checkpoint | None
+    is_finished: bool
+
+    @property
+    def ckpt_path(self) -> Path | None:
+        """For Trainer.fit."""
+        return None if self.checkpoint is None else self.checkpoint.state
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done already."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def expected(self) -> Frequencies | None:
+        """The closed form that the built model must have at the target; None for a checkpoint's own scaling."""
+        closed = self.scaling.name != "none" or self.geometry.rope_type == "default"
+        return self.scaling.frequencies(self.geometry, self.sampler.target_len) if closed else None
+
+
+def check_config(cfg: DictConfig, schema: type):
+    """What holds for every command's config: no key beside the schema's, no empty value, seeds that exist.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    _check_keys(cfg, schema, "")
+    _check_no_empty(cfg, "")
+    for key in ("seed", "eval.seed", "watch.seed"):
+        if OmegaConf.select(cfg, key) is not None:
+            require_int(key, OmegaConf.select(cfg, key), at_least=0, at_most=MAX_SEED)
+    if cfg.get("num_threads") is not None:
+        require_int("num_threads", cfg.num_threads, at_least=1)
+
+
+def _check_keys(node: DictConfig, schema: type, prefix: str):
+    """Keys that `+key=value` has put beside those of the schema: nothing would read them."""
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    for key in node:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            meant = f"did you mean {prefix}{near[0]}?" if near else f"choose from {', '.join(fields)}"
+            raise ConfigError(f"{prefix}{key!s} is no key of the config: {meant}")
+        kind = OmegaConf.get_type(node, key) if not OmegaConf.is_missing(node, key) else None
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            _check_keys(node[key], kind, f"{prefix}{key}.")
+
+
+def _check_no_empty(node: Any, key: str):
+    """An unset shell variable makes `key=`: as a path it would be the folder that one stands in."""
+    if isinstance(node, DictConfig | ListConfig):
+        is_list = isinstance(node, ListConfig)
+        for name in range(len(node)) if is_list else list(node):
+            inner = f"{key}[{name}]" if is_list else f"{key}.{name}".removeprefix(".")
+            if OmegaConf.is_missing(node, name):
+                continue
+            try:
+                value = node[name]
+            except OmegaConfBaseException as error:  # a reference (${...}) to nothing, or to another type
+                raise ConfigError(f"{inner} cannot be worked out: {str(error).splitlines()[0]}") from error
+            _check_no_empty(value, inner)
+    elif isinstance(node, str) and not node.strip():
+        raise ConfigError(
+            f"{key} is empty: give a value, null for none, or leave it out (is a shell variable that it takes not set?)"
+        )
+
+
+def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
+    """Checks the whole run and prepares all but the weights.
+
+    Raises:
+        PoseError: what cannot work, before any long work.
+    """
+    check_config(cfg, TrainConfig)
+    if OmegaConf.is_missing(cfg.data, "documents"):
+        raise ConfigError("data.documents is not set: give a file, a folder or a glob, or a list of them")
+    for group in ("model", "data", "finetune", "trainer", "eval", "watch"):  # whose values are checked where they stand
+        try:
+            OmegaConf.to_object(cfg[group])
+        except PoseError as error:
+            raise error.under(group) from None
+    checkpoint = find_resume(cfg, run_dir)
+    models.find_model(cfg)
+    base, config = models.model_config(cfg), models.model_config(cfg)
+    check_layers(base)
+    geometry = rope_geometry(base)
+    sampler = build.build_sampler(cfg.pose, geometry.window)
+    scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
+    resolve_backend(cfg.model.attention)
+    models.check_lora(to_options(cfg.finetune, FinetuneConfig).lora, config)
+    tokenizer = _tokenizer(cfg, base, config)
+    trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
+    micro_batch = build.accumulate(trainer, cfg.trainer.micro_batch, cfg.trainer.global_batch)
+    data = build.build_data(cfg, tokenizer, sampler, micro_batch, config.vocab_size)
+    measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)
+    suite = build.build_suite(to_options(cfg.eval, EvalOptions), *measured)
+    export = partial(Export, tokenizer, dtype=build.DTYPES[cfg.model.export_dtype])
+    throughput = next(one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
+    watch = build.build_watch(cfg, *measured, export=export(run_dir / "best"), throughput=throughput)
+    data.prepare_data()
+    data.setup()
+    say_tokens(cfg, data, sampler)
+    fill_in(cfg, sampler, scaling)
+    settings = resume_settings(cfg, trainer, data, base)
+    is_finished = cfg.resume == "auto" and finished_steps(run_dir) == cfg.trainer.max_steps
+    if checkpoint is not None:
+        check_resume(cfg, checkpoint, settings, run_dir)
+    elif is_finished:
+        check_finished(settings, run_dir)
+    own, t = run_dir / "checkpoints", cfg.trainer
+    saved = checkpoint.step if checkpoint is not None and checkpoint.is_own(run_dir) else None
+    trainer.callbacks += [  # type: ignore[attr-defined]
+        Checkpoints(own, t.checkpoint_every_n_steps, t.keep_checkpoints, settings, saved),
+        *([] if watch is None else [watch]),
+        export(run_dir / "model"),
+    ]
+    return Plan(
+        base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite, watch, settings, checkpoint,
+        is_finished,
+    )  # fmt: skip
+
+
+def _tokenizer(cfg: DictConfig, base: PretrainedConfig, config: PretrainedConfig):
+    path = cfg.model.tokenizer or cfg.model.path
+    if path is None:
+        raise ConfigError("model.tokenizer is not set, and a model from random weights has none of its own")
+    tokenizer = load_tokenizer(locate(path), cfg.model.revision)
+    if cfg.model.path is None:
+        for new in (base, config):
+            new.vocab_size = len(tokenizer)
+            new.bos_token_id, new.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    else:
+        models.check_vocabulary(tokenizer, base, path)
+    return tokenizer
+
+
+def say_tokens(cfg: DictConfig, data: PoseDataModule, sampler: PositionSampler):
+    """How much text there is and how often it is seen; warns of what somebody may not have meant."""
+    num_tokens, share = data.num_tokens, 1 - sum(data.synthetic.values())
+    trained = cfg.trainer.max_steps * cfg.trainer.global_batch * sampler.example_len
+    epochs = share * trained / num_tokens
+    of_text = "" if share > 1 - 1e-9 else f", {share:.0%} of them text"
+    log.info(
+        f"Data        {num_tokens:,} tokens in {data.num_documents:,} documents; training takes {trained:,} tokens"
+        f"{of_text}: {epochs:.2g} epochs"
+    )
+    is_shipped = all(isinstance(path, str) and is_inside(path, SHIPPED) for path in _paths(data.documents))
+    is_real = cfg.model.path is not None and not is_inside(locate(cfg.model.path), SHIPPED)
+    own = "data=jsonl data.documents=FILE, a folder or a glob, or data=pile (docs/DATA.md)"
+    if is_shipped and is_real:
+        log.warning(
+            f"{cfg.model.path} trains on the few texts that come with this repository ({num_tokens:,} tokens, "
+            f"{epochs:.2g} epochs), which are meant for trying things out. Your own text: {own}"
+        )
+    elif epochs > MANY_EPOCHS:
+        log.warning(
+            f"the text is seen {epochs:.1f} times over; beyond {MANY_EPOCHS} a model learns it by heart. What helps: "
+            f"more text ({own}), or fewer trainer.max_steps"
+        )
+    heldout = cfg.data.heldout
+    if not is_shipped and isinstance(heldout, str) and is_inside(locate(heldout), SHIPPED):
+        log.warning(
+            f"data.heldout={heldout} comes with this repository, while data.documents are your own: perplexity is "
+            "measured on other text than yours. data.heldout=null sets some of your documents aside"
+        )
+
+
+def _paths(documents) -> list:
+    documents = documents if isinstance(documents, list) else [documents]
+    return [one.get("path") if isinstance(one, dict) else one for one in documents]
+
+
+def fill_in(cfg: DictConfig, sampler: PositionSampler, scaling: RopeScaling):
+    """Writes what was worked out into the config, so that config.yaml says it."""
+    cfg.pose.train_len = sampler.train_len
+    if scaling.name != "none":
+        cfg.rope.factor = scaling.factor

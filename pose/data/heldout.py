@@ -1,0 +1,67 @@
+"""Whole documents of the training data that are kept for evaluation, where nobody names others."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pose.data.cache import TokenCache
+from pose.errors import DataError
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A share of the documents that are long enough to be measured on.
+
+    The choice is by the documents' ids alone, so that it is the same for every seed, and for every sampler and method
+    of a sweep.
+
+    Args:
+        documents: of the training, as `TokenCache.build` takes them.
+        share: of the documents with long_enough tokens, in (0, 1); at least one is taken, and one is left.
+        long_enough: tokens.
+        cache_dir: the folder of all token caches.
+        text_field: as `TokenCache.build`.
+        choice: its other options.
+    """
+
+    documents: Any
+    share: float
+    long_enough: int
+    cache_dir: str | Path
+    text_field: str = "text"
+    choice: Mapping[str, Any] = field(default_factory=dict)
+
+    def open(self, tokenizer) -> tuple[TokenCache, list[int]]:
+        """The documents' cache, and which of them are set aside.
+
+        Raises:
+            DataError: fewer than two documents are long enough.
+        """
+        cache = TokenCache.build(self.documents, tokenizer, self.cache_dir, self.text_field, **self.choice)
+        chosen = self.of(cache)
+        if not chosen:
+            num = int((cache.lengths >= self.long_enough).sum())
+            raise DataError(
+                f"{num} of the {len(cache):,} documents of {cache.info['documents']} have {self.long_enough:,} tokens, "
+                "and at least two are needed to set one aside for perplexity: give others with data.heldout, shorter "
+                "eval.lengths, or measure without perplexity (eval=passkey, eval=none)"
+            )
+        return cache, chosen
+
+    def of(self, cache: TokenCache) -> list[int]:
+        """Which documents of the cache are set aside, sorted; none where fewer than two are long enough."""
+        candidates = np.flatnonzero(cache.lengths >= self.long_enough).tolist()
+        if len(candidates) < 2:
+            return []
+        num = min(max(round(self.share * len(candidates)), 1), len(candidates) - 1)
+        by_id = sorted(candidates, key=lambda i: (hashlib.sha256(cache.ids[i].encode()).digest(), i))
+        return sorted(by_id[:num])
+
+
+def without(num: int, left_out: Sequence[int]) -> np.ndarray:
+    """The indices of num documents, but for those left out; int64."""
+    return np.setdiff1d(np.arange(num), np.asarray(left_out, np.int64))

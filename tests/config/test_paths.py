@@ -1,0 +1,107 @@
+"""A path that is empty, as of a shell variable that is not set, is refused: it would be the current folder."""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from pose.app import schema
+from pose.app.compare import plan_evaluation
+from pose.app.preflight import plan_training
+from pose.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+PATHS = {"path", "tokenizer", "documents", "heldout", "haystack", "include_path", "resume", "cache_dir", "ckpt"}
+# Keys whose type would allow for a path, and which are none
+OTHERS = {
+    "offline", "revision", "attention", "export_dtype", "text_field", "on_broken", "schedule", "target_modules",
+    "accelerator", "devices", "precision", "on_nonfinite", "prefix", "tasks", "best", "dtype", "device", "init",
+    "curriculum", "pose", "rope", "strategy", "logger",
+}  # fmt: skip
+DATASET = "{path: %s, split: train, text_field: text}"
+# So little that a plan of it takes no time
+TRAIN = (
+    "pose.target_len=300", "pose.train_len=32", "data.documents=assets/corpora/reports.train.jsonl.gz",
+    "watch.every_n_steps=1", "trainer.max_steps=1", "trainer.global_batch=1", "trainer.micro_batch=1",
+    "trainer.accelerator=cpu",
+)  # fmt: skip
+
+
+def may_be_a_path(kind) -> bool:
+    if get_origin(kind) in (Union, UnionType, list):
+        return any(map(may_be_a_path, get_args(kind)))
+    return kind in (str, Any) or get_origin(kind) is dict
+
+
+def keys(config: type, prefix: str = "") -> list[str]:
+    """All keys of a schema that may hold a path by their type."""
+    kinds, found = get_type_hints(config), []
+    for field in fields(config):
+        kind = kinds[field.name]
+        if is_dataclass(kind):
+            found += keys(kind, f"{prefix}{field.name}.")
+        elif may_be_a_path(kind):
+            found.append(prefix + field.name)
+    return found
+
+
+def is_path(key: str) -> bool:
+    return key.rsplit(".")[-1] in PATHS
+
+
+SCHEMAS = {"train": keys(schema.TrainConfig), "evaluate": keys(schema.EvaluateConfig)}
+CASES = [(name, key, f"{key}=") for name in SCHEMAS for key in SCHEMAS[name] if is_path(key)]
+for name, key in [("evaluate", "ckpt"), ("train", "data.documents"), ("evaluate", "eval.documents")]:
+    CASES.append((name, key, f"{key}=[assets/tiny,'']"))
+for name, key in [("train", "data.documents"), ("train", "data.heldout"), ("evaluate", "eval.documents")]:
+    CASES.append((name, f"{key}.path", f"{key}={DATASET % repr('')}"))
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def plan(name: str, overrides: list[str], folder: Path):
+    if name == "train":
+        return plan_training(compose("train", [*TRAIN, *overrides]), folder)
+    return plan_evaluation(compose("evaluate", ["ckpt=assets/tiny", *overrides]))
+
+
+def test_every_key_is_a_path_or_is_none():
+    """So that a new key is not forgotten here."""
+    found = [key for schema_keys in SCHEMAS.values() for key in schema_keys]
+    assert {key.rsplit(".")[-1] for key in found} == PATHS | OTHERS
+    assert {key for key in found if is_path(key)} == {
+        "model.path", "model.tokenizer", "data.documents", "data.heldout", "eval.documents", "eval.haystack",
+        "eval.include_path", "watch.documents", "watch.haystack", "watch.include_path", "resume", "cache_dir", "ckpt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "override"), CASES, ids=lambda value: str(value))
+def test_an_empty_path_is_refused(tmp_path, monkeypatch, name, key, override):
+    monkeypatch.chdir(tmp_path)  # where nothing is, and nothing is left
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}\b"):
+        plan(name, [override], tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script_name", "arguments", "key"),
+    [
+        ("train.py", (*TRAIN, "eval=none"), "hydra.run.dir"),
+        ("train.py", ("-m", *TRAIN, "eval=none"), "hydra.sweep.dir"),
+        ("evaluate.py", ("ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]"), "hydra.run.dir"),
+    ],
+)
+def test_an_empty_folder_to_write_to_is_refused(script, tmp_path, script_name, arguments, key):
+    """It would be the current folder, whatever lies there."""
+    result = script(CONF.parent / script_name, *arguments, f"{key}=", cwd=tmp_path, timeout=60)
+    assert result.returncode == 1 and f"ConfigError: {key}" in result.stderr
+    assert not [file for file in tmp_path.iterdir() if file.suffix not in (".log",) and file.name != ".hydra"]

@@ -1,0 +1,304 @@
+"""What is refused before any weights are loaded, what a run says of its data, and what is worked out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from pose.app import preflight, schema
+from pose.app.run import Run
+from pose.errors import CheckpointError, ConfigError, DataError, PoseError
+from pose.training import loggers
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+schema.register()
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Plans a run of the shipped model from overrides."""
+
+    def plan_(*overrides, name="train"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(name, [f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", *overrides])
+        return preflight.plan_training(cfg, tmp_path)
+
+    return plan_
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Writes a documents file."""
+
+    def write(*lines):
+        file = tmp_path / "documents.jsonl"
+        file.write_text("".join(line + "\n" for line in lines))
+        return f"data.documents={file}"
+
+    return write
+
+
+LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["pose.target_len=128"], ConfigError, ["pose.target_len=128", "256"]),
+        (["pose.target_len=long"], ConfigError, ["data.window_len", "pose.target_len", "'long'", "Integer"]),
+        (["pose.num_chunks=257"], ConfigError, ["pose.num_chunks=257", "pose.train_len=256"]),
+        (["pose.num_chunks=0"], ConfigError, ["pose.num_chunks=0", "at least 1"]),
+        (["pose.train_len=4096"], ConfigError, ["pose.target_len=2048", "pose.train_len=4096"]),
+        (["pose.content=other"], ConfigError, ["pose.content='other'", "aligned"]),
+        (["rope=linear", "rope.factor=0.5"], ConfigError, ["rope.factor=0.5", "at least 1"]),
+        (["rope=none", "rope.factor=2"], ConfigError, ["rope.factor=2", "rope=none"]),
+        (["trainer.global_batch=6", "trainer.micro_batch=4"], ConfigError, ["trainer.global_batch=6", "4"]),
+        (["trainer.max_steps=0"], ConfigError, ["trainer.max_steps=0"]),
+        (["trainer.accelerator=abacus"], ConfigError, ["abacus"]),
+        (["model.attention=quick"], ConfigError, ["model.attention", "'quick'", "sdpa"]),
+        (["model.attention=flash_attention_2"], ConfigError, ["flash_attention_2", "sdpa"]),
+        (["model.export_dtype=int8"], ConfigError, ["model.export_dtype='int8'", "bfloat16"]),
+        (["seed=-1"], ConfigError, ["seed=-1", "0 to 4294967295"]),
+        (["seed=4294967296"], ConfigError, ["seed=4294967296", "0 to 4294967295"]),
+        (["eval.seed=4294967296"], ConfigError, ["eval.seed=4294967296"]),
+        (["watch.seed=-1"], ConfigError, ["watch.seed=-1"]),
+        (["num_threads=0"], ConfigError, ["num_threads=0", "at least 1"]),
+        (["data.num_workers=-1"], ConfigError, ["data.num_workers=-1", "at least 0"]),
+        (["pose.train_len=1", "pose.num_chunks=1"], ConfigError, ["pose.train_len=1", "at least 2"]),
+        (["+trainer.max_step=7"], ConfigError, ["trainer.max_step is no key", "trainer.max_steps"]),
+        (["+zebra=7"], ConfigError, ["zebra is no key", "finetune"]),
+        (["+finetune.lora.ranks=7"], ConfigError, ["finetune.lora.ranks is no key", "finetune.lora.rank"]),
+        (["+pose.num_chunk=3"], ConfigError, ["pose.num_chunk", "num_chunks"]),
+        (["+rope.beta=3"], ConfigError, ["rope.beta", "beta_fast"]),
+        (["+strategy.stage=3"], ConfigError, ["strategy.stage", "name alone"]),
+        (["+logger.project=x"], ConfigError, ["logger.project", "csv"]),
+        (["+data.synthetic.riddle=0.1"], ConfigError, ["data.synthetic.riddle is no key"]),
+        (["finetune.betas=[0.9]"], ConfigError, ["finetune.betas=[0.9]"]),
+        (["trainer.log_every_n_steps=0"], ConfigError, ["trainer.log_every_n_steps=0"]),
+        (["data.curriculum=[5]"], ConfigError, ["data.curriculum", "5"]),
+        (["finetune.lr=0"], ConfigError, ["finetune.lr=0"]),
+        (["finetune=lora", "finetune.lora.rank=0"], ConfigError, ["finetune.lora.rank=0", "at least 1"]),
+        (["finetune=lora", "finetune.lora.target_modules=[q]"], ConfigError, ["lora.target_modules", "q_proj"]),
+        (["finetune.lora.alpha=3"], ConfigError, ["finetune.lora.alpha=3", "finetune=lora"]),
+        (["trainer.gradient_clip=-1"], ConfigError, ["trainer.gradient_clip=-1"]),
+        (["trainer.precision=int3"], ConfigError, ["int3"]),
+        (["finetune.schedule=steep"], ConfigError, ["finetune.schedule='steep'", "linear"]),
+        (["data.synthetic.passkey=1.5"], ConfigError, ["data.synthetic.passkey=1.5"]),
+        (["eval.tasks=[riddle]"], ConfigError, ["riddle", "passkey"]),
+        (["eval.lengths=[60]"], ConfigError, ["60"]),
+        (["eval.lengths=[999999]", "eval.tasks=[perplexity]"], DataError, ["999999", "books.heldout"]),
+        (["model.path=/no/such/folder"], CheckpointError, ["/no/such/folder"]),
+        (["model=local"], ConfigError, ["model.path", "folder"]),
+        (["model.path=null"], ConfigError, ["model.init"]),
+        (["data=jsonl"], ConfigError, ["data.documents"]),
+        (["data=jsonl", "data.documents=nowhere.jsonl"], DataError, ["nowhere.jsonl"]),
+    ],
+)  # fmt: skip
+def test_refused_with_a_clear_message(plan, overrides, error, words):
+    with pytest.raises(error) as caught:
+        plan(*overrides)
+    assert isinstance(caught.value, PoseError)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_broken_line_is_named(plan, documents):
+    with pytest.raises(DataError, match=r"documents\.jsonl, line 2"):
+        plan("eval=none", "data=jsonl", documents(LONG, '{"text": "no end'))
+
+
+def test_documents_that_are_too_short(plan, documents):
+    with pytest.raises(DataError, match="none of the 1 documents is long enough"):
+        plan("eval=none", "data=jsonl", documents('{"text": "short"}'))
+
+
+def test_a_scaled_checkpoint_is_not_scaled_again(plan, documents, tmp_path):
+    first = plan("eval=none", "data=jsonl", documents(LONG))
+    first.config.save_pretrained(tmp_path / "scaled")
+    first.tokenizer.save_pretrained(tmp_path / "scaled")
+    with pytest.raises(ConfigError, match="already scaled"):
+        plan("eval=none", "data=jsonl", documents(LONG), f"model.path={tmp_path}/scaled")
+    again = plan("eval=none", "data=jsonl", documents(LONG), f"model.path={tmp_path}/scaled", "rope=none")
+    assert again.expected is None and again.config.rope_parameters == first.config.rope_parameters
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "accumulate"), [(16, 16, 1), (16, 4, 4), (64, 1, 64), (2, 16, 1)]
+)
+def test_gradient_accumulation_is_worked_out(plan, documents, global_batch, micro_batch, accumulate):
+    planned = plan(
+        "eval=none", "data=jsonl", documents(LONG),
+        f"trainer.global_batch={global_batch}", f"trainer.micro_batch={micro_batch}",
+    )  # fmt: skip
+    assert planned.trainer.accumulate_grad_batches == accumulate
+    assert planned.data.micro_batch * accumulate == global_batch
+    assert len(planned.data.dataset) == global_batch * planned.trainer.max_steps
+
+
+def test_the_model_trains_in_train_mode(plan, documents, tmp_path):
+    """transformers recomputes activations, and drops out, only then."""
+    overrides = ["eval=none", "data=jsonl", documents(LONG), "model.gradient_checkpointing=true"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides)
+    run = Run(cfg, tmp_path)
+    run.plan = plan(*overrides)
+    model = run.load_for_training(run.plan.trainer.strategy)
+    assert model.training and model.is_gradient_checkpointing
+
+
+def test_lengths_default_to_doublings(plan):
+    assert plan("eval.tasks=[passkey]").suite.lengths == [256, 512, 1024, 2048]
+
+
+def test_shipped_files_are_found_from_anywhere(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan("eval=none").geometry.window == 256
+
+
+def test_wandb_is_offline_without_an_account(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not loggers._has_wandb_account()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert loggers._has_wandb_account()
+
+
+# ----- what trains on what -----
+
+
+def lines(tmp_path, num, words=400, name="own.jsonl"):
+    file = tmp_path / name
+    text = "It was a truth universally acknowledged. " * words
+    file.write_text("".join(json.dumps({"id": f"{name}{i}", "text": text}) + "\n" for i in range(num)))
+    return file
+
+
+def test_a_run_says_how_many_tokens_and_epochs(plan, capsys):
+    """16 examples of 256 tokens in 250 steps, half of them text, on 1,063,787 tokens."""
+    plan("eval=none")
+    out = capsys.readouterr().out
+    assert "1,063,787 tokens in 5 documents; training takes 1,024,000 tokens, 50% of them text: 0.48 epochs" in out
+    assert "Warning" not in out
+
+
+def test_text_that_is_seen_too_often_is_warned_of(plan, tmp_path, capsys):
+    file = lines(tmp_path, 2)
+    plan("eval=none", "data=jsonl", f"data.documents={file}", "trainer.max_steps=10")
+    assert "Warning" not in capsys.readouterr().out
+    plan("eval=none", "data=jsonl", f"data.documents={file}", "trainer.max_steps=100")
+    out = capsys.readouterr().out
+    assert "Warning: the text is seen" in out and "data=pile" in out and "trainer.max_steps" in out
+
+
+def test_a_real_model_on_the_shipped_text_is_warned_of(plan, tmp_path, capsys):
+    shutil.copytree(CONF.parent / "assets" / "tiny", tmp_path / "real")
+    plan("eval=none", f"model.path={tmp_path}/real", "trainer.max_steps=1")
+    out = capsys.readouterr().out
+    assert (
+        "Warning: " in out and "trains on the few texts that come with this repository" in out and "data=jsonl" in out
+    )
+    plan(
+        "eval=none",
+        f"model.path={tmp_path}/real",
+        "trainer.max_steps=1",
+        "data=jsonl",
+        f"data.documents={lines(tmp_path, 2)}",
+    )
+    assert "Warning" not in capsys.readouterr().out
+
+
+def test_perplexity_on_a_shipped_book_beside_ones_own_text_is_warned_of(plan, tmp_path, capsys):
+    plan("eval=none", f"data.documents={lines(tmp_path, 2)}", "trainer.max_steps=1")
+    assert "data.heldout=null sets some of your documents aside" in capsys.readouterr().out
+
+
+def test_of_ones_own_data_whole_documents_are_set_aside(plan, tmp_path, capsys):
+    file = lines(tmp_path, 20)
+    overrides = ["data=jsonl", f"data.documents={file}", "trainer.max_steps=1", "eval=perplexity", "eval.windows=1"]
+    planned = plan(*overrides)
+    measured = planned.suite.document_ids
+    trained = [planned.data.dataset.documents[i].id for i in range(len(planned.data.dataset.documents))]
+    assert len(measured) == 1 and len(trained) == 19
+    assert not set(measured) & set(trained)
+    assert "persuasion" not in "".join(measured)
+    assert "1 of 20 documents" in capsys.readouterr().out
+    again = plan(*overrides, "seed=5", "pose=stratified", "rope=ntk")
+    assert again.suite.document_ids == measured, "the same for a whole sweep"
+    assert planned.settings["data.documents"] == again.settings["data.documents"]
+    more = plan(*overrides, "data.heldout_share=0.5")
+    assert len(more.suite.document_ids) == 10
+    assert more.settings["data.documents"] != planned.settings["data.documents"]
+    whole = plan(*overrides, "eval=passkey")
+    assert len(whole.data.dataset.documents) == 20, "nothing is measured on documents"
+
+
+def test_a_single_document_cannot_be_set_aside(plan, tmp_path):
+    with pytest.raises(DataError, match=r"1 of the 1 documents .*data\.heldout.*eval=none"):
+        plan("data=jsonl", f"data.documents={lines(tmp_path, 1)}", "eval=perplexity")
+    with pytest.raises(ConfigError, match=r"eval\.documents is not set"):
+        plan("data=jsonl", f"data.documents={lines(tmp_path, 3)}", "eval=perplexity", "data.heldout_share=0")
+
+
+def test_documents_that_are_given_for_evaluation_are_taken(plan, tmp_path):
+    own, other = lines(tmp_path, 3), lines(tmp_path, 2, name="other.jsonl")
+    for key in ("data.heldout", "eval.documents"):
+        planned = plan("data=jsonl", f"data.documents={own}", f"{key}={other}", "eval=perplexity", "eval.windows=1")
+        assert planned.suite.document_ids == ["other.jsonl0", "other.jsonl1"]
+        assert len(planned.data.dataset.documents) == 3
+
+
+# ----- classes that a config names -----
+
+
+def test_another_class_is_refused_before_it_runs(plan, tmp_path):
+    mark = tmp_path / "ran"
+    popen = ["+rope.args=[touch," + str(mark) + "]", "rope._target_=subprocess.Popen"]
+    for overrides in (
+        popen,
+        ["pose._target_=pathlib.Path"],
+        ["pose._target_=pose.positions.PositionSampler"],
+        ["pose=mix", "pose.sampler._target_=subprocess.Popen", f"+pose.sampler.args=[touch,{mark}]"],
+        ["strategy=fsdp", "strategy._target_=subprocess.Popen"],
+        ["rope._target_=pose.positions.PoSE"],
+        ["rope._target_=os.system"],
+        ["rope._target_=no.such.module"],
+        ["rope._target_=null"],
+    ):
+        with pytest.raises(ConfigError, match=r"(rope|pose|pose\.sampler|strategy)\._target_='?.*"):
+            plan("eval=none", *overrides)
+    assert not mark.exists()
+
+
+def test_a_nested_class_of_another_kind_is_refused(plan, tmp_path):
+    mark = tmp_path / "ran"
+    nested = "{_target_: subprocess.Popen, args: [touch, " + str(mark) + "]}"
+    with pytest.raises(ConfigError, match=r"rope\.attention_factor\._target_=subprocess\.Popen is not accepted"):
+        plan("eval=none", f"rope.attention_factor={nested}")
+    assert not mark.exists()
+
+
+# ----- empty values -----
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data.text_field", "model.revision", "model.offline", "resume", "logger.name", "trainer.precision",
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_refused_by_its_key(plan, key):
+    for value in ("''", "' '"):
+        with pytest.raises(ConfigError, match=f"{key} is empty"):
+            plan(f"{key}={value}")
+
+
+def test_an_empty_value_inside_another_is_refused(plan):
+    for override, key in (
+        ("data.documents=[assets/corpora/books.train.jsonl.gz,'']", r"data\.documents\[1\]"),
+        ("data.documents={path: ''}", r"data\.documents\.path"),
+    ):
+        with pytest.raises(ConfigError, match=f"{key} is empty"):
+            plan(override)

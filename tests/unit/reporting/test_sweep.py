@@ -1,0 +1,90 @@
+"""The table over the jobs of a sweep."""
+
+import csv
+import json
+
+import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from pose.app.callbacks import SweepTable
+from pose.reporting.sweep import over_seeds
+
+
+def config(folder, mode=RunMode.MULTIRUN):
+    return OmegaConf.create({"hydra": {"mode": mode, "sweep": {"dir": str(folder)}}})
+
+
+def job(folder, overrides, metrics=None):
+    """Leaves what a job of a multirun leaves; without metrics, what one leaves that failed."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides) or "[]\n")
+    if metrics is not None:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_sweep_table_joins_the_jobs(tmp_path, capsys):
+    """In the order of the jobs, 10 after 2; no row for a job that failed, and numbers alone."""
+    job(tmp_path / "0", ["rope=linear"], {"tail_ppl@256": 20.5, "passkey@256": 1.0, "model": "a name"})
+    job(tmp_path / "2", ["rope=ntk"], {"tail_ppl@256": 19.0})
+    job(tmp_path / "10", ["rope=yarn", "seed=${hydra:job.num}"], {"tail_ppl@256": 18, "tail_ppl@512": 17.5})
+    job(tmp_path / "3", ["rope=broken"])
+    SweepTable().on_multirun_end(config(tmp_path))
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["overrides", "passkey@256", "tail_ppl@256", "tail_ppl@512"],
+        ["rope=linear", "1.0", "20.5", ""],
+        ["rope=ntk", "", "19.0", ""],
+        ["rope=yarn seed=${hydra:job.num}", "", "18", "17.5"],
+    ]
+    printed = capsys.readouterr().out
+    for text in ("rope=linear", "rope=yarn", "20.5", "17.5", "100%"):
+        assert text in printed
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "", "\\x80", '{"ppl@256": "a"}'])
+def test_a_job_that_cannot_be_read_is_left_out_and_named(tmp_path, capsys, damage):
+    """Its folder may be of a full disk: the table of the others comes all the same."""
+    for i in range(2):
+        job(tmp_path / str(i), [f"rope=ntk{i}"], {"tail_ppl@256": 19.0})
+    (tmp_path / "0" / "metrics.json").write_text(damage)
+    job(tmp_path / "2", ["rope=yarn"], {"tail_ppl@256": 18.0})
+    (tmp_path / "2" / ".hydra" / "overrides.yaml").write_text("- [")
+    job(tmp_path / "3", [], {"tail_ppl@256": 17.0})
+    SweepTable().on_multirun_end(config(tmp_path))
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        assert [row["overrides"] for row in csv.DictReader(file)] == ["rope=ntk1", ""]
+    printed = capsys.readouterr().out
+    for i in (0, 2):
+        assert f"{tmp_path}/{i} is left out of the sweep's table" in printed
+    assert "rope=ntk1" in printed and "default" in printed and f"{tmp_path}/3 " not in printed
+
+
+def test_sweep_table_grows_with_every_job(tmp_path):
+    callback = SweepTable()
+    callback.on_job_end(config(tmp_path), None)
+    assert not (tmp_path / "sweep.csv").exists()
+    for i in range(3):
+        job(tmp_path / str(i), [f"seed={i}"], {"ppl@256": float(i)})
+        callback.on_job_end(config(tmp_path), None)
+        with open(tmp_path / "sweep.csv", newline="") as file:
+            assert [row["overrides"] for row in csv.DictReader(file)] == [f"seed={j}" for j in range(i + 1)]
+
+
+def test_single_runs_write_no_sweep(tmp_path):
+    job(tmp_path / "0", ["seed=0"], {"ppl@256": 1.0})
+    SweepTable().on_job_end(config(tmp_path, RunMode.RUN), None)
+    assert not (tmp_path / "sweep.csv").exists()
+
+
+def test_a_sweep_without_results_says_nothing(tmp_path, capsys):
+    SweepTable().on_multirun_end(config(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_jobs_that_differ_in_their_seed_are_one_row():
+    jobs = [("seed=0", {"ppl@8": 1.0}), ("seed=1", {"ppl@8": 3.0}), ("data.seed=1 seed=2", {"ppl@8": 5.0})]
+    assert over_seeds(jobs) == {
+        "default": [{"ppl@8": 1.0}, {"ppl@8": 3.0}], "data.seed=1": [{"ppl@8": 5.0}]
+    }  # fmt: skip
