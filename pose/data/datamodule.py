@@ -60,6 +60,11 @@ class PoseDataModule(L.LightningDataModule):
         curriculum: (share of the run, length in tokens) of phases of shorter sequences before the rest.
         num_workers: processes that read; 0 reads in the training process.
 
+    Attributes:
+        dataset: the examples; None before `setup`.
+        fingerprint: of all the text and its tokens.
+        num_documents, num_tokens: that examples are drawn from: of those that are long enough.
+
     Raises:
         ConfigError: shares that do not add up, an unknown task, or a BOS the tokenizer does not have.
         DataError: documents are broken or missing, or none is long enough, or a token is beyond vocab_size.
@@ -153,7 +158,7 @@ class PoseDataModule(L.LightningDataModule):
             self.fingerprint += f", without {len(kept_back)} for evaluation: " + _fingerprint(kept_back)
             log.info(f"Held out    {len(kept_back):,} of {len(cache):,} documents (data.heldout_share)")
         documents = _Documents(cache, kept_back)
-        self.num_documents, self.num_tokens = len(documents), int(cache.lengths[documents.indices].sum())
+        lengths = cache.lengths[documents.indices]
         tasks: dict[Any, float] = {
             TASKS[name](self.tokenizer, documents, self.vocab_size): share for name, share in self.synthetic.items()
         }
@@ -170,7 +175,8 @@ class PoseDataModule(L.LightningDataModule):
             )  # fmt: skip
 
         self.dataset = whole = dataset(self.sampler, self.window_len)
-        self._say_what_is_used(cache, whole.usable)
+        self.num_documents, self.num_tokens = len(whole.usable), int(lengths[whole.usable].sum())
+        self._say_what_is_used(cache.info["documents"], len(lengths), int(lengths.sum()))
         if self.curriculum:
             steps = self.num_examples / self.global_batch  # an optimizer step is of one phase: its rows have one length
             phases = [
@@ -179,17 +185,16 @@ class PoseDataModule(L.LightningDataModule):
             ]
             self.dataset = Curriculum([*phases, (self.num_examples, whole)])
 
-    def _say_what_is_used(self, cache: TokenCache, usable: np.ndarray):
-        """How much of the text examples are drawn from: a warning where it is less than half."""
-        if len(usable) == len(cache):
+    def _say_what_is_used(self, name: str, num: int, tokens: int):
+        """How many of the documents and tokens examples are drawn from: a warning where it is less than half."""
+        if self.num_documents == num:
             return
-        used, num = int(cache.lengths[usable].sum()), int(cache.lengths.sum())
-        few = 2 * len(usable) < len(cache) or 2 * used < num
+        few = 2 * self.num_documents < num or 2 * self.num_tokens < tokens
         hint = ". Join short documents, or train on less" if few else ""
         log.log(
             logging.WARNING if few else logging.INFO,
-            f"{cache.info['documents']}: {len(usable):,} of {len(cache):,} documents, {used:,} of {num:,} tokens, are "
-            f"used: the others are shorter than the {self.sampler.min_document_len:,} tokens that an example needs at "
+            f"{name}: {self.num_documents:,} of {num:,} documents, {self.num_tokens:,} of {tokens:,} tokens, are used: "
+            f"the others are shorter than the {self.sampler.min_document_len:,} tokens that an example needs at "
             f"pose.train_len={self.sampler.train_len}{hint}",
         )
 

@@ -308,6 +308,17 @@ def test_documents_that_are_too_short_are_counted(make, tmp_path, caplog, num_sh
     assert "pose.train_len=16" in record.getMessage()
 
 
+def test_what_is_set_aside_and_what_is_too_short_is_not_counted_as_used(make, tmp_path, caplog):
+    """Two of the three long documents are held out; of the three that are left two are too short."""
+    path, lengths = tmp_path / "mixed.jsonl", [10, 100, 9, 64, 200]
+    path.write_text("\n".join(json.dumps({"text": " ".join(map(str, range(n)))}) for n in lengths))
+    module = ready(make([path], heldout_share=0.5))
+    held_out = module.set_aside.of(module._open())
+    left = [n for i, n in enumerate(lengths) if i not in held_out]
+    assert len(held_out) == 2 and (module.num_documents, module.num_tokens) == (1, max(left))
+    assert f"1 of 3 documents, {max(left)} of {sum(left)} tokens, are used" in caplog.text
+
+
 def test_nothing_is_said_where_every_document_is_used(make, caplog):
     ready(make())
     assert not [record for record in caplog.records if record.name == "pose.data.datamodule"]
