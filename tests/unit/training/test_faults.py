@@ -168,6 +168,6 @@ def test_a_reader_that_is_killed_is_recognised(run):
 def test_a_folder_that_cannot_hold_a_run_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv(launch.PARENT, raising=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"hydra.run.dir=.*file/run cannot be written to: Not a directory"):
-        with alone_in(tmp_path / "file" / "run"):
-            pass
+    where = tmp_path / "file" / "run"
+    with pytest.raises(ConfigError, match=r"hydra.run.dir=.*file/run cannot be written to: Not a dir"), alone_in(where):
+        pass
