@@ -22,6 +22,7 @@ from pose.evaluation.task import Estimate
 from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
+from pose.modeling.compat import recompute_activations
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.rotary import target_len_of
@@ -164,7 +165,7 @@ class Run:
         log.info(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})")
         model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
         if cfg.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         return model
 
     def measure_after(self):
