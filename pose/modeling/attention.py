@@ -5,10 +5,15 @@ hides everything before it. It does so while it builds masks, and builds none fo
 functions that it has no mask function for: so PoSE registers its own, which are causal by *index*.
 FlashAttention's wrapper in transformers cuts at position jumps as well, so it is called directly.
 
+One model computes in several precisions: it trains under autocast, and is measured and exported in fp32. So the kernel
+follows from the dtype and the device of each call (`compute_dtype`, `flash_kernel`): FlashAttention for half precision
+on a GPU, torch's SDPA for all else.
+
 Shapes: B batch, H query heads, K key-value heads, Q query tokens, T key tokens, D head size.
 """
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +24,7 @@ from pose.errors import ConfigError
 # By the name it has in configs: the name it is registered under. transformers takes a name with "flash" in it for a
 # kernel to fetch from its hub.
 BACKENDS = {"sdpa": "pose_sdpa", "eager": "pose_eager", "flash_attention_2": "pose_fa2"}
+FLASH_DEVICES = ("cuda",)
 MASK_QUERIES = 256  # queries that share one mask, and see no key after the last of them
 
 
@@ -26,13 +32,14 @@ def resolve_backend(name: str) -> str:
     """The name transformers knows a backend by, here.
 
     Args:
-        name: one of BACKENDS, or "auto": flash_attention_2 where it is installed and a GPU is
-            there, sdpa elsewhere.
+        name: one of BACKENDS, or "auto": flash_attention_2 where it is installed and a GPU that it
+            runs on is there, sdpa elsewhere.
 
     Raises:
-        ConfigError: an unknown backend, or FlashAttention without its package or without a GPU.
+        ConfigError: an unknown backend, or FlashAttention without its package or without such a GPU.
     """
-    flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    flash = gpu and importlib.util.find_spec("flash_attn") is not None
     if name == "auto":
         name = "flash_attention_2" if flash else "sdpa"
     if name not in BACKENDS:
@@ -41,10 +48,32 @@ def resolve_backend(name: str) -> str:
         )
     if name == "flash_attention_2" and not flash:
         raise ConfigError(
-            "attention=flash_attention_2 (in train.py model.attention) needs a GPU and the package flash-attn "
-            "(pip install -r requirements-gpu.txt): use sdpa here"
+            "attention=flash_attention_2 (in train.py model.attention) needs a GPU (Ampere or newer) and the package "
+            "flash-attn (pip install -r requirements-gpu.txt): use sdpa here"
         )
     return BACKENDS[name]
+
+
+def compute_dtype(value: torch.Tensor) -> torch.dtype:
+    """What attention computes in and gives: the dtype of autocast where it is on, else that of the values.
+
+    Values come out of a linear layer as they are. Queries and keys have been through RoPE, which makes them fp32 under
+    autocast.
+    """
+    device = value.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+
+
+def flash_kernel(dtype: torch.dtype, device: torch.device) -> Callable | None:
+    """The function of FlashAttention for tensors of a dtype on a device; None where it takes none and SDPA serves.
+
+    It alone decides that, for every call.
+    """
+    if dtype not in (torch.float16, torch.bfloat16) or device.type not in FLASH_DEVICES:
+        return None
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
 
 
 def causal_mask(num_query: int, num_key: int, sliding_window: int | None, device) -> torch.Tensor:
@@ -64,8 +93,10 @@ def sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, 
             `pose.modeling.load` refuses padding.
 
     Returns:
-        [B, Q, H, D] and None, as transformers expects.
+        [B, Q, H, D] of `compute_dtype`, and None, as transformers expects.
     """
+    dtype = compute_dtype(value_BKTD)
+    query_BHQD, key_BKTD, value_BKTD = (x.to(dtype) for x in (query_BHQD, key_BKTD, value_BKTD))
     num_query, num_key = query_BHQD.shape[2], key_BKTD.shape[2]
     window = _sliding_window(kwargs, num_key)
     masked = window is not None or 1 < num_query < num_key
@@ -114,20 +145,18 @@ def eager(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0,
 
 
 def flash_attention_2(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """The package flash-attn, called without position ids. Runs in fp16 or bf16, on a GPU.
+    """The package flash-attn, called without position ids; `sdpa` where `flash_kernel` has none.
 
     Args and Returns: as `sdpa`.
     """
-    from flash_attn import flash_attn_func
-
+    dtype = compute_dtype(value_BKTD)
+    kernel = flash_kernel(dtype, value_BKTD.device)
+    if kernel is None:
+        return sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout, scaling, **kwargs)
     window = _sliding_window(kwargs, key_BKTD.shape[2])
-    dtype = query_BHQD.dtype
-    if dtype == torch.float32:  # RoPE in fp32 leaves q and k so under autocast
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.bfloat16
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (query_BHQD, key_BKTD, value_BKTD))
     window_size = (-1, -1) if window is None else (window - 1, 0)
-    output = flash_attn_func(q, k, v, dropout, softmax_scale=scaling, causal=True, window_size=window_size)
-    return output, None
+    return kernel(q, k, v, dropout, softmax_scale=scaling, causal=True, window_size=window_size), None
 
 
 for _function in (sdpa, eager, flash_attention_2):

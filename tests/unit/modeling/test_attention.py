@@ -238,16 +238,73 @@ def fake_flash_attn(query, key, value, dropout_p=0.0, softmax_scale=None, causal
     return reference(q, k, v, softmax_scale, None if left == -1 else left + 1).to(query.dtype)
 
 
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """The package flash-attn as if it were there and ran on the CPU; the dtype of each call of it."""
+    calls = []
+
+    def flash_attn_func(query, *args, **kwargs):
+        calls.append(query.dtype)
+        return fake_flash_attn(query, *args, **kwargs)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setattr(attention, "FLASH_DEVICES", ("cpu",))
+    return calls
+
+
 @pytest.mark.parametrize(("num_query", "window"), [(9, None), (9, 3), (4, 3), (1, None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_flash_attention_is_called_with_the_right_arguments(monkeypatch, num_query, window, dtype):
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=fake_flash_attn))
+def test_flash_attention_is_called_with_the_right_arguments(flash_calls, num_query, window, dtype):
+    """In half precision; fp32 goes to SDPA, and comes back as fp32."""
     query, key, value = (x.to(dtype) for x in random_qkv(num_query, 9, num_kv_heads=2))
     output, _ = attention.flash_attention_2(None, query, key, value, None, scaling=0.3, sliding_window=window)
-    assert output.dtype == (dtype if dtype != torch.float32 else torch.bfloat16)
+    assert output.dtype == dtype
+    assert flash_calls == ([] if dtype == torch.float32 else [dtype])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(
-        output.double(), reference(query, key, value, 0.3, window), atol=0.03, rtol=0.03, check_stride=False
+        output.double(), reference(query, key, value, 0.3, window), atol=tolerance, rtol=tolerance, check_stride=False
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16 weights", "bf16 autocast"])
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_a_model_in_every_precision_with_every_backend(models, tokens, flash_calls, name, precision, backend):
+    """Forward and backward, as training, measuring and the check of an export have it, with flash-attn installed.
+
+    What attention gives has the dtype of the layer that reads it, and what flash-attn does not take goes elsewhere.
+    """
+    model = copy.deepcopy(models[name]).train()
+    model.set_attn_implementation(attention.BACKENDS[backend])
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if precision == "bf16 weights":
+        model.to(dtype)
+    seen = set()
+    for layer in model.base_model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
+        logits = model(input_ids=tokens, use_cache=False).logits
+    assert logits.dtype == dtype and seen == {dtype}
+    assert flash_calls == [dtype] * (2 if backend == "flash_attention_2" and precision != "fp32" else 0)
+    logits.float().logsumexp(-1).sum().backward()
+    exact = copy.deepcopy(models[name]).train()
+    wanted = exact(input_ids=tokens, use_cache=False).logits
+    wanted.logsumexp(-1).sum().backward()
+    share = 1e-4 if precision == "fp32" else 0.2  # of the size of what is compared
+    assert (logits - wanted).abs().max() < share * wanted.std()
+    for (key, got), parameter in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert got.grad.dtype == got.dtype
+        assert (got.grad - parameter.grad).norm() <= share * parameter.grad.norm() + 1e-4, key
+
+
+def test_fp32_queries_and_keys_under_autocast_are_grouped_as_half_precision(monkeypatch):
+    """RoPE leaves them so: what a kernel takes is asked for the dtype that it computes in."""
+    asked = []
+    monkeypatch.setattr(attention, "_kernel_groups_heads", lambda query, masked: asked.append(query.dtype) or True)
+    query, key, value = random_qkv(9, 9, num_kv_heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = attention.sdpa(torch.nn.Module(), query, key, value.bfloat16(), None, scaling=0.3)
+    assert asked == [torch.bfloat16] and output.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", FUNCTIONS)
@@ -260,15 +317,17 @@ def test_what_is_not_implemented_is_refused(backend, name):
 
 
 def fake_machine(monkeypatch, flash_installed, gpu):
+    """gpu: None, or its compute capability."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object() if flash_installed else None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
 
 
 @pytest.mark.parametrize("flash_installed", [False, True])
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("gpu", [None, (7, 5), (8, 0), (9, 0)])
 def test_auto_takes_flash_attention_only_where_it_can_run(monkeypatch, flash_installed, gpu):
     fake_machine(monkeypatch, flash_installed, gpu)
-    if flash_installed and gpu:
+    if flash_installed and gpu is not None and gpu[0] >= 8:
         assert attention.resolve_backend("auto") == attention.resolve_backend("flash_attention_2")
         return
     assert attention.resolve_backend("auto") == "pose_sdpa"
@@ -283,18 +342,17 @@ def test_unknown_backend_is_refused():
 
 @pytest.mark.parametrize("backend", attention.BACKENDS)
 @torch.no_grad()
-def test_transformers_takes_every_backend(monkeypatch, tokens, backend):
+def test_transformers_takes_every_backend(monkeypatch, flash_calls, tokens, backend):
     """It builds a model with it and computes with our function, with a package that fakes FlashAttention.
 
     For a name with "flash" in it, transformers would look for a kernel on its hub.
     """
     with monkeypatch.context() as patch:
-        fake_machine(patch, flash_installed=True, gpu=True)
+        fake_machine(patch, flash_installed=True, gpu=(8, 0))
         name = attention.resolve_backend(backend)
     assert ALL_ATTENTION_FUNCTIONS[name] is getattr(attention, backend)
     config = copy.deepcopy(CONFIGS["gqa"])
     model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.bfloat16).eval()
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=fake_flash_attn))
     got = model(input_ids=tokens, use_cache=False).logits.float()
     model.set_attn_implementation("sdpa")
     wanted = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.float()
