@@ -28,6 +28,7 @@ from pose.files import locate, read_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.gguf import cached_folder, describe, find_gguf
 from pose.modeling.checkpoints.hub import is_available
+from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
 from pose.modeling.lora import LoraOptions, add_lora, count_parameters, target_names
 from pose.modeling.shard import Layout
@@ -118,6 +119,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     checkpoint = find_resume(cfg, run_dir)
     find_model(cfg)
     base, config = _model_config(cfg), _model_config(cfg)
+    check_layers(base)
     geometry = rope_geometry(base)
     sampler = build_sampler(cfg.pose, geometry.window)
     scaling = scale_config(config, build_scaling(cfg.rope), sampler.target_len)

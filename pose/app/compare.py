@@ -24,6 +24,7 @@ from pose.files import PACKAGE, Memo, digest, read_json, write_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.hub import find_file
 from pose.modeling.guards import check_loss
+from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
 from pose.reporting.plots import PANELS, plot_needle, plot_results, plot_ruler
@@ -84,6 +85,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         given = build.convert_gguf(name, cfg.cache_dir) if name.endswith(".gguf") else name
         path = build.open_checkpoint(given)
         config = load_config(path, cfg.revision)
+        check_layers(config)
         tokenizer = load_tokenizer(path, cfg.revision)
         build.check_vocabulary(tokenizer, config, path)
         found.append((name, path, config, tokenizer))

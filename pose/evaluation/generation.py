@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from pose.modeling.rotary import depends_on_length
+from pose.modeling.layers import cache_is_exact
 
 PREFILL_CHUNK = 2048  # tokens of a long prompt that go through the model at once
 
@@ -27,9 +27,8 @@ def greedy(
 ) -> list[np.ndarray]:
     """The most likely token, again and again, from `generate` of transformers.
 
-    A cache of keys and values is used, and a long prompt fills it in chunks. Where the frequencies depend on the length
-    of the text (`pose.modeling.rotary.depends_on_length`), keys in a cache would keep those of their time: there every
-    token takes a pass over the whole text, as when it is scored.
+    A cache of keys and values is used, and a long prompt fills it in chunks. Where one is not exact
+    (`pose.modeling.layers.cache_is_exact`), every token takes a pass over the whole text, as when it is scored.
 
     Args:
         model: built by `pose.modeling.load.build_model`.
@@ -41,7 +40,7 @@ def greedy(
         The new tokens of each prompt, int64, up to its first end token, which is left out.
     """
     tokens = torch.from_numpy(np.asarray(prompts, np.int64)).to(model.device)
-    use_cache = not depends_on_length(model.config)
+    use_cache = cache_is_exact(model.config)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

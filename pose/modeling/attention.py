@@ -163,10 +163,15 @@ for _function in (sdpa, eager, flash_attention_2):
     AttentionInterface.register(BACKENDS[_function.__name__], _function)
 
 
+def unsupported_term(kwargs: dict) -> str | None:
+    """What a model asks of attention, beside scores, scale and window, that is not implemented here; None for none."""
+    return next((name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None), None)
+
+
 def _sliding_window(kwargs: dict, num_key: int) -> int | None:
     """The model's sliding window, in tokens, where it hides anything. Refuses what is not implemented."""
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ConfigError(f"this model's attention uses {name}, which is not supported")
+    term = unsupported_term(kwargs)
+    if term is not None:
+        raise ConfigError(f"this model's attention uses {term}, which is not supported")
     window = kwargs.get("sliding_window")
     return window if window is not None and window < num_key else None

@@ -25,6 +25,7 @@ from pose.modeling.checkpoints.baichuan import Baichuan
 from pose.modeling.checkpoints.gptj import GPTJ
 from pose.modeling.checkpoints.hub import find_file, from_hub, read_weights
 from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer
+from pose.modeling.layers import check_layers
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
 from pose.modeling.shard import (
     Layout,
@@ -204,8 +205,10 @@ def build_model(
         prepare: changes the model before it is dealt out (`pose.modeling.lora.add_lora`).
 
     Raises:
-        CheckpointError: the weights cannot be loaded, or do not fit the config, or a class that is not supported.
+        CheckpointError: the weights cannot be loaded, or do not fit the config.
+        ConfigError: the model's layers are not supported (`pose.modeling.layers.check_layers`).
     """
+    check_layers(config)
     config = copy.deepcopy(config)  # the model owns its config: another built from the same must not change it
     options = {"config": config, "attn_implementation": resolve_backend(attention), "dtype": dtype}
     form = None if path is None else from_hub("config", _read_form, path, revision)
@@ -225,10 +228,6 @@ def build_model(
             load = AutoModelForCausalLM.from_pretrained
             model, info = from_hub("weights", load, path, revision, trust_remote_code=False, **options)
         missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
-    if model.base_model is model:
-        raise CheckpointError(
-            f"{type(model).__name__} ({path}) keeps no model apart from its output layer: not supported"
-        )
     initial = random_weights(model) if path is None and layout is not None else None
     rotate_by_example_length(model)
     for name, parameter in model.named_parameters():

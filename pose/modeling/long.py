@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from pose.modeling.rotary import depends_on_length
+from pose.modeling.layers import cache_is_exact, cache_width
 
 LAYER_STATES = 8  # what attention holds of a token, in hidden sizes: residual, input, queries, keys, values, and copies
 
@@ -23,14 +23,7 @@ LAYER_STATES = 8  # what attention holds of a token, in hidden sizes: residual, 
 def takes_cache(config: PretrainedConfig) -> bool:
     """Whether a long window goes through a model in chunks: it groups queries, and the cache is the smaller part."""
     grouped = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) < config.num_attention_heads
-    return grouped and cache_width(config) < LAYER_STATES * config.hidden_size and not depends_on_length(config)
-
-
-def cache_width(config: PretrainedConfig) -> int:
-    """Numbers that a cache holds of a token: its keys and values in all layers."""
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim
+    return grouped and cache_width(config) < LAYER_STATES * config.hidden_size and cache_is_exact(config)
 
 
 def hidden_states(model: PreTrainedModel, tokens: torch.Tensor, chunk_len: int) -> Iterator[torch.Tensor]:

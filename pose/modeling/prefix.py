@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from pose.modeling.long import cache_width
-from pose.modeling.rotary import depends_on_length
+from pose.modeling.layers import cache_can_be_cut, cache_width
 
 WORTH = 0.8  # of all tokens: sharing must leave no more, since a token takes longer with a cache than without
 MAX_BYTES = 4 * 2**30  # of keys and values; no sharing beyond
@@ -73,9 +72,8 @@ class PrefixCache:
 
 def can_share(model: PreTrainedModel, num_tokens: int) -> bool:
     """Whether a cache of so many tokens is exact for this model, can be cut, and is not too large."""
-    if depends_on_length(model.config) or any(DynamicCache(config=model.config).is_sliding):
-        return False
-    return cache_width(model.config) * num_tokens * model.dtype.itemsize <= MAX_BYTES
+    size = cache_width(model.config) * num_tokens * model.dtype.itemsize
+    return size <= MAX_BYTES and cache_can_be_cut(model.config)
 
 
 def groups_that_share(windows: np.ndarray, size: int, num: int) -> list[np.ndarray] | None:

@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from pose.errors import CheckpointError
+from pose.modeling.layers import decoder_layers
 from pose.modeling.lora import initial_adapters
 
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -145,11 +146,6 @@ def parameters_on_meta():
         yield
     finally:
         nn.Module.register_parameter = register
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of a model's layers."""
-    return max((m for m in model.base_model.children() if isinstance(m, nn.ModuleList)), key=len)
 
 
 def fill(model: PreTrainedModel, weights: Weights, layout: Layout) -> list[str]:

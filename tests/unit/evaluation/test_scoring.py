@@ -20,8 +20,9 @@ from transformers import (
 
 from pose.evaluation.scoring import CHUNK_LEN, Scorer, peak_memory_gib
 from pose.modeling import attention
+from pose.modeling.layers import cache_width
 from pose.modeling.load import build_model, scale_config
-from pose.modeling.long import cache_width, feed_forward_in_chunks, takes_cache
+from pose.modeling.long import feed_forward_in_chunks, takes_cache
 from pose.modeling.prefix import can_share, groups_that_share
 from pose.rope import Dynamic, Yarn
 

@@ -22,7 +22,6 @@ from transformers import (
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
-    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -564,13 +563,3 @@ def test_a_scaling_that_transformers_does_not_know_leads_to_the_importer(checkpo
         CheckpointError, match=r"'vanilla_ntk', which transformers does not know.*pose\.modeling\.legacy"
     ):
         load_config(str(checkpoint))
-
-
-def test_a_class_without_a_base_model_is_refused(tmp_path):
-    """Losses are taken from the states below the output layer."""
-    config = Llama4TextConfig(
-        vocab_size=8, hidden_size=16, intermediate_size=8, intermediate_size_mlp=8, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, pad_token_id=0,
-    )  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"Llama4ForCausalLM .*not supported"):
-        build_model(config, None, "sdpa")

@@ -16,10 +16,11 @@ from pose.app import build, schema
 from pose.errors import CheckpointError, ConfigError
 from pose.files import CONF
 from pose.modeling.export import export_model
+from pose.modeling.layers import decoder_layers
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import LoraOptions, add_lora
 from pose.modeling.rotary import rotary_modules
-from pose.modeling.shard import FullyShard, Whole, decoder_layers, fill, parameters_on_meta, set_masters
+from pose.modeling.shard import FullyShard, Whole, fill, parameters_on_meta, set_masters
 from pose.training import strategies
 
 schema.register()
@@ -146,7 +147,8 @@ def test_tied_embeddings_that_differ_are_named(change, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options"), [("mixtral", {"num_local_experts": 2}), ("qwen3_moe", {"num_experts": 2, "head_dim": 8})]
+    ("model_type", "options"),
+    [("mixtral", {"num_local_experts": 2}), ("qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8})],
 )
 def test_experts_that_are_merged_while_they_are_read_are_refused(model_type, options, tmp_path):
     save(tmp_path, model_type, **options)

@@ -1,0 +1,192 @@
+"""What a model's layers are: asked here by everything that takes it for granted.
+
+Training with skips, the guards, and the comparison of an export need every layer to be causal attention whose queries
+and keys are rotated by one RoPE. A layer without RoPE does not see a skip, ALiBi has no frequencies to scale, and a
+layer with a state of its own (linear attention, state space models) reads a jump of the positions as if there were
+none. Long windows and shared beginnings need a cache of keys and values that gives what one pass gives, and can be cut.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from pose.data.network import first_line
+from pose.errors import ConfigError
+from pose.modeling import compat
+from pose.modeling.attention import unsupported_term
+from pose.modeling.rotary import depends_on_length, rotate_by_example_length
+
+KINDS = ("full_attention", "sliding_attention")  # of layers, in a config's layer_types
+PROBE = "pose_probe"  # what transformers knows the noting attention by
+UNMOVED = "such layers do not see the positions, so that a skip is none for them"
+_passed: set[tuple[type, str]] = set()
+
+
+def check_layers(config: PretrainedConfig):
+    """Refuses a model whose layers are not all causal attention with RoPE, before any weights are there.
+
+    The model is built without memory and run once on four tokens. Its attention only notes what it is given: which
+    layers call it, and whether their queries and keys have been rotated (they would pass a gradient to the cosines).
+
+    Args:
+        config: of the model.
+
+    Raises:
+        ConfigError: names the class, and what about its layers is not supported.
+    """
+    key = (type(config), config.to_json_string(use_diff=False))
+    if key in _passed:
+        return
+    cls = compat.causal_lm_class(config)
+    if cls is None:
+        raise ConfigError(
+            f"a {config.model_type} model is not supported: it is no causal language model of transformers"
+        )
+    reason = _reason_of_class(cls, config)
+    if reason is None:
+        try:
+            reason = _reason_of_layers(config)
+        except ConfigError as error:
+            raise ConfigError(f"{cls.__name__} is not supported: {error}") from None
+        except Exception as error:  # whatever a model's code makes of a config's values
+            raise ConfigError(
+                f"{cls.__name__} cannot be built from its config, and run without weights to look at its layers: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+    if reason is not None:
+        raise ConfigError(f"{cls.__name__} is not supported: {reason}")
+    _passed.add(key)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a model's layers.
+
+    Raises:
+        ConfigError: the base model has none.
+    """
+    lists = [module for module in model.base_model.children() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(f"{type(model.base_model).__name__} has no list of layers")
+    return max(lists, key=len)
+
+
+def cache_is_exact(config: PretrainedConfig) -> bool:
+    """Whether a text that goes through the model in parts, with a cache of keys and values, gives what one pass gives.
+
+    Where frequencies depend on the length of the text, cached keys keep those of a shorter one.
+    """
+    return not depends_on_length(config)
+
+
+def cache_can_be_cut(config: PretrainedConfig) -> bool:
+    """Whether the cache is exact, and can be cropped and repeated: a sliding window forgets what has left it."""
+    return cache_is_exact(config) and not any(DynamicCache(config=config).is_sliding)
+
+
+def cache_width(config: PretrainedConfig) -> int:
+    """Numbers that a cache holds of a token: its keys and values in all layers."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim
+
+
+def _reason_of_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> str | None:
+    """Why a class is not supported, as far as it can be told without building it."""
+    if _has_alibi(config):
+        return "it has ALiBi in place of RoPE, so there are no frequencies to scale"
+    if compat.keeps_state(cls):
+        return f"it has layers with a state of their own (linear attention, state space or recurrent): {UNMOVED}"
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()).difference(KINDS))
+    if kinds:
+        return f"layer_types in its config has {', '.join(kinds)}, and only {' and '.join(KINDS)} are"
+    if not compat.takes_attention_by_name(cls):
+        return "its attention cannot be replaced by pose's, and may take a skip for the border of two documents"
+    return None
+
+
+def _reason_of_layers(config: PretrainedConfig) -> str | None:
+    """Why a model is not supported, by what its layers do."""
+    attended: dict[int, list[_Call]] = {}
+    current = -1
+
+    def note(module, query, key, value, attention_mask=None, **kwargs):
+        rotated, causal = query.requires_grad and key.requires_grad, kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        call = _Call(rotated, causal, attention_mask is not None, unsupported_term(kwargs))
+        attended.setdefault(current, []).append(call)
+        num_batch, num_heads, num_query, _ = query.shape
+        # Without a gradient, so that nothing of the rotation reaches the next layer
+        return value.new_zeros(num_batch, num_query, num_heads, value.shape[-1]), None
+
+    def enter(index):
+        def hook(module, args):
+            nonlocal current
+            current = index
+
+        return hook
+
+    def mark(module, args, output):
+        if isinstance(output, torch.Tensor):
+            return output.detach().requires_grad_()
+        return tuple(mark(module, args, part) for part in output)
+
+    AttentionInterface.register(PROBE, note)
+    model = compat.build_on_meta(config, PROBE).eval().requires_grad_(False)
+    if model.base_model is model:
+        return "it keeps no model apart from its output layer"
+    layers = decoder_layers(model)
+    rotate_by_example_length(model)  # transformers' own looks at the values of the positions
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(enter(index))
+    for module in model.modules():
+        if "rotary" in type(module).__name__.lower():
+            module.register_forward_hook(mark)
+    tokens = torch.arange(4, device="meta")[None]
+    with torch.enable_grad():
+        model.base_model(input_ids=tokens, position_ids=tokens, use_cache=False)
+    without = [i for i in range(len(layers)) if i not in attended]
+    if without:
+        return f"{_named(without)} no attention: {UNMOVED}"
+    calls = [(i, call) for i in range(len(layers)) for call in attended[i]]
+    still = sorted({i for i, call in calls if not call.rotated})
+    if len(still) == len(layers):
+        return "it has no RoPE, so there are no frequencies to scale"
+    if still:
+        return f"{_named(still)} no RoPE: {UNMOVED}"
+    terms = sorted({call.term for _, call in calls} - {None})
+    if terms:
+        return f"its attention uses {', '.join(terms)}"
+    if any(call.masked for _, call in calls):
+        return "it hands its attention a mask of its own"
+    if not all(call.causal for _, call in calls):
+        return "its attention is not causal"
+    return None
+
+
+class _Call(NamedTuple):
+    """What a layer's attention was given.
+
+    Attributes:
+        rotated: whether queries and keys were.
+        causal: whether it is to be.
+        masked: whether the model made a mask of its own.
+        term: what it asks for that is not implemented.
+    """
+
+    rotated: bool
+    causal: bool
+    masked: bool
+    term: str | None
+
+
+def _has_alibi(config: PretrainedConfig) -> bool:
+    """Falcon and MPT say it in their configs; Bloom has nothing else."""
+    attention = getattr(config, "attn_config", None)
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or getattr(attention, "alibi", False))
+
+
+def _named(layers: list[int]) -> str:
+    shown = ", ".join(map(str, layers[:5])) + ", ..." * (len(layers) > 5)
+    return f"layer {shown} has" if len(layers) == 1 else f"layers {shown} have"
