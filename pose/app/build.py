@@ -29,7 +29,14 @@ from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.gguf import cached_folder, describe, find_gguf
 from pose.modeling.checkpoints.hub import is_available
 from pose.modeling.layers import check_layers
-from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
+from pose.modeling.load import (
+    build_model,
+    check_weights,
+    load_config,
+    load_tokenizer,
+    rope_geometry,
+    scale_config,
+)
 from pose.modeling.lora import LoraOptions, add_lora, count_parameters, target_names
 from pose.modeling.shard import Layout
 from pose.positions import PositionSampler
@@ -147,6 +154,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
             new.bos_token_id, new.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     else:
         check_vocabulary(tokenizer, base, tokenizer_path)
+        check_weights(base, locate(cfg.model.path), cfg.model.revision)
     trainer = build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     micro_batch = _accumulate(trainer, cfg.trainer)
     data = PoseDataModule(

@@ -1,6 +1,7 @@
 """What is refused before any weights are loaded, and what is worked out from the config."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,7 @@ def test_a_scaled_checkpoint_is_not_scaled_again(plan, documents, tmp_path):
     first = plan("eval=none", "data=jsonl", documents(LONG))
     first.config.save_pretrained(tmp_path / "scaled")
     first.tokenizer.save_pretrained(tmp_path / "scaled")
+    shutil.copy("assets/tiny/model.safetensors", tmp_path / "scaled")
     with pytest.raises(ConfigError, match="already scaled"):
         plan("eval=none", "data=jsonl", documents(LONG), f"model.path={tmp_path}/scaled")
     again = plan("eval=none", "data=jsonl", documents(LONG), f"model.path={tmp_path}/scaled", "rope=none")
