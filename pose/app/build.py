@@ -28,6 +28,7 @@ from pose.files import locate, read_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.gguf import cached_folder, describe, find_gguf
 from pose.modeling.checkpoints.hub import is_available
+from pose.modeling.compat import recompute_activations
 from pose.modeling.layers import check_layers
 from pose.modeling.load import (
     build_model,
@@ -374,7 +375,7 @@ def load_for_training(cfg: DictConfig, plan: Plan, strategy: Strategy) -> PreTra
     log.info(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})")
     model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
     if cfg.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     return model
 
 

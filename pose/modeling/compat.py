@@ -5,7 +5,9 @@ versions.
 """
 
 import copy
+import inspect
 import re
+from collections.abc import Callable
 
 import torch
 from accelerate import init_empty_weights
@@ -14,6 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pose.errors import ConfigError
 
 
 def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
@@ -104,6 +109,11 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def has_master(parameter: torch.Tensor) -> bool:
+    """Whether a lower stage of DeepSpeed's ZeRO keeps an fp32 weight that the optimizer steps on in its place."""
+    return hasattr(parameter, "_hp_mapping")
+
+
 def full_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of the whole parameter, of which a process may hold a part."""
     return getattr(parameter, "ds_shape", parameter.shape)
@@ -114,3 +124,37 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.to_local()
     return getattr(parameter, "ds_tensor", parameter)
+
+
+def recompute_activations(model: PreTrainedModel):
+    """Keeps no activations inside a model's layers: the backward pass makes them again.
+
+    Raises:
+        ConfigError: the model's class cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(f"model.gradient_checkpointing=true is not supported by {type(model).__name__}: take false")
+    # Its name since transformers 5.20, where the older one warns
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention that a model computes with."""
+    return model.config._attn_implementation
+
+
+def rotation(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """What a rotary module computes of itself, a hidden state [B, L, H] and position ids [B, L]: cosines and sines.
+
+    transformers' decorators are left out, of which one changes the frequencies with the positions that it sees.
+    """
+    return inspect.unwrap(type(module).forward)
+
+
+def frequencies(config: PretrainedConfig, rope_type: str, device, seq_len: int | torch.Tensor) -> torch.Tensor:
+    """Inverse frequencies, fp32 [d/2], of one of transformers' RoPE types for a text of seq_len tokens.
+
+    Lengths [B, 1] give [B, d/2], where a type's frequencies depend on them.
+    """
+    return ROPE_INIT_FUNCTIONS[rope_type](config, device, seq_len=seq_len)[0]

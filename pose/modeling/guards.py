@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from pose.errors import GuardError
+from pose.modeling import compat
 from pose.modeling.loss import causal_lm_loss
 from pose.modeling.rotary import frequencies_at, rotary_modules
 from pose.rope import Frequencies
@@ -98,7 +99,7 @@ def check_chunks_attend(model: PreTrainedModel, target_len: int, device):
             raise GuardError(
                 f"changing the first chunk changes nothing in the last (batch of {rows}, position ids skip by {skip}): "
                 "attention treats the skip as the border of two documents, so the model would only ever train on "
-                f"short contexts. Attention in use: {model.config._attn_implementation!r}; pose needs its own "
+                f"short contexts. Attention in use: {compat.attention_of(model)!r}; pose needs its own "
                 "(pose.modeling.attention)."
             )
 

@@ -12,13 +12,13 @@ the cache keep those of their time, as in transformers: only a pass over the who
 Shapes: B batch (or 1, for positions shared by all rows), L tokens, d rotary dimensions of a head.
 """
 
-import inspect
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from pose.modeling import compat
 
 
 def depends_on_length(config: PretrainedConfig) -> bool:
@@ -91,7 +91,7 @@ class _StatelessForward:
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, L, d] in the dtype of x, for position_ids [B, L]."""
-        own_forward = inspect.unwrap(type(self.module).forward)
+        own_forward = compat.rotation(self.module)
         if not self.by_length:
             return own_forward(self.module, x, position_ids)
         rows = []
@@ -107,8 +107,7 @@ class _StatelessForward:
         return torch.where(lengths > self.window, beyond, self.module.inv_freq)
 
     def _beyond_window(self, seq_len: int | torch.Tensor) -> torch.Tensor:
-        device = self.module.inv_freq.device
-        return ROPE_INIT_FUNCTIONS[self.rope_type](self.module.config, device, seq_len=seq_len)[0]
+        return compat.frequencies(self.module.config, self.rope_type, self.module.inv_freq.device, seq_len)
 
 
 def keep_frequencies_fp32(model: nn.Module):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from pose.errors import CheckpointError
@@ -84,13 +84,9 @@ class FullyShard:
         register_fsdp_forward_method(model, "call")
 
     def place(self, parameter: nn.Parameter, whole: torch.Tensor) -> nn.Parameter:
-        chunks = whole.chunk(self.mesh.size())
-        rank = self.mesh.get_local_rank()
-        part = (chunks[rank] if rank < len(chunks) else whole[:0]).to(self.device, parameter.dtype, copy=True)
-        part = DTensor.from_local(
-            part, self.mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )  # fmt: skip
-        return nn.Parameter(part, parameter.requires_grad)
+        # Every process reads the weight itself, so that nothing is sent. The slice is cut before it is cast.
+        part = distribute_tensor(whole, self.mesh, parameter.placements, src_data_rank=None)
+        return nn.Parameter(part.to(parameter.dtype), parameter.requires_grad)
 
 
 class Zero3:
@@ -244,7 +240,7 @@ def full_weight(parameter: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.detach().full_tensor()
     in_zero3 = compat.is_partitioned(parameter)
-    if parameter.requires_grad and (in_zero3 or hasattr(parameter, "_hp_mapping")):
+    if parameter.requires_grad and (in_zero3 or compat.has_master(parameter)):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).detach().view(full_shape(parameter))

@@ -136,8 +136,8 @@ def test_outcomes_belong_to_the_code_and_the_packages(tmp_path, monkeypatch):
     under = [plan(tmp_path, *common)[0].under]
     for owner, name, value in (
         (compare, "_code_print", lambda: "other"),
-        (compare.torch, "__version__", "2.99"),  # which safetensors reads too
-        (compare.transformers, "__version__", "5.99"),
+        (compare.torch, "__version__", "2.99.0"),  # which safetensors reads too
+        (compare.transformers, "__version__", "5.99.0"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
