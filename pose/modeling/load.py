@@ -57,9 +57,8 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
         ConfigError: a model with a part that is not supported here.
     """
     from_hub("config", check_config, path, revision)
-    if any(
-        (Path(path).expanduser() / name).exists() for name in WEIGHT_FILES
-    ):  # those of the hub come when they are due
+    folder = Path(path).expanduser()
+    if any((folder / name).exists() for name in WEIGHT_FILES):  # those of the hub come when they are due
         from_hub("weights", weight_files, path, revision)
     form = from_hub("config", _read_form, path, revision)
     if form is not None:

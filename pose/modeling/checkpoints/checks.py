@@ -7,7 +7,7 @@ divide by zero, or make an error far from their file.
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PretrainedConfig
 
@@ -61,7 +61,7 @@ def check_config(path: str, **hub):
     """
     if (file := find_file(path, "config.json", **hub)) is not None:
         raw = load_json(file, CheckpointError)
-        if "transformers_weights" in raw or "configuration_files" in raw:
+        if raw.get("transformers_weights") or raw.get("configuration_files"):
             raise CheckpointError(
                 f"{file} names other files (transformers_weights, configuration_files), which are not read: take the "
                 "key out, and name the file as usual"
@@ -154,8 +154,9 @@ def check_tokenizer(path: str, **hub):
         _check(settings, file, "chat_template", lambda value: isinstance(value, str | list | dict), "a template")
         _check(settings, file, "auto_map", lambda value: isinstance(value, list | dict), "an object")
         _check(settings, file, "added_tokens_decoder", lambda value: isinstance(value, dict), "an object")
-        if "fast_tokenizer_files" in settings:
-            raise _refused(file, "fast_tokenizer_files", settings["fast_tokenizer_files"], "nothing")
+        names = settings.get("fast_tokenizer_files") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) and "/" not in name for name in names):
+            raise _refused(file, "fast_tokenizer_files", names, "a list of files in its folder")
         for index, token in (settings.get("added_tokens_decoder") or {}).items():
             if not index.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
                 raise _refused(file, "added_tokens_decoder", {index: token}, "an id with the 'content' of its token")
@@ -246,11 +247,11 @@ def _is_token(value: Any) -> bool:
     return isinstance(value.get("content") if isinstance(value, dict) else value, str)
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether a value of a JSON file is a whole number: a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value of a JSON file is a finite number."""
     return is_integer(value) or (isinstance(value, float) and math.isfinite(value))

@@ -49,6 +49,7 @@ PRE_TOKENIZERS = {
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
 }
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+LONGEST_ARRAY = 1 << 22  # items
 
 
 def find_gguf(source: str) -> Path:
@@ -142,12 +143,17 @@ def cached_folder(file: Path, cache_dir: str | Path) -> Path:
 
 def _open(file: Path):
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader, GGUFValueType
     except ImportError as error:
         raise CheckpointError(f"reading {file} needs the package gguf: pip install gguf") from error
 
     class Reader(GGUFReader):
-        """Reads nothing beyond the end of the file, where GGUFReader finds empty items, as many as the file says."""
+        """Believes no length: beyond the end of a file GGUFReader finds empty items, as many as the file says."""
+
+        def _get_field_parts(self, orig_offs, raw_type):
+            if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > LONGEST_ARRAY:
+                raise ValueError("it has an array that is longer than any vocabulary")
+            return super()._get_field_parts(orig_offs, raw_type)
 
         def _get(self, offset, dtype, count=1, override_order=None):
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):

@@ -140,6 +140,7 @@ BESIDE = {
         "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}},
         "extra_special_tokens": [], "auto_map": {}, "chat_template": None, "padding_side": "left",
         "add_bos_token": False, "truncation_side": "right", "unk_token": None, "tokenizer_file": None,
+        "fast_tokenizer_files": [],
     },
     "special_tokens_map.json": {"bos_token": {"content": "<|endoftext|>"}, "additional_special_tokens": ["<x>"]},
     "added_tokens.json": {"<|endoftext|>": 0},
@@ -229,3 +230,19 @@ def test_ordinary_configs_pass(tmp_path, model_type):
     """As transformers writes them, at the sizes of real models."""
     CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
     assert rope_geometry(load_config(str(tmp_path))).dim >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"configuration_files": ["../config.4.0.0.json"]}),
+        ("config.json", {"transformers_weights": "../model.safetensors"}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.0.0.json"]}),
+    ],
+)
+def test_other_files_are_not_read_instead(tiny, name, change):
+    """transformers would take them, wherever they lie."""
+    content = json.loads((tiny / name).read_text())
+    (tiny / name).write_text(json.dumps(content | change))
+    with pytest.raises(CheckpointError, match=f"{name} (names other files|has .* a list of files in its folder)"):
+        load_config(str(tiny)), load_tokenizer(str(tiny))
