@@ -4,7 +4,6 @@ import csv
 import hashlib
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from pose.app import build
 from pose.errors import ConfigError
 from pose.evaluation.suite import Suite, default_lengths, values
 from pose.evaluation.task import Estimate
-from pose.files import PACKAGE, Memo, digest, read_json, write_json
+from pose.files import PACKAGE, Memo, read_json, write_json
 from pose.modeling.attention import resolve_backend
-from pose.modeling.checkpoints.hub import find_file
+from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.guards import check_loss
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
@@ -32,8 +31,6 @@ from pose.reporting.tables import comparison_tables, print_table
 log = logging.getLogger(__name__)
 
 Results = dict[str, dict[str, Estimate]]
-# What a checkpoint's outcomes depend on, in its folder.
-CHECKPOINT_FILES = re.compile(r".*\.(json|safetensors|bin|model|txt|gguf|jinja)")
 MEASURING = ("evaluation", "modeling", "data", "tasks", "rope.py")  # the code that outcomes depend on
 
 
@@ -97,7 +94,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         if suite is None:
             raise ConfigError("eval.tasks is empty: choose eval=quick, perplexity, passkey, needle, ruler, harness")
         under = {
-            "checkpoint": checkpoint_print(path, cfg.revision, memo),
+            "checkpoint": fingerprint(path, cfg.revision, memo),
             "code": _code_print(),
             "packages": {"torch": torch.__version__, "transformers": transformers.__version__},
             "run": [str(dtype), attention, device.type],
@@ -198,15 +195,6 @@ def show(run_dir: Path, candidates: list[Candidate], results: Results):
         log.info(f"Documents   {', '.join(documents[:3])}{' ...' * (len(documents) > 3)} ({len(documents)})")
     log.info("Intervals   95 %, over documents, prompts or questions; none for a single document (docs/EVALUATION.md)")
     log.info(f"Results     {run_dir}/results.csv, results.json, metrics.json\nPlots       {run_dir}/plots/")
-
-
-def checkpoint_print(path: str, revision: str | None, memo: Memo) -> list:
-    """What tells a checkpoint from others: digests of a folder's files, or the commit of the hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if CHECKPOINT_FILES.fullmatch(file.name))
-        return [[file.name, digest(file, memo)] for file in files]
-    return [path, Path(find_file(path, "config.json", revision=revision)).parent.name]
 
 
 def _code_print() -> str:

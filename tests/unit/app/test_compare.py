@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
 
 from pose.app import compare, runtime, schema
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
-from pose.files import Memo
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "assets" / "tiny"
@@ -45,6 +45,16 @@ def test_checkpoints_are_measured_at_the_same_lengths(tmp_path, longer):
     assert [c.window for c in candidates] == [256, 1024]
     assert [c.suite.lengths for c in candidates] == [[256, 512, 1024]] * 2
     assert candidates[0].under["checkpoint"] != candidates[1].under["checkpoint"]
+
+
+def test_yarn_is_measured_up_to_its_factor_times_the_window(tmp_path, longer):
+    """Where the config keeps the model's own length in max_position_embeddings."""
+    file = longer / "model" / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "rope_parameters"}
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    file.write_text(json.dumps(config | {"max_position_embeddings": 256, "rope_theta": 500.0, "rope_scaling": yarn}))
+    (candidate,) = plan(tmp_path, f"ckpt={longer}", "eval=passkey")
+    assert candidate.window == 256 and candidate.suite.lengths == [256, 512, 1024]
 
 
 def test_tokenizers_that_differ_are_measured_on_the_same_documents(tmp_path, longer, capsys):
@@ -85,29 +95,22 @@ def test_threads_are_at_least_one(tmp_path):
         runtime.set_up(composed(tmp_path, "ckpt=assets/tiny", "num_threads=0"))
 
 
-def test_a_checkpoint_is_told_by_what_is_in_its_files(tmp_path, longer):
-    memo, model = Memo(tmp_path / "memo"), longer / "model"
-    before = compare.checkpoint_print(str(model), None, memo)
-    assert {name for name, _ in before} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    (model / "README.md").write_text("other words")
-    assert compare.checkpoint_print(str(model), None, memo) == before
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
-    assert compare.checkpoint_print(str(model), None, memo) != before
-    kinds = ("generation_config.json", "pytorch_model.bin", "tokenizer.model", "merges.txt", "chat_template.jinja")
-    for name in kinds:
-        seen = compare.checkpoint_print(str(model), None, memo)
-        (model / name).write_text("{}")
-        assert compare.checkpoint_print(str(model), None, memo) != seen, name
-
-
-def test_a_checkpoint_of_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
-    commits = {None: "c0", "v1": "c1"}
-    cached = "/hub/models--a--b/snapshots/{}/config.json"
-    monkeypatch.setattr(compare, "find_file", lambda path, name, revision: cached.format(commits[revision]))
-    prints = [compare.checkpoint_print("a/b", revision, Memo(tmp_path)) for revision in commits]
-    assert prints == [["a/b", "c0"], ["a/b", "c1"]]
+def test_outcomes_belong_to_the_weights_wherever_they_lie(tmp_path, longer):
+    """Replaced in a subfolder, and behind a link, they are measured anew."""
+    stored = tmp_path / "stored" / "a.safetensors"
+    stored.parent.mkdir()
+    weights = load_file(longer / "model" / "model.safetensors")
+    (longer / "model" / "model.safetensors").rename(stored)
+    (longer / "model" / "parts").symlink_to(stored.parent)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "parts/a.safetensors")}
+    (longer / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    common = (f"ckpt={longer}", "eval=passkey", "eval.lengths=[256]")
+    before = plan(tmp_path, *common)[0].under
+    assert plan(tmp_path, *common)[0].under == before
+    content = bytearray(stored.read_bytes())
+    content[-1] ^= 1
+    stored.write_bytes(content)
+    assert plan(tmp_path, *common)[0].under != before
 
 
 def test_outcomes_belong_to_the_code_that_measured(tmp_path, monkeypatch):
