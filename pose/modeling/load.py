@@ -1,6 +1,8 @@
 """From a checkpoint, or a bare config, to a model whose RoPE is scaled before it is built."""
 
 import copy
+import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pose.errors import CheckpointError, ConfigError
+from pose.files import load_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints import baichuan
 from pose.modeling.checkpoints.baichuan import Baichuan
+from pose.modeling.checkpoints.checks import WINDOW, check_config, check_groups, check_rope, check_tokenizer
 from pose.modeling.checkpoints.gptj import GPTJ
-from pose.modeling.checkpoints.hub import find_file, from_hub, read_weights
-from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer
+from pose.modeling.checkpoints.hub import WEIGHT_FILES, find_file, from_hub, read_weights, weight_files
+from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer, merge_settings
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
 from pose.modeling.shard import (
     Layout,
@@ -37,6 +41,8 @@ from pose.modeling.shard import (
     renamed,
 )
 from pose.rope import RopeGeometry, RopeScaling
+
+log = logging.getLogger(__name__)
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
 FORMS = {"gptj": GPTJ, "baichuan": Baichuan}
@@ -55,6 +61,10 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
             path.
         ConfigError: a model with a part that is not supported here.
     """
+    from_hub("config", check_config, path, revision)
+    folder = Path(path).expanduser()
+    if any((folder / name).exists() for name in WEIGHT_FILES):  # those of the hub come when they are due
+        from_hub("weights", weight_files, path, revision)
     form = from_hub("config", _read_form, path, revision)
     if form is not None:
         return form.config
@@ -71,7 +81,41 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None) is not None:
             raise ConfigError(f"{path} is a {config.model_type} model with {name}, which is not supported")
+    check_groups(config, path)
+    check_rope(config, path)
+    _read_window(config, path)
     return config
+
+
+def _read_window(config: PretrainedConfig, path: str):
+    """Makes max_position_embeddings the window that a model was extended to, where others note it elsewhere."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope_type, factor = parameters.get("rope_type"), parameters.get("factor")
+    if factor is None or isinstance(getattr(config, "pose", None), dict):  # our own note says it
+        return
+    longest = config.max_position_embeddings
+    if rope_type == "linear" and factor > 1:
+        _say_unknown_window(path, longest, factor)
+    if rope_type not in ("yarn", "dynamic"):
+        return
+    extended = factor * (parameters.get("original_max_position_embeddings") or longest)
+    if extended > WINDOW:
+        raise CheckpointError(
+            f"{path} is extended to {extended:g} tokens (rope_parameters.factor={factor:g}): up to {WINDOW:,} are "
+            "accepted"
+        )
+    if rope_type == "yarn":  # for `dynamic` see `target_len_of`
+        config.max_position_embeddings = max(longest, int(extended))
+
+
+@functools.cache
+def _say_unknown_window(path: str, longest: int, factor: float):
+    """Once for a folder, which a run reads several times."""
+    log.warning(
+        f"{path} has linear RoPE scaling by {factor:g}, and does not tell whether max_position_embeddings={longest} is "
+        "the window before or after: it is taken for both. Give the lengths to measure, or make a folder that tells, "
+        "with python -m pose.modeling.legacy SRC DST --window TOKENS"
+    )
 
 
 def load_tokenizer(path: str, revision: str | None = None):
@@ -80,14 +124,13 @@ def load_tokenizer(path: str, revision: str | None = None):
     Raises:
         CheckpointError: nothing there, or no tokenizer, or one that needs code of its own; names the path.
     """
+    for check in (check_tokenizer, check_config):  # transformers reads the config for a tokenizer too
+        from_hub("tokenizer", check, path, revision)
     settings = from_hub("tokenizer", get_tokenizer_config, path, revision)
     if "auto_map" not in settings or settings.get("tokenizer_class") in baichuan.TOKENIZERS:
-        found = {
-            name: from_hub("tokenizer", find_file, path, revision, name=name)
-            for name in ("tokenizer.json", "tokenizer.model")
-        }
-        if found["tokenizer.json"] is None and found["tokenizer.model"] is not None:
-            return load_spm_tokenizer(found["tokenizer.model"], settings)
+        tokenizer = from_hub("tokenizer", _load_spm, path, revision, settings=settings)
+        if tokenizer is not None:
+            return tokenizer
     try:
         tokenizer = from_hub("tokenizer", AutoTokenizer.from_pretrained, path, revision, trust_remote_code=False)
     except CheckpointError as error:
@@ -106,11 +149,22 @@ def load_tokenizer(path: str, revision: str | None = None):
     return tokenizer
 
 
+def _load_spm(path: str, settings: dict[str, Any], **hub):
+    """The tokenizer of a folder with a tokenizer.model and no tokenizer.json; None of another."""
+    model = find_file(path, "tokenizer.model", **hub)
+    if model is None or find_file(path, "tokenizer.json", **hub) is not None:
+        return None
+    beside = (find_file(path, name, **hub) for name in ("special_tokens_map.json", "added_tokens.json"))
+    special, added = ({} if file is None else load_json(file, CheckpointError) for file in beside)
+    return load_spm_tokenizer(model, merge_settings(settings, special, added))
+
+
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     """What a model's config says of its rotary embedding: nothing here is a constant of ours.
 
     Raises:
         ConfigError: the model has no rotary embedding, or one for each kind of layer.
+        CheckpointError: sizes of heads, a base or a scaling that cannot be.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or "rope_theta" not in parameters:
@@ -118,6 +172,7 @@ def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
             f"a {config.model_type} model has no single rotary embedding in its config (rope_parameters: "
             f"{parameters}): only models with one RoPE for all layers can be extended"
         )
+    check_rope(config, f"the {config.model_type} model")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
     window = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -222,6 +277,7 @@ def build_model(
         if form is not None:
             model, info = from_hub("weights", _convert_weights, path, revision, form=form, **options)
         else:
+            from_hub("weights", weight_files, path, revision)
             load = AutoModelForCausalLM.from_pretrained
             model, info = from_hub("weights", load, path, revision, trust_remote_code=False, **options)
         missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
