@@ -24,7 +24,7 @@ from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.guards import check_loss
 from pose.modeling.layers import check_layers
-from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry
+from pose.modeling.load import build_model, check_weights, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
 from pose.reporting.plots import PANELS, plot_needle, plot_results, plot_ruler
 from pose.reporting.tables import comparison_tables, print_table
@@ -102,6 +102,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         check_layers(config)
         tokenizer = load_tokenizer(path, cfg.revision)
         models.check_vocabulary(tokenizer, config, path)
+        check_weights(config, path, cfg.revision)
         found.append((name, path, config, tokenizer))
     windows = [rope_geometry(config).window for _, _, config, _ in found]
     if cfg.eval.lengths is None:  # the same ones for all

@@ -22,7 +22,7 @@ from pose.evaluation.suite import Suite
 from pose.files import REPOSITORY, is_inside, locate
 from pose.modeling.attention import resolve_backend
 from pose.modeling.layers import check_layers
-from pose.modeling.load import load_tokenizer, rope_geometry, scale_config
+from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, scale_config
 from pose.positions import PositionSampler
 from pose.rope import Frequencies, RopeGeometry, RopeScaling
 from pose.training.callbacks import Export, Throughput
@@ -199,6 +199,7 @@ def _tokenizer(cfg: DictConfig, base: PretrainedConfig, config: PretrainedConfig
             new.bos_token_id, new.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     else:
         models.check_vocabulary(tokenizer, base, path)
+        check_weights(base, locate(cfg.model.path), cfg.model.revision)
     return tokenizer
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import resource
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ from pose.tasks.synthetic import TASKS
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
+HANDLES, HANDLES_OF_A_WORKER = 128, 16  # open files: of the training process, and for each that reads (8 were seen)
 SENTENCE_END = re.compile(r"""([.!?]["'”’»)\]]*|\n)\s*$""")
 
 
@@ -117,6 +119,7 @@ class PoseDataModule(L.LightningDataModule):
     def _check(self):
         if not isinstance(self.num_workers, int) or self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers!r} is not accepted: give an integer of at least 0")
+        reserve_file_handles(self.num_workers)
         for name, share in self.synthetic.items():
             if name not in TASKS:
                 raise ConfigError(f"data.synthetic has no task {name!r}: choose from {', '.join(TASKS)}")
@@ -217,12 +220,32 @@ class PoseDataModule(L.LightningDataModule):
         return self.dataset.describe(*rows[row])
 
 
+def reserve_file_handles(num_workers: int):
+    """Raises this process's limit of open files to what reading processes need, who would hang without.
+
+    Raises:
+        ConfigError: it cannot be raised so far.
+    """
+    if num_workers < 1:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = HANDLES + HANDLES_OF_A_WORKER * num_workers
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"data.num_workers={num_workers} needs {needed} open files, and the limit is {hard} (ulimit -Hn): raise "
+            "it, or give fewer; 0 reads in the training process"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _follow_the_trainer(worker: int):
-    """Schedulers signal every process of a job: the one that trains says when those that read for it end.
+    """Schedulers and terminals signal every process of a job: the one that trains says when its readers end.
 
     They end with it when it is killed, too, and not when they next look, seconds later.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -5,9 +5,15 @@ versions.
 """
 
 import copy
+import re
 
 import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 
 def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
@@ -19,11 +25,6 @@ def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 def keeps_state(cls: type[PreTrainedModel]) -> bool:
     """Whether a model's layers keep a state that is no cache of keys and values."""
     return cls._is_stateful
-
-
-def takes_attention_by_name(cls: type[PreTrainedModel]) -> bool:
-    """Whether a model calls the attention that is registered under the name in its config."""
-    return cls._supports_attention_backend
 
 
 def build_on_meta(config: PretrainedConfig, attention: str) -> PreTrainedModel:
@@ -38,3 +39,78 @@ def build_on_meta(config: PretrainedConfig, attention: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(config), attn_implementation=attention, experts_implementation="batched_mm"
         )
+
+
+def build_empty(config: PretrainedConfig, **options) -> PreTrainedModel:
+    """A model whose parameters have no memory; its buffers are computed, on the CPU.
+
+    Args:
+        config, options: of from_config.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.tie_weights()  # what is moved to the meta device is no longer one
+    return model
+
+
+def note_conversions(model: PreTrainedModel, from_checkpoint: bool):
+    """Notes on a model how its names differ from those of its checkpoints: for `renamed`, and for save_pretrained.
+
+    transformers would look it up when it saves, by the model's class, which FSDP2 replaces by another.
+
+    Args:
+        model: on the meta device, of its own class.
+        from_checkpoint: whether it is to be filled from one: `keep_used_conversions` comes after that. A model of
+            random weights is saved under the names that transformers gives to one.
+    """
+    conversions = get_model_conversion_mapping(model, add_legacy=from_checkpoint)
+    model._weight_conversions = [c for c in conversions if from_checkpoint or not isinstance(c, PrefixChange)]
+
+
+def keep_used_conversions(model: PreTrainedModel):
+    """Forgets what the names of the checkpoint had no need of, as from_pretrained: the model is saved under them."""
+    model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion.was_used()]
+
+
+def renamed(model: PreTrainedModel, name: str) -> tuple[str, WeightConverter | None]:
+    """What from_pretrained calls a tensor of a checkpoint.
+
+    Args:
+        model: that `note_conversions` has seen.
+        name: in the checkpoint.
+
+    Returns:
+        The new name; and where weights are made of several tensors, or several of one, what makes them, with its
+        `source_patterns` and `target_patterns`: the new name is of the first target.
+    """
+    renamings = [c for c in model._weight_conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
+    new, pattern = rename_source_key(name, renamings, converters)
+    return new, next((c for c in converters if pattern in c.source_patterns), None)
+
+
+def is_left_out(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model's class says that its checkpoints hold a tensor that it has no use for: further heads, say."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
+def initialise(model: PreTrainedModel, module: nn.Module):
+    """Draws the weights of one module as the model's class does."""
+    model._init_weights(module)
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has dealt a parameter out; it is empty then, and a process's part lies beside it."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter, of which a process may hold a part."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter, under any strategy."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)

@@ -21,6 +21,7 @@ from pose.modeling.rotary import depends_on_length, rotate_by_example_length
 KINDS = ("full_attention", "sliding_attention")  # of layers, in a config's layer_types
 PROBE = "pose_probe"  # what transformers knows the noting attention by
 UNMOVED = "such layers do not see the positions, so that a skip is none for them"
+ITS_OWN = "its attention cannot be replaced by pose's, and may take a skip for the border of two documents"
 _passed: set[tuple[type, str]] = set()
 
 
@@ -51,6 +52,8 @@ def check_layers(config: PretrainedConfig):
         except ConfigError as error:
             raise ConfigError(f"{cls.__name__} is not supported: {error}") from None
         except Exception as error:  # whatever a model's code makes of a config's values
+            if isinstance(error, KeyError) and error.args == (PROBE,):  # looked up in a list of the class's own
+                raise ConfigError(f"{cls.__name__} is not supported: {ITS_OWN}") from error
             raise ConfigError(
                 f"{cls.__name__} cannot be built from its config, and run without weights to look at its layers: "
                 f"{type(error).__name__}: {first_line(error)}"
@@ -101,8 +104,6 @@ def _reason_of_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> st
     kinds = sorted(set(getattr(config, "layer_types", None) or ()).difference(KINDS))
     if kinds:
         return f"layer_types in its config has {', '.join(kinds)}, and only {' and '.join(KINDS)} are"
-    if not compat.takes_attention_by_name(cls):
-        return "its attention cannot be replaced by pose's, and may take a skip for the border of two documents"
     return None
 
 
@@ -147,6 +148,8 @@ def _reason_of_layers(config: PretrainedConfig) -> str | None:
     with torch.enable_grad():
         model.base_model(input_ids=tokens, position_ids=tokens, use_cache=False)
     without = [i for i in range(len(layers)) if i not in attended]
+    if len(without) == len(layers):
+        return ITS_OWN
     if without:
         return f"{_named(without)} no attention: {UNMOVED}"
     calls = [(i, call) for i in range(len(layers)) for call in attended[i]]

@@ -1,7 +1,10 @@
 """From a checkpoint, or a bare config, to a model whose RoPE is scaled before it is built."""
 
 import copy
+import functools
+import logging
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +22,22 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pose.errors import CheckpointError, ConfigError
+from pose.files import load_json
+from pose.modeling import compat
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints import baichuan
 from pose.modeling.checkpoints.baichuan import Baichuan
+from pose.modeling.checkpoints.checks import WINDOW, check_config, check_groups, check_rope, check_tokenizer
 from pose.modeling.checkpoints.gptj import GPTJ
-from pose.modeling.checkpoints.hub import find_file, from_hub, read_weights
-from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer
+from pose.modeling.checkpoints.hub import WEIGHT_FILES, find_file, from_hub, read_weights, weight_files
+from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer, merge_settings
 from pose.modeling.layers import check_layers
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
-from pose.modeling.shard import (
-    Layout,
-    Weights,
-    fill,
-    keep_used_conversions,
-    note_conversions,
-    parameters_on_meta,
-    random_weights,
-    renamed,
-)
+from pose.modeling.shard import Layout, Whole, fill, random_weights
+from pose.modeling.weights import Weights, listed, matched, not_finite, refuse
 from pose.rope import RopeGeometry, RopeScaling
+
+log = logging.getLogger(__name__)
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
 FORMS = {"gptj": GPTJ, "baichuan": Baichuan}
@@ -56,6 +56,11 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
             path.
         ConfigError: a model with a part that is not supported here.
     """
+    from_hub("config", check_config, path, revision)
+    if any(
+        (Path(path).expanduser() / name).exists() for name in WEIGHT_FILES
+    ):  # those of the hub come when they are due
+        from_hub("weights", weight_files, path, revision)
     form = from_hub("config", _read_form, path, revision)
     if form is not None:
         return form.config
@@ -72,7 +77,41 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None) is not None:
             raise ConfigError(f"{path} is a {config.model_type} model with {name}, which is not supported")
+    check_groups(config, path)
+    check_rope(config, path)
+    _read_window(config, path)
     return config
+
+
+def _read_window(config: PretrainedConfig, path: str):
+    """Makes max_position_embeddings the window that a model was extended to, where others note it elsewhere."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope_type, factor = parameters.get("rope_type"), parameters.get("factor")
+    if factor is None or isinstance(getattr(config, "pose", None), dict):  # our own note says it
+        return
+    longest = config.max_position_embeddings
+    if rope_type == "linear" and factor > 1:
+        _say_unknown_window(path, longest, factor)
+    if rope_type not in ("yarn", "dynamic"):
+        return
+    extended = factor * (parameters.get("original_max_position_embeddings") or longest)
+    if extended > WINDOW:
+        raise CheckpointError(
+            f"{path} is extended to {extended:g} tokens (rope_parameters.factor={factor:g}): up to {WINDOW:,} are "
+            "accepted"
+        )
+    if rope_type == "yarn":  # for `dynamic` see `target_len_of`
+        config.max_position_embeddings = max(longest, int(extended))
+
+
+@functools.cache
+def _say_unknown_window(path: str, longest: int, factor: float):
+    """Once for a folder, which a run reads several times."""
+    log.warning(
+        f"{path} has linear RoPE scaling by {factor:g}, and does not tell whether max_position_embeddings={longest} is "
+        "the window before or after: it is taken for both. Give the lengths to measure, or make a folder that tells, "
+        "with python -m pose.modeling.legacy SRC DST --window TOKENS"
+    )
 
 
 def load_tokenizer(path: str, revision: str | None = None):
@@ -81,14 +120,13 @@ def load_tokenizer(path: str, revision: str | None = None):
     Raises:
         CheckpointError: nothing there, or no tokenizer, or one that needs code of its own; names the path.
     """
+    for check in (check_tokenizer, check_config):  # transformers reads the config for a tokenizer too
+        from_hub("tokenizer", check, path, revision)
     settings = from_hub("tokenizer", get_tokenizer_config, path, revision)
     if "auto_map" not in settings or settings.get("tokenizer_class") in baichuan.TOKENIZERS:
-        found = {
-            name: from_hub("tokenizer", find_file, path, revision, name=name)
-            for name in ("tokenizer.json", "tokenizer.model")
-        }
-        if found["tokenizer.json"] is None and found["tokenizer.model"] is not None:
-            return load_spm_tokenizer(found["tokenizer.model"], settings)
+        tokenizer = from_hub("tokenizer", _load_spm, path, revision, settings=settings)
+        if tokenizer is not None:
+            return tokenizer
     try:
         tokenizer = from_hub("tokenizer", AutoTokenizer.from_pretrained, path, revision, trust_remote_code=False)
     except CheckpointError as error:
@@ -107,11 +145,22 @@ def load_tokenizer(path: str, revision: str | None = None):
     return tokenizer
 
 
+def _load_spm(path: str, settings: dict[str, Any], **hub):
+    """The tokenizer of a folder with a tokenizer.model and no tokenizer.json; None of another."""
+    model = find_file(path, "tokenizer.model", **hub)
+    if model is None or find_file(path, "tokenizer.json", **hub) is not None:
+        return None
+    beside = (find_file(path, name, **hub) for name in ("special_tokens_map.json", "added_tokens.json"))
+    special, added = ({} if file is None else load_json(file, CheckpointError) for file in beside)
+    return load_spm_tokenizer(model, merge_settings(settings, special, added))
+
+
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     """What a model's config says of its rotary embedding: nothing here is a constant of ours.
 
     Raises:
         ConfigError: the model has no rotary embedding, or one for each kind of layer.
+        CheckpointError: sizes of heads, a base or a scaling that cannot be.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or "rope_theta" not in parameters:
@@ -119,6 +168,7 @@ def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
             f"a {config.model_type} model has no single rotary embedding in its config (rope_parameters: "
             f"{parameters}): only models with one RoPE for all layers can be extended"
         )
+    check_rope(config, f"the {config.model_type} model")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
     window = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -212,22 +262,16 @@ def build_model(
     config = copy.deepcopy(config)  # the model owns its config: another built from the same must not change it
     options = {"config": config, "attn_implementation": resolve_backend(attention), "dtype": dtype}
     form = None if path is None else from_hub("config", _read_form, path, revision)
-    missing: list[str] = []
+    if form is not None and layout is None:
+        layout = Whole(torch.device("cpu"), dtype)
     if layout is not None:
-        with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(**options)
-        model.tie_weights()
-        note_conversions(model, from_checkpoint=path is not None)
+        model = compat.build_empty(**options)
+        compat.note_conversions(model, from_checkpoint=path is not None)
     elif path is None:
         model = AutoModelForCausalLM.from_config(**options)
     else:
-        options["output_loading_info"] = True
-        if form is not None:
-            model, info = from_hub("weights", _convert_weights, path, revision, form=form, **options)
-        else:
-            load = AutoModelForCausalLM.from_pretrained
-            model, info = from_hub("weights", load, path, revision, trust_remote_code=False, **options)
-        missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]})
+        from_hub("weights", weight_files, path, revision)
+        model = from_hub("weights", _load, path, revision, **options)
     initial = random_weights(model) if path is None and layout is not None else None
     rotate_by_example_length(model)
     for name, parameter in model.named_parameters():
@@ -240,9 +284,8 @@ def build_model(
         if initial is not None:
             fill(model, initial, layout)
         else:
-            missing = from_hub("weights", _fill, path, revision, model=model, layout=layout)
-    if missing:
-        raise CheckpointError(f"{path} lacks weights of its own config: {', '.join(missing[:5])}")
+            from_hub("weights", _fill, path, revision, model=model, layout=layout)
+    _refuse_not_finite(model, path, dealt_out=layout is not None)
     keep_frequencies_fp32(model)
     model.base_model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
     model.source = None if path is None else lambda: from_hub("weights", checkpoint_weights, path, revision)
@@ -250,7 +293,15 @@ def build_model(
 
 
 def checkpoint_weights(path: str, **hub) -> Weights:
-    """The weights of a checkpoint by the names that transformers reads them under. Args as `read_weights`."""
+    """The weights of a checkpoint by the names that transformers reads them under. Args as `read_weights`.
+
+    Raises:
+        CheckpointError: an adapter lies beside them, which from_pretrained would add.
+    """
+    if find_file(path, "adapter_config.json", **hub) is not None:
+        raise CheckpointError(
+            "there is an adapter (adapter_config.json) beside its weights: merge it into them, or take the file away"
+        )
     form = _read_form(path, **hub)
     for name, tensor in read_weights(path, **hub):
         if form is None:
@@ -259,20 +310,72 @@ def checkpoint_weights(path: str, **hub) -> Weights:
             yield from form.convert(name, tensor).items()
 
 
-def _fill(path: str, model: PreTrainedModel, layout: Layout, **hub) -> list[str]:
+def check_weights(config: PretrainedConfig, path: str, revision: str | None = None):
+    """Whether the weights of a checkpoint are those of a config, by names and shapes: before any of them is loaded.
+
+    Args:
+        config: of the model.
+        path: folder or hub id of the weights.
+        revision: of the hub repository.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not; names tensors (`pose.modeling.weights.matched`).
+    """
+    from_hub("weights", _check_weights, path, revision, config=config)
+
+
+def _check_weights(path: str, config: PretrainedConfig, **hub):
+    if getattr(config, "quantization_config", None) is not None:
+        return  # other tensors than a config alone tells
+    empty = compat.build_on_meta(config, "sdpa")
+    compat.note_conversions(empty, from_checkpoint=True)
+    with _named(path):
+        for _ in matched(empty, checkpoint_weights(path, **hub), merging=True):
+            pass
+
+
+def _load(path: str, config: PretrainedConfig, **options) -> PreTrainedModel:
+    """from_pretrained, which leaves nothing out and adds nothing."""
+    hub = {name: options[name] for name in ("revision", "local_files_only") if name in options}
+    _check_weights(path, config, **hub)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, config=config, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    with _named(path):
+        refuse(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return model
+
+
+def _fill(path: str, model: PreTrainedModel, layout: Layout, **hub):
     """What from_pretrained does, for a model in parts."""
-    try:
-        missing = fill(model, renamed(model, checkpoint_weights(path, **hub)), layout)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    keep_used_conversions(model)
-    _load_generation_config(model, path, **hub)
-    return missing
-
-
-def _load_generation_config(model: PreTrainedModel, path: str, **hub):
+    with _named(path):
+        fill(model, matched(model, checkpoint_weights(path, **hub)), layout)
+    compat.keep_used_conversions(model)
     if find_file(path, "generation_config.json", **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+    model.eval()
+
+
+@contextmanager
+def _named(path: str):
+    """Errors inside begin with the path."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _refuse_not_finite(model: PreTrainedModel, path: str | None, dealt_out: bool):
+    """Raises CheckpointError in every process, whichever holds the part that is not finite."""
+    names = not_finite(model)
+    if dealt_out and torch.distributed.is_initialized():
+        everywhere: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, names)
+        names = sorted(set().union(*everywhere))
+    if names:
+        raise CheckpointError(
+            f"{path or 'model.init'}: weights are not finite (NaN, or infinite in {model.dtype}): {listed(names)}"
+        )
 
 
 def _refuse_padding(module, args, kwargs):
@@ -305,17 +408,6 @@ def _read_form(path: str, **hub) -> GPTJ | Baichuan | None:
             "never run: take a model that transformers has a class for"
         )
     return None
-
-
-def _convert_weights(path: str, form: GPTJ | Baichuan, config: PretrainedConfig, dtype, revision, **options):
-    """What a model class's from_pretrained does, with every tensor converted on the way."""
-    hub = {"revision": revision, "local_files_only": options.pop("local_files_only", False)}
-    weights = {}
-    for name, tensor in read_weights(path, **hub):
-        weights |= {new_name: new.to(dtype) for new_name, new in form.convert(name, tensor).items()}
-    result = form.model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
-    _load_generation_config(result[0], path, **hub)
-    return result
 
 
 def _no_tokenizer(path: str) -> CheckpointError:

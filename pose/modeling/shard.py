@@ -7,10 +7,8 @@ computed in full and in fp32 by every process.
 W processes of rank r; a weight of n elements.
 """
 
-import contextlib
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +16,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from pose.errors import CheckpointError
+from pose.modeling import compat
+from pose.modeling.compat import full_shape
 from pose.modeling.layers import decoder_layers
 from pose.modeling.lora import initial_adapters
-
-Weights = Iterator[tuple[str, torch.Tensor]]
+from pose.modeling.weights import Weights, listed, matched, places
 
 
 class Layout(Protocol):
@@ -131,41 +128,25 @@ class Zero3:
         return placed
 
 
-@contextlib.contextmanager
-def parameters_on_meta():
-    """Models built inside have parameters without memory; their buffers are computed, on the CPU."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module, name, parameter):
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
-def fill(model: PreTrainedModel, weights: Weights, layout: Layout) -> list[str]:
+def fill(model: PreTrainedModel, weights: Weights, layout: Layout):
     """Gives every parameter of a model on the meta device its value, each process its part.
 
     Args:
         model: as `layout.wrap` left it; adapters (`pose.modeling.lora`) get their initial values.
-        weights: of the model, whole, by its names for them (`renamed`); read one after the other, by every process
+        weights: of the model, whole, by its names for them (`matched`); read one after the other, by every process
             in the same order.
         layout: how they are dealt out.
 
-    Returns:
-        The names of parameters that got no value: missing among the weights, or there with another shape.
+    Raises:
+        CheckpointError: a parameter got no value; or as `weights` do.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((module, name))
-    meta = _by_checkpoint_name(model)
-    waiting = {id(parameter) for parameter in meta.values()}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    meta = places(model)
+    waiting = {id(parameter) for parameter in named.values()}
 
     def place(parameter: nn.Parameter, tensor: torch.Tensor):
         placed = layout.place(parameter, tensor)
@@ -174,82 +155,17 @@ def fill(model: PreTrainedModel, weights: Weights, layout: Layout) -> list[str]:
         waiting.discard(id(parameter))
 
     for name, tensor in weights:
-        parameter = find(meta, name, model.base_model_prefix)
-        if parameter is None or id(parameter) not in waiting:  # masks and frequencies of old checkpoints; a tied head
-            continue
-        if tensor.shape == parameter.shape:
-            place(parameter, tensor)
+        if id(meta[name]) in waiting:  # else a tied head
+            place(meta[name], tensor)
+        elif not isinstance(meta[name], nn.Parameter):
+            meta[name].copy_(tensor)
     for name, tensor in initial_adapters(model):
-        place(meta[name], tensor)
+        place(named[name], tensor)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(layout.device))
-    return [name for name, parameter in meta.items() if id(parameter) in waiting]
-
-
-def note_conversions(model: PreTrainedModel, from_checkpoint: bool):
-    """Notes on a model how its names differ from those of its checkpoints: for `renamed`, and for save_pretrained.
-
-    transformers would look it up when it saves, by the model's class, which `Layout.wrap` may replace by another.
-
-    Args:
-        model: on the meta device, before `Layout.wrap`.
-        from_checkpoint: whether it is to be filled from one: `keep_used_conversions` comes after that. A model of
-            random weights is saved under the names that transformers gives to one.
-    """
-    conversions = get_model_conversion_mapping(model, add_legacy=from_checkpoint)
-    model._weight_conversions = [c for c in conversions if from_checkpoint or not isinstance(c, PrefixChange)]
-
-
-def keep_used_conversions(model: PreTrainedModel):
-    """Forgets what the names of the checkpoint had no need of, as from_pretrained: the model is saved under them."""
-    model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion.was_used()]
-
-
-def renamed(model: PreTrainedModel, weights: Weights) -> Weights:
-    """The weights of a checkpoint by the names that the model has for them, as from_pretrained renames them.
-
-    Args:
-        model: that `note_conversions` has seen.
-        weights: by their names in the checkpoint.
-
-    Raises:
-        CheckpointError: transformers makes a weight of the model out of several in the checkpoint, or the reverse; or
-            the checkpoint has two different weights for one tied parameter, which from_pretrained would untie.
-    """
-    parameters = _by_checkpoint_name(model)
-    owners = Counter(id(parameter) for parameter in parameters.values())
-    renamings = [c for c in model._weight_conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
-    tied: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in weights:
-        new_name, converter = rename_source_key(name, renamings, converters)
-        parameter = find(parameters, new_name, model.base_model_prefix)
-        if parameter is None:  # a name of the model, which the renaming was not meant for
-            new_name, converter = name, None
-            parameter = find(parameters, name, model.base_model_prefix)
-        if converter is not None:
-            raise CheckpointError(
-                f"{name} is merged with other weights, or split, when a {model.config.model_type} model is loaded, so "
-                "this checkpoint cannot be dealt out to several processes: take strategy=ddp or finetune=lora with "
-                "strategy=auto"
-            )
-        if owners[id(parameter)] > 1:
-            first, other = tied.setdefault(id(parameter), (name, tensor))
-            if first != name and not torch.equal(other.float(), tensor.float()):
-                raise CheckpointError(
-                    f"{first} and {name} differ, and the config says that they are one (tie_word_embeddings: true): "
-                    "set it to false in config.json, or remove the one that is not the model's"
-                )
-        yield new_name, tensor
-
-
-def find(parameters: dict[str, Any], name: str, prefix: str):
-    """The parameter that a name in a checkpoint means, with or without the prefix of the base model; or None."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in parameters:
-            return parameters[candidate]
-    return None
+    if waiting:
+        raise CheckpointError(f"no value for {listed(name for name, p in named.items() if id(p) in waiting)}")
 
 
 def random_weights(model: PreTrainedModel) -> Weights:
@@ -273,7 +189,7 @@ def random_weights(model: PreTrainedModel) -> Weights:
             for name in names:
                 module = copy.deepcopy(leaves[name]).to_empty(device="cpu")
                 with torch.no_grad():
-                    model._init_weights(module)
+                    compat.initialise(model, module)
                 for kind, parameter in module.named_parameters(recurse=False):
                     yield f"{name}.{kind}" if name else kind, parameter.data
 
@@ -302,12 +218,12 @@ def set_masters(model: PreTrainedModel, weights: Weights):
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    parameters = _by_checkpoint_name(model)
-    for name, tensor in renamed(model, weights):
-        parameter = find(parameters, name, model.base_model_prefix)
-        if parameter is None or not parameter.requires_grad:
+    named = places(model)
+    for name, tensor in matched(model, weights):
+        parameter = named[name]
+        if not parameter.requires_grad:
             continue
-        if not hasattr(parameter, "ds_id"):
+        if not compat.is_partitioned(parameter):
             safe_set_full_fp32_param(parameter, tensor.flatten())
             continue
         size = parameter.ds_tensor.numel()
@@ -327,7 +243,7 @@ def full_weight(parameter: torch.Tensor) -> torch.Tensor:
     """
     if isinstance(parameter, DTensor):
         return parameter.detach().full_tensor()
-    in_zero3 = hasattr(parameter, "ds_id")
+    in_zero3 = compat.is_partitioned(parameter)
     if parameter.requires_grad and (in_zero3 or hasattr(parameter, "_hp_mapping")):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -338,18 +254,6 @@ def full_weight(parameter: torch.Tensor) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
-
-
-def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of the whole parameter, of which a process may hold a part."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _by_checkpoint_name(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    return {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
 
 
 def _call(function: Callable):

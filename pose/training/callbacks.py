@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from pose.modeling.export import export_model
+from pose.training.module import PoseModule
 
 
 class ProgressBar(TQDMProgressBar):
@@ -57,6 +58,8 @@ class Throughput(L.Callback):
 
     def __init__(self):
         self.seconds_before = 0.0  # of the same run, up to the checkpoint it goes on from
+        self.begin = self.start = 0.0  # of the training; of what is logged next
+        self.tokens = self.step = self.peak = 0
 
     @property
     def seconds(self) -> float:
@@ -127,11 +130,11 @@ class Export(L.Callback):
     """
 
     def __init__(self, tokenizer, folder: str | Path, dtype: torch.dtype):
-        self.tokenizer, self.folder, self.dtype = tokenizer, folder, dtype
+        self.tokenizer, self.folder, self.dtype = tokenizer, Path(folder), dtype
 
     def on_train_end(self, trainer, pl_module):
         self.save(trainer, pl_module)
 
-    def save(self, trainer: L.Trainer, pl_module: L.LightningModule):
+    def save(self, trainer: L.Trainer, pl_module: PoseModule):
         """Exports the model as it is now; every process must call this."""
         export_model(pl_module.model, self.tokenizer, self.folder, self.dtype, trainer.is_global_zero)

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class FitLoop(_FitLoop):
@@ -21,6 +22,11 @@ class FitLoop(_FitLoop):
     def skip(self) -> bool:
         """Whether `run` returns before it begins; Lightning's says yes when the steps are done."""
         return False
+
+
+def rank() -> int:
+    """Of this process among those of its job, before they are a group: Lightning reads it from the environment."""
+    return getattr(rank_zero_only, "rank", None) or 0
 
 
 def always_finish(trainer: L.Trainer):
@@ -43,8 +49,8 @@ def loops_at(trainer: L.Trainer, step: int) -> dict[str, Any]:
 
 def forget_logged(trainer: L.Trainer, names: Iterable[str]):
     """Has metrics of a step that are not logged again left out of the next row, where the old values would stand."""
-    results = trainer._results
-    for key in [key for key in results or () if key.rpartition(".")[2] in names]:
+    results: Any = trainer._results or {}
+    for key in [key for key in results if key.rpartition(".")[2] in names]:
         del results[key]
 
 
@@ -62,6 +68,7 @@ def without_anonymous(logger: WandbLogger) -> WandbLogger:
 def deepspeed_config(strategy: DeepSpeedStrategy) -> dict[str, Any]:
     """DeepSpeed's config with the batch size and the precision of the trainer in it."""
     strategy._init_config_if_needed()
+    assert strategy.config is not None
     return strategy.config
 
 

@@ -90,7 +90,7 @@ def _reason(error: Exception, run_dir: Path) -> str | None:
         return f"The disk is full ({error}): make room"
     if isinstance(error, OSError):
         names = [name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
-        is_ours = any(is_inside(name, run_dir) for name in names)
+        is_ours = any(is_inside(os.fspath(name), run_dir) for name in names)
         if not run_dir.is_dir() or (number in NO_FOLDER and is_ours):
             return (
                 f"the run's folder {run_dir} cannot be used any more ({error}): it was removed, renamed or made "

@@ -8,10 +8,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from pose.errors import ConfigError
 from pose.files import atomic_file
+from pose.training.compat import rank
 from pose.training.launch import PARENT
 
 LOCK = ".lock"  # who holds its lock is at work in the folder; opened once alone, since any close gives the lock up
@@ -36,7 +35,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run is at work there, or it cannot be written to.
     """
-    if PARENT in os.environ or rank_zero_only.rank:  # whoever started this one has seen to it
+    if PARENT in os.environ or rank():  # whoever started this one has seen to it
         yield
         return
     try:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -93,7 +94,7 @@ def join(run_dir: Path) -> Path:
         if int(os.environ["RANK"]) == 0:
             store.set(key, str(run_dir))
         return Path(store.get(key).decode())
-    pattern = OmegaConf.to_container(HydraConfig.instance().cfg.hydra.run, resolve=False)["dir"]
+    pattern = str(_given("run")["dir"])
     if "${now" in pattern:
         raise ConfigError(
             f"hydra.run.dir={pattern} differs between the {num_started()} processes, which start at different seconds: "
@@ -224,7 +225,7 @@ def command(rank: int, run_dir: Path) -> list[str]:
     arguments += ["hydra.mode=RUN", f"hydra.run.dir={_quoted(run_dir.absolute())}", "hydra.output_subdir=null"]
     for key in ("num", "id"):  # settings may name them
         if not OmegaConf.is_missing(job.job, key):
-            arguments.append(f"hydra.job.{key}={_quoted(job.job[key])}")
+            arguments.append(f"hydra.job.{key}={_quoted(getattr(job.job, key))}")
     if rank:
         arguments.append("hydra/job_logging=pose_worker")  # one process writes train.log
     return arguments
@@ -236,7 +237,7 @@ def overrides(left_out: frozenset[str] | set[str] = frozenset(NOT_PASSED_ON)) ->
     Args:
         left_out: settings of Hydra itself that are not handed on, such as launcher.
     """
-    given = OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)
+    given = _given("overrides")
     return [*given["task"], *(override for override in given["hydra"] if _hydra_key(override) not in left_out)]
 
 
@@ -253,7 +254,7 @@ def shell_command(run_dir: Path | None, changes: Sequence[str] = (), without: Se
     left_out = {*(key_of(change) for change in changes), *without, *names}
     kept = [override for override in overrides() if key_of(override) not in left_out]
     if "hydra:job" in " ".join(kept):  # a job of a sweep, whose settings name it
-        kept += [f"{name}={_plain(str(OmegaConf.select(HydraConfig.instance().cfg, name)))}" for name in names]
+        kept += [f"{name}={_quoted(OmegaConf.select(_hydra(), name))}" for name in names]
     folder = [] if run_dir is None else [f"hydra.run.dir={_plain(_seen_from(cwd, run_dir.absolute()))}"]
     script = [_seen_from(cwd, SCRIPT), *_sources(but=(CONF, "train"))]
     return shlex.join([*_starter(), *script, *kept, *folder, *changes])
@@ -336,6 +337,15 @@ def _hydra_key(override: str) -> str:
     return re.split(r"[./@]", key_of(override) or "hydra.")[1]
 
 
+def _given(key: str) -> Any:
+    """A node of Hydra's own config, with references as they were given."""
+    return OmegaConf.to_container(OmegaConf.select(_hydra(), f"hydra.{key}"), resolve=False)
+
+
+def _hydra() -> Any:
+    return HydraConfig.instance().cfg
+
+
 def _sources(but: tuple[Path, str] | None = None) -> list[str]:
     """Where the config is read from, as options of Hydra's command line; the usual place and name can be left out."""
     job = HydraConfig.get()
@@ -345,7 +355,7 @@ def _sources(but: tuple[Path, str] | None = None) -> list[str]:
     if main is not None and not (but is not None and same_path(main, but[0])):
         arguments += ["--config-path", main]
     if but is None or job.job.config_name != but[1]:
-        arguments += ["--config-name", job.job.config_name]
+        arguments += ["--config-name", str(job.job.config_name)]
     if "command-line" in found:
         arguments += ["--config-dir", found["command-line"]]
     return arguments

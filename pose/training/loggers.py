@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 def build_loggers(cfg: DictConfig, run_dir: Path, step: int = 0) -> list[Logger]:
     """metrics.csv always, and what the group `logger` adds."""
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
-    options = OmegaConf.to_container(cfg.logger)
+    options: Any = OmegaConf.to_container(cfg.logger)
     name = options.pop("name")
     if name == "tensorboard":
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None))

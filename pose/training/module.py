@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -64,7 +65,8 @@ class PoseModule(L.LightningModule):
         on_nonfinite: str = "stop",
     ):
         super().__init__()
-        self.load, self.model = load, None
+        self.load = load
+        self.model: Any = None  # a PreTrainedModel, from configure_model on
         self.expected, self.target_len = expected, target_len
         self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
         self.warmup_steps, self.schedule, self.max_steps = warmup_steps, schedule, max_steps
@@ -79,7 +81,7 @@ class PoseModule(L.LightningModule):
         self._least_loss: torch.Tensor | None = None
         self._has_warned = False
         self._rate: float | None = None  # of the step
-        self._gradient_norm: torch.Tensor | None = None
+        self._gradient_norm: torch.Tensor | float | None = None
         self._logged_step = 0
 
     def configure_model(self):
@@ -119,15 +121,16 @@ class PoseModule(L.LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients and (self._fused or self._is_logged(self.trainer.global_step + 1)):
             norm = torch.nn.utils.get_total_norm(gradients)
-            self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self._gradient_norm = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if self._fused:  # with a scaler, infinite ones are its business
-                looked_at.append(self._gradient_norm[None])
+                looked_at.append(norm[None])
         broken = bool(looked_at) and not torch.cat([part.float() for part in looked_at]).isfinite().all()
         if not self.trainer.strategy.reduce_boolean_decision(broken, all=False):
             self._num_skipped_in_a_row = 0
             return
         step = self.trainer.global_step + 1
-        describe = getattr(self.trainer.datamodule, "describe", lambda batch, row: f"row {row} of batch {batch}")
+        data = getattr(self.trainer, "datamodule", None)
+        describe = getattr(data, "describe", lambda batch, row: f"row {row} of batch {batch}")
         found = [
             f"{describe(batch_idx, row)} (loss {by_example[row]:g})"
             for batch_idx, by_example in losses.items()
@@ -158,17 +161,22 @@ class PoseModule(L.LightningModule):
             return
         self._logged_step = step
         self._log_step(step)
-        if step % self.trainer.log_every_n_steps == 0:  # the last one may be another, and a longer run goes on from it
+        if step % self._log_every == 0:  # the last one may be another, and a longer run goes on from it
             self._recent_losses.clear()
             self._recent_by_kind.clear()
 
     def _is_logged(self, step: int) -> bool:
-        return step > 0 and (step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps)
+        return step > 0 and (step % self._log_every == 0 or step == self.trainer.max_steps)
+
+    @property
+    def _log_every(self) -> int:
+        return self.trainer.log_every_n_steps  # type: ignore[attr-defined]
 
     def _log_step(self, step: int):
         """Means over all processes since the last ones logged; of the step its rate and the norm of its gradient."""
         forget_logged(self.trainer, SOMETIMES)
         reduce = self.trainer.strategy.reduce
+        assert self._least_loss is not None
         loss = reduce(torch.stack(self._recent_losses).nanmean(), reduce_op="mean")
         self._check_loss(step, float(loss), float(reduce(self._least_loss.clone(), reduce_op="min")))
         metrics = {"train/loss": loss}
@@ -177,9 +185,9 @@ class PoseModule(L.LightningModule):
         self._has_retrieval |= sums["retrieval"][1] > 0
         if self._has_retrieval:  # or the two would be one curve
             metrics |= {f"train/loss_{kind}": total / number for kind, (total, number) in sums.items() if number}
-        norm = self._gradient_norm
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            norm = deepspeed_gradient_norm(self.trainer.strategy)
+        strategy, norm = self.trainer.strategy, self._gradient_norm
+        if isinstance(strategy, DeepSpeedStrategy):
+            norm = deepspeed_gradient_norm(strategy)
         if norm is not None and math.isfinite(norm):  # not of a step that a scaler has skipped
             metrics["train/grad_norm"] = norm
         if self._rate is not None:
@@ -243,7 +251,7 @@ class PoseModule(L.LightningModule):
 
     def on_train_start(self):
         # Of a run that goes on the schedule may be longer than it was when this learning rate was worked out.
-        scheduler = self.lr_schedulers()
+        scheduler: Any = self.lr_schedulers()
         for group, base, rate in zip(
             scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
         ):
@@ -272,7 +280,8 @@ class PoseModule(L.LightningModule):
             {"params": [p for p in parameters if len(full_shape(p)) < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]  # adapters alone are all matrices
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=self._fused)
+        first, second = self.betas
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), fused=self._fused)
         scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import TCPStore
 
 from pose.errors import TrainingError
 from pose.files import read_json, remove_folder, write_json
 from pose.training import launch
+from pose.training.compat import rank
 
 BEAT = 5.0  # seconds from one sign of life of process 0 to the next
 PATIENCE = 300.0  # seconds without one, after which it is given up
@@ -58,10 +58,9 @@ def from_rank_zero(run_dir: Path, name: str, make: Callable[[], Any]) -> Any:
     """
     if (launch.num_started() or 1) == 1:
         return json.loads(json.dumps(make()))
-    rank = rank_zero_only.rank
-    _calls[name, rank] += 1
-    board, key = _board(run_dir), f"{name}.{_calls[name, rank]}"
-    if rank == 0:
+    _calls[name, rank()] += 1
+    board, key = _board(run_dir), f"{name}.{_calls[name, rank()]}"
+    if rank() == 0:
         with _alive(board, key):
             try:
                 content = {"value": make()}
@@ -117,7 +116,7 @@ class _Files:
 
     def __init__(self, run_dir: Path, attempt: str):
         self.where, self.folder = str(run_dir), run_dir / FOLDER / attempt
-        if rank_zero_only.rank == 0:
+        if rank() == 0:
             for left in self.folder.parent.glob("*"):
                 if left != self.folder:  # of an earlier start
                     remove_folder(left)
@@ -167,7 +166,7 @@ def _wait(board: _Board, key: str, name: str) -> str:
             sign, heard = new, time.monotonic()
         if time.monotonic() - heard > PATIENCE:
             raise TrainingError(
-                f"process {rank_zero_only.rank} waits for what process 0 makes ({name}), and has not heard of it at "
+                f"process {rank()} waits for what process 0 makes ({name}), and has not heard of it at "
                 f"{board.where} for {PATIENCE:.0f} s: it has ended, or hangs{board.hint if sign is None else ''}"
             )
         time.sleep(POLL)

@@ -84,8 +84,9 @@ def _check_own(own: Path, run_dir: Path):
 def finished_steps(run_dir: Path) -> int | None:
     """The optimizer steps of a complete run, which has written its metrics.json last; None without one."""
     steps = read_json(run_dir / "metrics.json").get("train/steps")
-    is_number = isinstance(steps, int | float) and math.isfinite(steps)
-    return int(steps) if is_number and (run_dir / "model" / "config.json").is_file() else None
+    if not isinstance(steps, int | float) or not math.isfinite(steps):
+        return None
+    return int(steps) if (run_dir / "model" / "config.json").is_file() else None
 
 
 def resume_settings(
@@ -107,7 +108,7 @@ def resume_settings(
     model = {key: value for key, value in base.to_dict().items() if key not in OF_NO_WEIGHT}
     settings |= {f"model's {key}": value for key, value in model.items()}  # wherever it was read from
     for group, left_out in RESUME_GROUPS.items():
-        values = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
+        values: Any = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
         settings |= {f"{group}.{key}": value for key, value in values.items() if key not in left_out}
     return json.loads(json.dumps(settings, default=str))
 

@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from pose.errors import Interrupted
+from pose.training.compat import rank
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Requests:
     def __call__(self, number: int, frame):
         now = time.monotonic()
         is_again = number == signal.SIGINT and self._interrupted is not None
-        if is_again and now - self._interrupted < AGAIN:
+        if number == signal.SIGINT and self._interrupted is not None and now - self._interrupted < AGAIN:
             return
         if number == signal.SIGINT:
             self._interrupted = now
@@ -146,6 +145,6 @@ def end_now(number: int, what: str = "Stopped"):
     Raises:
         SystemExit: with the status of the signal.
     """
-    if rank_zero_only.rank == 0:
+    if rank() == 0:
         log.error(f"{what} by {name_of(number)}. {_active[-1].advice() if _active else ''}".strip())
     raise SystemExit(status_of(number))

@@ -7,6 +7,7 @@ weights in mixed precision.
 import importlib.util
 import warnings
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 import torch
@@ -75,6 +76,7 @@ class DeepSpeed(DeepSpeedStrategy):
         super().__init__(stage=stage, offload_optimizer=offload_optimizer, offload_parameters=offload_parameters)
         self.stage = stage
         # torch's fused AdamW takes the steps on the CPU too: DeepSpeed's own would be compiled first, for minutes.
+        assert self.config is not None
         self.config["zero_force_ds_cpu_optimizer"] = False
         self.config["data_types"] = {"grad_accum_dtype": "fp32"}  # or micro-batches would add up in bf16
 
@@ -100,7 +102,7 @@ class DeepSpeed(DeepSpeedStrategy):
 
     def setup(self, trainer: L.Trainer):
         super().setup(trainer)
-        model = self.lightning_module.model
+        model: Any = getattr(self.lightning_module, "model", None)
         if model.source is not None and self.precision_plugin.precision != "32-true":
             set_masters(model, model.source())
 

@@ -19,6 +19,7 @@ from pose.evaluation.task import Metric, describe, shown
 from pose.files import load_json, write_json
 from pose.modeling.shard import with_root
 from pose.training.callbacks import Export, Throughput
+from pose.training.module import PoseModule
 from pose.training.options import WatchOptions
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Watch(L.Callback):
     def on_train_start(self, trainer, pl_module):
         if self.best is not None and self._watched is not None:
             # RUN/best itself says what it holds: it may be of a step beyond the checkpoint, which is to come again
+            assert self.export is not None
             kept = read_best(self.export.folder) if trainer.is_global_zero else None
             kept = kept if kept is not None and (kept["metric"], kept["under"]) == (self.best, self._under()) else None
             self.found = trainer.strategy.broadcast(kept)
@@ -112,7 +114,7 @@ class Watch(L.Callback):
         if step not in (0, self._watched) and (step % self.every_n_steps == 0 or step == trainer.max_steps):
             self._watch(trainer, pl_module)
 
-    def _watch(self, trainer: L.Trainer, pl_module: L.LightningModule):
+    def _watch(self, trainer: L.Trainer, pl_module: PoseModule):
         begin, step = time.perf_counter(), trainer.global_step
         with contextlib.nullcontext() if self.throughput is None else self.throughput.paused():
             metrics = self._measure(trainer, pl_module)
@@ -120,6 +122,7 @@ class Watch(L.Callback):
             line = f"Step {step}: {summary(metrics, self._described())}"
             if self.best is not None and step > 0 and self._improves(metrics):
                 # The file that says what the folder holds is the last to come: a folder without it counts as none.
+                assert self.export is not None
                 self.export.save(trainer, pl_module)
                 self.found = {"metric": self.best, "value": metrics[self.best], "step": step, "under": self._under()}
                 if trainer.is_global_zero:
@@ -132,7 +135,7 @@ class Watch(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=step - 1)
 
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
+    def _measure(self, trainer: L.Trainer, pl_module: PoseModule) -> dict[str, float]:
         """The metrics of the model as it trains, in the precision it trains in; the same in every process."""
         model, training = pl_module.model, pl_module.model.training
         try:
@@ -144,12 +147,13 @@ class Watch(L.Callback):
 
     def _run(self, model) -> dict[str, float]:
         metrics = values(self.suite.run(model, progress=False))
-        if self.untuned is not None:
+        if self.untuned is not None and self.short is not None:
             metrics["short_ppl_increase"] = short_perplexity(self.short, model) / self.untuned - 1
         return metrics
 
     def _improves(self, metrics: Mapping[str, float]) -> bool:
         """Whether the best metric is a number, and better than any before: of equal ones the first is kept."""
+        assert self.best is not None
         metric = self._described().get(self.best) or describe(self.best)
         sign = 1 if metric.higher_is_better else -1
         value = sign * metrics[self.best]
@@ -167,6 +171,7 @@ class Watch(L.Callback):
         if limit is None or increase <= limit + (self._warned or 0.0) or (falls and not is_last):
             return
         self._warned = increase
+        assert self.short is not None and self.untuned is not None
         log.warning(short_warning(self.short.lengths[0], f"at step {step}", self.untuned, increase, limit))
 
     def _under(self) -> str:

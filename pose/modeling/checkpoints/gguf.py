@@ -7,24 +7,27 @@ they lost when they were quantised stays lost.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import argparse
 import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
+import runpy
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pose.errors import CheckpointError
+from pose.errors import CheckpointError, DataError
+from pose.files import Memo, atomic_folder, digest
+from pose.modeling.checkpoints.checks import SIZES, WINDOW, check_rope, is_integer, is_number
+from pose.modeling.checkpoints.hub import printable
 
 # Raise it whenever the same file would give another folder than before.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -71,7 +74,7 @@ def find_gguf(source: str) -> Path:
 def describe(file: Path) -> str:
     """The file's name and how most of its weights are kept, in one phrase."""
     kinds = Counter(tensor.tensor_type.name for tensor in _open(file).tensors)
-    return f"{file.name} (weights {kinds.most_common(1)[0][0]}, dequantised)"
+    return f"{printable(file.name)} (weights {kinds.most_common(1)[0][0]}, dequantised)"
 
 
 def convert(file: str | Path, folder: str | Path):
@@ -82,37 +85,35 @@ def convert(file: str | Path, folder: str | Path):
         folder: must not be there yet, or be empty.
 
     Raises:
-        CheckpointError: not a GGUF file, or one of an architecture, a tokenizer or a RoPE that is not read here.
+        CheckpointError: not a GGUF file, or one of an architecture, a tokenizer or a RoPE that is not read here, or of
+            values that cannot be.
     """
-    reader = _open(Path(file))
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    config = _config(fields, {tensor.name for tensor in reader.tensors})
-    tokenizer = _tokenizer(fields)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    weights = _weights(reader, config)
+    file, folder = Path(file), Path(folder)
+    reader = _open(file)
     try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        config = _config(fields, {tensor.name for tensor in reader.tensors})
+        check_rope(config, "the GGUF")
+        tokenizer, license = _tokenizer(fields), _text(fields, "general.license")
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model.load_state_dict(_weights(reader, config), assign=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} does not hold the weights of its own config: {error}") from error
     model.tie_weights()
-    folder = Path(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        with atomic_folder(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            if license:
+                head = yaml.safe_dump({"license": printable(license)}, allow_unicode=True)
+                (partial / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if "general.license" in fields:
-            (partial / "README.md").write_text(f"---\nlicense: {fields['general.license']}\n---\n")
-        partial.chmod(0o755)
-        os.rename(partial, folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def cached_folder(file: Path, cache_dir: str | Path) -> Path:
@@ -121,12 +122,15 @@ def cached_folder(file: Path, cache_dir: str | Path) -> Path:
     The key is the file's bytes and FORMAT_VERSION. Two processes that start at once both end with one folder.
 
     Raises:
-        CheckpointError: as `convert`.
+        CheckpointError: as `convert`; or the file cannot be read.
     """
-    with open(file, "rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    key = hashlib.sha256(f"{FORMAT_VERSION} {digest}".encode()).hexdigest()[:16]
-    folder = Path(cache_dir).expanduser() / "gguf" / key / file.stem
+    cache = Path(cache_dir).expanduser()
+    try:
+        contents = digest(file, Memo(cache / ".memo"))
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    key = hashlib.sha256(f"{FORMAT_VERSION} {contents}".encode()).hexdigest()[:16]
+    folder = cache / "gguf" / key / file.stem
     if not folder.is_dir():
         try:
             convert(file, folder)
@@ -141,10 +145,62 @@ def _open(file: Path):
         from gguf import GGUFReader
     except ImportError as error:
         raise CheckpointError(f"reading {file} needs the package gguf: pip install gguf") from error
+
+    class Reader(GGUFReader):
+        """Reads nothing beyond the end of the file, where GGUFReader finds empty items, as many as the file says."""
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends before its contents do")
+            return super()._get(offset, dtype, count, override_order)
+
     try:
-        return GGUFReader(file)
-    except (OSError, ValueError, IndexError) as error:
+        return Reader(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{file} is not a GGUF file: {error}") from error
+
+
+def _field(fields: dict[str, Any], key: str, fits: Callable[[Any], bool], expected: str, default: Any = None) -> Any:
+    """A value of the file's head, or the default, where it is as expected."""
+    value = fields.get(key, default)
+    if not fits(value):
+        raise CheckpointError(f"it has {f'{value!r}'[:60]} under {key!r}, where {expected} is expected")
+    return value
+
+
+def _size(fields: dict[str, Any], key: str, limit: int, default: int | None = None) -> int:
+    return _field(fields, key, lambda n: is_integer(n) and 1 <= n <= limit, f"an integer from 1 to {limit:,}", default)
+
+
+def _number(fields: dict[str, Any], key: str, default: float | None = None) -> float:
+    return _field(fields, key, lambda value: is_number(value) and value > 0, "a number above 0", default)
+
+
+def _list(fields: dict[str, Any], key: str, kind: type, default: list | None = None) -> list:
+    def fits(value):
+        return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+    return _field(fields, key, fits, f"a list of {kind.__name__}", default)
+
+
+def _text(fields: dict[str, Any], key: str) -> str | None:
+    return _field(fields, key, lambda value: value is None or isinstance(value, str), "a text")
+
+
+def _special_ids(fields: dict[str, Any], num_tokens: int) -> dict[str, int]:
+    """The ids of special tokens, by the names of transformers."""
+
+    def fits(value):
+        return value is None or (is_integer(value) and 0 <= value < num_tokens)
+
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {
+        name: _field(fields, f"tokenizer.ggml.{key}_token_id", fits, f"the id of one of {num_tokens} tokens")
+        for name, key in keys.items()
+    }
+    return {name: i for name, i in ids.items() if i is not None}
 
 
 def _config(fields: dict[str, Any], tensors: set[str]) -> LlamaConfig:
@@ -153,27 +209,35 @@ def _config(fields: dict[str, Any], tensors: set[str]) -> LlamaConfig:
         raise CheckpointError(f"the GGUF's general.architecture is {architecture!r}: only 'llama' is read")
     if fields.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
         raise CheckpointError("the GGUF's RoPE is scaled already: start from the unscaled model")
-    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
-    head_dim = fields.get("llama.attention.key_length", width // heads)
+    heads = _size(fields, "llama.attention.head_count", SIZES["num_attention_heads"])
+    width = _size(fields, "llama.embedding_length", SIZES["hidden_size"])
+    head_dim = _size(fields, "llama.attention.key_length", SIZES["head_dim"], width // heads)
     if fields.get("llama.rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(
             f"the GGUF rotates {fields['llama.rope.dimension_count']} of {head_dim} dimensions, which LLaMA does not"
         )
+    layers = _size(fields, "llama.block_count", SIZES["num_hidden_layers"])
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    if blocks != set(map(str, range(layers))):
+        raise CheckpointError(f"it has {layers} under 'llama.block_count', and tensors of {len(blocks)} blocks")
+    tokens = _list(fields, "tokenizer.ggml.tokens", str)
+    special = _special_ids(fields, len(tokens))
     return LlamaConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        vocab_size=len(tokens),
         hidden_size=width,
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
+        intermediate_size=_size(fields, "llama.feed_forward_length", SIZES["intermediate_size"]),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=fields.get("llama.attention.head_count_kv", heads),
+        num_key_value_heads=_size(fields, "llama.attention.head_count_kv", heads, heads),
         head_dim=head_dim,
-        max_position_embeddings=fields["llama.context_length"],
-        rms_norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # kept as fp32: 1e-5 again
-        rope_parameters={"rope_type": "default", "rope_theta": fields.get("llama.rope.freq_base", 10_000.0)},
+        max_position_embeddings=_size(fields, "llama.context_length", WINDOW),
+        # kept as fp32: 1e-5 again
+        rms_norm_eps=float(f"{_number(fields, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        rope_parameters={"rope_type": "default", "rope_theta": _number(fields, "llama.rope.freq_base", 10_000.0)},
         tie_word_embeddings="output.weight" not in tensors,
-        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
-        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
+        bos_token_id=special.get("bos"),
+        eos_token_id=special.get("eos"),
+        pad_token_id=special.get("pad"),
         dtype="float32",
     )
 
@@ -181,17 +245,18 @@ def _config(fields: dict[str, Any], tensors: set[str]) -> LlamaConfig:
 def _weights(reader, config: LlamaConfig) -> dict[str, torch.Tensor]:
     from gguf import dequantize
 
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
+    head_dim = config.head_dim or 0  # which `_config` has set
     for tensor in reader.tensors:
         parts = tensor.name.split(".")
-        name = f"{NAMES.get(parts[-2])}.{parts[-1]}"
-        if parts[-2] not in NAMES or len(parts) != (4 if parts[0] == "blk" else 2):
-            raise CheckpointError(f"the GGUF's tensor {tensor.name} has no place in a LLaMA model")
+        if len(parts) != (4 if parts[0] == "blk" else 2) or parts[-2] not in NAMES:
+            raise CheckpointError(f"the GGUF's tensor {tensor.name!r} has no place in a LLaMA model")
+        name = f"{NAMES[parts[-2]]}.{parts[-1]}"
         if parts[0] == "blk":
             name = f"model.layers.{parts[1]}.{name}"
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
         if parts[-2] in ("attn_q", "attn_k"):  # rotary pairs are neighbours in the file, half a head apart here
-            pairs = values.view(-1, config.head_dim // 2, 2, *values.shape[1:])
+            pairs = values.view(-1, head_dim // 2, 2, *values.shape[1:])
             values = pairs.transpose(1, 2).reshape(values.shape)
         weights[name] = values
     if config.tie_word_embeddings:
@@ -206,12 +271,17 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
             f"the GGUF's tokenizer is of model {kind!r} and pre-tokenizer {rules!r}: only 'gpt2' with "
             f"{' or '.join(map(repr, PRE_TOKENIZERS))} is read"
         )
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokens = _list(fields, "tokenizer.ggml.tokens", str)
+    if len(set(tokens)) < len(tokens):
+        raise CheckpointError("it has a token twice under 'tokenizer.ggml.tokens'")
+    merges = [tuple(merge.split(" ")) for merge in _list(fields, "tokenizer.ggml.merges", str)]
+    try:
+        tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    except Exception as error:  # tokenizers has no class of its own for it
+        raise CheckpointError(f"its 'tokenizer.ggml.merges' do not fit its tokens: {error}") from error
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[rules]
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = fields.get("tokenizer.ggml.token_type", [])
+    kinds = _list(fields, "tokenizer.ggml.token_type", int, [])
     tokenizer.add_tokens(
         [
             AddedToken(token, normalized=False, special=kind == CONTROL)
@@ -221,29 +291,14 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     )
     if fields.get("tokenizer.ggml.add_bos_token"):
         raise CheckpointError("the GGUF's tokenizer puts a BOS before every text (add_bos_token), which is not read")
-    special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in special.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         model_max_length=fields["llama.context_length"],
-        chat_template=fields.get("tokenizer.chat_template"),
-        **{name: tokens[i] for name, i in ids.items() if i is not None},
+        chat_template=_text(fields, "tokenizer.chat_template"),
+        **{f"{name}_token": tokens[i] for name, i in _special_ids(fields, len(tokens)).items()},
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="a .gguf file, or an installed package that carries one")
-    parser.add_argument("folder", help="to write to; must not be there yet")
-    args = parser.parse_args()
-    try:
-        file = find_gguf(args.source)
-        convert(file, args.folder)
-    except CheckpointError as error:
-        parser.exit(1, f"CheckpointError: {error}\n")
-    print(f"{args.folder}: {describe(file)}")
-
-
 if __name__ == "__main__":
-    main()
+    runpy.run_module("pose.app.gguf", run_name="__main__")

@@ -84,17 +84,17 @@ class GPTJ:
         )
 
     def convert(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What a tensor of the checkpoint is in the Phi model, by name; {} for masks that old checkpoints hold."""
+        """What a tensor of the checkpoint is in the Phi model, by name; itself where GPT-J has no such weight."""
         module, _, kind = name.rpartition(".")
         prefix = ""
         if module.startswith("transformer.h."):
             _, _, layer, module = module.split(".", 3)
             prefix = f"model.layers.{layer}."
-        if module not in NAMES:
-            return {}
+        target = prefix + NAMES.get(module, "")
+        if module not in NAMES or f"{target}.{kind}".endswith(self.frozen):
+            return {name: tensor}
         if module in ("attn.q_proj", "attn.k_proj"):
             tensor = self._halves(tensor)
-        target = prefix + NAMES[module]
         added = {f"{target}.bias": tensor.new_zeros(len(tensor))} if f"{target}.bias".endswith(self.frozen) else {}
         return {f"{target}.{kind}": tensor} | added
 

@@ -1,28 +1,37 @@
 """Reading from local folders and from the hub: fast to fail, clear in its errors, and without running any code."""
 
 import functools
-import json
+import os
 import pickle
+import re
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
+from transformers.utils.hub import cached_files
 
 from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
-from pose.errors import CheckpointError
+from pose.errors import CheckpointError, PoseError
+from pose.files import load_json
 
-_LIBRARY_ERRORS = (SafetensorError, huggingface_hub.errors.StrictDataclassError)
+# Errors whose first line says enough; of others the class is named too.
+_SAID = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, huggingface_hub.errors.StrictDataclassError)
+# In transformers' order: the first that is there is read.
 WEIGHT_FILES = tuple(
-    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in (".index.json", "")
+    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
+# What else transformers would read weights from.
+ADAPTERS = "adapter_config.json"
+RANK_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_TIMEOUT = 5.0  # seconds
 
 
@@ -39,23 +48,39 @@ def from_hub(what: str, load: Callable, path: str, revision: str | None, **kwarg
         CheckpointError: it cannot be loaded; says what, of which path, and why.
     """
     folder = _local_folder(path)
-    local = Path(path).expanduser()
-    meant_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1 or local.parent.is_dir()
-    if folder is None and meant_local:
+    if folder is None and not HUB_ID.fullmatch(path):
         raise CheckpointError(f"no folder at {path}: give a Hugging Face folder or a hub id (owner/name)")
     if folder is None and not hub_answers():
         kwargs["local_files_only"] = True
+    name = f"the {what} of {path}"
     try:
         if folder is not None or "local_files_only" in kwargs:
             return load(folder or path, revision=revision, **kwargs)
-        return _with_retries(lambda: load(path, revision=revision, **kwargs), f"the {what} of {path}")
+        return _with_retries(lambda: load(path, revision=revision, **kwargs), name)
+    except (PoseError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"the {what} of {path} cannot be loaded: a .bin file holds more than tensors, or is damaged, and pickled "
+            f"{name} cannot be loaded: a .bin file holds more than tensors, or is damaged, and pickled "
             "code is never run. Take a folder with safetensors"
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, *_LIBRARY_ERRORS) as error:
-        raise CheckpointError(f"the {what} of {path} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # of what strangers wrote the libraries make errors of any class
+        if folder is None and Path(path).parent.is_dir():  # so a missing folder may be meant
+            name = f"there is no folder at {path}, and as a hub id {name}"
+        raise CheckpointError(f"{name} cannot be loaded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    said = first_line(error)
+    if said.endswith(":"):  # and then the next one says what
+        said += f" {' '.join(str(error).strip().splitlines()[1:2]).strip()}"
+    return printable(said if isinstance(error, _SAID) else f"{type(error).__name__}: {said}")
+
+
+def printable(text: str) -> str:
+    """A stranger's text without control characters, which could move the cursor of a terminal."""
+    return "".join(letter for letter in text if letter.isprintable())
 
 
 def _with_retries(load: Callable, what: str, sleep: Callable[[float], None] = time.sleep) -> Any:
@@ -101,31 +126,97 @@ def find_file(path: str, name: str, **hub) -> str | None:
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
 
 
+def weight_files(path: str, **hub) -> list[Path]:
+    """The files that the weights of a checkpoint are read from, by us and by transformers, checked before any is read.
+
+    Args:
+        path: a local folder, or a hub id.
+        hub: revision and the like, for transformers' `cached_file`.
+
+    Returns:
+        One file, or an index and the shards that it names.
+
+    Raises:
+        CheckpointError: no weights; a file that cannot be read; an index that is none, or that names what is not there
+            or lies outside its folder; weights that transformers would read from elsewhere.
+    """
+    if find_file(path, ADAPTERS, **hub) is not None:
+        raise CheckpointError(
+            f"{path} has adapters beside its weights ({ADAPTERS}), which are not read: merge them first (peft's "
+            "merge_and_unload), or remove them"
+        )
+    if os.path.isdir(path):
+        _check_folder(Path(path))
+    found = (find_file(path, name, **hub) for name in WEIGHT_FILES)
+    file = next((Path(file) for file in found if file is not None), None)
+    if file is None:
+        raise CheckpointError(f"the weights of {path} cannot be loaded: it has none of {', '.join(WEIGHT_FILES)}")
+    files = [file]
+    if file.suffix == ".json":
+        names = shard_names(file)
+        if os.path.isdir(path):
+            files += [file.parent / name for name in names]
+        else:
+            files += map(Path, cached_files(path, names, **hub) or ())
+    for file in files:
+        _check_readable(file)
+    return files
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of weights names, relative to its folder, each once and in order.
+
+    Raises:
+        CheckpointError: it is not an index, or names a file outside its folder.
+    """
+    weights = load_json(index, CheckpointError, {"weight_map": dict, "metadata": dict})["weight_map"]
+    if not weights:
+        raise CheckpointError(f"{index} has an empty 'weight_map', where the file of each weight is expected")
+    for weight, name in weights.items():
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise CheckpointError(
+                f"{index} has {name!r} for {weight!r} in 'weight_map', where a file inside its folder is expected"
+            )
+    return sorted(set(weights.values()))
+
+
+def _check_folder(folder: Path):
+    """That no file's place is taken by something else, and that transformers does not read weights of another kind."""
+    for name in WEIGHT_FILES:
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} cannot be read: it is a folder, or a link to nothing")
+    for file in folder.iterdir():
+        if RANK_SHARD.fullmatch(file.name):
+            raise CheckpointError(
+                f"{file} is a part of a distributed checkpoint, which is not read: save the model whole, with "
+                "save_pretrained"
+            )
+
+
+def _check_readable(file: Path):
+    try:
+        with open(file, "rb"):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
 def read_weights(path: str, **hub) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a checkpoint with its name, mapped into memory: bytes are read when they are looked at.
 
     Pickled code in a .bin file is never run.
 
     Args:
-        path: a local folder, or a hub id.
-        hub: revision and the like, for transformers' `cached_file`.
+        path, hub: as `weight_files`.
 
     Raises:
-        OSError: no weights there, or an index that names files elsewhere.
+        CheckpointError: as `weight_files`.
         pickle.UnpicklingError: a .bin file with more than tensors.
     """
-    found = (find_file(path, name, **hub) for name in WEIGHT_FILES)
-    file = next((file for file in found if file is not None), None)
-    if file is None:
-        raise OSError(f"it has none of {', '.join(WEIGHT_FILES)}")
-    files = [file]
-    if file.endswith(".json"):
-        names = sorted(set(json.loads(Path(file).read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise OSError(f"{Path(file).name} names files outside its folder")
-        files = [cached_file(path, name, **hub) for name in names]
-    for file in files:
-        if file.endswith(".safetensors"):
+    files = weight_files(path, **hub)
+    for file in files[1:] or files:  # an index holds no weights
+        if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dict
                     yield name, tensors.get_tensor(name)

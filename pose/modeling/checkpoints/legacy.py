@@ -14,22 +14,23 @@ The released code (dwzhu-pku/PoSE, src/my_configuration_llama.py and src/train_p
 yarn `original_max_position_embeddings` too, and the *scaled* length in max_position_embeddings.
 """
 
-import argparse
-import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from pose.errors import CheckpointError, ConfigError, PoseError
+from pose.errors import CheckpointError, ConfigError
+from pose.files import atomic_folder, is_inside, load_json, write_json
+from pose.modeling.checkpoints.checks import check_values
+from pose.modeling.checkpoints.hub import weight_files
 from pose.modeling.load import FORMS, scale_config
 from pose.modeling.rotary import target_len_of
 from pose.rope import NTK, Dynamic, Linear, Llama3, LongRope, RopeScaling, Unscaled, Yarn, YarnRevised
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "default": Unscaled,
     "linear": Linear,
     "ntk": NTK,
@@ -41,9 +42,10 @@ METHODS = {
     "su": LongRope,
 }
 IGNORED = {"type", "rope_type", "original_max_position_embeddings", "finetuned"}
+RELEASED = ("vanilla_ntk",)  # types of the released code alone, whose max_position_embeddings is the scaled length
 RELEASED_BASE = 10_000.0  # it computes with this whatever the config says
-WEIGHTS = (".safetensors", ".bin")
-LEFT_BEHIND = (".py", ".pt", ".pth")  # code, and states of optimizers and generators
+WEIGHTS = {".safetensors", ".bin"}
+LEFT_BEHIND = {".py", ".pt", ".pth"}  # code, and states of optimizers and generators
 STATE = ("training_args", "trainer_state", "optimizer", "scheduler", "rng_state")
 
 
@@ -53,9 +55,9 @@ def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None =
     Args:
         raw: the old config.json.
         yarn: what "yarn" means where it cannot be told: "revised" (the released PoSE code) or "standard".
-        window: the model's own, in tokens. None takes it from original_max_position_embeddings, else from
-            max_position_embeddings / factor, as the released code writes it. `dynamic` computes from
-            max_position_embeddings, which is its window.
+        window: the model's own, in tokens. None takes it from what the config tells: original_max_position_embeddings,
+            max_sequence_length, and of the types that the released code alone writes max_position_embeddings / factor.
+            `dynamic` computes from max_position_embeddings, which is its window.
 
     Returns:
         With exact rope_parameters, the window extended to in max_position_embeddings, and the note `pose`.
@@ -63,6 +65,7 @@ def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None =
     Raises:
         CheckpointError: a form that is not known, lacks something, or can be read in two ways.
     """
+    check_values(raw, "config.json")
     if raw.get("rope_parameters"):
         raise CheckpointError("config.json has rope_parameters: it is of transformers 5 already")
     old = raw.get("rope_scaling") or {}
@@ -78,9 +81,9 @@ def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None =
         scaling = _method(kind, old, raw, yarn)
         plain = {k: v for k, v in raw.items() if k not in ("rope_scaling", "auto_map", "transformers_version")}
         config = AutoConfig.for_model(plain.pop("model_type", None), **plain)
-        config.max_position_embeddings, target_len = _lengths(kind, old, config, scaling, window)
+        config.max_position_embeddings, target_len = _lengths(kind, old, raw, config, scaling, window)
         scale_config(config, scaling, target_len)
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
+    except (ConfigError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"the config with rope_scaling={old} cannot be imported: {error}") from error
     return config
 
@@ -97,34 +100,45 @@ def import_folder(src: str | Path, dst: str | Path, yarn: str | None = None, win
         yarn, window: as `modernise`.
 
     Raises:
-        CheckpointError: as `modernise`; or no config.json or no weights in src, or dst exists.
+        CheckpointError: as `modernise`; or src has no config.json, no weights, or a link that leads out of it; or dst
+            exists.
     """
-    src, dst = Path(src), Path(dst)
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
     if dst.exists():
         raise CheckpointError(f"{dst} exists: give a new folder")
-    try:
-        raw = json.loads((src / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{src} has no readable config.json: {error}") from error
-    files = [f for f in src.iterdir() if f.is_file() and f.suffix not in LEFT_BEHIND and not f.name.startswith(STATE)]
-    if not any(file.suffix in WEIGHTS for file in files):
-        raise CheckpointError(f"{src} has no weights: no file that ends in {' or '.join(WEIGHTS)}")
+    raw = load_json(src / "config.json", CheckpointError)
+    weights = weight_files(str(src))
+    others = [
+        file
+        for file in sorted(set(src.iterdir()) - set(weights))
+        if file.is_file() and file.suffix not in LEFT_BEHIND | WEIGHTS and not file.name.startswith(STATE)
+    ]
+    for file in (*weights, *others):
+        _check_inside(file, src)
     config = modernise(raw, yarn, window)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
-    try:
-        for file in files:
-            (_link if file.suffix in WEIGHTS else shutil.copy)(file, partial / file.name)
+    with atomic_folder(dst) as partial:
+        for file in weights:
+            (partial / file.relative_to(src)).parent.mkdir(parents=True, exist_ok=True)
+            _link(file, partial / file.relative_to(src))
+        for file in others:
+            shutil.copy(file, partial / file.name)
         config.save_pretrained(partial)
         tokenizer = partial / "tokenizer_config.json"
         if tokenizer.is_file():
-            options = json.loads(tokenizer.read_text()) | {"model_max_length": target_len_of(config)}
+            options = load_json(tokenizer, CheckpointError) | {"model_max_length": target_len_of(config)}
             options.pop("auto_map", None)
-            tokenizer.write_text(json.dumps(options, indent=2) + "\n")
-        partial.chmod(0o755)
-        partial.rename(dst)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_json(tokenizer, options)
+
+
+def _check_inside(file: Path, folder: Path):
+    """Refuses a link that leads out: who unpacks a stranger's folder would copy a file of his own into the new one.
+
+    A folder of the hub's cache is made of such links, into the blobs beside it.
+    """
+    snapshot = folder.resolve()
+    blobs = snapshot.parents[1] / "blobs" if snapshot.parent.name == "snapshots" else snapshot
+    if not is_inside(file, snapshot) and not is_inside(file, blobs):
+        raise CheckpointError(f"{file} is a link to {file.resolve()}, outside its folder: put the file itself there")
 
 
 def _method(kind: str, old: dict, raw: dict, yarn: str | None) -> RopeScaling:
@@ -158,17 +172,29 @@ def _is_revised(old: dict, raw: dict, yarn: str | None) -> bool:
     return yarn == "revised"
 
 
-def _lengths(kind: str, old: dict, config: PretrainedConfig, scaling: RopeScaling, window: int | None):
+def _lengths(
+    kind: str, old: dict, raw: dict, config: PretrainedConfig, scaling: RopeScaling, window: int | None
+) -> tuple[int, int]:
     """The model's own window and the one it was extended to, in tokens."""
-    longest, factor = config.max_position_embeddings, scaling.factor or 1
+    longest, factor = config.max_position_embeddings, scaling.factor or 1.0
+    if window is not None and window < 1:
+        raise ConfigError(f"--window {window} is not accepted: give a number of tokens")
     if kind == "dynamic":
         if window not in (None, longest):
             raise ConfigError(f"its window is max_position_embeddings={longest}, and cannot be {window}")
         return longest, int(longest * factor)
     key = "original_max_position_embeddings"
     window = window or old.get(key) or getattr(config, key, None)
+    trained = raw.get("max_sequence_length")  # of LLaMA's first folders, and of those made from them
+    if window is None and trained in (longest / factor, longest * factor):
+        window = min(trained, longest)
+    if window is None and (factor == 1 or kind in RELEASED):
+        window = round(longest / factor)
     if window is None:
-        return round(longest / factor), longest
+        raise ConfigError(
+            f"it does not tell whether max_position_embeddings={longest} is the model's own window or the one it was "
+            f"extended to: say --window {longest} or --window {round(longest / factor)}"
+        )
     return window, max(longest, int(window * factor))
 
 
@@ -177,22 +203,3 @@ def _link(source: Path, target: Path):
         os.link(source.resolve(), target)
     except OSError:
         shutil.copy(source, target)
-
-
-def main():
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pose.modeling.legacy", description=__doc__.splitlines()[0])
-    parser.add_argument("src", help="the old folder")
-    parser.add_argument("dst", help="the new folder; must not exist")
-    parser.add_argument("--yarn", choices=("revised", "standard"), help="what the type yarn means")
-    parser.add_argument("--window", type=int, help="the model's own window, in tokens")
-    arguments = parser.parse_args()
-    try:
-        import_folder(**vars(arguments))
-    except PoseError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-    print(f"{arguments.dst}  (any transformers loads it)")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,13 +8,14 @@ https://github.com/google/sentencepiece
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pose.errors import CheckpointError
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of pieces
 BPE = 2  # of the algorithms
+NAMES = ("unk", "bos", "eos", "pad", "sep", "cls", "mask")  # of special tokens
 
 
 def load_spm_tokenizer(file: str | Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
@@ -26,8 +27,9 @@ def load_spm_tokenizer(file: str | Path, settings: dict[str, Any]) -> PreTrained
 
     Args:
         file: tokenizer.model.
-        settings: tokenizer_config.json: names of special tokens, add_bos_token (true unless it says otherwise),
-            model_max_length, added_tokens_decoder, chat_template.
+        settings: of `merge_settings`: names of special tokens, add_bos_token (true unless it says otherwise),
+            add_eos_token, add_prefix_space, model_max_length, added_tokens_decoder, chat_template, and legacy: false
+            puts the space before the first word alone, not before each that follows a special token.
 
     Raises:
         CheckpointError: sentencepiece is not installed, or the file is not one of BPE, or the added tokens do not
@@ -47,17 +49,22 @@ def load_spm_tokenizer(file: str | Path, settings: dict[str, Any]) -> PreTrained
             byte_fallback=trainer.byte_fallback,
         )
     )
-    steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    steps: list[normalizers.Normalizer] = []
+    steps += [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if rules.add_dummy_prefix:
+    prefix = rules.add_dummy_prefix and settings.get("add_prefix_space") is not False
+    first_only = prefix and settings.get("legacy") is False
+    if prefix and not first_only:
         steps.append(normalizers.Prepend(" "))
     steps.append(normalizers.Replace(" ", "▁"))
     if rules.remove_extra_whitespaces:  # at the end sentencepiece also removes a ▁ that was in the text
         steps.append(normalizers.Replace(Regex(r"▁+\z"), ""))
     tokenizer.normalizer = normalizers.Sequence(steps)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", left=1)] * rules.add_dummy_prefix)
+    if first_only:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    back: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", left=1)] if prefix else back)
     tokenizer.add_tokens(
         [
             AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
@@ -66,21 +73,21 @@ def load_spm_tokenizer(file: str | Path, settings: dict[str, Any]) -> PreTrained
         ]
     )
     for i, token in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-        if token["content"] not in vocab:
-            tokenizer.add_tokens([AddedToken(token["content"], normalized=False, special=token.get("special", False))])
+        if token["content"] not in vocab or int(i) == vocab[token["content"]]:
+            tokenizer.add_tokens([_added(token, token.get("special", False))])
         if tokenizer.token_to_id(token["content"]) != int(i):
             raise CheckpointError(
-                f"the tokenizer_config.json beside {file} gives {token['content']!r} the id {i}, where its place is "
-                f"{tokenizer.token_to_id(token['content'])}"
+                f"tokenizer_config.json or added_tokens.json beside {file} gives {token['content']!r} the id {i}, and "
+                f"its place is {tokenizer.token_to_id(token['content'])}"
             )
     special = _special_tokens(trainer, settings)
-    if settings.get("add_bos_token", True) and "bos_token" in special:
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, tokenizer.token_to_id(bos))],
-        )
+    before = ["bos_token"] if settings.get("add_bos_token", True) and "bos_token" in special else []
+    after = ["eos_token"] if settings.get("add_eos_token") and "eos_token" in special else []
+    if before or after:
+        around = [[special[name].content for name in names] for names in (before, after)]
+        single, pair = ([*around[0], text, *around[1]] for text in ("$A", "$B"))
+        ids = [(token, tokenizer.token_to_id(token)) for token in {*around[0], *around[1]}]
+        tokenizer.post_processor = processors.TemplateProcessing(single, [*single, *pair], ids)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
@@ -90,16 +97,36 @@ def load_spm_tokenizer(file: str | Path, settings: dict[str, Any]) -> PreTrained
     )
 
 
+def merge_settings(settings: dict[str, Any], special: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
+    """What the three files beside a tokenizer.model say together, by the rules of transformers.
+
+    Args:
+        settings: tokenizer_config.json. Where it has added_tokens_decoder, it says all.
+        special: special_tokens_map.json: goes over the settings.
+        added: added_tokens.json: the ids of tokens. Those that are named as special are so.
+    """
+    if "added_tokens_decoder" in settings:
+        return settings
+    settings = settings | special
+    names = {_content(settings.get(f"{name}_token")) for name in NAMES} | set(map(_content, _extra(settings)))
+    tokens = {str(i): {"content": token, "special": token in names} for token, i in added.items()}
+    return settings | {"added_tokens_decoder": tokens}
+
+
 def _parse(file: Path):
     try:
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece import sentencepiece_model_pb2 as messages
     except ImportError as error:
         raise CheckpointError(
             f"reading {file} needs the packages sentencepiece and protobuf: pip install sentencepiece protobuf"
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = messages.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
     try:
-        proto.ParseFromString(file.read_bytes())
+        content = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    try:
+        proto.ParseFromString(content)
     except Exception as error:  # of a class that not every version of protobuf can be asked for
         raise CheckpointError(f"{file} is not a sentencepiece model: give a folder with a tokenizer.json") from error
     return proto
@@ -117,13 +144,31 @@ def _merges(pieces) -> list[tuple[str, str]]:
     return [(left, right) for _, left, right in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def _special_tokens(trainer, settings: dict[str, Any]) -> dict[str, str]:
-    """Those that the settings name, else the file's own."""
-    special = {}
-    for name in ("unk", "bos", "eos", "pad"):
-        own = getattr(trainer, f"{name}_piece") if getattr(trainer, f"{name}_id") >= 0 else None
+def _special_tokens(trainer, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that the settings name, else the file's own; as arguments of a tokenizer of transformers."""
+    special: dict[str, Any] = {}
+    added = {token["content"]: token for token in settings.get("added_tokens_decoder", {}).values()}
+    for name in NAMES:
+        own = getattr(trainer, f"{name}_piece", None) if getattr(trainer, f"{name}_id", -1) >= 0 else None
         token = settings.get(f"{name}_token") or own
-        token = token["content"] if isinstance(token, dict) else token
         if token is not None:
-            special[f"{name}_token"] = token
-    return special
+            special[f"{name}_token"] = _added(added.get(_content(token), token), special=True)
+    extra = [_added(token, special=True) for token in _extra(settings)]
+    return special | ({"extra_special_tokens": extra} if extra else {})
+
+
+def _extra(settings: dict[str, Any]) -> list[str | dict[str, Any]]:
+    """Special tokens without a part of their own, under the name of transformers 5 or 4."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    return list(extra.values()) if isinstance(extra, dict) else extra
+
+
+def _added(token: str | dict[str, Any], special: bool) -> AddedToken:
+    """A token that is looked for in the text as it is given, as transformers' slow tokenizers do."""
+    options = token if isinstance(token, dict) else {}
+    strips = {key: bool(options.get(key)) for key in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(_content(token), normalized=False, special=special, **strips)
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token

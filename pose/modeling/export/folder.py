@@ -60,7 +60,7 @@ def export_model(
     with atomic_folder(folder, replace=True) as partial:
         weights.write(partial, is_writer=True)
         _write_rest(model, tokenizer, partial, dtype)
-        log.info("Checking the model that was written, loaded by transformers alone ...")
+        log.info("Checking the model that was written ...")
         try:
             agreement = compare(partial, answers, dtype, progress)
         except Exception as error:
@@ -68,7 +68,8 @@ def export_model(
             replace_folder(partial, rejected)
             message = str(error).replace(str(partial), str(rejected))
             raise GuardError(f"{message}. It is kept there for inspection, and nothing was put at {folder}.") from error
-    log.info(f"The model in {folder} is checked: {agreement} ({time.perf_counter() - begin:.0f} s)")
+    seconds = time.perf_counter() - begin
+    log.info(f"Checked     {folder}, loaded by transformers alone: {agreement} ({seconds:.0f} s)")
 
 
 def verify_export(model: PreTrainedModel, folder: str | Path, dtype: torch.dtype = torch.float32):

@@ -118,6 +118,7 @@ def test_a_scaled_checkpoint_is_not_scaled_again(plan, documents, tmp_path):
     first = plan("eval=none", "data=jsonl", documents(LONG))
     first.config.save_pretrained(tmp_path / "scaled")
     first.tokenizer.save_pretrained(tmp_path / "scaled")
+    shutil.copy(CONF.parent / "assets" / "tiny" / "model.safetensors", tmp_path / "scaled")
     with pytest.raises(ConfigError, match="already scaled"):
         plan("eval=none", "data=jsonl", documents(LONG), f"model.path={tmp_path}/scaled")
     again = plan("eval=none", "data=jsonl", documents(LONG), f"model.path={tmp_path}/scaled", "rope=none")

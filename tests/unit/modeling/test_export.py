@@ -342,9 +342,9 @@ def test_an_export_says_what_it_does_and_what_was_checked(tmp_path, tokenizer, c
     assert re.fullmatch(r"Writing the model \(0\.000\d+ GB, float32\) \.\.\.", writing)
     assert "Checking" in checking
     assert re.fullmatch(
-        rf"The model in {tmp_path}/model is checked: its logits differ from the trained model's by at most \S+ "
-        rf"standard deviations \(0.001 accepted\) on a text of 64 tokens, on a text of {WINDOW + 64} tokens, at "
-        r"positions spread over the window, at the last positions \(\d+ s\)",
+        rf"Checked     {tmp_path}/model, loaded by transformers alone: its logits differ from the trained model's by "
+        rf"at most \S+ standard deviations \(0.001 accepted\) on a text of 64 tokens, on a text of {WINDOW + 64} "
+        r"tokens, at positions spread over the window, at the last positions \(\d+ s\)",
         checked,
     )
     bars = capsys.readouterr().err

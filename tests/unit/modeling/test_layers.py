@@ -17,6 +17,7 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from pose.app import compare, preflight, schema
@@ -43,6 +44,7 @@ SUPPORTED = {
     "sliding window": (MistralConfig, {"sliding_window": 9}),
     "parallel, partial": (PhiConfig, {"partial_rotary_factor": 0.5}),
     "packed": (Phi3Config, {"original_max_position_embeddings": 64}),
+    "stablelm": (StableLmConfig, {"partial_rotary_factor": 0.5}),
     "gpt_neox": (GPTNeoXConfig, {"rotary_pct": 0.25}),
     "experts": (MixtralConfig, {"num_local_experts": 2}),
     "two attentions a layer": (DiffLlamaConfig, {"head_dim": 8}),
@@ -53,6 +55,8 @@ KEPT = "attention cannot be replaced by pose's"
 REFUSED = {
     "falcon, alibi": ("falcon", {"alibi": True}, "FalconForCausalLM is not supported: it has ALiBi in place of RoPE"),
     "falcon": ("falcon", {}, f"FalconForCausalLM .*{KEPT}"),
+    "gptj": ("gptj", {"n_embd": 32, "n_head": 4, "rotary_dim": 4, "n_layer": 2}, f"GPTJForCausalLM .*{KEPT}"),
+    "codegen": ("codegen", {"n_embd": 32, "n_head": 4, "rotary_dim": 4, "n_layer": 2}, f"CodeGenForCausalLM .*{KEPT}"),
     "bloom": ("bloom", {"n_head": 4}, "BloomForCausalLM .*ALiBi"),
     "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "MptForCausalLM .*ALiBi"),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}, "SmolLM3ForCausalLM .*: layers 1, 3 have no RoPE"),

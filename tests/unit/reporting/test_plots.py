@@ -7,7 +7,7 @@ from PIL import Image
 
 import pose.reporting.plots
 from pose.evaluation.task import Estimate
-from pose.reporting.plots import COLORS, PANELS, plot_needle, plot_results, plot_ruler, plot_training
+from pose.reporting.plots import COLORS, PANELS, label_of, plot_needle, plot_results, plot_ruler, plot_training
 
 METRICS = {
     "ppl@512": 9.0, "ppl@256": 12.25, "tail_ppl@256": 20.06, "tail_ppl@2048": 5.0, "sliding_ppl@256": 7.0,
@@ -272,6 +272,7 @@ def test_names_of_models_are_drawn_as_they_are(tmp_path, figures, recwarn):
         SAVE(figure, tmp_path / "written.png")
         assert (tmp_path / "written.png").stat().st_size > 1000
     assert not [str(warning.message) for warning in recwarn]
+    assert label_of("_hidden") == " _hidden", "which matplotlib leaves out of the legends that it makes itself"
 
 
 SAVE = pose.reporting.plots.save_figure

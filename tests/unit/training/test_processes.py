@@ -38,9 +38,7 @@ def job(request, monkeypatch, tmp_path):
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
         monkeypatch.setenv("SLURM_JOB_ID", "77")
     of_thread = threading.local()
-    monkeypatch.setattr(
-        processes, "rank_zero_only", type("Rank", (), {"rank": property(lambda self: of_thread.rank)})()
-    )
+    monkeypatch.setattr(processes, "rank", lambda: of_thread.rank)
 
     def run(*asks):
         """What each process gets, or the error that it ends with; it makes what it is asked for by asks[rank]."""

@@ -7,15 +7,18 @@ import json
 import math
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from pose.app.gguf import main
 from pose.data.tokenizer import train_tokenizer
 from pose.errors import CheckpointError
-from pose.modeling.checkpoints.gguf import cached_folder, convert, describe, find_gguf, main
+from pose.modeling.checkpoints.gguf import cached_folder, convert, describe, find_gguf
 from pose.reporting.card import license_of
 
 gguf = pytest.importorskip("gguf")
@@ -251,9 +254,98 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     main()
     assert "m.gguf (weights F32" in capsys.readouterr().out and (tmp_path / "out" / "tokenizer.json").is_file()
     monkeypatch.setattr(sys, "argv", ["gguf", "nowhere", str(tmp_path / "out2")])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="1"):
         main()
-    assert "CheckpointError: nowhere is neither" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("CheckpointError: nowhere is neither")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("llama.block_count", 10**9, "an integer from 1 to 1,000"),
+        ("llama.block_count", 0, "an integer from 1 to 1,000"),
+        ("llama.block_count", 3, "and tensors of 2 blocks"),
+        ("llama.block_count", "x", "an integer from 1"),
+        ("llama.attention.head_count", 0, "an integer from 1"),
+        ("llama.attention.head_count", [4, 4], "an integer from 1"),
+        ("llama.attention.head_count_kv", 5, "an integer from 1 to 4"),
+        ("llama.embedding_length", 10**9, "an integer from 1"),
+        ("llama.embedding_length", 0, "an integer from 1"),
+        ("llama.embedding_length", 2, "an integer from 1"),
+        ("llama.context_length", 0, "an integer from 1"),
+        ("llama.feed_forward_length", "x", "an integer from 1"),
+        ("llama.rope.freq_base", 0.0, "a number above 0"),
+        ("llama.rope.freq_base", float("nan"), "a number above 0"),
+        ("llama.rope.freq_base", float("inf"), "a number above 0"),
+        ("llama.attention.layer_norm_rms_epsilon", "x", "a number above 0"),
+        ("tokenizer.ggml.tokens", ["a", "a"], "a token twice"),
+        ("tokenizer.ggml.tokens", 7, "a list of str"),
+        ("tokenizer.ggml.tokens", [7], "a list of str"),
+        ("tokenizer.ggml.merges", ["a b c"], "do not fit its tokens"),
+        ("tokenizer.ggml.merges", ["nowhere none"], "do not fit its tokens"),
+        ("tokenizer.ggml.token_type", "x", "a list of int"),
+        ("tokenizer.ggml.bos_token_id", 400, "the id of one of 400 tokens"),
+        ("tokenizer.chat_template", 7, "a text"),
+        ("general.license", 7, "a text"),
+        ("general.architecture", "bert", "only 'llama' is read"),
+    ],
+)
+def test_values_that_cannot_be_are_named(tmp_path, key, value, expected):
+    """At once, and with the file; nothing is left behind."""
+    file = write_gguf(tmp_path / "m.gguf", make_model(), **{key: value})
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=expected) as error:
+        convert(file, tmp_path / "out")
+    assert time.perf_counter() - start < 10
+    assert str(file) in str(error.value) and key.rpartition(".")[2] in str(error.value).replace(
+        "key_length", "embedding_length"
+    )
+    assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+@pytest.mark.parametrize("key", ["llama.block_count", "llama.attention.head_count", "tokenizer.ggml.tokens"])
+def test_a_head_without_a_value_is_named(tmp_path, monkeypatch, key):
+    file = write_gguf(tmp_path / "m.gguf", make_model())
+    file.write_bytes(file.read_bytes().replace(key.encode(), key[:-1].encode() + b"X"))
+    with pytest.raises(CheckpointError, match=f"it has None under '{key}'"):
+        convert(file, tmp_path / "out")
+
+
+def test_a_file_that_ends_early_is_refused_wherever_it_ends(tmp_path):
+    whole = write_gguf(tmp_path / "m.gguf", make_model()).read_bytes()
+    for size in (0, 3, 8, 30, 200, 5_000, len(whole) // 2, len(whole) - 40):
+        (tmp_path / "m.gguf").write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"m\.gguf is not a GGUF file"):
+            convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_an_array_longer_than_its_file_is_refused_at_once(tmp_path):
+    """GGUFReader alone would gather empty items without end."""
+    file = write_gguf(tmp_path / "m.gguf", make_model(), **{"general.tags": [7] * 9})
+    array = (5).to_bytes(4, "little") + (9).to_bytes(8, "little")  # int32, nine of them
+    content = file.read_bytes()
+    assert content.count(array) == 1
+    file.write_bytes(content.replace(array, array[:4] + (2**40).to_bytes(8, "little")))
+    with pytest.raises(CheckpointError, match="is not a GGUF file: it ends before its contents do"):
+        convert(file, tmp_path / "out")
+
+
+def test_what_cannot_be_read_is_named_as_that(tmp_path):
+    (tmp_path / "m.gguf").mkdir()
+    for read in (lambda file: convert(file, tmp_path / "out"), lambda file: cached_folder(file, tmp_path / "cache")):
+        with pytest.raises(CheckpointError, match=r"m\.gguf cannot be read: Is a directory"):
+            read(tmp_path / "m.gguf")
+
+
+def test_a_license_is_text_and_nothing_else(tmp_path):
+    """No control characters, and no YAML or Markdown of its own."""
+    license = "mit\x1b[2J\n---\n# <script>\nlicense: other"
+    convert(write_gguf(tmp_path / "m.gguf", make_model(), **{"general.license": license}), tmp_path / "out")
+    head, content, rest = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    assert head == rest == "" and yaml.safe_load(content) == {"license": "mit[2J---# <script>license: other"}
+    assert license_of(tmp_path / "out") == "mit[2J---# <script>license: other"
+    named = (tmp_path / "m.gguf").rename(tmp_path / "m\x1b[2J.gguf")
+    assert describe(named) == "m[2J.gguf (weights F32, dequantised)"
 
 
 @pytest.mark.slow

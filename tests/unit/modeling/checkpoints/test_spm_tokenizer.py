@@ -133,3 +133,101 @@ def test_what_is_no_bpe_model_is_refused(tmp_path, lines):
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(CheckpointError, match=rf"the tokenizer of {tmp_path} needs code of its own"):
         load_tokenizer(str(tmp_path))
+
+
+CHAT = [
+    "<|im_start|>user\nand then<|im_end|>",
+    "a <|im_start|> b",
+    "<|im_end|> x",
+    "a  <|im_end|>  b",
+    "and<x>the <x> b",
+]
+ADDED = {"<|im_start|>": 600, "<|im_end|>": 601}
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "legacy": False}
+DECODER = {str(i): {"content": token, "special": True, "rstrip": i == 600} for token, i in ADDED.items()}
+PAD = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+# tokenizer_config.json, special_tokens_map.json, added_tokens.json; and the ids of EOS and PAD
+BESIDE = {
+    "as chat models have it": (LLAMA | {"eos_token": "<|im_end|>"}, None, ADDED, 601, None),
+    "the map goes over the settings": (
+        LLAMA | {"eos_token": "</s>"}, {"eos_token": "<|im_end|>", "pad_token": PAD}, ADDED, 601, 601,
+    ),
+    "an added token that is not special": (LLAMA | {"eos_token": "<|im_end|>"}, None, ADDED | {"<x>": 602}, 601, None),
+    "added_tokens_decoder says all": (
+        LLAMA | {"eos_token": "<|im_end|>", "added_tokens_decoder": DECODER}, {"eos_token": "</s>"}, {"<x>": 602},
+        601, None,
+    ),
+    "a special token without an id": (LLAMA | {"eos_token": "<|im_end|>"}, None, None, 600, None),
+    "no space before a text": (LLAMA | {"eos_token": "</s>", "add_prefix_space": False}, None, ADDED, 2, None),
+}  # fmt: skip
+
+
+def write_beside(folder, settings, special=None, added=None):
+    """The three JSON files, and a config."""
+    LlamaConfig(vocab_size=610).save_pretrained(folder)
+    contents = {"tokenizer_config": settings, "special_tokens_map": special, "added_tokens": added}
+    for name, content in contents.items():
+        if content is not None:
+            (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_the_files_beside_it_are_read_as_transformers_reads_them(tmp_path, lines, name):
+    """Ids and splits, by transformers' own class, of a model that is in LLaMA's form."""
+    *files, eos, pad = BESIDE[name]
+    train(lines, tmp_path, **KEEP)
+    write_beside(tmp_path, *files)
+    own, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    assert (ours.eos_token_id, ours.pad_token_id) == (own.eos_token_id, own.pad_token_id) == (eos, pad)
+    assert len(ours) == len(own) and ours.special_tokens_map == own.special_tokens_map
+    rng = random.Random(0)
+    for text in TEXTS + CHAT + [sample(rng, lines) + rng.choice(CHAT) for _ in range(50)]:
+        ids = own(text, add_special_tokens=False).input_ids
+        assert ours(text, add_special_tokens=False).input_ids == ids, repr(text)
+        if "▁" not in text:
+            assert ours.decode(ids) == own.decode(ids), repr(text)
+    ours.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.eos_token_id == eos and all(again(text).input_ids == ours(text).input_ids for text in CHAT)
+
+
+def test_between_special_tokens_ids_are_sentencepieces_own(tmp_path, lines):
+    """Where the settings do not say legacy: false, each piece between them is as a text of its own."""
+    own = train(lines, tmp_path, **KEEP)
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>"}
+    write_beside(tmp_path, settings, added=ADDED)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.eos_token_id == 601 and len(tokenizer) == 602
+    ids = tokenizer("<|im_start|>user\nand<|im_end|> then").input_ids
+    assert ids == [1, 600, *own.encode("user\nand"), 601, *own.encode(" then")]
+
+
+def test_extra_special_tokens_and_eos_where_the_settings_ask_for_them(tmp_path, lines):
+    own = train(lines, tmp_path, **KEEP)
+    write_beside(tmp_path, LLAMA | {"add_eos_token": True}, {"additional_special_tokens": ["<|im_start|>"]}, ADDED)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer("and").input_ids == [1, *own.encode("and"), 2]
+    assert 600 in tokenizer.all_special_ids and 601 not in tokenizer.all_special_ids
+    assert tokenizer.decode([600, *own.encode("and"), 601], skip_special_tokens=True) == "and<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        ({"<x>": 700}, r"gives '<x>' the id 700, and its place is 600"),
+        ({"<s>": 7}, r"gives '<s>' the id 7, and its place is 1"),
+        ({"<x>": "600"}, r"added_tokens\.json has '600' under '<x>', where the id of the token is expected"),
+        ({"<x>": -1}, r"added_tokens\.json has -1 under '<x>'"),
+    ],
+)
+def test_ids_that_cannot_be_are_refused(tmp_path, lines, added, words):
+    train(lines, tmp_path, **KEEP)
+    write_beside(tmp_path, LLAMA, added=added)
+    with pytest.raises(CheckpointError, match=words):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_that_cannot_be_read_is_named_as_that(tmp_path):
+    (tmp_path / "tokenizer.model").mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model cannot be read: Is a directory"):
+        load_spm_tokenizer(tmp_path / "tokenizer.model", {})

@@ -1,0 +1,40 @@
+"""What tells a checkpoint from every other: the digests of all files that are read for it."""
+
+from pathlib import Path
+
+from pose.errors import CheckpointError
+from pose.files import Memo, digest
+from pose.modeling.checkpoints.hub import find_file, from_hub, weight_files
+
+# Beside the weights that `weight_files` names: notes, code, weights of other programs, states of optimizers.
+NOT_READ = {
+    "", ".md", ".py", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".log"
+}  # fmt: skip
+
+
+def fingerprint(path: str, revision: str | None, memo: Memo) -> list:
+    """The fingerprint of a checkpoint: another one as soon as anything that is read for it is.
+
+    Args:
+        path: a local folder, or a hub id.
+        revision: of the hub repository.
+        memo: of the digests of large files.
+
+    Returns:
+        Plain JSON. Of a folder the name and SHA-256 of each file, of what is behind a link where it is one; of the hub
+        its id and commit.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or its weights cannot be read; names the file.
+        DataError: another file of it cannot be read; names it.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        config = from_hub("config", find_file, path, revision, name="config.json")
+        if config is None:
+            raise CheckpointError(f"{path} has no config.json")
+        return [path, Path(config).parent.name]
+    files = set(from_hub("weights", weight_files, str(folder), None))
+    files |= set(folder.glob("additional_chat_templates/*.jinja"))
+    files |= {file for file in folder.iterdir() if file.suffix not in NOT_READ and file.is_file()}
+    return [[name, digest(folder / name, memo)] for name in sorted(str(file.relative_to(folder)) for file in files)]

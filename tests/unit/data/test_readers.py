@@ -1,0 +1,63 @@
+"""The processes that read: what they need, and which signals are not for them."""
+
+import resource
+import signal
+
+import pytest
+
+from pose.data import datamodule
+from pose.errors import ConfigError
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Limits of open files that a test gives, and what is set."""
+    found = {}
+
+    def of(soft, hard):
+        found["now"] = (soft, hard)
+        monkeypatch.setattr(datamodule.resource, "getrlimit", lambda which: found["now"])
+        monkeypatch.setattr(datamodule.resource, "setrlimit", lambda which, both: found.__setitem__("now", both))
+        return lambda: found["now"]
+
+    return of
+
+
+UNLIMITED = resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "num_workers", "after"),
+    [
+        (40, 4096, 8, 256),
+        (40, UNLIMITED, 8, 256),
+        (256, 256, 8, 256),
+        (1024, 4096, 8, 1024),
+        (UNLIMITED, UNLIMITED, 8, UNLIMITED),
+        (40, 40, 0, 40),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_to_what_readers_need(limits, soft, hard, num_workers, after):
+    now = limits(soft, hard)
+    datamodule.reserve_file_handles(num_workers)
+    assert now() == (after, hard)
+
+
+def test_where_it_cannot_be_raised_the_number_is_refused(limits):
+    """They would hang without a word."""
+    now = limits(40, 100)
+    with pytest.raises(ConfigError, match=r"data.num_workers=8 needs 256 open files, and the limit is 100"):
+        datamodule.reserve_file_handles(8)
+    assert now() == (40, 100)
+
+
+def test_requests_to_stop_are_not_for_those_that_read():
+    """A terminal's Ctrl-C goes to all processes in front, a scheduler's signal to all of a job."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        datamodule._outlive_signals(0)
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 4
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
