@@ -74,7 +74,7 @@ class Suite:
         needs_haystack = any(task == "needle" or task.startswith("ruler/") for task in options.tasks)
         haystack = read_haystack(options.haystack) if needs_haystack else ""
         if needs_haystack and vocab_size is not None:
-            check_vocabulary(tokenizer, haystack, vocab_size, "eval.haystack")
+            check_vocabulary(tokenizer, haystack, vocab_size, "the haystack")
         self.tasks: list[Task] = []
         for name in dict.fromkeys(options.tasks):
             if name == "perplexity":

@@ -86,8 +86,6 @@ def test_threads_are_at_least_one(tmp_path):
         runtime.set_up(composed(tmp_path, "ckpt=assets/tiny", "num_threads=0"))
 
 
-<<<<<<< ours
-=======
 def test_outcomes_belong_to_the_weights_wherever_they_lie(tmp_path, longer):
     """Replaced in a subfolder, and behind a link, they are measured anew."""
     stored = tmp_path / "stored" / "a.safetensors"
@@ -106,21 +104,6 @@ def test_outcomes_belong_to_the_weights_wherever_they_lie(tmp_path, longer):
     assert plan(tmp_path, *common)[0].under != before
 
 
-def test_outcomes_belong_to_the_code_that_measured(tmp_path, monkeypatch):
-    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "tasks/ruler.py", "rope.py", "module.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("a = 1")
-    monkeypatch.setattr(compare, "PACKAGE", tmp_path)
-    seen = [compare._code_print()]
-    for name in ("evaluation/task.py", "modeling/load.py", "data/cache.py", "tasks/ruler.py", "rope.py"):
-        (tmp_path / name).write_text("a = 2")
-        seen.append(compare._code_print())
-    assert len(set(seen)) == 6
-    (tmp_path / "module.py").write_text("a = 2")  # trains, and measures nothing
-    assert compare._code_print() == seen[-1]
-
-
->>>>>>> theirs
 def test_outcomes_belong_to_dtype_and_attention_too(tmp_path):
     common = ("ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]")
     under = [plan(tmp_path, *common, *o)[0].under for o in ((), ("dtype=bfloat16",), ("attention=eager",), ())]

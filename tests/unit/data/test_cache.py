@@ -576,12 +576,6 @@ def rewrite_in_place(path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the same size and age
 
 
-def there_and_back(path):
-    """Another file while it is read, and the old one again at the end."""
-    path.rename(path.with_name("away"))
-    write(path, OTHER)
-
-
 def cut_off(path):
     os.truncate(path, 900)
 
@@ -615,17 +609,22 @@ def test_a_text_that_changes_while_it_is_tokenised_gives_no_cache(
 
 
 def test_a_text_that_is_another_only_while_it_is_read_gives_no_cache(path, texts, tokenizer, tmp_path, monkeypatch):
+    """Of a link that leads to another file for that time, neither file changes."""
+    first, second = path.rename(tmp_path / "first"), write(tmp_path / "second", OTHER)
+    path.symlink_to(first)
     read = Files.read
 
-    def swapped(self, broken):
-        there_and_back(path)
+    def exchanged(self, broken):
+        path.unlink()
+        path.symlink_to(second)
         try:
             yield from read(self, broken)
         finally:
-            path.with_name("away").rename(path)
+            path.unlink()
+            path.symlink_to(first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Files, "read", swapped)
+        patch.setattr(Files, "read", exchanged)
         with pytest.raises(DataError, match=r"docs\.jsonl changed while it was read"):
             TokenCache.build(path, tokenizer, tmp_path / "cache")
     assert_holds(TokenCache.build(path, tokenizer, tmp_path / "cache"), texts, tokenizer)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pose.data import tokenizer as tokenizer_module
-from pose.data.tokenizer import END_OF_TEXT, token_bytes, train_tokenizer
+from pose.data.tokenizer import END_OF_TEXT, main, token_bytes, train_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
 WORDS = [
@@ -221,3 +221,19 @@ def test_bytes_of_smollm2(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for text in [*HARD, (ASSETS / "tiny" / "README.md").read_text()]:
         assert num_bytes(tokenizer, text) == len(text.encode())
+
+
+def test_the_command_trains_on_files_and_folders(tmp_path, monkeypatch, capsys):
+    """And says in one line what cannot be read."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text(json.dumps({"text": "ab ab ab ab " * 50}))
+    (tmp_path / "b.txt").write_text("cd cd cd cd " * 50)
+    out = tmp_path / "out"
+    arguments = ["tokenizer", str(out), str(tmp_path / "texts"), str(tmp_path / "b.txt"), "--vocab-size", "260"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    vocab = AutoTokenizer.from_pretrained(out).get_vocab()
+    assert len(vocab) == 260 and {"ab", "cd"} <= vocab.keys() and "260 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments[:2], str(tmp_path / "gone.jsonl")])
+    with pytest.raises(SystemExit, match=r"^DataError: no documents file at .*gone\.jsonl"):
+        main()

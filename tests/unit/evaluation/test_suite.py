@@ -1,5 +1,6 @@
 """The options of an evaluation, and what is made ready, refused and measured."""
 
+import copy
 import gzip
 import hashlib
 import json
@@ -401,3 +402,23 @@ def test_what_a_model_cannot_do_at_all_is_said(results, remark):
     """The zeros of a model that never finds a needle look like a failure of its extension."""
     found = out_of_reach(results, 256)
     assert (found is None) if remark is None else re.match(remark, found)
+
+
+@pytest.mark.parametrize("task", ["perplexity", "needle", "ruler/niah_single_2"])
+def test_a_token_beyond_the_models_embedding_is_found_before_it_is_loaded(tokenizer, texts, tmp_path, task):
+    """In the documents that are measured and in the haystack: the token, its id, the rows there are."""
+    tokenizer, size = copy.deepcopy(tokenizer), len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[NEW]"]})
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ["short [NEW]", texts[3], f"[NEW] {texts[3]}"]))
+    options = EvalOptions(tasks=[task], lengths=[500 if task != "perplexity" else 16], trials=1, max_documents=1)
+    options.documents = options.haystack = str(path)
+    build = lambda rows: Suite(options, tokenizer, str(path), tmp_path / "cache", vocab_size=rows)  # noqa: E731
+    build(size + 1)
+    if task == "perplexity":
+        build(size)  # the document with the token comes after the one that is measured
+        options.max_documents = None
+    where = r"document a\.jsonl:3" if task == "perplexity" else "haystack"
+    message = rf"{where} has the token '\[NEW\]' of id {size}, and the model's embedding has {size} rows"
+    with pytest.raises(DataError, match=message):
+        build(size)
