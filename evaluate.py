@@ -11,13 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from pose.app import compare, runtime, schema
+from pose.training import signals
 
 schema.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig):
-    with runtime.readable_errors():
+    with runtime.readable_errors(), signals.ending(lambda: "Given again, the same command goes on where it was"):
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         runtime.set_up(cfg)
         candidates = compare.plan_evaluation(cfg)

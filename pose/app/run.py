@@ -5,7 +5,6 @@ import json
 import logging
 import shlex
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from pose.modeling.rotary import target_len_of
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
 from pose.reporting.tables import print_table, results_table
+from pose.training.processes import from_rank_zero
 from pose.training.watch import read_best, short_perplexity, short_warning
 
 log = logging.getLogger(__name__)
@@ -140,24 +140,22 @@ def measure_short(cfg: DictConfig, plan: Plan, run_dir: Path, load: Callable[[],
 
 
 def _measure_once(run_dir: Path, name: str, under: dict, run: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What run() gives in process 0, or gave before, in this run's folder, under the same settings.
+    """What run() gives in process 0, or gave before, in this run's folder, under the same settings."""
 
-    The other processes wait for it there: a process group would not wait so long.
-    """
-    metrics = _measured(run_dir, name, under)
-    if metrics is None and rank_zero_only.rank == 0:
-        metrics = run()
-        measured = run_dir / "measured.json"
-        write_json(measured, read_json(measured) | {name: {"under": under, "metrics": metrics}})
-    while metrics is None:
-        time.sleep(1)
+    def measured() -> dict[str, float]:
         metrics = _measured(run_dir, name, under)
-    return metrics
+        if metrics is None:
+            metrics, file = run(), run_dir / "measured.json"
+            write_json(file, read_json(file) | {name: {"under": under, "metrics": metrics}})
+        return metrics
+
+    return from_rank_zero(run_dir, name, measured)
 
 
 def _measured(run_dir: Path, name: str, under: dict) -> dict[str, float] | None:
     entry = read_json(run_dir / "measured.json").get(name)
-    return entry["metrics"] if isinstance(entry, dict) and entry.get("under") == under else None
+    metrics = entry.get("metrics") if isinstance(entry, dict) and entry.get("under") == under else None
+    return metrics if isinstance(metrics, dict) else None
 
 
 def _measured_under(cfg: DictConfig, plan: Plan) -> dict:

@@ -110,7 +110,7 @@ def test_two_processes_are_preempted_go_on_and_end_with_a_parent_that_is_killed(
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 143 and not children_of(process.pid)
-    assert f"step-{newest()}. The same command with resume=auto goes on" in errors and "Traceback" not in errors
+    assert f"step-{newest()}\n" in errors and "To go on: python train.py " in errors and "Traceback" not in errors
 
     process, children = start(newest())
     assert len(children) == 2
