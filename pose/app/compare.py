@@ -28,6 +28,7 @@ from pose.modeling.load import build_model, check_weights, load_config, load_tok
 from pose.modeling.rotary import target_len_of
 from pose.reporting.plots import PANELS, plot_needle, plot_results, plot_ruler
 from pose.reporting.tables import comparison_tables, print_table
+from pose.training import signals
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Candidate:
 
 def evaluate(cfg: DictConfig):
     """What `evaluate.py` does with a composed config."""
-    with runtime.readable_errors():
+    with runtime.readable_errors(), signals.ending(lambda: "Given again, the same command goes on where it was"):
         run_dir = runtime.run_folder()
         runtime.set_up(cfg)
         candidates = plan_evaluation(cfg)

@@ -79,7 +79,17 @@ def explained_memory_errors(cfg: DictConfig):
             raise
         advice = _memory_advice(cfg)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TrainingError(f"out of memory ({reason}). What helps, the cheapest first: {'; '.join(advice)}") from error
+        message = f"out of memory ({reason}). What helps, the cheapest first: {'; '.join(advice)}"
+        raise TrainingError(message, changes=_memory_change(cfg)) from error
+
+
+def _memory_change(cfg: DictConfig) -> tuple[str, ...]:
+    """The cheapest help that a run can go on with, as overrides."""
+    if "trainer" not in cfg:
+        return ()
+    if cfg.trainer.micro_batch > 1:
+        return (f"trainer.micro_batch={cfg.trainer.micro_batch // 2}",)
+    return () if cfg.model.gradient_checkpointing else ("model.gradient_checkpointing=true",)
 
 
 def _memory_advice(cfg: DictConfig) -> list[str]:

@@ -4,10 +4,12 @@ import contextlib
 import errno
 import logging
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.utils.data import dataloader
 
 from pose.data.network import first_line
 from pose.errors import GuardError, Interrupted, PoseError, TrainingError
@@ -75,15 +77,16 @@ def _kept(run_dir: Path) -> str:
 def _reason(error: Exception, run_dir: Path) -> str | None:
     """What has happened, for errors of the system; None for all others."""
     said, number = str(error), getattr(error, "errno", None)
-    if any(sign in said for sign in READER_DIED):
-        return (
-            f"a process that reads the data has ended ({first_line(error)}; the system kills one when memory runs "
-            "out). With fewer data.num_workers less memory is needed; with 0 the training process reads"
-        )
     if number in TOO_MANY_FILES or any(sign in said for sign in READER_STARVED):
         return (
             f"there are too few file handles ({first_line(error)}): raise the limit (ulimit -n 4096), or lower "
             "data.num_workers"
+        )
+    lost = isinstance(error, ConnectionError | EOFError) and _is_from_loader(error)  # in the middle of a batch
+    if lost or any(sign in said for sign in READER_DIED):
+        return (
+            f"a process that reads the data has ended ({first_line(error)}; the system kills one when memory runs "
+            "out). With fewer data.num_workers less memory is needed; with 0 the training process reads"
         )
     is_io = isinstance(error, OSError | SafetensorError)
     if is_io and (number in FULL or "No space left" in said):
@@ -97,3 +100,9 @@ def _reason(error: Exception, run_dir: Path) -> str | None:
                 "read-only, or its disk is gone"
             )
     return None
+
+
+def _is_from_loader(error: Exception) -> bool:
+    """Whether it was raised where the training process gets a batch from those that read."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename == dataloader.__file__ for frame, _ in frames)

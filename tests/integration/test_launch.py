@@ -110,7 +110,7 @@ def test_two_processes_are_preempted_go_on_and_end_with_a_parent_that_is_killed(
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143 and not children_of(process.pid)
     printed = log.read_text()
-    assert f"step-{newest()}. The same command with resume=auto goes on" in printed and "Traceback" not in printed
+    assert f"step-{newest()}\n" in printed and "To go on: python train.py " in printed and "Traceback" not in printed
 
     process, children = start(newest())
     assert len(children) == 2

@@ -165,6 +165,20 @@ def test_a_reader_that_is_killed_is_recognised(run):
         list(DataLoader(Dies(), num_workers=1))
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_so_is_one_that_is_killed_while_it_hands_over_a_batch(run, error, monkeypatch):
+    """Such an error of something else, as of a network, is not taken for it."""
+
+    def lost(*arguments):
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", lost)
+    with pytest.raises(TrainingError, match="a process that reads the data has ended"), faults.explained(run):
+        list(DataLoader(torch.zeros(4, 1), num_workers=1))
+    with pytest.raises(type(error)), faults.explained(run):
+        raise type(error)("of a network")
+
+
 def test_a_folder_that_cannot_hold_a_run_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv(launch.PARENT, raising=False)
     (tmp_path / "file").write_text("")

@@ -445,10 +445,16 @@ def test_out_of_memory_names_what_to_lower(error):
         "lora",
     ):
         assert words in str(caught.value)
+    assert caught.value.changes == ("trainer.micro_batch=4",)
+    cfg.trainer.micro_batch = 1
+    with pytest.raises(TrainingError) as caught, explained_memory_errors(cfg):
+        raise error
+    assert caught.value.changes == ("model.gradient_checkpointing=true",)
     cfg.trainer.micro_batch, cfg.model.gradient_checkpointing = 1, True
     with pytest.raises(TrainingError) as caught, explained_memory_errors(cfg):
         raise error
     assert "micro_batch" not in str(caught.value) and "gradient_checkpointing" not in str(caught.value)
+    assert caught.value.changes == ()
 
 
 def test_other_errors_pass_through():

@@ -1,0 +1,324 @@
+"""Runs that are asked to stop, and runs that something stops: what they say, and that the command they name goes on."""
+
+import csv
+import gc
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hydra.experimental.callback import Callback
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stopping")]
+REPOSITORY = Path(__file__).resolve().parents[2]
+# A model from random weights, with dropout, that trains long enough to be met at it.
+SMALL = (
+    "experiment=pretrain_tiny", "eval=none", "trainer.max_steps=40", "trainer.checkpoint_every_n_steps=10",
+    "trainer.log_every_n_steps=2", "trainer.global_batch=4", "trainer.micro_batch=2", "trainer.precision=32-true",
+    "pose.target_len=64", "data.documents=assets/corpora/reports.train.jsonl.gz",
+    "data.synthetic={passkey: 0, copy: 0.2, key_value: 0.2}", "data.curriculum=[]", "model.tokenizer=assets/tiny",
+    "model.init.max_position_embeddings=64", "model.init.hidden_size=32", "model.init.intermediate_size=64",
+    "model.init.num_hidden_layers=2", "model.init.num_attention_heads=2", "model.init.num_key_value_heads=2",
+    "+model.init.attention_dropout=0.1", "num_threads=1",
+)  # fmt: skip
+TWO = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=20")
+
+
+def _run(arguments: list[str], log: str, cwd: Path):
+    """In the process that is started: what a terminal gives to `python train.py`."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.chdir(cwd)
+    sys.path.insert(0, str(Path(__file__).parent))  # of this module's callback
+    sys.argv = arguments
+    import train
+
+    train.main()
+
+
+class Process:
+    """A run at work, and what it has printed."""
+
+    def __init__(self, process, log: Path):
+        self.process, self.log, self.pid = process, log, process.pid
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def until(self, condition, patience: float = 240):
+        """Waits until something holds while the run is at work."""
+        deadline = time.monotonic() + patience
+        while not condition():
+            assert self.process.is_alive() and time.monotonic() < deadline, self.said()[-3000:]
+            time.sleep(0.01)
+        return self
+
+    def end(self, patience: float = 300) -> int:
+        """The status."""
+        self.process.join(patience)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"it goes on: {self.said()[-3000:]}")
+        return self.process.exitcode
+
+    def command(self) -> list[str]:
+        """What it says to go on with, as a shell reads it."""
+        (line,) = [line for line in self.said().splitlines() if "To go on: " in line]
+        python, script, *arguments = shlex.split(line.split("To go on: ")[1])
+        assert (python, Path(script).name) == ("python", "train.py")
+        return arguments
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts train.py in a process that is forked from one with everything imported; what it prints is in a file."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    cache, logs = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("logs")
+    path, sys.path[:] = list(sys.path), [str(REPOSITORY), *sys.path]
+    started: list[Process] = []
+
+    def start_(*arguments, cwd=REPOSITORY):
+        log = logs / f"{len(started)}.log"
+        line = [str(REPOSITORY / "train.py"), "--config-path", str(REPOSITORY / "conf"), *map(str, arguments)]
+        process = context.Process(target=_run, args=(line, str(log), cwd))
+        process.start()
+        started.append(Process(process, log))
+        return started[-1]
+
+    def small(*overrides, **options):
+        """A run of the small model."""
+        flags = [override for override in overrides if override.startswith("-")]  # Hydra wants them first
+        return start_(*flags, *SMALL, *overrides[len(flags) :], f"cache_dir={cache}", **options)
+
+    start_.small = small
+    yield start_
+    for one in started:
+        one.process.kill()
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> Path:
+    """A run that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    process = start.small(f"hydra.run.dir={folder}")
+    assert process.end() == 0, process.said()[-3000:]
+    return folder
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def logged(run: Path, but=("train/step_seconds", "train/tokens_per_second")) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [{name: value for name, value in row.items() if name not in but} for row in csv.DictReader(file)]
+
+
+def assert_same_end(run: Path, other: Path):
+    got, wanted = weights(run), weights(other)
+    assert got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert logged(run) == logged(other)
+
+
+def test_an_interrupted_run_goes_on_by_the_command_that_it_names(start, whole, tmp_path):
+    """The default's folder is new at every start. Its readers get the terminal's Ctrl-C, too."""
+    process = start.small("data.num_workers=2", cwd=tmp_path)
+    process.until(lambda: list(tmp_path.glob("outputs/*/*/metrics.csv")))
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.end() == 130, process.said()[-3000:]
+    (run,) = tmp_path.glob("outputs/*/*")
+    (step,) = steps(run)[-1:]
+    said = process.said()
+    assert "Ctrl-C: stopping after this step, with a checkpoint (Ctrl-C once more: at once, without one)" in said
+    assert f"Interrupted: asked to stop at step {step}: the state is in " in said and "Traceback" not in said
+    assert 0 < step < 40 and not (run / "model").exists()
+
+    again = start(*process.command(), cwd=tmp_path)
+    assert again.end() == 0, again.said()[-3000:]
+    assert list(tmp_path.glob("outputs/*/*")) == [run]
+    assert f"Going on from step {step}" in again.said()
+    assert_same_end(run, whole)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["train/steps"] == 40 and metrics["train/lr"] > 0 and metrics["train/loss_retrieval"] > 0
+
+
+def test_interrupted_twice_it_ends_at_once(start, tmp_path):
+    run = tmp_path / "run"
+    process = start.small(f"hydra.run.dir={run}", "trainer.max_steps=100000", "trainer.micro_batch=1",
+                          "trainer.global_batch=1024")  # fmt: skip
+    process.until(lambda: "Checked" in process.said())
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    process.until(lambda: "stopping after this step" in process.said())
+    time.sleep(1.2)
+    assert process.process.is_alive(), "a step of 1,024 batches"
+    os.kill(process.pid, signal.SIGINT)
+    assert process.end(20) == 130
+    said = process.said()
+    assert "Stopped at once, with no checkpoint in" in said and "Traceback" not in said and steps(run) == []
+    assert f"hydra.run.dir={run}" in process.command() and process.command()[-1] == "resume=auto"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_while_it_measures_it_ends_at_once_and_goes_on_measuring(start, whole, tmp_path, number):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "metrics.json").unlink()
+    shutil.rmtree(run / "model")
+    slow = ("eval=passkey", "eval.lengths=[256]", "eval.trials=5000", "resume=auto", f"hydra.run.dir={run}")
+    process = start.small(*slow)
+    process.until(lambda: "Measuring the extended model" in process.said())
+    os.kill(process.pid, number)
+    assert process.end(60) == (130 if number == signal.SIGINT else 143)
+    said = process.said()
+    assert "Stopped by" in said and "Traceback" not in said and not (run / "metrics.json").exists()
+    command = [o for o in process.command() if not o.startswith("eval.trials")]
+    again = start(*command, "eval.trials=2")
+    assert again.end() == 0, again.said()[-3000:]
+    assert "passkey@256" in json.loads((run / "metrics.json").read_text())
+
+
+def children(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children() if "train.py" in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_job_of_two_processes_is_interrupted_once(start, tmp_path, to_all):
+    """From the terminal, which the process that waits passes on, and from a scheduler that signals all of them.
+
+    Under FSDP, whose checkpoints are unpickled: a run's own need no leave.
+    """
+    run = tmp_path / "run"
+    process = start.small(*TWO, "strategy=fsdp", "trainer.checkpoint_every_n_steps=null", f"hydra.run.dir={run}")
+    process.until(lambda: (run / "metrics.csv").exists())
+    ours = children(process.pid)
+    assert len(ours) == 2
+    for pid in (process.pid, *(ours if to_all else ())):
+        os.kill(pid, signal.SIGINT)
+    assert process.end(120) == 130, process.said()[-3000:]
+    said = process.said()
+    assert "Interrupted: asked to stop at step" in said and "Interrupted: stopped by Ctrl-C" in said
+    assert "Traceback" not in said and len(steps(run)) == 1
+    assert not any(psutil.pid_exists(pid) for pid in ours)
+    if to_all:
+        again = start(*process.command())
+        assert again.end() == 0, again.said()[-3000:]
+        assert f"Going on from step {steps(run)[0]}" in again.said() or (run / "model").is_dir()
+        # And from elsewhere it is another's, however it is spelt
+        (tmp_path / "new").mkdir()
+        os.symlink(run, tmp_path / "new" / "link")
+        spelt = tmp_path / "new" / "link" / "checkpoints"
+        process = start.small(*TWO, "strategy=fsdp", f"hydra.run.dir={tmp_path}/new", f"resume={spelt}")
+        assert process.end() == 1 and "trust_pickle=true" in process.said()
+
+
+def test_an_interrupted_sweep_goes_on_with_all_its_jobs(start, tmp_path):
+    sweep = tmp_path / "sweep"
+    process = start.small("-m", "seed=0,1", "trainer.max_steps=16", f"hydra.sweep.dir={sweep}")
+    process.until(lambda: (sweep / "0" / "metrics.csv").exists())
+    os.kill(process.pid, signal.SIGINT)
+    assert process.end(120) == 130, process.said()[-3000:]
+    assert not (sweep / "1").exists() and "Traceback" not in process.said()
+    assert {"-m", "seed=0,1", f"hydra.sweep.dir={sweep}", "resume=auto"} <= set(process.command())
+    again = start(*process.command())
+    assert again.end() == 0, again.said()[-3000:]
+    assert (
+        f"Going on from step {json.loads((sweep / '0' / 'provenance.json').read_text())['from_step']}" in again.said()
+    )
+    assert all((sweep / job / "model").is_dir() for job in "01")
+
+
+def test_a_killed_reader_is_named_with_what_is_kept(start, tmp_path):
+    run = tmp_path / "run"
+    process = start.small("data.num_workers=2", "trainer.max_steps=100000", f"hydra.run.dir={run}")
+    process.until(lambda: steps(run))
+    readers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(readers[-1].pid, signal.SIGKILL)
+    assert process.end(120) == 1
+    said = process.said()
+    assert "TrainingError: a process that reads the data has ended" in said and "Traceback" not in said
+    assert f"in {run}/checkpoints" in said and "resume=auto" in process.command()
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_a_run_folder_that_goes_is_named(start, tmp_path, how):
+    run = tmp_path / "run"
+    process = start.small("trainer.max_steps=100000", f"hydra.run.dir={run}")
+    process.until(lambda: (run / "metrics.csv").exists())
+    run.rename(tmp_path / "other")
+    if how == "removed":
+        shutil.rmtree(tmp_path / "other")
+    assert process.end(120) == 1
+    said = process.said()
+    assert "TrainingError: " in said and "Traceback" not in said and "To go on: " in said
+    assert "cannot be used any more" in said or "folder is gone" in said
+
+
+def test_a_training_that_diverges_is_named_for_what_it_is(start, tmp_path):
+    """Not for the check of the export that would fail."""
+    run = tmp_path / "run"
+    process = start.small("finetune.lr=10", "finetune.warmup_steps=0", "trainer.max_steps=12", f"hydra.run.dir={run}")
+    assert process.end() == 1
+    said = process.said()
+    assert "TrainingError: the training has diverged: at step 12" in said and "Traceback" not in said
+    assert "Start anew with a lower finetune.lr (it is 10)" in said and "To start anew: python" in said
+    assert not (run / "model").exists() and steps(run) == [10]
+
+
+class Look(Callback):
+    """A Hydra callback: what of a job is alive when it has ended, before any collection, and the memory it leaves."""
+
+    def on_job_start(self, config, **kwargs):
+        gc.disable()
+
+    def on_job_end(self, config, job_return, **kwargs):
+        from lightning import Trainer
+        from transformers import PreTrainedModel
+
+        from pose.data.datamodule import PoseDataModule
+
+        kinds = (PreTrainedModel, Trainer, PoseDataModule, torch.optim.Optimizer)
+        found = {kind.__name__: sum(issubclass(type(one), kind) for one in gc.get_objects()) for kind in kinds}
+        line = {"alive": found, "mib": psutil.Process().memory_info().rss >> 20, "status": job_return.status.name}
+        with open(Path(config.hydra.sweep.dir) / "alive.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def test_nothing_of_a_job_lives_on_into_the_next(start, tmp_path):
+    """Whether it is done or has failed, with its W&B run in its own folder."""
+    sweep = tmp_path / "sweep"
+    process = start.small(
+        "-m", "finetune.lr=1e30,1e-3,1e29,1e-4,1e28,1e-5", "finetune.warmup_steps=0", "trainer.max_steps=6",
+        "logger=wandb", "logger.offline=true", f"hydra.sweep.dir={sweep}",
+        f"+hydra.callbacks.look._target_={Path(__file__).stem}.Look",
+    )  # fmt: skip
+    assert process.end() == 1, process.said()[-3000:]
+    jobs = [json.loads(line) for line in (sweep / "alive.jsonl").read_text().splitlines()]
+    assert [job["status"] for job in jobs] == ["FAILED", "COMPLETED"] * 3, process.said()[-3000:]
+    assert all(not any(job["alive"].values()) for job in jobs), jobs
+    assert jobs[-1]["mib"] - jobs[1]["mib"] < 60, jobs
+    ids = [(sweep / str(job) / ".wandb_id").read_text() for job in range(6)]
+    for job in range(6):
+        (logs,) = (sweep / str(job) / "wandb").glob("offline-run-*")
+        assert logs.name.endswith(ids[job])
+    assert len(set(ids)) == 6 and "anonymous" not in process.said()
