@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
@@ -216,20 +217,43 @@ def _folder_digest(folder: str | None) -> str | None:
     """SHA-256 over names and content of all files, but for what Python writes beside them."""
     if folder is None:
         return None
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
+    files = [file for file in _files_below(folder) if "__pycache__" not in file.parts]
     return _digest((str(file.relative_to(folder)), file) for file in files)
 
 
 def _local_data(configs: list[dict[str, Any]]) -> str:
     """SHA-256 of the local files that tasks name as their data."""
     patterns: list[str] = []
+    files: set[Path] = set()
     for config in configs:
         given = config.get("dataset_kwargs")
         options = given if isinstance(given, Mapping) else {}
         folders = [*_strings(config.get("dataset_path")), *_strings(options.get("data_dir"))]
-        patterns += [*_strings(options.get("data_files")), *(f"{folder}/**" for folder in folders if folder)]
-    files = sorted({file for pattern in patterns for file in glob.glob(pattern, recursive=True)})
-    return _digest((file, Path(file)) for file in files if Path(file).is_file())
+        patterns += _strings(options.get("data_files"))
+        files |= {file for folder in folders if folder for file in _files_below(folder)}
+    files |= {Path(file) for pattern in patterns for file in glob.glob(pattern, recursive=True)}
+    return _digest((str(file), file) for file in sorted(files) if file.is_file())
+
+
+def _files_below(folder: str) -> list[Path]:
+    """The files of a folder, sorted, behind links too; none where it is no folder.
+
+    Raises:
+        DataError: a folder in it cannot be read; names it.
+    """
+
+    def unreadable(error: OSError):
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise DataError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [file for file in (Path(place, name) for name in names) if file.is_file()]
+    return sorted(found)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pose.data.documents import read_documents
-from pose.errors import ConfigError
+from pose.errors import ConfigError, require_choice, require_int
 
 TASKS = ("perplexity", "passkey", "needle")
 BOOK = "assets/corpora/books.heldout.jsonl.gz"
@@ -49,9 +49,8 @@ class EvalOptions:
     trust_tasks: bool = False  # include_path runs code: the !function of its YAMLs, and its templates
 
     def __post_init__(self):
-        if self.prefix not in (None, "ruler", "harness"):
-            raise _refused(f"prefix={self.prefix!r} is unknown: choose ruler or harness")
         if self.prefix is not None:
+            require_choice("{group}.prefix", self.prefix, ("ruler", "harness"), group="eval")
             self.tasks = [task if "/" in task or task in TASKS else f"{self.prefix}/{task}" for task in self.tasks]
         for task in self.tasks:
             if task not in TASKS and not (task.startswith(("ruler/", "harness/")) and task.partition("/")[2]):
@@ -63,17 +62,14 @@ class EvalOptions:
             "windows", "tail", "bin", "trials", "batch_tokens", "stride", "sliding_tokens", "min_tokens",
             "max_documents", "limit",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise _refused(f"{name}={value} is not accepted: give an integer of at least 1")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise _refused(f"num_fewshot={self.num_fewshot} is not accepted: give an integer of at least 0")
+            optional = name not in ("windows", "bin", "trials")
+            require_int(f"{{group}}.{name}", getattr(self, name), at_least=1, group="eval", optional=optional)
+        require_int("{group}.num_fewshot", self.num_fewshot, at_least=0, group="eval", optional=True)
+        require_int("{group}.seed", self.seed, at_least=0, at_most=LARGEST_SEED, group="eval")
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 2):
             raise _refused(f"lengths={list(self.lengths)} is not accepted: give lengths of at least 2 tokens")
         if self.depths is not None and not (self.depths and all(0 <= depth <= 1 for depth in self.depths)):
             raise _refused(f"depths={list(self.depths)} is not accepted: give places from 0 to 1")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise _refused(f"seed={self.seed} is not accepted: give an integer from 0 to {LARGEST_SEED}")
         if not self.text_field:
             raise _refused("text_field is empty: give the key of the text, such as text")
         if self.documents is not None:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import random
 import sys
 import time
@@ -533,6 +534,36 @@ def test_a_folder_is_told_by_its_files_wherever_it_is(tmp_path):
     assert len({same, digest(str(first)), digest(str(second))}) == 3
 
 
+def test_what_lies_behind_a_link_counts_and_a_link_back_ends(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "sub").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    seen = []
+    for text in ("a", "b", "a"):
+        (elsewhere / "code.py").write_text(text)
+        local = harness_module._local_data([{"dataset_path": str(folder)}])
+        seen.append((harness_module._folder_digest(str(folder)), local))
+    assert seen[0] == seen[2] and all(a != b for a, b in zip(*seen[:2], strict=True))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """One of the questions' folders; one that is not there is none of theirs."""
+    (tmp_path / "sub").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match=rf"{tmp_path}/sub cannot be read: Permission denied"):
+        harness_module._local_data([{"dataset_path": str(tmp_path)}])
+    assert harness_module._local_data([{"dataset_path": "json"}]) == harness_module._local_data([])
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -678,6 +709,10 @@ def test_what_needs_a_bos_or_eos_is_refused_before_a_model_is_loaded(own_alone, 
     with pytest.raises(ConfigError, match=r"eval\.tasks has bare, .*this tokenizer has neither"):
         Harness("bare", without_ends, **options)
     Harness("bare", without_ends, num_fewshot=1, **options)
+    rolling = ROLLING.format(name="whole", folder=tasks).replace('doc_to_text: ""', 'doc_to_text: "a text"')
+    (tmp_path / "whole.yaml").write_text(rolling)
+    with pytest.raises(ConfigError, match=r"eval\.tasks has whole, .*this tokenizer has neither"):
+        Harness("whole", without_ends, num_fewshot=1, **options)
 
 
 def test_a_text_before_which_nothing_stands_is_refused_where_it_comes_up(model, tokenizer, without_ends):

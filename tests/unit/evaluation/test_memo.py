@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pose.evaluation import memo as module
-from pose.evaluation.memo import Kept, Outcomes, Took, code_fingerprint, identity
+from pose.evaluation.memo import Kept, Outcomes, Took, code_fingerprint, identity, is_whole
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.perplexity import Perplexity
 from pose.evaluation.suite import Suite
@@ -119,6 +119,15 @@ def test_a_kept_outcome_of_another_shape_is_measured_again_with_a_warning(suite,
     assert (warning in printed) is (value is not None)
     assert suite.run(model, outcomes=outcomes, under=under, progress=False) == first
     assert list(outcomes.find(under, task, units)) == ["0:a", "1:b"]
+
+
+def test_an_outcome_without_what_it_took_is_no_outcome(suite, tmp_path):
+    task = suite.tasks[0]
+    outcome = {name: [1.0, 2, 3][: 3 if name.startswith("ppl") else 2] for name in task.metrics() if "bits" not in name}
+    assert is_whole(task, "0:a", {"outcome": outcome, "took": [1.0, 2.0]})
+    for took in (None, 7, [1.0], [1.0, "x"], {"seconds": 1.0}):
+        assert not is_whole(task, "0:a", {"outcome": outcome, "took": took})
+    assert not is_whole(task, "0:a", {"outcome": outcome})
 
 
 def test_what_it_took_is_kept_too(suite, tmp_path):

@@ -41,7 +41,7 @@ from pose.evaluation.options import EvalOptions, read_haystack
         ({"tasks": ["passkey", "perplexity"]}, "eval.documents", ".jsonl"),
         ({"tasks": ["ruler/"]}, "eval.tasks has 'ruler/'", "ruler/TASK"),
         ({"tasks": [""]}, "eval.tasks has ''", "perplexity, passkey"),
-        ({"prefix": ""}, "eval.prefix=''", "ruler or harness"),
+        ({"prefix": ""}, "eval.prefix=''", "ruler, harness"),
         ({"text_field": ""}, "eval.text_field is empty", "the key of the text"),
         ({"documents": ""}, "eval.documents=''", "a file, folder, glob or dataset"),
         ({"documents": " "}, "eval.documents=' '", "a file, folder, glob or dataset"),
