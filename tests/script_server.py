@@ -29,7 +29,7 @@ LIBRARIES = (
     "torch", "transformers", "transformers.models.llama.modeling_llama", "lightning.pytorch", "peft", "hydra",
     "matplotlib.pyplot", "rich.table",
 )  # fmt: skip
-READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TORCH", "CUDA_", "MPL", "RANK", "LOCAL_RANK")
+READ_AT_START = ("PYTHON", "LD_", "OMP_", "HF_", "CUDA_VISIBLE_DEVICES", "RANK", "LOCAL_RANK")
 NUMBER = struct.Struct("i")
 
 

@@ -95,6 +95,15 @@ def test_it_ends_as_a_new_interpreter_does(script, code, status):
     assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
 
 
+def test_what_libraries_set_in_the_tests_own_process_takes_no_new_interpreter(script, monkeypatch):
+    parent = "import os; print(os.getppid())"
+    before = script("-c", parent).stdout
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/elsewhere")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert str(os.getpid()) + "\n" not in (before, script("-c", parent).stdout)
+    assert script("-c", parent, fresh=True).stdout == f"{os.getpid()}\n"
+
+
 def test_a_changed_python_path_takes_a_new_interpreter(script, tmp_path, monkeypatch):
     (tmp_path / "only_here.py").write_text("")
     assert script("-c", "import only_here").returncode == 1
