@@ -13,7 +13,7 @@ Symbols follow the paper (PoSE, ICLR 2024, arXiv 2309.10400):
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -47,8 +47,6 @@ class PositionSampler(ABC):
     train_len: int
     target_len: int
 
-    uses_breaks = False  # whether `sample` looks at `breaks`
-
     def __post_init__(self):
         require_int("{group}.train_len", self.train_len, at_least=2, group="pose")  # one token predicts nothing
         require_int("{group}.target_len", self.target_len, at_least=2, group="pose")
@@ -73,6 +71,11 @@ class PositionSampler(ABC):
     def min_document_len(self) -> int:
         """The shortest document, in tokens, that this sampler can draw from."""
         return self.example_len
+
+    @property
+    def uses_breaks(self) -> bool:
+        """Whether `sample` looks at `breaks`."""
+        return False
 
     def resized(self, train_len: int, target_len: int) -> "PositionSampler":
         """The same sampler for other lengths."""
@@ -100,7 +103,8 @@ class PositionSampler(ABC):
         return self._sample(rng, document_len, breaks) if self.uses_breaks else self._sample(rng, document_len)
 
     @abstractmethod
-    def _sample(self, rng: np.random.Generator, document_len: int) -> Layout: ...
+    def _sample(self, *args: Any, **kwargs: Any) -> Layout:
+        """Of rng and document_len, and of breaks where they are used: as `sample`."""
 
 
 @dataclass(frozen=True)
@@ -354,7 +358,9 @@ class SentenceSkip(PositionSampler):
 
     sentence_len: int = 20
 
-    uses_breaks = True
+    @property
+    def uses_breaks(self) -> bool:
+        return True
 
     def __post_init__(self):
         super().__post_init__()

@@ -13,11 +13,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
 from pose.errors import ConfigError, require_number
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class RopeScaling(ABC):
         """The method's name in the config group `rope`."""
         return re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
 
-    def resolve(self, geometry: RopeGeometry, target_len: int) -> "RopeScaling":
+    def resolve(self, geometry: RopeGeometry, target_len: int) -> Self:
         """The same method with everything filled in that follows from the model and the target.
 
         Args:
@@ -119,7 +121,7 @@ class RopeScaling(ABC):
 
     def frequencies(self, geometry: RopeGeometry, seq_len: int | None = None) -> Frequencies:
         """`inv_freq` with the attention factor. Call `resolve` first: it fills in both factors."""
-        return Frequencies(self.inv_freq(geometry, seq_len), self.attention_factor)
+        return Frequencies(self.inv_freq(geometry, seq_len), _known(self.attention_factor))
 
     def to_hf(self, geometry: RopeGeometry) -> dict[str, Any]:
         """transformers' `rope_parameters` that build exactly `frequencies`.
@@ -186,7 +188,7 @@ class Linear(RopeScaling):
     """Position interpolation (Chen et al. 2023, arXiv 2306.15595): m -> m/s, so theta_j / s."""
 
     def inv_freq(self, geometry, seq_len=None):
-        return geometry.theta() / self.factor
+        return geometry.theta() / _known(self.factor)
 
     def native(self, geometry):
         return {"rope_type": "linear", "rope_theta": geometry.base, "factor": self.factor}
@@ -206,7 +208,7 @@ class NTK(RopeScaling):
 
     def scaled_base(self, geometry: RopeGeometry) -> float:
         """b' = b * s^(d/(d-2))."""
-        return geometry.base * self.factor ** (geometry.dim / (geometry.dim - 2))
+        return geometry.base * _known(self.factor) ** (geometry.dim / (geometry.dim - 2))
 
     def inv_freq(self, geometry, seq_len=None):
         return replace(geometry, base=self.scaled_base(geometry)).theta()
@@ -236,8 +238,8 @@ class Dynamic(RopeScaling):
         return super().resolve(geometry, target_len)
 
     def inv_freq(self, geometry, seq_len=None):
-        n = max(seq_len or 0, geometry.window)
-        growth = self.factor * n / geometry.window - (self.factor - 1)
+        n, s = max(seq_len or 0, geometry.window), _known(self.factor)
+        growth = s * n / geometry.window - (s - 1)
         base = geometry.base * growth ** (geometry.dim / (geometry.dim - 2))
         return replace(geometry, base=base).theta()
 
@@ -276,7 +278,7 @@ class NTKByParts(RopeScaling):
         require_number("rope.beta_fast", self.beta_fast, above=self.beta_slow)
 
     def inv_freq(self, geometry, seq_len=None):
-        return _interpolate_by_turns(geometry, self.factor, self.beta_slow, self.beta_fast)
+        return _interpolate_by_turns(geometry, _known(self.factor), self.beta_slow, self.beta_fast)
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ class Yarn(RopeScaling):
         require_number("rope.beta_fast", self.beta_fast, above=self.beta_slow)
 
     def own_attention_factor(self, geometry):
-        return 0.1 * math.log(self.factor) + 1.0
+        return 0.1 * math.log(_known(self.factor)) + 1.0
 
     def ramp(self, geometry: RopeGeometry) -> torch.Tensor:
         """m_j, 1 where a dimension is left alone, 0 where it is interpolated; float64 [d/2]."""
@@ -315,7 +317,7 @@ class Yarn(RopeScaling):
             return geometry.dim * math.log(ratio) / (2 * math.log(geometry.base))
 
         low = max(math.floor(dimension(self.beta_fast)), 0)
-        high = min(math.ceil(dimension(self.beta_slow)), geometry.dim - 1)
+        high: float = min(math.ceil(dimension(self.beta_slow)), geometry.dim - 1)
         if low > high:
             raise ConfigError(
                 f"rope={self.name} has no ramp for this model (base {geometry.base:g}, {geometry.dim} rotary "
@@ -330,7 +332,7 @@ class Yarn(RopeScaling):
 
     def inv_freq(self, geometry, seq_len=None):
         m = self.ramp(geometry)
-        return geometry.theta() * (m + (1 - m) / self.factor)
+        return geometry.theta() * (m + (1 - m) / _known(self.factor))
 
     def native(self, geometry):
         return {
@@ -355,7 +357,7 @@ class YarnRevised(Yarn):
 
     def inv_freq(self, geometry, seq_len=None):
         m = self.ramp(geometry)
-        return geometry.theta() / (m + (1 - m) * self.factor)
+        return geometry.theta() / (m + (1 - m) * _known(self.factor))
 
     def native(self, geometry):
         return None
@@ -382,7 +384,7 @@ class Llama3(RopeScaling):
         require_number("rope.high_freq_factor", self.high_freq_factor, above=self.low_freq_factor)
 
     def inv_freq(self, geometry, seq_len=None):
-        return _interpolate_by_turns(geometry, self.factor, self.low_freq_factor, self.high_freq_factor)
+        return _interpolate_by_turns(geometry, _known(self.factor), self.low_freq_factor, self.high_freq_factor)
 
     def native(self, geometry):
         return {
@@ -436,7 +438,7 @@ class LongRope(RopeScaling):
 
     def resolve(self, geometry, target_len):
         short = [1.0] * (geometry.dim // 2) if self.short_factor is None else self.short_factor
-        for key, values in (("long_factor", self.long_factor), ("short_factor", short)):
+        for key, values in (("long_factor", _known(self.long_factor)), ("short_factor", short)):
             if len(values) != geometry.dim // 2:
                 raise ConfigError(
                     f"rope.{key} has {len(values)} numbers, and this model needs {geometry.dim // 2}: one for every "
@@ -445,14 +447,14 @@ class LongRope(RopeScaling):
         return super(LongRope, replace(self, short_factor=short)).resolve(geometry, target_len)
 
     def own_attention_factor(self, geometry):
-        return math.sqrt(1 + math.log(self.factor) / math.log(geometry.window))
+        return math.sqrt(1 + math.log(_known(self.factor)) / math.log(geometry.window))
 
     def inv_freq(self, geometry, seq_len=None):
         divisors = self.long_factor if (seq_len or 0) > geometry.window else self.short_factor
-        return geometry.theta() / torch.tensor(divisors, dtype=torch.float64)
+        return geometry.theta() / torch.tensor(_known(divisors), dtype=torch.float64)
 
     def native(self, geometry):
-        return self._longrope(geometry, self.short_factor, self.long_factor)
+        return self._longrope(geometry, _known(self.short_factor), _known(self.long_factor))
 
 
 @dataclass(frozen=True)
@@ -481,13 +483,13 @@ class Theta(RopeScaling):
 
     def _critical_base(self, geometry: RopeGeometry) -> float:
         turns = geometry.window / (2 * math.pi)
-        return geometry.base ** (math.log(self.factor * turns) / math.log(turns))
+        return geometry.base ** (math.log(_known(self.factor) * turns) / math.log(turns))
 
     def inv_freq(self, geometry, seq_len=None):
-        return replace(geometry, base=self.theta).theta()
+        return replace(geometry, base=_known(self.theta)).theta()
 
     def native(self, geometry):
-        return {"rope_type": "default", "rope_theta": float(self.theta)}
+        return {"rope_type": "default", "rope_theta": float(_known(self.theta))}
 
 
 @dataclass(frozen=True)
@@ -505,6 +507,13 @@ class Drope(RopeScaling):
     def native(self, geometry):
         divisors = [1e30] * (geometry.dim // 2)
         return self._longrope(geometry, divisors, divisors)
+
+
+def _known(value: T | None) -> T:
+    """What `RopeScaling.resolve` has filled in."""
+    if value is None:
+        raise ValueError("the scaling is not resolved: call resolve(geometry, target_len) first")
+    return value
 
 
 def _interpolate_by_turns(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> torch.Tensor:

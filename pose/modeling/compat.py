@@ -8,6 +8,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
@@ -15,7 +16,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pose.errors import ConfigError
@@ -69,12 +76,20 @@ def note_conversions(model: PreTrainedModel, from_checkpoint: bool):
             random weights is saved under the names that transformers gives to one.
     """
     conversions = get_model_conversion_mapping(model, add_legacy=from_checkpoint)
-    model._weight_conversions = [c for c in conversions if from_checkpoint or not isinstance(c, PrefixChange)]
+    _note(model, [c for c in conversions if from_checkpoint or not isinstance(c, PrefixChange)])
 
 
 def keep_used_conversions(model: PreTrainedModel):
     """Forgets what the names of the checkpoint had no need of, as from_pretrained: the model is saved under them."""
-    model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion.was_used()]
+    _note(model, [conversion for conversion in _noted(model) if conversion.was_used()])
+
+
+def _note(model: PreTrainedModel, conversions: list[WeightTransform]):
+    model._weight_conversions = conversions  # type: ignore[assignment]  # of a module, which could be anything
+
+
+def _noted(model: PreTrainedModel) -> list[WeightTransform]:
+    return cast(list[WeightTransform], model._weight_conversions)
 
 
 def renamed(model: PreTrainedModel, name: str) -> tuple[str, WeightConverter | None]:
@@ -88,8 +103,8 @@ def renamed(model: PreTrainedModel, name: str) -> tuple[str, WeightConverter | N
         The new name; and where weights are made of several tensors, or several of one, what makes them, with its
         `source_patterns` and `target_patterns`: the new name is of the first target.
     """
-    renamings = [c for c in model._weight_conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
+    renamings = [c for c in _noted(model) if isinstance(c, WeightRenaming)]
+    converters = [c for c in _noted(model) if isinstance(c, WeightConverter)]
     new, pattern = rename_source_key(name, renamings, converters)
     return new, next((c for c in converters if pattern in c.source_patterns), None)
 
@@ -144,7 +159,29 @@ def attention_of(model: PreTrainedModel) -> str:
     return model.config._attn_implementation
 
 
-def rotation(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+class Rotary(nn.Module):
+    """What transformers' rotary modules have in common; a name for them, not their class.
+
+    Attributes:
+        config: of the model.
+        inv_freq: fp32 [d/2], a buffer.
+        attention_scaling: multiplies cosines and sines.
+        rope_type: one of transformers' RoPE types.
+    """
+
+    config: PretrainedConfig
+    inv_freq: torch.Tensor
+    attention_scaling: float
+    rope_type: str
+
+
+def rotary_modules(model: nn.Module) -> list[Rotary]:
+    """The modules that hold a model's inverse frequencies."""
+    found = (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor))
+    return cast(list[Rotary], list(found))
+
+
+def rotation(module: Rotary) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """What a rotary module computes of itself, a hidden state [B, L, H] and position ids [B, L]: cosines and sines.
 
     transformers' decorators are left out, of which one changes the frequencies with the positions that it sees.

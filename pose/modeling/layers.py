@@ -158,7 +158,7 @@ def _reason_of_layers(config: PretrainedConfig) -> str | None:
         return "it has no RoPE, so there are no frequencies to scale"
     if still:
         return f"{_named(still)} no RoPE: {UNMOVED}"
-    terms = sorted({call.term for _, call in calls} - {None})
+    terms = sorted({call.term for _, call in calls if call.term is not None})
     if terms:
         return f"its attention uses {', '.join(terms)}"
     if any(call.masked for _, call in calls):

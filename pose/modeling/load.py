@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from pose.rope import RopeGeometry, RopeScaling
 log = logging.getLogger(__name__)
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
-FORMS = {"gptj": GPTJ, "baichuan": Baichuan}
+FORMS: dict[str, type[GPTJ] | type[Baichuan]] = {"gptj": GPTJ, "baichuan": Baichuan}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -259,7 +260,7 @@ def build_model(
     """
     check_layers(config)
     config = copy.deepcopy(config)  # the model owns its config: another built from the same must not change it
-    options = {"config": config, "attn_implementation": resolve_backend(attention), "dtype": dtype}
+    options: dict[str, Any] = {"config": config, "attn_implementation": resolve_backend(attention), "dtype": dtype}
     form = None if path is None else from_hub("config", _read_form, path, revision)
     if form is not None and layout is None:
         layout = Whole(torch.device("cpu"), dtype)
@@ -282,12 +283,13 @@ def build_model(
         layout.wrap(model)
         if initial is not None:
             fill(model, initial, layout)
-        else:
+        elif path is not None:
             from_hub("weights", _fill, path, revision, model=model, layout=layout)
     _refuse_not_finite(model, path, dealt_out=layout is not None)
     keep_frequencies_fp32(model)
     model.base_model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
-    model.source = None if path is None else lambda: from_hub("weights", checkpoint_weights, path, revision)
+    source = None if path is None else partial(from_hub, "weights", checkpoint_weights, path, revision)
+    model.source = source  # type: ignore[assignment]  # of a module, which could be anything
     return model
 
 
@@ -337,9 +339,9 @@ def _load(path: str, config: PretrainedConfig, **options) -> PreTrainedModel:
     """from_pretrained, which leaves nothing out and adds nothing."""
     hub = {name: options[name] for name in ("revision", "local_files_only") if name in options}
     _check_weights(path, config, **hub)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, config=config, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    options |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+    model, info = loaded
     with _named(path):
         refuse(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model

@@ -8,7 +8,7 @@ layer with weight W [out, in] computes with W + alpha / rank * B A, where A is [
 import importlib.util
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,9 +72,8 @@ def add_lora(model: PreTrainedModel, options: LoraOptions):
     targets = target_names(model, options)
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets
-    )  # fmt: skip
+    numbers: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+    config = LoraConfig(target_modules=targets, **numbers)
     inject_adapter_in_model(config, model, low_cpu_mem_usage=next(model.parameters()).is_meta)
     if options.train_embeddings_and_norms:
         model.get_input_embeddings().requires_grad_(True)

@@ -7,7 +7,6 @@ Shapes: B windows, N tokens in a window, H hidden size.
 """
 
 import copy
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -103,6 +102,6 @@ def _num_shared(windows: np.ndarray, num: int) -> int:
     return int(alike.cumprod().sum())
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: np.ndarray, b: np.ndarray) -> int:
     size = min(len(a), len(b))
-    return int((np.asarray(a)[:size] == np.asarray(b)[:size]).cumprod().sum())
+    return int((a[:size] == b[:size]).cumprod().sum())

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from pose.modeling import compat
+from pose.modeling.compat import Rotary, rotary_modules
 
 
 def depends_on_length(config: PretrainedConfig) -> bool:
@@ -53,11 +54,6 @@ def set_target_len(config: PretrainedConfig, target_len: int):
     config.pose = noted | {"target_len": target_len}
 
 
-def rotary_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold a model's inverse frequencies."""
-    return [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
-
-
 def rotate_by_example_length(model: nn.Module):
     """Makes the rotation of each example that of its own length, where the RoPE type looks at lengths.
 
@@ -69,7 +65,7 @@ def rotate_by_example_length(model: nn.Module):
             module.forward = _StatelessForward(module)
 
 
-def frequencies_at(module: nn.Module, seq_len: int) -> torch.Tensor:
+def frequencies_at(module: Rotary, seq_len: int) -> torch.Tensor:
     """The inverse frequencies, [d/2], with which a rotary module of this package rotates a text of seq_len tokens."""
     if isinstance(module.forward, _StatelessForward):
         return module.forward.inv_freq(torch.tensor([seq_len], device=module.inv_freq.device))[0]
@@ -79,13 +75,14 @@ def frequencies_at(module: nn.Module, seq_len: int) -> torch.Tensor:
 class _StatelessForward:
     """forward of a rotary module whose type is `dynamic` or `longrope`."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Rotary):
         self.module = module
         self.by_length = depends_on_length(module.config)
         self.rope_type = module.rope_type
         self.window = module.config.max_position_embeddings
         if self.rope_type == "longrope":
             self.window = module.config.rope_parameters["original_max_position_embeddings"]
+            # In the module, to move with it
             module.register_buffer("long_inv_freq", self._beyond_window(self.window + 1), persistent=False)
 
     @torch.no_grad()
@@ -98,12 +95,14 @@ class _StatelessForward:
         for inv_freq, row in zip(self.inv_freq(position_ids.amax(-1) + 1), position_ids, strict=True):
             frequencies = SimpleNamespace(inv_freq=inv_freq, attention_scaling=self.module.attention_scaling)
             rows.append(own_forward(frequencies, x, row[None]))
-        return tuple(torch.cat(part) for part in zip(*rows, strict=True))
+        cos, sin = zip(*rows, strict=True)
+        return torch.cat(cos), torch.cat(sin)
 
     def inv_freq(self, lengths: torch.Tensor) -> torch.Tensor:
         """The frequencies, fp32 [B, d/2], of texts of the given lengths [B]."""
         lengths = lengths[:, None]
-        beyond = self.module.long_inv_freq if self.rope_type == "longrope" else self._beyond_window(lengths)
+        long = self.rope_type == "longrope"
+        beyond = self.module.get_buffer("long_inv_freq") if long else self._beyond_window(lengths)
         return torch.where(lengths > self.window, beyond, self.module.inv_freq)
 
     def _beyond_window(self, seq_len: int | torch.Tensor) -> torch.Tensor:
@@ -117,7 +116,7 @@ def keep_frequencies_fp32(model: nn.Module):
     frequency is off by up to 20 rad at position 16,383. Moves between devices still work.
     """
     for module in rotary_modules(model):
-        module._apply = _Fp32Apply(module)
+        module._apply = _Fp32Apply(module)  # type: ignore[method-assign]
 
 
 class _Fp32Apply:

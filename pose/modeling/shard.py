@@ -9,7 +9,7 @@ W processes of rank r; a weight of n elements.
 
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -80,12 +80,12 @@ class FullyShard:
         # Embeddings, last norm and head in one group, so that tied ones can be: it is gathered by a call of the model,
         # and `with_root` makes one of whatever else uses these weights.
         fully_shard(model, mesh=self.mesh, mp_policy=self.policy)
-        model.call = _call
+        model.call = _call  # type: ignore[assignment]  # of a module, which could be anything
         register_fsdp_forward_method(model, "call")
 
     def place(self, parameter: nn.Parameter, whole: torch.Tensor) -> nn.Parameter:
         # Every process reads the weight itself, so that nothing is sent. The slice is cut before it is cast.
-        part = distribute_tensor(whole, self.mesh, parameter.placements, src_data_rank=None)
+        part = distribute_tensor(whole, self.mesh, cast(DTensor, parameter).placements, src_data_rank=None)
         return nn.Parameter(part.to(parameter.dtype), parameter.requires_grad)
 
 
@@ -151,10 +151,11 @@ def fill(model: PreTrainedModel, weights: Weights, layout: Layout):
         waiting.discard(id(parameter))
 
     for name, tensor in weights:
-        if id(meta[name]) in waiting:  # else a tied head
-            place(meta[name], tensor)
-        elif not isinstance(meta[name], nn.Parameter):
-            meta[name].copy_(tensor)
+        target = meta[name]
+        if not isinstance(target, nn.Parameter):  # a buffer
+            target.copy_(tensor)
+        elif id(target) in waiting:  # else a tied head
+            place(target, tensor)
     for name, tensor in initial_adapters(model):
         place(named[name], tensor)
     for module in model.modules():
@@ -199,7 +200,8 @@ def with_root(model: PreTrainedModel, function: Callable, *args) -> Any:
     """
     if not isinstance(model, FSDPModule):
         return function(*args)
-    result = model.call(lambda: function(*args))  # without arguments, which would be cast to the compute dtype
+    # Without arguments, which would be cast to the compute dtype
+    result = model.call(lambda: function(*args))  # type: ignore[operator]
     if not torch.is_grad_enabled():
         model.reshard()  # otherwise the backward pass does
     return result
@@ -222,7 +224,7 @@ def set_masters(model: PreTrainedModel, weights: Weights):
         if not compat.is_partitioned(parameter):
             safe_set_full_fp32_param(parameter, tensor.flatten())
             continue
-        size = parameter.ds_tensor.numel()
+        size = compat.local_part(parameter).numel()
         start = torch.distributed.get_rank() * size
         part = tensor.flatten()[start : start + size].float()
         safe_set_local_fp32_param(parameter, nn.functional.pad(part, (0, size - len(part))))
@@ -238,7 +240,7 @@ def full_weight(parameter: torch.Tensor) -> torch.Tensor:
         Of the full shape; the fp32 that the optimizer steps on, where the parameter itself is of fewer bits.
     """
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        return cast(DTensor, parameter.detach()).full_tensor()
     in_zero3 = compat.is_partitioned(parameter)
     if parameter.requires_grad and (in_zero3 or compat.has_master(parameter)):
         from deepspeed.utils import safe_get_full_fp32_param

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from pose.errors import CheckpointError
@@ -175,7 +174,7 @@ def is_no_weight(name: str, tensor: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def not_finite(model: nn.Module) -> list[str]:
+def not_finite(model: PreTrainedModel) -> list[str]:
     """Names of weights with NaN or infinities in the part that this process holds."""
 
     def is_finite(part: torch.Tensor) -> bool:

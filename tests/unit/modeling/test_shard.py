@@ -11,6 +11,8 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import Strategy
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from pose.app import build, schema
@@ -188,21 +190,26 @@ def test_what_got_no_value_is_said():
         fill(model, iter(()), LAYOUT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "processes"), [(7, 2), (3, 4), (8, 4), (1, 2)])
-def test_slices_put_together_are_the_weight(rows, processes, monkeypatch):
-    """Rows that processes cannot share evenly; every rank in turn."""
-    weight, parts = torch.arange(rows * 2.0).view(rows, 2), []
-    made = Mock(side_effect=lambda part, *_, **__: part)
-    monkeypatch.setattr("pose.modeling.shard.DTensor.from_local", made)
+def test_slices_put_together_are_the_weight(rows, processes, dtype):
+    """Rows that processes cannot share evenly; every rank in turn holds what FSDP2 asks of it, and no more."""
+    weight, parts = torch.arange(rows * 2.0).view(rows, 2).to(dtype), []
     for rank in range(processes):
-        mesh = Mock(**{"size.return_value": processes, "get_local_rank.return_value": rank})
-        layout = FullyShard(mesh, torch.device("cpu"), None)
-        meta = Mock(dtype=torch.float32, requires_grad=True, shape=weight.shape, **{"stride.return_value": (2, 1)})
-        parts.append(layout.place(meta, weight))
-    assert torch.equal(torch.cat([p.detach() for p in parts]), weight)
-    # FSDP2's own: parts of ceil(rows / processes)
-    most = -(-rows // processes)
-    assert [len(p) for p in parts] == [max(0, min(most, rows - rank * most)) for rank in range(processes)]
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
+        try:
+            mesh = init_device_mesh("cpu", (processes,))
+            with torch.device("meta"):
+                module = torch.nn.Linear(2, rows, bias=False)
+            fully_shard(module, mesh=mesh)
+            placed = FullyShard(mesh, torch.device("cpu"), None).place(module.weight, weight)
+            assert placed.shape == weight.shape and placed.placements == module.weight.placements
+            parts.append(placed.to_local().detach())
+            assert parts[-1].shape == module.weight.to_local().shape and parts[-1].dtype == torch.float32
+            assert parts[-1].untyped_storage().nbytes() == 4 * parts[-1].numel()
+        finally:
+            torch.distributed.destroy_process_group()
+    assert torch.equal(torch.cat(parts), weight.float())
 
 
 def test_strategies_that_cannot_work_are_named(monkeypatch):
