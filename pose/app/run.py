@@ -17,7 +17,7 @@ from pose.app.preflight import Plan, plan_training
 from pose.app.schema import FinetuneConfig, to_options
 from pose.coverage import coverage
 from pose.evaluation.memo import Outcomes, identity
-from pose.evaluation.suite import Suite, values
+from pose.evaluation.suite import Suite, out_of_reach, values
 from pose.evaluation.task import Estimate
 from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_json
 from pose.modeling.attention import resolve_backend
@@ -313,6 +313,8 @@ class Run:
             lines.append(f"Best        {folder}/best  ({best['metric']} {best['value']:.4g} at step {best['step']:,})")
         if self.results:
             lines += [f"Metrics     {folder}/metrics.json", f"Plots       {folder}/plots/"]
+        if remark := out_of_reach(self.results.get("untuned", {}), plan.geometry.window):
+            lines.append(f"The untuned model: {remark}")
         log.info("\n".join(lines))
 
     def warn_of_short(self, metrics: dict[str, dict[str, float]]):
