@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,10 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from pose.app import run as outcome
 from pose.app import schema
 from pose.errors import CheckpointError, ConfigError
-from pose.evaluation.task import Estimate
 from pose.files import CONF, REPOSITORY, sha256
 from pose.training import launch, loggers
 from pose.training.checkpoints import Checkpoint
@@ -121,26 +118,6 @@ def test_what_another_run_wrote_is_unpickled_only_where_it_is_asked_for(tmp_path
         check_resume(config(trust_pickle=True), *arguments)
     else:
         check_resume(config(), *arguments)
-
-
-def test_what_was_measured_is_taken_under_the_same_settings_alone(tmp_path):
-    measured = []
-    model = SimpleNamespace(to=lambda device: "model")
-    suite = SimpleNamespace(run=lambda model: measured.append(model) or {"passkey@8": Estimate(1.0, 0.5, 1.0, 4)})
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cpu"))
-    plan = SimpleNamespace(checkpoint=None, suite=suite, settings={"seed": 0}, trainer=trainer)
-
-    def start(plan=plan, **keys):
-        results = outcome.pick_up(config(**keys), plan, tmp_path)
-        outcome.measure(config(**keys), plan, tmp_path, results, "untuned", lambda: model)
-        return results
-
-    assert start() == start() == {"untuned": {"passkey@8": 1.0}} and len(measured) == 1
-    start(eval={"tasks": ["passkey"], "trials": 3})
-    assert len(measured) == 2
-    start(SimpleNamespace(**vars(plan) | {"settings": {"seed": 1}}))
-    assert len(measured) == 3
-    assert start(SimpleNamespace(**vars(plan) | {"suite": None})) == {} and len(measured) == 3
 
 
 def test_tensorboard_drops_what_was_logged_beyond_the_step(tmp_path):

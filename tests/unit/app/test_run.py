@@ -1,0 +1,92 @@
+"""A run of train.py: what it measures once, for itself and for others."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from pose.app import compare, run, schema
+from pose.app.preflight import plan_training
+from pose.errors import TrainingError
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+COMMON = ("eval.tasks=[passkey]", "eval.lengths=[256]", "eval.trials=2")
+schema.register()
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts a run, and measures the untuned and the scaled model; counts the models that are loaded for it."""
+    loaded = []
+    build_model = run.build_model
+
+    def counted(config, path, *arguments, **options):
+        loaded.append(path)
+        return build_model(config, path, *arguments, **options)
+
+    monkeypatch.setattr(run, "build_model", counted)
+
+    def start_(name, *overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(
+                "train",
+                ["experiment=smoke", f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", *COMMON, *overrides],
+            )
+        one = run.Run(cfg, tmp_path / name)
+        one.plan = plan_training(cfg, one.folder)
+        loaded.clear()
+        one.measure_before()
+        return one.results, len(loaded)
+
+    return start_
+
+
+def test_the_untuned_model_is_measured_once_for_all_jobs(start, tmp_path):
+    """Of a sweep over methods and seeds; and evaluate.py finds it."""
+    first, num = start("a")
+    assert set(first) == {"untuned", "scaled"} and num == 2
+    again, num = start("b", "seed=1", "pose=stratified")
+    assert again == first and num == 0
+    other, num = start("c", "rope=linear")
+    assert other["untuned"] == first["untuned"] and num == 1, "another scaling is another model"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("evaluate", ["ckpt=assets/tiny", f"cache_dir={tmp_path}/cache", "device=cpu", *COMMON])
+    (candidate,) = compare.plan_evaluation(cfg)
+    units = {task: task.units() for task in candidate.suite.tasks}
+    kept = compare.Outcomes(cfg.cache_dir).find(candidate.under, *units.popitem())
+    assert set(kept) == {"256"}
+
+
+def test_what_was_measured_belongs_to_the_weights_and_the_text(start, tmp_path):
+    """Replaced before a run goes on, they are measured again: old and new figures do not mix."""
+    shutil.copytree(CONF.parent / "assets" / "tiny", tmp_path / "base")
+    text = tmp_path / "held.txt"
+    text.write_text("The grass is green. " * 300)
+    overrides = (
+        f"model.path={tmp_path}/base", "rope=none", "eval.tasks=[perplexity]", f"eval.documents={text}",
+        "eval.windows=1",
+    )  # fmt: skip
+    before, num = start("a", *overrides)
+    assert num == 1 and start("a", *overrides) == (before, 0)
+    text.write_text("The sky is blue and the sun is yellow. " * 300)
+    other_text, num = start("a", *overrides)
+    assert num == 1 and other_text != before
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 0.5
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    other_weights, num = start("a", *overrides)
+    assert num == 1 and other_weights != other_text
+
+
+def test_memory_that_runs_out_names_what_helps(tmp_path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["trainer.micro_batch=4", "pose.train_len=64"])
+    with (
+        pytest.raises(TrainingError, match=r"trainer\.micro_batch \(it is 4"),
+        run.runtime.explained_memory_errors(cfg),
+    ):
+        raise torch.OutOfMemoryError("out of memory")
