@@ -29,6 +29,16 @@ class Workers(Callback):
     """The workers of a sweep, on other machines too, find this package from any folder."""
 
     def on_multirun_start(self, config, **kwargs):
-        """Adds the repository to the path of the processes that are to come."""
+        """Adds the repository to the path of the processes that are to come.
+
+        Raises:
+            SystemExit: hydra.sweep.dir is empty; Hydra would write into the folder that one stands in. It turns other
+                errors of a callback into warnings.
+        """
+        if not str(config.hydra.sweep.dir).strip():
+            raise SystemExit(
+                "ConfigError: hydra.sweep.dir is empty: give a folder, or leave it out (is a shell variable in it not "
+                "set?)"
+            )
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
