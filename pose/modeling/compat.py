@@ -149,7 +149,7 @@ def recompute_activations(model: PreTrainedModel):
     """
     if not model.supports_gradient_checkpointing:
         raise ConfigError(f"model.gradient_checkpointing=true is not supported by {type(model).__name__}: take false")
-    # Its name since transformers 5.20, where the older one warns
+    # The name that releases have after 5.17, where the older one warns
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

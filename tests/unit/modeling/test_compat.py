@@ -140,7 +140,7 @@ def test_activations_are_made_again_without_a_warning():
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     assert len(runs) == 2 and model.model.layers[0].mlp.up_proj.weight.grad is not None
     model.supports_gradient_checkpointing = False
-    with pytest.raises(ConfigError, match=r"model\\.gradient_checkpointing=true .*LlamaForCausalLM: take false"):
+    with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing=true .*LlamaForCausalLM: take false"):
         compat.recompute_activations(model)
 
 
