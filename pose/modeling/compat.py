@@ -8,7 +8,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -22,10 +22,36 @@ from transformers.core_model_loading import (
     WeightRenaming,
     WeightTransform,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.hub import cached_file, cached_files
 
 from pose.errors import ConfigError
+
+ROPE_TYPES = frozenset({"default", *ROPE_INIT_FUNCTIONS})  # that transformers can build
+
+
+def find_file(path: str, name: str, **hub) -> str | None:
+    """The local path of a file of a folder or hub id, which is downloaded if need be; None where there is none.
+
+    Args:
+        path: a local folder, or a hub id.
+        name: of the file, inside.
+        hub: revision, local_files_only and the like.
+    """
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def find_files(path: str, names: list[str], **hub) -> list[str]:
+    """The local paths of files of a hub id, which have to be there; args as `find_file`."""
+    return cached_files(path, names, **hub) or []
+
+
+def tokenizer_settings(path: str, **hub) -> dict[str, Any]:
+    """What a tokenizer_config.json says; {} where there is none. Args as `find_file`."""
+    return get_tokenizer_config(path, **hub)
 
 
 def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
@@ -109,6 +135,16 @@ def renamed(model: PreTrainedModel, name: str) -> tuple[str, WeightConverter | N
     return new, next((c for c in converters if pattern in c.source_patterns), None)
 
 
+def as_in_checkpoint(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a model under the names, and in the form, that save_pretrained gives them.
+
+    Args:
+        model: that `note_conversions` has seen, or from_pretrained.
+        weights: by the model's names.
+    """
+    return revert_weight_conversion(model, weights)
+
+
 def is_left_out(model: PreTrainedModel, name: str) -> bool:
     """Whether a model's class says that its checkpoints hold a tensor that it has no use for: further heads, say."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
@@ -149,7 +185,7 @@ def recompute_activations(model: PreTrainedModel):
     """
     if not model.supports_gradient_checkpointing:
         raise ConfigError(f"model.gradient_checkpointing=true is not supported by {type(model).__name__}: take false")
-    # Its name since transformers 5.20, where the older one warns
+    # The name that releases have after 5.17, where the older one warns
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

@@ -19,8 +19,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pose.errors import CheckpointError, ConfigError
 from pose.files import load_json
@@ -69,7 +67,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     if config.model_type == "gemma" and config.hidden_act == "gelu":
         config.hidden_act = "gelu_pytorch_tanh"  # what its first folders mean by it
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if isinstance(rope_type, str) and rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+    if isinstance(rope_type, str) and rope_type not in compat.ROPE_TYPES:
         raise CheckpointError(
             f"{path} has a rope_scaling of type {rope_type!r}, which transformers does not know: make a plain "
             "folder of it first, with python -m pose.modeling.legacy SRC DST"
@@ -122,7 +120,7 @@ def load_tokenizer(path: str, revision: str | None = None):
     """
     for check in (check_tokenizer, check_config):  # transformers reads the config for a tokenizer too
         from_hub("tokenizer", check, path, revision)
-    settings = from_hub("tokenizer", get_tokenizer_config, path, revision)
+    settings = from_hub("tokenizer", compat.tokenizer_settings, path, revision)
     if "auto_map" not in settings or settings.get("tokenizer_class") in baichuan.TOKENIZERS:
         tokenizer = from_hub("tokenizer", _load_spm, path, revision, settings=settings)
         if tokenizer is not None:
@@ -294,15 +292,7 @@ def build_model(
 
 
 def checkpoint_weights(path: str, **hub) -> Weights:
-    """The weights of a checkpoint by the names that transformers reads them under. Args as `read_weights`.
-
-    Raises:
-        CheckpointError: an adapter lies beside them, which from_pretrained would add.
-    """
-    if find_file(path, "adapter_config.json", **hub) is not None:
-        raise CheckpointError(
-            "there is an adapter (adapter_config.json) beside its weights: merge it into them, or take the file away"
-        )
+    """The weights of a checkpoint by the names that transformers reads them under. Args as `read_weights`."""
     form = _read_form(path, **hub)
     for name, tensor in read_weights(path, **hub):
         if form is None:

@@ -66,6 +66,17 @@ def test_fp32_inputs_under_autocast():
         assert output.dtype == dtype
 
 
+@torch.no_grad()
+def test_fp32_goes_to_sdpa(model):
+    """As a model is measured, and its export compared: outside autocast, with the package installed."""
+    tokens = torch.randint(SIZES["vocab_size"], (2, 96), generator=torch.Generator().manual_seed(0)).cuda()
+    logits = []
+    for name in ("flash_attention_2", "sdpa"):
+        model.set_attn_implementation(attention.resolve_backend(name))
+        logits.append(model(input_ids=tokens, use_cache=False).logits)
+    assert logits[0].dtype == torch.float32 and torch.equal(*logits)
+
+
 def test_auto_is_flash_attention():
     assert attention.resolve_backend("auto") == attention.resolve_backend("flash_attention_2")
 

@@ -15,12 +15,11 @@ from typing import Any
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
-from transformers.utils.hub import cached_files
 
 from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
 from pose.errors import CheckpointError, PoseError
 from pose.files import load_json
+from pose.modeling import compat
 
 # Errors whose first line says enough; of others the class is named too.
 _SAID = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, huggingface_hub.errors.StrictDataclassError)
@@ -123,7 +122,7 @@ def hub_answers() -> bool:
 
 def find_file(path: str, name: str, **hub) -> str | None:
     """The local path of a file of a folder or hub id; None where there is no such file. Args as `read_weights`."""
-    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return compat.find_file(path, name, **hub)
 
 
 def weight_files(path: str, **hub) -> list[Path]:
@@ -157,7 +156,7 @@ def weight_files(path: str, **hub) -> list[Path]:
         if os.path.isdir(path):
             files += [file.parent / name for name in names]
         else:
-            files += map(Path, cached_files(path, names, **hub) or ())
+            files += map(Path, compat.find_files(path, names, **hub))
     for file in files:
         _check_readable(file)
     return files

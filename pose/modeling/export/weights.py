@@ -9,9 +9,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from pose.errors import TrainingError
+from pose.modeling import compat
 from pose.modeling.lora import adapters
 from pose.modeling.shard import full_shape, full_weight
 
@@ -107,7 +107,7 @@ class Weights:
         return self.dtype if tensor.is_floating_point() else tensor.dtype
 
     def _as_in_checkpoint(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return revert_weight_conversion(self.model, {_plain(name): tensor for name, tensor in weights.items()})
+        return compat.as_in_checkpoint(self.model, {_plain(name): tensor for name, tensor in weights.items()})
 
 
 def broken(what: str) -> TrainingError:

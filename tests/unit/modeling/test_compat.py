@@ -128,6 +128,30 @@ def test_a_module_is_drawn_as_its_class_does():
     assert 0.45 < linear.weight.std() < 0.55 and not linear.bias.any()
 
 
+def test_weights_are_put_back_into_the_form_of_their_checkpoint():
+    model = compat.build_empty(small("gpt_neox"))
+    compat.note_conversions(model, from_checkpoint=True)
+    compat.renamed(model, "embed_out.weight")
+    compat.keep_used_conversions(model)
+    head = torch.ones(48, 32)
+    assert compat.as_in_checkpoint(model, {"lm_head.weight": head}) == {"embed_out.weight": head}
+
+
+def test_files_of_a_folder_and_what_a_tokenizer_says(tmp_path):
+    (tmp_path / "one.json").write_text("{}")
+    assert compat.find_file(str(tmp_path), "one.json", revision=None) == str(tmp_path / "one.json")
+    assert compat.find_file(str(tmp_path), "two.json", revision=None) is None
+    assert compat.tokenizer_settings(str(tmp_path), revision=None) == {}
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    assert compat.tokenizer_settings(str(tmp_path), revision=None)["bos_token"] == "<s>"
+    assert {"default", "linear", "dynamic", "yarn", "longrope", "llama3"} <= compat.ROPE_TYPES
+
+
+def test_files_of_the_hub_that_are_missing_are_errors(tmp_path):
+    with pytest.raises(OSError):
+        compat.find_files("some-owner/some-model", ["a.json"], cache_dir=tmp_path, local_files_only=True)
+
+
 def test_activations_are_made_again_without_a_warning():
     """In every layer, and without the reentrant form."""
     model = AutoModelForCausalLM.from_config(small()).train()
@@ -140,7 +164,7 @@ def test_activations_are_made_again_without_a_warning():
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     assert len(runs) == 2 and model.model.layers[0].mlp.up_proj.weight.grad is not None
     model.supports_gradient_checkpointing = False
-    with pytest.raises(ConfigError, match=r"model\\.gradient_checkpointing=true .*LlamaForCausalLM: take false"):
+    with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing=true .*LlamaForCausalLM: take false"):
         compat.recompute_activations(model)
 
 

@@ -294,13 +294,6 @@ def test_a_weight_that_two_tensors_are_for_is_refused(folder, load):
         load(folder)
 
 
-def test_an_adapter_beside_the_weights_is_refused(folder, load):
-    """from_pretrained would add it, where peft is installed, and no other strategy."""
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with refused(folder, r"there is an adapter \(adapter_config.json\) beside its weights: merge it"):
-        load(folder)
-
-
 def test_training_and_measuring_refuse_before_anything_long(folder, tmp_path):
     """While they plan, before texts are tokenised or another checkpoint is measured."""
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny")
