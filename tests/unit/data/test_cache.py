@@ -702,6 +702,15 @@ def test_what_another_user_has_closed_is_named_with_a_remedy(shared, tokenizer, 
         closed.chmod(mode)
         assert refused(r"the token cache .*cannot be read \(Permission denied\).*another cache_dir")
         closed.chmod(before)
+    lock = cache_dir / ".locks" / folder.name
+
+    def held(expected):
+        with cache_module._lock(lock) as is_held:
+            assert is_held is expected
+
+    assert as_another_user(lambda: held(True))
+    with cache_module._lock(lock):
+        assert as_another_user(lambda: held(False))
     shutil.rmtree(folder)
     cache_dir.chmod(0o777)  # a folder of a group: what one has begun another may end
     assert as_another_user(lambda: assert_holds(TokenCache.build(path, tokenizer, cache_dir), texts, tokenizer))

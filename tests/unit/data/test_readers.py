@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,13 +52,16 @@ def test_where_it_cannot_be_raised_the_number_is_refused(limits):
     assert now() == (40, 100)
 
 
-def test_requests_to_stop_are_not_for_those_that_read():
+def test_requests_to_stop_are_not_for_those_that_read(monkeypatch):
     """A terminal's Ctrl-C goes to all processes in front, a scheduler's signal to all of a job."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before, asked = {number: signal.getsignal(number) for number in numbers}, []
+    libc = SimpleNamespace(prctl=lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(datamodule.ctypes, "CDLL", lambda name: libc)  # it is not this process that is to end
     try:
-        datamodule._outlive_signals(0)
+        datamodule._follow_the_trainer(0)
         assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 4
+        assert asked == [(datamodule.PR_SET_PDEATHSIG, signal.SIGKILL)]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
