@@ -58,7 +58,7 @@ def test_a_gptj_folder(script, tmp_path):
     assert biases and not any(bias.any() for bias in biases)
     run(
         script, "evaluate.py", f"ckpt={tmp_path}/run", "eval=perplexity", "eval.lengths=[256,512]", "eval.windows=1",
-        f"hydra.run.dir={tmp_path}/eval",
+        "reuse=false", f"hydra.run.dir={tmp_path}/eval",
     )  # fmt: skip
     measured = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     trained = json.loads((tmp_path / "run" / "metrics.json").read_text())["extended"]
