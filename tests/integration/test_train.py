@@ -42,11 +42,17 @@ def test_a_run_leaves_everything(smoke_run, load_json):
 
 
 def test_evaluate_measures_the_run_folder_as_training_did(smoke_run, script, load_json, tmp_path):
-    result = script("evaluate.py", f"ckpt={smoke_run}", "eval.windows=1", "eval.trials=2", f"hydra.run.dir={tmp_path}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "passkey" in result.stdout and smoke_run.name in result.stdout
-    measured, trained = load_json(tmp_path / "metrics.json"), load_json(smoke_run / "metrics.json")["extended"]
-    assert measured == pytest.approx(trained, rel=1e-6)
+    """And what training has measured is not measured again, unless that is asked for."""
+    trained = load_json(smoke_run / "metrics.json")["extended"]
+    for name, reuse in (("anew", "reuse=false"), ("known", "reuse=true")):
+        result = script(
+            "evaluate.py", f"ckpt={smoke_run}", "eval.windows=1", "eval.trials=2", reuse,
+            f"hydra.run.dir={tmp_path}/{name}",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "passkey" in result.stdout and smoke_run.name in result.stdout
+        assert ("are there from before" in result.stdout) == (reuse == "reuse=true")
+        assert load_json(tmp_path / name / "metrics.json") == pytest.approx(trained, rel=1e-6)
 
 
 def test_perplexity_of_own_documents_equals_a_plain_loop(script, load_json, tmp_path):

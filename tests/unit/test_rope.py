@@ -158,7 +158,6 @@ def test_linear_and_ntk_are_their_formulas(method, expected, case):
     assert attention_factor == 1.0
 
 
-@pytest.mark.parametrize("case", GRID + CASES)
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -170,28 +169,29 @@ def test_linear_and_ntk_are_their_formulas(method, expected, case):
         (Drope, expected_drope),
     ],
 )
-def test_static_methods_are_their_formulas(method, expected, case):
-    scaling, geometry = resolved(method, *case)
-    for length in (None, 1, case[2] + 1, 10 * case[2]):
-        inv_freq, attention_factor = scaling.frequencies(geometry, length)
-        assert inv_freq.dtype == torch.float64
-        np.testing.assert_allclose(inv_freq.numpy(), expected(*case), rtol=1e-10)
-        assert attention_factor == 1.0
+def test_static_methods_are_their_formulas(method, expected):
+    for case in GRID + CASES:
+        scaling, geometry = resolved(method, *case)
+        for length in (None, 1, case[2] + 1, 10 * case[2]):
+            inv_freq, attention_factor = scaling.frequencies(geometry, length)
+            assert inv_freq.dtype == torch.float64
+            np.testing.assert_allclose(inv_freq.numpy(), expected(*case), rtol=1e-10)
+            assert attention_factor == 1.0
 
 
-@pytest.mark.parametrize("case", GRID)
 @pytest.mark.parametrize("options", [{}, {"factor": 1.0}, {"factor": 3.5}])
-def test_dynamic_is_the_ntk_of_its_length(case, options):
-    base, dim, window, factor = case
-    geometry = RopeGeometry(base, dim, window)
-    scaling = Dynamic(**options).resolve(geometry, int(window * factor))
-    for length in (None, 1, window - 1, window, window + 1, 3 * window, int(window * factor)):
-        expected = expected_dynamic(base, dim, window, options.get("factor", factor), length or 0)
-        inv_freq, attention_factor = scaling.frequencies(geometry, length)
-        np.testing.assert_allclose(inv_freq.numpy(), expected, rtol=1e-10)
-        assert attention_factor == 1.0
-        if options == {"factor": 1.0}:  # the NTK of exactly n / L0
-            np.testing.assert_allclose(inv_freq, expected_ntk(base, dim, window, max(1, (length or 0) / window)))
+def test_dynamic_is_the_ntk_of_its_length(options):
+    for case in GRID:
+        base, dim, window, factor = case
+        geometry = RopeGeometry(base, dim, window)
+        scaling = Dynamic(**options).resolve(geometry, int(window * factor))
+        for length in (None, 1, window - 1, window, window + 1, 3 * window, int(window * factor)):
+            expected = expected_dynamic(base, dim, window, options.get("factor", factor), length or 0)
+            inv_freq, attention_factor = scaling.frequencies(geometry, length)
+            np.testing.assert_allclose(inv_freq.numpy(), expected, rtol=1e-10)
+            assert attention_factor == 1.0
+            if options == {"factor": 1.0}:  # the NTK of exactly n / L0
+                np.testing.assert_allclose(inv_freq, expected_ntk(base, dim, window, max(1, (length or 0) / window)))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,6 @@ def test_transformers_builds_the_same_frequencies(method, rope_type, case):
     assert attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("case", GRID)
 @pytest.mark.parametrize(
     ("method", "rope_type"),
     [
@@ -438,44 +437,45 @@ def test_transformers_builds_the_same_frequencies(method, rope_type, case):
     ],
 )
 @pytest.mark.parametrize("attention_factor", [None, 1.25])
-def test_transformers_builds_every_static_method_with_any_attention_factor(method, rope_type, attention_factor, case):
+def test_transformers_builds_every_static_method_with_any_attention_factor(method, rope_type, attention_factor):
     """A type that has no place for the attention factor gives way to divisors; partial rotary is taken along."""
-    _, dim, window, factor = case
-    scaling, geometry = resolved(method, *case, attention_factor=attention_factor)
-    hf = scaling.to_hf(geometry)
-    if attention_factor is not None and rope_type != "yarn":
-        rope_type = "longrope"
-    if rope_type == "longrope":
-        assert hf["short_factor"] == hf["long_factor"] and len(hf["short_factor"]) == dim // 2
-        assert (hf["factor"], hf["original_max_position_embeddings"]) == (factor, window)
-        assert json.loads(json.dumps(hf)) == hf
-    # the rotary dimensions are the half of a head
-    config = GPTNeoXConfig(
-        hidden_size=2 * dim,
-        num_attention_heads=1,
-        max_position_embeddings=int(window * factor),
-        rope_parameters=hf | {"partial_rotary_factor": 0.5},
-    )
-    assert config.rope_parameters["rope_type"] == rope_type
-    init = ROPE_INIT_FUNCTIONS.get(rope_type, GPTNeoXRotaryEmbedding.compute_default_rope_parameters)
-    expected = scaling.frequencies(geometry)
-    for length in (None, window, window + 1):
-        inv_freq, built_factor = init(config, "cpu", seq_len=length)
-        torch.testing.assert_close(inv_freq.double(), expected.inv_freq, rtol=3e-6, atol=0)
-        assert built_factor == pytest.approx(expected.attention_factor, rel=1e-12)
+    for case in GRID:
+        _, dim, window, factor = case
+        scaling, geometry = resolved(method, *case, attention_factor=attention_factor)
+        hf = scaling.to_hf(geometry)
+        if attention_factor is not None and rope_type != "yarn":
+            rope_type = "longrope"
+        if rope_type == "longrope":
+            assert hf["short_factor"] == hf["long_factor"] and len(hf["short_factor"]) == dim // 2
+            assert (hf["factor"], hf["original_max_position_embeddings"]) == (factor, window)
+            assert json.loads(json.dumps(hf)) == hf
+        # the rotary dimensions are the half of a head
+        config = GPTNeoXConfig(
+            hidden_size=2 * dim,
+            num_attention_heads=1,
+            max_position_embeddings=int(window * factor),
+            rope_parameters=hf | {"partial_rotary_factor": 0.5},
+        )
+        assert config.rope_parameters["rope_type"] == rope_type
+        init = ROPE_INIT_FUNCTIONS.get(rope_type, GPTNeoXRotaryEmbedding.compute_default_rope_parameters)
+        expected = scaling.frequencies(geometry)
+        for length in (None, window, window + 1):
+            inv_freq, built_factor = init(config, "cpu", seq_len=length)
+            torch.testing.assert_close(inv_freq.double(), expected.inv_freq, rtol=3e-6, atol=0)
+            assert built_factor == pytest.approx(expected.attention_factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("case", GRID)
-def test_transformers_builds_the_same_dynamic_frequencies_at_any_length(case):
+def test_transformers_builds_the_same_dynamic_frequencies_at_any_length():
     """Its window is max_position_embeddings, which must not be the target."""
-    _, dim, window, factor = case
-    scaling, geometry = resolved(Dynamic, *case)
-    config = llama_config(scaling.to_hf(geometry), dim, window)
-    assert config.rope_parameters["rope_type"] == "dynamic"
-    for length in (1, window, window + 1, 3 * window, int(window * factor), 2 * int(window * factor)):
-        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=length)
-        torch.testing.assert_close(inv_freq.double(), scaling.inv_freq(geometry, length), rtol=3e-6, atol=0)
-        assert attention_factor == scaling.attention_factor == 1.0
+    for case in GRID:
+        _, dim, window, factor = case
+        scaling, geometry = resolved(Dynamic, *case)
+        config = llama_config(scaling.to_hf(geometry), dim, window)
+        assert config.rope_parameters["rope_type"] == "dynamic"
+        for length in (1, window, window + 1, 3 * window, int(window * factor), 2 * int(window * factor)):
+            inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=length)
+            torch.testing.assert_close(inv_freq.double(), scaling.inv_freq(geometry, length), rtol=3e-6, atol=0)
+            assert attention_factor == scaling.attention_factor == 1.0
 
 
 @pytest.mark.parametrize("case", GRID[::3])

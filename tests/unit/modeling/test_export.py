@@ -5,9 +5,6 @@ import logging
 import os
 import re
 import stat
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 
@@ -109,7 +106,7 @@ def contents(folder):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_plain_transformers_gives_the_same_logits(tmp_path, tokenizer):
+def test_plain_transformers_gives_the_same_logits(script, tmp_path, tokenizer):
     """Every method, over the whole new window and over a short text, in a process without pose."""
     tokens = torch.randint(VOCAB, (1, TARGET_LEN), generator=torch.Generator().manual_seed(0))
     torch.save(tokens, tmp_path / "tokens.pt")
@@ -118,15 +115,7 @@ def test_plain_transformers_gives_the_same_logits(tmp_path, tokenizer):
         model = make_model(scaling)
         wanted[name] = [model(ids).logits for ids in (tokens, tokens[:, :64])]
         export_model(model, tokenizer, tmp_path / name)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PLAIN_LOAD), *METHODS],
-        cwd=tmp_path,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = script("-c", PLAIN_LOAD, *METHODS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     got = torch.load(tmp_path / "logits.pt")
     for name in METHODS:

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -181,7 +179,7 @@ def test_a_card_appears_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_writes_it_and_its_lines_load_the_model(smoke_run, load_json):
+def test_a_run_writes_it_and_its_lines_load_the_model(smoke_run, script, load_json):
     text = (smoke_run / "model" / "README.md").read_text()
     head, made, measured = head_of(text), table(text, "How it was made"), table(text, "What was measured")
     assert (head["base_model"], head["license"]) == ("tiny", "apache-2.0")
@@ -195,8 +193,6 @@ def test_a_run_writes_it_and_its_lines_load_the_model(smoke_run, load_json):
     lines = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
     assert len(lines.splitlines()) == 3
     check = "assert model.config.max_position_embeddings == tokenizer.model_max_length == 512"
-    result = subprocess.run(
-        [sys.executable, "-c", f"{lines}\n{check}"], cwd=smoke_run, capture_output=True, text=True, check=False
-    )
+    result = script("-c", f"{lines}\n{check}", cwd=smoke_run)
     assert result.returncode == 0, result.stderr
     assert json.loads((smoke_run / "provenance.json").read_text())["commit"] in text

