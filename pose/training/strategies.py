@@ -100,6 +100,11 @@ class DeepSpeed(DeepSpeedStrategy):
             warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")
             super().init_deepspeed()
 
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        with warnings.catch_warnings():  # of ZeRO-3's folder with a part for each process: a run goes on from these
+            warnings.filterwarnings("ignore", message=".*saving the DeepSpeed Stage 3 checkpoint.*")
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
     def setup(self, trainer: L.Trainer):
         super().setup(trainer)
         model: Any = getattr(self.lightning_module, "model", None)

@@ -3,8 +3,10 @@
 import os
 import threading
 import time
+import warnings
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
 from pose.errors import ConfigError, TrainingError
@@ -134,3 +136,15 @@ def test_a_process_alone_asks_nobody(tmp_path):
     assert processes.from_rank_zero(tmp_path, "untuned", lambda: (1, 2)) == [1, 2]
     assert not list(tmp_path.iterdir())
     assert processes.gather({"a": 1}) == [{"a": 1}]
+
+
+def test_a_group_gathers_without_a_word_of_warning():
+    """Lightning's own all_gather calls what torch has deprecated."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (found,) = processes.gather({"losses": torch.ones(3)})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(found["losses"], torch.ones(3))
