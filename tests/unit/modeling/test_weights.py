@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pose.app import build, compare, schema
+from pose.app import compare, schema
+from pose.app.preflight import plan_training
 from pose.errors import CheckpointError
 from pose.files import CONF
 from pose.modeling.load import build_model, load_config
@@ -303,7 +304,7 @@ def test_training_and_measuring_refuse_before_anything_long(folder, tmp_path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         train = compose("train", [f"model.path={folder}", "pose.target_len=256", f"cache_dir={tmp_path}/cache"])
         measure = compose("evaluate", [f"ckpt=[assets/tiny,{folder}]", f"cache_dir={tmp_path}/cache"])
-    for plan in (lambda: build.plan_training(train, tmp_path / "run"), lambda: compare.plan_evaluation(measure)):
+    for plan in (lambda: plan_training(train, tmp_path / "run"), lambda: compare.plan_evaluation(measure)):
         with refused(folder, f"it lacks weights of its own config: {Q}"):
             plan()
     assert not list((tmp_path / "cache").glob("tokens/*"))
