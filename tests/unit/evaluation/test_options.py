@@ -38,7 +38,6 @@ from pose.evaluation.options import EvalOptions, read_haystack
         ({"depths": [0.5, math.nan]}, "eval.depths=[0.5, nan]", "0 to 1"),
         ({"seed": -1}, "eval.seed=-1", "from 0 to 4294967295"),
         ({"seed": 2**32}, "eval.seed=4294967296", "from 0 to 4294967295"),
-        ({"tasks": ["passkey", "perplexity"]}, "eval.documents", ".jsonl"),
         ({"tasks": ["ruler/"]}, "eval.tasks has 'ruler/'", "ruler/TASK"),
         ({"tasks": [""]}, "eval.tasks has ''", "perplexity, passkey"),
         ({"prefix": ""}, "eval.prefix=''", "ruler, harness"),
