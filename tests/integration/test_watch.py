@@ -67,7 +67,7 @@ def test_curves_are_logged_and_the_best_step_is_a_folder(watched, load_json, scr
     assert best["value"] == tails[best["step"]]
     metrics = load_json(run / "metrics.json")
     assert (metrics["best/tail_ppl@512"], metrics["best/step"]) == (best["value"], best["step"])
-    assert f"Step 4: tail_ppl@256 {found[3]['val/tail_ppl@256']:.4g}" in printed
+    assert f"Step 4: tail_ppl@256 {found[3]['val/tail_ppl@256']:.1f}" in printed
     assert f"{run}/best  (tail_ppl@512 {best['value']:.4g} at step {best['step']})" in printed
 
     result = script(
