@@ -79,7 +79,7 @@ def test_the_wheel_holds_all_modules_and_configs_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     modules = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "pose").rglob("*.py")}
     configs = {"pose/" + str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "conf").rglob("*.yaml")}
-    assert len(configs) > 20 and set(names) == modules | configs
+    assert len(configs) > 20 and set(names) == modules | configs | {"pose/py.typed"}
 
 
 def test_what_is_imported_is_required(wheel):
