@@ -117,7 +117,7 @@ def test_a_run_that_goes_on_elsewhere_takes_the_best_along(watched, train, load_
     assert rows(tmp_path / "run") == rows(whole)
 
 
-@pytest.mark.parametrize(("lr", "warns"), [(0.1, True), (1e-5, False)])
+@pytest.mark.parametrize(("lr", "warns"), [(3e-3, True), (1e-5, False)])
 def test_the_gate_tells_a_run_that_ruins_short_texts(train, tmp_path, lr, warns):
     """At the model's own frequencies and window, so that nothing but the training changes it."""
     printed = train(
