@@ -124,7 +124,8 @@ def require_number(key: str, value, *, at_least=None, above=None, below=None, gr
 def require_choice(key: str, value, choices, *, group: str | None = None):
     """Raises a ConfigError unless value is one of the choices."""
     if value not in choices:
-        raise ConfigError(f"{key}={value!r} is unknown: choose {', '.join(map(str, choices))}", group)
+        listed = (" or " if len(choices) == 2 else ", ").join(map(str, choices))
+        raise ConfigError(f"{key}={value!r} is unknown: choose {listed}", group)
 
 
 def printable(text: str) -> str:
