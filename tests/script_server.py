@@ -85,7 +85,7 @@ class Scripts:
     """Starts scripts; the server is started with the first."""
 
     def __init__(self):
-        self._server, self._environment = None, {}
+        self._server, self._environment, self._started = None, {}, []
 
     def _connect(self):
         self._environment = _read_at_start()
@@ -108,9 +108,14 @@ class Scripts:
             stdout, stderr: open files; None: nowhere.
             new_session: whether it leads a process group of its own.
             file_limit: bytes beyond which no file can grow.
+
+        Raises:
+            ValueError: the environment has something else that an interpreter reads at its start.
         """
         if self._server is None:
             self._connect()
+        if _read_at_start() != self._environment:
+            raise ValueError(f"a fork cannot have {_read_at_start()}: the server has {self._environment}")
         request = {
             "arguments": [str(argument) for argument in arguments], "cwd": str(cwd), "environment": dict(os.environ),
             "new_session": new_session, "file_limit": file_limit,
@@ -122,7 +127,8 @@ class Scripts:
                 socket.send_fds(self._connection, [json.dumps(request).encode()], fds)
             finally:
                 os.close(report)
-        return Process(receiver)
+        self._started.append(Process(receiver))
+        return self._started[-1]
 
     def run(
         self, *arguments, cwd: Path = REPOSITORY, timeout: float = 600, fresh: bool = False
@@ -159,19 +165,28 @@ class Scripts:
         return subprocess.CompletedProcess(arguments, process.returncode, *printed)
 
     def close(self):
-        """Ends the server."""
+        """Ends the server, and what still runs."""
+        for process in self._started:
+            process.kill()
         if self._server is not None:
             self._connection.close()
             self._server.wait()
 
 
 def _read_at_start() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(READ_AT_START)}
+    found = {name: value for name, value in os.environ.items() if name.startswith(READ_AT_START)}
+    found.pop("PYTHONPATH", None)  # a fork follows it
+    return found
+
+
+def _python_path() -> list[str]:
+    return [os.path.abspath(path) for path in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 
 def _serve(connection: socket.socket) -> dict | None:
     """Forks for every request; returns the request in the fork, and None in the server once nobody asks any more."""
-    before = dict(os.environ)
+    before, inherited = dict(os.environ), _python_path()
+    sys.path[:] = [path for path in sys.path if path not in inherited]
     for name in LIBRARIES:
         importlib.import_module(name)
     set_by_libraries = dict(os.environ.items() - before.items())
@@ -223,6 +238,7 @@ def _start_clean(request: dict, stdout: int, stderr: int):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    sys.path[1:1] = _python_path()  # after the folder of the script
     for library in ("numpy.random", "torch"):  # the one of the standard library sees to it by itself
         sys.modules[library].seed()
 

@@ -51,6 +51,7 @@ def test_its_state_is_that_of_a_new_interpreter(script, tmp_path, monkeypatch, k
     script("-c", "")  # the server is there before what it does not know of
     monkeypatch.setenv("OF_THIS_TEST", "here")
     monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("PYTHONPATH", f"folder{os.pathsep}{tmp_path}/b")
     (tmp_path / "folder").mkdir()
     code = STATE + (OF_LIBRARIES if kind == "file" else "") + PRINT
     (tmp_path / "folder" / "state.py").write_text(code)
@@ -65,7 +66,7 @@ def test_its_state_is_that_of_a_new_interpreter(script, tmp_path, monkeypatch, k
         # Libraries that are not imported there have not yet set what they set
         assert forked[part] == value or (part == "environment" and kind != "file"), part
     assert forked["environment"]["OF_THIS_TEST"] == "here" and "WANDB_MODE" not in forked["environment"]
-    assert fresh["ours"] == []
+    assert fresh["ours"] == [] and f"{tmp_path}/folder" in fresh["arguments"][1]
     assert fresh["arguments"][0][1:] == ["an argument", "--b=ü"] and fresh["arguments"][2] == str(tmp_path)
 
 
@@ -104,11 +105,13 @@ def test_what_libraries_set_in_the_tests_own_process_takes_no_new_interpreter(sc
     assert script("-c", parent, fresh=True).stdout == f"{os.getpid()}\n"
 
 
-def test_a_changed_python_path_takes_a_new_interpreter(script, tmp_path, monkeypatch):
-    (tmp_path / "only_here.py").write_text("")
-    assert script("-c", "import only_here").returncode == 1
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert script("-c", "import only_here").returncode == 0
+def test_what_only_a_new_interpreter_can_have_gives_one(scripts, script, monkeypatch):
+    code = "import sys; print(sys.flags.optimize)"
+    assert script("-c", code).stdout == "0\n"
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    assert script("-c", code).stdout == "1\n"
+    with pytest.raises(ValueError, match="PYTHONOPTIMIZE"):
+        scripts.start("-c", code)
 
 
 def test_it_is_signalled_waited_for_and_limited(scripts, script, tmp_path):

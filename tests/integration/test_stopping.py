@@ -3,12 +3,11 @@
 import csv
 import gc
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
 import signal
-import sys
+import subprocess
 import time
 from pathlib import Path
 
@@ -33,23 +32,6 @@ SMALL = (
 TWO = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=20")
 
 
-def _run(arguments: list[str], log: str, cwd: Path):
-    """In the process that is started: what a terminal gives to `python train.py`."""
-    os.setsid()
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.chdir(cwd)
-    sys.path.insert(0, str(Path(__file__).parent))  # of this module's callback
-    sys.argv = arguments
-    import train
-
-    train.main()
-
-
 class Process:
     """A run at work, and what it has printed."""
 
@@ -57,23 +39,23 @@ class Process:
         self.process, self.log, self.pid = process, log, process.pid
 
     def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        return self.log.read_text()
 
     def until(self, condition, patience: float = 240):
         """Waits until something holds while the run is at work."""
         deadline = time.monotonic() + patience
         while not condition():
-            assert self.process.is_alive() and time.monotonic() < deadline, self.said()[-3000:]
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said()[-3000:]
             time.sleep(0.01)
         return self
 
     def end(self, patience: float = 300) -> int:
         """The status."""
-        self.process.join(patience)
-        if self.process.is_alive():
+        try:
+            return self.process.wait(patience)
+        except subprocess.TimeoutExpired:
             self.process.kill()
-            raise AssertionError(f"it goes on: {self.said()[-3000:]}")
-        return self.process.exitcode
+            raise AssertionError(f"it goes on: {self.said()[-3000:]}") from None
 
     def command(self) -> list[str]:
         """What it says to go on with, as a shell reads it."""
@@ -84,32 +66,25 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts train.py in a process that is forked from one with everything imported; what it prints is in a file."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    cache, logs = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("logs")
-    path, sys.path[:] = list(sys.path), [str(REPOSITORY), *sys.path]
-    started: list[Process] = []
+def start(scripts, tmp_path_factory):
+    """Starts train.py, in a process group of its own as a terminal does; what it prints is in a file."""
+    logs = tmp_path_factory.mktemp("logs")
 
     def start_(*arguments, cwd=REPOSITORY):
-        log = logs / f"{len(started)}.log"
-        line = [str(REPOSITORY / "train.py"), "--config-path", str(REPOSITORY / "conf"), *map(str, arguments)]
-        process = context.Process(target=_run, args=(line, str(log), cwd))
-        process.start()
-        started.append(Process(process, log))
-        return started[-1]
+        file = logs / f"{len(list(logs.iterdir()))}.log"
+        with open(file, "w") as log:
+            process = scripts.start(
+                REPOSITORY / "train.py", *arguments, cwd=cwd, stdout=log, stderr=log, new_session=True
+            )
+        return Process(process, file)
 
     def small(*overrides, **options):
         """A run of the small model."""
         flags = [override for override in overrides if override.startswith("-")]  # Hydra wants them first
-        return start_(*flags, *SMALL, *overrides[len(flags) :], f"cache_dir={cache}", **options)
+        return start_(*flags, *SMALL, *overrides[len(flags) :], **options)
 
     start_.small = small
-    yield start_
-    for one in started:
-        one.process.kill()
-    sys.path[:] = path
+    return start_
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +146,7 @@ def test_interrupted_twice_it_ends_at_once(start, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.until(lambda: "stopping after this step" in process.said())
     time.sleep(1.2)
-    assert process.process.is_alive(), "a step of 1,024 batches"
+    assert process.process.poll() is None, "a step of 1,024 batches"
     os.kill(process.pid, signal.SIGINT)
     assert process.end(20) == 130
     said = process.said()
@@ -304,8 +279,9 @@ class Look(Callback):
             file.write(json.dumps(line) + "\n")
 
 
-def test_nothing_of_a_job_lives_on_into_the_next(start, tmp_path):
+def test_nothing_of_a_job_lives_on_into_the_next(start, tmp_path, monkeypatch):
     """Whether it is done or has failed, with its W&B run in its own folder."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of the callback
     sweep = tmp_path / "sweep"
     process = start.small(
         "-m", "finetune.lr=1e30,1e-3,1e29,1e-4,1e28,1e-5", "finetune.warmup_steps=0", "trainer.max_steps=6",
