@@ -16,7 +16,7 @@ def plain(script, tmp_path_factory):
 
 
 def run(script, folder, *overrides):
-    result = script("train.py", *RUN, *overrides, f"hydra.run.dir={folder}")
+    result = script("train.py", *RUN, *overrides, f"hydra.run.dir={folder}", fresh=True)  # CUDA outlives no fork
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["train/peak_memory_gib"] > 0
