@@ -1,11 +1,16 @@
 """What Hydra calls beside a job (conf/train.yaml). Nothing heavy is imported before it is needed."""
 
+import logging
 import os
+import signal
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
 
 from pose.files import REPOSITORY
+from pose.training import signals
+
+log = logging.getLogger(__name__)
 
 
 class SweepTable(Callback):
@@ -26,10 +31,16 @@ class SweepTable(Callback):
 
 
 class Workers(Callback):
-    """The workers of a sweep, on other machines too, find this package from any folder."""
+    """The workers of a sweep, on other machines too, find this package from any folder.
+
+    joblib's end by themselves at Ctrl-C, each with a checkpoint, and take no further job: here they are waited for.
+    """
+
+    def __init__(self):
+        self.requests = signals.Requests(self._announce, self._end_at_once)
 
     def on_multirun_start(self, config, **kwargs):
-        """Adds the repository to the path of the processes that are to come.
+        """Adds the repository to the path of the processes that are to come, and lets joblib's end by themselves.
 
         Raises:
             SystemExit: hydra.sweep.dir is empty; Hydra would write into the folder that one stands in. It turns other
@@ -42,3 +53,23 @@ class Workers(Callback):
             )
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if signals.are_beside_each_other(config.hydra):
+            signals.install(self.requests, (signal.SIGINT,))
+
+    def on_multirun_end(self, config, **kwargs):
+        """Ends the sweep where it was asked to stop.
+
+        Raises:
+            SystemExit: with the status of Ctrl-C.
+        """
+        if self.requests.first is not None:
+            from pose.training.launch import sweep_command
+
+            log.error(f"Stopped by Ctrl-C. To go on: {sweep_command(['resume=auto'], config.hydra)}")
+            raise SystemExit(signals.STATUS_OF_INTERRUPT)
+
+    def _announce(self, number: int):
+        log.info("Ctrl-C: waiting for the jobs that are at work (Ctrl-C once more: not)")
+
+    def _end_at_once(self):
+        raise SystemExit(signals.STATUS_OF_INTERRUPT)

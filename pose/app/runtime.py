@@ -23,6 +23,7 @@ from transformers import logging as transformers_logging
 
 from pose.errors import ConfigError, Interrupted, PoseError, TrainingError
 from pose.files import REPOSITORY, read_json, write_json
+from pose.training import launch, signals
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def readable_errors():
     """Ends the process with the message alone, and status 1, for errors that a user can mend.
 
     In a sweep the error goes to Hydra, which runs the other jobs and fails at the end; a request to stop
-    ends the sweep.
+    ends the sweep; where its jobs run side by side, each ends its own.
     """
     try:
         yield
@@ -51,7 +52,12 @@ def readable_errors():
         in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
         if in_sweep and not isinstance(error, Interrupted):
             raise
+        if launch.is_beside_others():  # whose jobs have to come to their end
+            return
         raise SystemExit(error.status) from None
+    except SystemExit as end:
+        if end.code not in signals.STATUSES or not launch.is_beside_others():
+            raise
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
             raise

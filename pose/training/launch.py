@@ -26,7 +26,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
@@ -52,12 +51,9 @@ POLL = 0.2  # seconds
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
-class Workers(Callback):
-    """A Hydra callback: the workers of a sweep, on other machines too, find this package from any folder."""
-
-    def on_multirun_start(self, config, **kwargs):
-        paths = [str(SCRIPT.parent), os.environ.get("PYTHONPATH")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+def is_beside_others() -> bool:
+    """Whether this process is a worker of joblib: one that ended with a status would have the others killed."""
+    return HydraConfig.initialized() and signals.are_beside_each_other(HydraConfig.get())
 
 
 def join(run_dir: Path) -> Path:
@@ -71,7 +67,10 @@ def join(run_dir: Path) -> Path:
 
     Raises:
         ConfigError: processes that something else has started cannot agree on a folder, or are to do a sweep.
+        Interrupted: this process is a worker of joblib that was asked to stop in an earlier job.
     """
+    if signals.asked and is_beside_others():
+        raise Interrupted("not begun: the sweep was asked to stop")
     if PARENT in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -196,7 +195,10 @@ def run(num_processes: int, run_dir: Path, checkpoint: Path | None = None):
                 child.kill()  # nothing where all have ended
                 child.wait()
     codes = [child.returncode for child in children]
-    if requests.first is not None and (any(codes) or HydraConfig.get().mode == RunMode.MULTIRUN):
+    # One that could not write its checkpoint has failed, and one that the signal itself has ended has not.
+    stopped = (*signals.STATUSES, *(-number for number in requests.received))
+    has_failed = first is not None and codes[first] not in stopped and requests.received.count(signal.SIGINT) < 2
+    if requests.first is not None and not has_failed and (any(codes) or HydraConfig.get().mode == RunMode.MULTIRUN):
         raise _with_status(
             Interrupted(
                 f"stopped by {signals.name_of(requests.first)}, and so were the {num_processes} processes of {run_dir}"
@@ -260,16 +262,17 @@ def shell_command(run_dir: Path | None, changes: Sequence[str] = (), without: Se
     return shlex.join([*_starter(), *script, *kept, *folder, *changes])
 
 
-def sweep_command(changes: Sequence[str] = ()) -> str | None:
+def sweep_command(changes: Sequence[str] = (), hydra: Any = None) -> str | None:
     """A command for the shell in which a sweep was started, that goes through it again in its folder.
 
     Args:
         changes: overrides, as of `shell_command`.
+        hydra: its own config; None takes that of the job it is at.
 
     Returns:
         None where this process has not the command line of a sweep: it is no job of one, or a launcher's worker.
     """
-    job, given = HydraConfig.get(), sys.argv[1:]
+    job, given = HydraConfig.get() if hydra is None else hydra, sys.argv[1:]
     if job.mode != RunMode.MULTIRUN or not {"-m", "--multirun"} & set(given):
         return None
     cwd = Path(job.runtime.cwd)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pose.errors import Interrupted
-from pose.training.compat import rank
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +24,7 @@ STATUSES = (Interrupted.status, STATUS_OF_INTERRUPT)  # of a process that was as
 AGAIN = 1.0
 
 Handlers = dict[int, Any]
+asked: set[int] = set()  # the signals that have asked this process to stop
 
 
 def status_of(number: int | None) -> int:
@@ -35,6 +35,15 @@ def status_of(number: int | None) -> int:
 def name_of(number: int) -> str:
     """A signal for a reader: SIGINT is Ctrl-C."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def are_beside_each_other(hydra: Any) -> bool:
+    """Whether the jobs of a sweep run at once, in joblib's workers; a job that ends its own has the others killed.
+
+    Args:
+        hydra: its own config.
+    """
+    return getattr(hydra.mode, "name", None) == "MULTIRUN" and "joblib" in str(hydra.launcher.get("_target_"))
 
 
 class Requests:
@@ -59,6 +68,7 @@ class Requests:
         return self.received[0] if self.received else None
 
     def __call__(self, number: int, frame):
+        asked.add(number)
         now = time.monotonic()
         is_again = number == signal.SIGINT and self._interrupted is not None
         if number == signal.SIGINT and self._interrupted is not None and now - self._interrupted < AGAIN:
@@ -80,6 +90,7 @@ class _Ending:
         self._since: float | None = None
 
     def __call__(self, number: int, frame):
+        asked.add(number)
         if self._since is None:
             self._since = time.monotonic()
             end_now(number)
@@ -145,6 +156,8 @@ def end_now(number: int, what: str = "Stopped"):
     Raises:
         SystemExit: with the status of the signal.
     """
+    from pose.training.compat import rank  # nothing heavy before it is needed
+
     if rank() == 0:
         log.error(f"{what} by {name_of(number)}. {_active[-1].advice() if _active else ''}".strip())
     raise SystemExit(status_of(number))

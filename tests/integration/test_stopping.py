@@ -32,7 +32,7 @@ SMALL = (
 TWO = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=20")
 
 
-class Process:
+class Run:
     """A run at work, and what it has printed."""
 
     def __init__(self, process, log: Path):
@@ -41,13 +41,15 @@ class Process:
     def said(self) -> str:
         return self.log.read_text()
 
+    def is_at_work(self) -> bool:
+        return self.process.poll() is None
+
     def until(self, condition, patience: float = 240):
         """Waits until something holds while the run is at work."""
         deadline = time.monotonic() + patience
         while not condition():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said()[-3000:]
+            assert self.is_at_work() and time.monotonic() < deadline, self.said()[-3000:]
             time.sleep(0.01)
-        return self
 
     def end(self, patience: float = 300) -> int:
         """The status."""
@@ -59,24 +61,23 @@ class Process:
 
     def command(self) -> list[str]:
         """What it says to go on with, as a shell reads it."""
-        (line,) = [line for line in self.said().splitlines() if "To go on: " in line]
-        python, script, *arguments = shlex.split(line.split("To go on: ")[1])
+        (line,) = {line.split("To go on: ")[1] for line in self.said().splitlines() if "To go on: " in line}
+        python, script, *arguments = shlex.split(line)
         assert (python, Path(script).name) == ("python", "train.py")
         return arguments
 
 
 @pytest.fixture(scope="module")
 def start(scripts, tmp_path_factory):
-    """Starts train.py, in a process group of its own as a terminal does; what it prints is in a file."""
-    logs = tmp_path_factory.mktemp("logs")
+    """Starts train.py in a process group of its own; what it prints is in a file."""
+    logs, started = tmp_path_factory.mktemp("logs"), []
 
-    def start_(*arguments, cwd=REPOSITORY):
-        file = logs / f"{len(list(logs.iterdir()))}.log"
-        with open(file, "w") as log:
-            process = scripts.start(
-                REPOSITORY / "train.py", *arguments, cwd=cwd, stdout=log, stderr=log, new_session=True
-            )
-        return Process(process, file)
+    def start_(*arguments, cwd=REPOSITORY, script=(REPOSITORY / "train.py",)):
+        log = logs / f"{len(started)}.log"
+        with open(log, "w") as printed:
+            process = scripts.start(*script, *arguments, cwd=cwd, stdout=printed, stderr=printed, new_session=True)
+        started.append(Run(process, log))
+        return started[-1]
 
     def small(*overrides, **options):
         """A run of the small model."""
@@ -84,7 +85,9 @@ def start(scripts, tmp_path_factory):
         return start_(*flags, *SMALL, *overrides[len(flags) :], **options)
 
     start_.small = small
-    return start_
+    yield start_
+    for one in started:
+        one.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_interrupted_twice_it_ends_at_once(start, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.until(lambda: "stopping after this step" in process.said())
     time.sleep(1.2)
-    assert process.process.poll() is None, "a step of 1,024 batches"
+    assert process.is_at_work(), "a step of 1,024 batches"
     os.kill(process.pid, signal.SIGINT)
     assert process.end(20) == 130
     said = process.said()
@@ -156,6 +159,8 @@ def test_interrupted_twice_it_ends_at_once(start, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_while_it_measures_it_ends_at_once_and_goes_on_measuring(start, whole, tmp_path, number):
+    if signal.getsignal(number) is signal.SIG_IGN and number == signal.SIGHUP:
+        pytest.skip("started by nohup, which has every process ignore it")
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "metrics.json").unlink()
@@ -223,6 +228,19 @@ def test_an_interrupted_sweep_goes_on_with_all_its_jobs(start, tmp_path):
     assert all((sweep / job / "model").is_dir() for job in "01")
 
 
+def test_jobs_side_by_side_are_interrupted_each_with_a_checkpoint(start, tmp_path):
+    sweep = tmp_path / "sweep"
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={sweep}")
+    process = start.small("-m", *joblib, "seed=0,1,2", "trainer.max_steps=60")
+    process.until(lambda: all((sweep / job / "metrics.csv").exists() for job in "01"))
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.end(120) == 130, process.said()[-3000:]
+    said = process.said()
+    assert said.count("Interrupted: asked to stop at step") == 2 and "Traceback" not in said
+    assert all(len(steps(sweep / job)) >= 1 for job in "01") and not (sweep / "2" / "metrics.csv").exists()
+    assert f"hydra.sweep.dir={sweep} resume=auto" in said.splitlines()[-1]
+
+
 def test_a_killed_reader_is_named_with_what_is_kept(start, tmp_path):
     run = tmp_path / "run"
     process = start.small("data.num_workers=2", "trainer.max_steps=100000", f"hydra.run.dir={run}")
@@ -260,6 +278,14 @@ def test_a_training_that_diverges_is_named_for_what_it_is(start, tmp_path):
     assert not (run / "model").exists() and steps(run) == [10]
 
 
+# train.py, which finds this module
+WITH_THIS_FOLDER = (
+    f"import sys, runpy; sys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]; "
+    f"sys.argv[0] = 'train.py'; sys.argv[1:1] = ['--config-path', {str(REPOSITORY / 'conf')!r}]; "
+    f"runpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')"
+)
+
+
 class Look(Callback):
     """A Hydra callback: what of a job is alive when it has ended, before any collection, and the memory it leaves."""
 
@@ -279,14 +305,13 @@ class Look(Callback):
             file.write(json.dumps(line) + "\n")
 
 
-def test_nothing_of_a_job_lives_on_into_the_next(start, tmp_path, monkeypatch):
+def test_nothing_of_a_job_lives_on_into_the_next(start, tmp_path):
     """Whether it is done or has failed, with its W&B run in its own folder."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of the callback
     sweep = tmp_path / "sweep"
     process = start.small(
         "-m", "finetune.lr=1e30,1e-3,1e29,1e-4,1e28,1e-5", "finetune.warmup_steps=0", "trainer.max_steps=6",
         "logger=wandb", "logger.offline=true", f"hydra.sweep.dir={sweep}",
-        f"+hydra.callbacks.look._target_={Path(__file__).stem}.Look",
+        f"+hydra.callbacks.look._target_={Path(__file__).stem}.Look", script=("-c", WITH_THIS_FOLDER),
     )  # fmt: skip
     assert process.end() == 1, process.said()[-3000:]
     jobs = [json.loads(line) for line in (sweep / "alive.jsonl").read_text().splitlines()]

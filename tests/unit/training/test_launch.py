@@ -22,7 +22,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
-from pose.app import schema
+from pose.app import callbacks, schema
+from pose.app.runtime import readable_errors
 from pose.errors import ConfigError, Interrupted, TrainingError
 from pose.training import launch, signals
 
@@ -232,13 +233,14 @@ def test_a_config_folder_of_the_command_line_is_handed_on(job, tmp_path):
     assert given[given.index("--config-dir") + 1] == "/a b" and given[given.index("--config-path") + 1] == "/conf"
 
 
-def test_workers_of_a_sweep_find_the_package(monkeypatch):
+def test_workers_of_a_sweep_find_the_package(monkeypatch, job):
     """Those of submitit are started in the folder of the sweep's command, which may be any."""
     monkeypatch.setenv("PYTHONPATH", "my")
-    launch.Workers().on_multirun_start(config=None)
+    cfg = job("hydra.mode=MULTIRUN", "hydra.sweep.dir=x")
+    callbacks.Workers().on_multirun_start(config=cfg)
     assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(CONF.parent), "my"]
     monkeypatch.delenv("PYTHONPATH")
-    launch.Workers().on_multirun_start(config=None)
+    callbacks.Workers().on_multirun_start(config=cfg)
     assert os.environ["PYTHONPATH"] == str(CONF.parent)
 
 
@@ -403,6 +405,21 @@ def test_a_second_interrupt_is_waited_for_no_longer_than_a_failure(processes, se
     assert error.value.status == 130 and time.monotonic() - begin < 20
 
 
+@pytest.mark.parametrize(
+    ("end", "error", "status"),
+    [
+        ("sys.exit(1)", TrainingError, 1),  # its disk is full
+        ("os.kill(os.getpid(), 9)", TrainingError, 137),
+        ("(signal.signal(15, signal.SIG_DFL), os.kill(os.getpid(), 15))", Interrupted, 143),  # as before it trains
+    ],
+)
+def test_one_that_fails_when_it_is_asked_to_stop_has_failed(processes, send, end, error, status):
+    send(signal.SIGTERM, "ready0")
+    with pytest.raises(error) as caught:
+        processes(f"on(15, lambda: {end}); tell('ready0'); time.sleep(60)")
+    assert caught.value.status == status
+
+
 @pytest.mark.parametrize("status", [130, 143])
 def test_processes_that_were_asked_to_stop_and_did_are_no_failure(processes, status):
     """Without a signal to this one: a scheduler has sent it to them alone."""
@@ -427,6 +444,49 @@ def test_a_sweep_that_was_asked_to_stop_stops(processes, send, job):
     send(signal.SIGTERM, "ready0")
     with pytest.raises(Interrupted):
         processes("on(15, lambda: os._exit(0)); tell('ready0'); time.sleep(60)")
+
+
+def test_a_worker_of_joblib_ends_its_job_and_begins_no_other(job, monkeypatch, capsys):
+    """With a status of its own it would have the workers beside it killed, in the middle of their checkpoints."""
+    monkeypatch.setattr(signals, "asked", set())
+    job("hydra.mode=MULTIRUN", "hydra/launcher=joblib", "hydra.sweep.dir=x")
+    begun = []
+    for error in (Interrupted("asked to stop at step 3"), SystemExit(130), SystemExit(143)):
+        with readable_errors():
+            begun.append(launch.join(Path("x/0")))
+            raise error
+    assert len(begun) == 3 and "asked to stop at step 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit), readable_errors():
+        raise SystemExit(1)
+    signals.asked.add(signal.SIGINT)
+    with readable_errors():
+        begun.append(launch.join(Path("x/1")))
+    assert len(begun) == 3 and "not begun: the sweep was asked to stop" in capsys.readouterr().err
+    job("hydra.mode=MULTIRUN", "hydra.sweep.dir=x")
+    with pytest.raises(SystemExit) as caught, readable_errors():
+        launch.join(Path("x/1"))
+        raise Interrupted("of a sweep whose jobs follow each other")
+    assert caught.value.code == 143
+
+
+def test_a_sweep_of_joblib_waits_for_its_workers(job, terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1"])
+    cfg = job("hydra.mode=MULTIRUN", "hydra/launcher=joblib", "hydra.sweep.dir=x")
+    workers = callbacks.Workers()
+    workers.on_multirun_start(cfg)
+    workers.on_multirun_end(cfg)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        workers.on_multirun_end(cfg)
+    assert caught.value.code == 130
+    said = capsys.readouterr()
+    assert "Ctrl-C: waiting for the jobs that are at work" in said.out
+    assert said.err.endswith("To go on: python train.py -m seed=0,1 hydra.sweep.dir=x resume=auto\n")
+    monkeypatch.setattr(signals, "AGAIN", 0.0)
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGINT)
+    callbacks.Workers().on_multirun_start(job("hydra.mode=MULTIRUN", "hydra.sweep.dir=x"))
+    assert signal.getsignal(signal.SIGINT) == workers.requests, "with another launcher a job has its own handlers"
 
 
 def test_the_launcher_around_hears_of_its_signal_when_all_is_saved(processes, send, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_in_another_thread_nothing_is_set():
 
 
 def test_only_one_process_speaks(monkeypatch, capsys):
-    monkeypatch.setattr(signals, "rank", lambda: 1)
+    monkeypatch.setattr("pose.training.compat.rank", lambda: 1)
     with pytest.raises(SystemExit), signals.ending(lambda: "To go on: this"):
         send(signal.SIGTERM)
     assert capsys.readouterr().err == ""
