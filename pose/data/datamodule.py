@@ -1,9 +1,11 @@
 """The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
 
+import atexit
 import ctypes
 import hashlib
 import json
 import logging
+import multiprocessing
 import re
 import resource
 import signal
@@ -207,6 +209,9 @@ class PoseDataModule(L.LightningDataModule):
             step, rank, world = self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
         assert self.dataset is not None, "setup comes first"
         self.order = InOrder(self.dataset, step * self.global_batch, rank, world)
+        if self.num_workers:
+            atexit.unregister(_end_readers)
+            atexit.register(_end_readers)
         return DataLoader(
             self.dataset, self.micro_batch, sampler=self.order, num_workers=self.num_workers,
             collate_fn=collate, persistent_workers=self.num_workers > 0, worker_init_fn=_follow_the_trainer,
@@ -249,6 +254,13 @@ def _follow_the_trainer(worker: int):
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_readers():
+    """At the exit, before multiprocessing waits for its processes: it sends SIGTERM, to which readers do not listen."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class InOrder(DistributedSampler):

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,10 @@ STATUS_OF_INTERRUPT = 130  # 128 + SIGINT, as a shell has it
 STATUSES = (Interrupted.status, STATUS_OF_INTERRUPT)  # of a process that was asked to stop, and did
 # Seconds within which two SIGINT are one Ctrl-C: it may reach a process twice, from the terminal and from its parent.
 AGAIN = 1.0
+SOON = 0.05  # seconds
 
 Handlers = dict[int, Any]
-asked: set[int] = set()  # the signals that have asked this process to stop
+asked: dict[int, float] = {}  # the signals that have asked this process to stop, and when the last of each came
 
 
 def status_of(number: int | None) -> int:
@@ -68,8 +70,7 @@ class Requests:
         return self.received[0] if self.received else None
 
     def __call__(self, number: int, frame):
-        asked.add(number)
-        now = time.monotonic()
+        asked[number] = now = time.monotonic()
         is_again = number == signal.SIGINT and self._interrupted is not None
         if number == signal.SIGINT and self._interrupted is not None and now - self._interrupted < AGAIN:
             return
@@ -87,16 +88,34 @@ class _Ending:
 
     def __init__(self, advice: Callable[[], str]):
         self.advice = advice
-        self._since: float | None = None
+        self.end: SystemExit | None = None
+        self._since, self._number, self._is_dropped = 0.0, 0, False
 
     def __call__(self, number: int, frame):
-        asked.add(number)
-        if self._since is None:
-            self._since = time.monotonic()
-            end_now(number)
-        if number == signal.SIGINT and time.monotonic() - self._since > AGAIN:
+        if self._is_dropped and self.end is not None:
+            self._is_dropped = False
+            raise self.end
+        before, now = asked.get(number), time.monotonic()
+        asked[number] = now
+        if number == signal.SIGINT and before is not None and now - before < AGAIN:
+            return  # the same Ctrl-C, which a training may have noted
+        if self.end is None:
+            self._since, self._number = now, number
+            try:
+                end_now(number)
+            except SystemExit as end:
+                self.end = end
+                raise
+        if number == signal.SIGINT and now - self._since > AGAIN:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def raise_again(self):
+        """Soon, when whatever Python has dropped it in is over."""
+        self._is_dropped = True
+        timer = threading.Timer(SOON, os.kill, (os.getpid(), self._number))
+        timer.daemon = True
+        timer.start()
 
 
 _active: list[_Ending] = []  # of `ending`, the innermost last
@@ -135,12 +154,22 @@ def ending(advice: Callable[[], str]) -> Iterator[None]:
     Args:
         advice: what to say then, such as the command that goes on; asked when it is needed.
     """
-    handler = _Ending(advice)
+    handler, show = _Ending(advice), sys.unraisablehook
+
+    def not_dropped(unraisable):
+        """Python drops what is raised in a finalizer or in a weak reference's callback: an end is raised once more."""
+        if handler.end is not None and unraisable.exc_value is handler.end:
+            handler.raise_again()
+        else:
+            show(unraisable)
+
     before = install(handler, [number for number in STOP_SIGNALS if not is_foreign(signal.getsignal(number))])
     _active.append(handler)
+    sys.unraisablehook = not_dropped
     try:
         yield
     finally:
+        sys.unraisablehook = show
         _active.remove(handler)
         restore(before)
 

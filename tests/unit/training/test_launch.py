@@ -448,7 +448,7 @@ def test_a_sweep_that_was_asked_to_stop_stops(processes, send, job):
 
 def test_a_worker_of_joblib_ends_its_job_and_begins_no_other(job, monkeypatch, capsys):
     """With a status of its own it would have the workers beside it killed, in the middle of their checkpoints."""
-    monkeypatch.setattr(signals, "asked", set())
+    monkeypatch.setattr(signals, "asked", {})
     job("hydra.mode=MULTIRUN", "hydra/launcher=joblib", "hydra.sweep.dir=x")
     begun = []
     for error in (Interrupted("asked to stop at step 3"), SystemExit(130), SystemExit(143)):
@@ -458,7 +458,7 @@ def test_a_worker_of_joblib_ends_its_job_and_begins_no_other(job, monkeypatch, c
     assert len(begun) == 3 and "asked to stop at step 3" in capsys.readouterr().err
     with pytest.raises(SystemExit), readable_errors():
         raise SystemExit(1)
-    signals.asked.add(signal.SIGINT)
+    signals.asked[signal.SIGINT] = 0.0
     with readable_errors():
         begun.append(launch.join(Path("x/1")))
     assert len(begun) == 3 and "not begun: the sweep was asked to stop" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -73,6 +74,32 @@ def test_while_it_ends_a_second_interrupt_kills_and_a_repeated_signal_does_not(m
             kill(signal.SIGINT)
             assert killed == [(os.getpid(), signal.SIGINT)] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert capsys.readouterr().err.count("Stopped by") == 1
+
+
+def test_a_signal_that_arrives_in_a_finalizer_is_not_lost(capsys):
+    """Python prints what is raised there, and goes on."""
+
+    class Fails:
+        def __del__(self):
+            send(signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(SystemExit) as caught, signals.ending(lambda: "To go on: this"):
+        thing = Fails()
+        del thing
+        time.sleep(10)
+    assert caught.value.code == 143
+    assert capsys.readouterr().err == "Stopped by SIGTERM. To go on: this\n"
+
+
+def test_an_interrupt_that_a_training_has_noted_is_not_another_when_it_is_passed_on():
+    requests = signals.Requests()
+    with signals.ending(str):
+        before = signals.install(requests)
+        send(signal.SIGINT)
+        signals.end_again(before)
+        send(signal.SIGINT)
+    assert requests.received == [signal.SIGINT]
 
 
 def test_ignored_signals_and_those_of_a_launcher_around_are_left_alone():
