@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 	$(RUN) train.py
 
 test: checks
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: $(INSTALLED)
 	$(RUN) -m pytest tests/unit tests/config -m "not slow"

@@ -170,8 +170,9 @@ class Scripts:
         for process in self._started:
             process.kill()
         if self._server is not None:
+            self._connection.shutdown(socket.SHUT_RDWR)  # for all who have it: a test's own forks too
             self._connection.close()
-            self._server.wait()
+            self._server.wait(60)
 
 
 def _read_at_start() -> dict[str, str]:

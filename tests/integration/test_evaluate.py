@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluate")]
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "assets" / "tiny"
 QUICK = (
@@ -89,7 +89,7 @@ def test_a_killed_evaluation_goes_on(scripts, script, load_json, tmp_path, other
             run = scripts.start(
                 "evaluate.py", *arguments, f"hydra.run.dir={tmp_path}/run", stdout=stdout, stderr=stderr
             )
-        while run.poll() is None and len(list(outcomes.glob("*.json"))) < known + 3:
+        while run.poll() is None and len(list(outcomes.glob("*.json"))) < known + 6:
             time.sleep(0.001)
         if run.poll() is not None:
             break

@@ -44,11 +44,11 @@ def test_it_is_short_and_knows_no_hydra():
 @pytest.mark.slow
 def test_it_extends_the_tiny_model(script, tmp_path):
     """From another folder; the loss falls, perplexity at the target too, and the folder is plain transformers'."""
-    result = script(EXAMPLE, "--steps", 12, "--out", tmp_path, cwd=tmp_path)
+    result = script(EXAMPLE, "--steps", 8, "--out", tmp_path, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     output = result.stdout
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+|nan|inf)", output)]
-    assert len(losses) == 3 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert len(losses) == 2 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     assert output.index("Before:") < output.index("Guards passed") < output.index("'loss'") < output.index("After:")
     before, after = (float(value) for value in re.findall(r"'tail_ppl@2048': ([\d.]+)", output))
     assert after < 0.9 * before

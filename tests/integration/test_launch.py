@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launch")]
+pytestmark = pytest.mark.slow
 SHORT = ("experiment=smoke", "eval=none", "trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.precision=32-true")
 TWO = ("strategy=ddp", "trainer.devices=2")
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE))
 import strategy_worker  # noqa: E402
 from cpu_strategies import BUCKET  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("strategies")]
+pytestmark = pytest.mark.slow
 ZERO = "strategy._target_=cpu_strategies.CpuDeepSpeed"
 STRATEGIES = {
     "ddp": ["strategy=ddp"],
@@ -113,7 +113,7 @@ def runs(tied, tmp_path_factory):
         "bf16": ("fsdp", "zero1", "zero2", "zero3"),
         "lora": ("ddp", "fsdp", "zero3"),
         "frozen": ("zero1", "zero2", "zero3_offload"),
-        "watched": ("fsdp", "zero3"),
+        "watched": ("ddp", "fsdp", "zero3"),
         "watched_bf16": ("fsdp",),
     }.items():
         for name in names:
@@ -174,6 +174,9 @@ def test_two_processes_train_the_same_model_as_one(runs, name):
     assert losses(two) == pytest.approx(losses(one), rel=1e-5) and len(losses(one)) == 4
     norms = logged(one, "train/grad_norm")
     assert min(norms) < 1.2 < max(norms) < 2.4
+    for key in ("train/grad_norm", "train/lr", "train/loss_text", "train/loss_retrieval"):
+        assert logged(two, key) == pytest.approx(logged(one, key), rel=1e-4), key
+        assert len(logged(two, key)) == 4
     # Adam divides by the gradient's size: rounding of the smallest gradients shows, at a thousandth of a step of 1e-3.
     assert largest_difference(weights(one), weights(two)) < 1e-5
 
@@ -252,7 +255,7 @@ def measured(folder: Path) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items() if name.startswith("val/")} for row in found]
 
 
-@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
 def test_a_model_in_parts_is_measured_whole_and_trains_on_unchanged(runs, name):
     run = runs / "watched" / name
     assert largest_difference(weights(run), weights(runs / "random" / name)) == 0

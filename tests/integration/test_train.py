@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -86,15 +85,6 @@ def test_perplexity_of_own_documents_equals_a_plain_loop(script, load_json, tmp_
         assert metrics[f"tail_ppl@{n}"] == pytest.approx(math.exp(tail.mean()), rel=1e-5)
 
 
-def test_the_seed_decides_the_weights(script, tmp_path):
-    weights = {}
-    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
-        train(script, tmp_path / name, *FAST, f"seed={seed}", "trainer.max_steps=2")
-        weights[name] = load_file(tmp_path / name / "model" / "model.safetensors")
-    assert all(torch.equal(weights["a"][key], weights["b"][key]) for key in weights["a"])
-    assert any(not torch.equal(weights["a"][key], weights["c"][key]) for key in weights["a"])
-
-
 def test_own_data_and_a_local_folder(smoke_run, script, tmp_path):
     """data=jsonl and model.path: here the exported run itself, kept at its own frequencies."""
     with gzip.open("assets/corpora/reports.heldout.jsonl.gz", "rt", encoding="utf8") as lines:
@@ -107,8 +97,8 @@ def test_own_data_and_a_local_folder(smoke_run, script, tmp_path):
     assert config["rope_parameters"]["rope_type"] == "yarn" and config["rope_parameters"]["factor"] == 2.0
 
 
-@pytest.mark.parametrize("pose", ["full", "short_pi", "randpos", "sentence_skip", "mix"])
-def test_every_sampler_trains(script, tmp_path, pose):
+@pytest.mark.parametrize("pose", ["sentence_skip", "mix"])
+def test_samplers_that_are_more_than_positions_train(script, tmp_path, pose):
     train(script, tmp_path, *FAST, f"pose={pose}", "trainer.max_steps=1", "data=reports")
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("watch")]
+pytestmark = pytest.mark.slow
 # On so little text that it takes a second
 LITTLE = ("watch.max_documents=1", "watch.windows=1", "watch.trials=4")
 WATCH = ("watch.every_n_steps=2", "watch.best=tail_ppl@512", *LITTLE)
@@ -132,17 +132,3 @@ def test_the_gate_tells_a_run_that_ruins_short_texts(train, tmp_path, lr, warns)
     assert [event.step for event in events] == [-1, 2, 5]
     assert [event.value for event in events] == pytest.approx(increases, rel=1e-5, abs=1e-8)
     assert (max(increases) > 0.05) == warns
-
-
-def test_two_processes_find_what_one_does(watched, train, load_json, tmp_path):
-    one = rows(watched[0])
-    printed = train(tmp_path, *WATCH, "strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu").stdout
-    two = rows(tmp_path)
-    assert list(two) == list(one)
-    for step in one:
-        assert two[step] == pytest.approx(one[step], rel=1e-3, abs=1e-4)
-    assert (
-        load_json(tmp_path / "best" / "pose_best.json")["step"]
-        == load_json(watched[0] / "best" / "pose_best.json")["step"]
-    )
-    assert printed.count("Step 4:") == 1
