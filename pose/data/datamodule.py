@@ -1,4 +1,7 @@
-"""The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L]."""
+"""The LightningDataModule: PoSE-chunked batches, `input_ids`, `labels`, `position_ids` [B, L].
+
+With them comes which tokens are scored (`pose.data.examples.Targets`), so that nothing on a GPU waits to know.
+"""
 
 import atexit
 import ctypes
@@ -22,7 +25,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pose.data.cache import TokenCache
 from pose.data.documents import MAX_DOCUMENT_CHARS
-from pose.data.examples import Curriculum, PoseDataset, collate
+from pose.data.examples import Curriculum, PoseDataset, collate_scored
 from pose.data.heldout import SetAside, without
 from pose.data.tokenizer import beyond_vocabulary
 from pose.errors import ConfigError
@@ -214,7 +217,7 @@ class PoseDataModule(L.LightningDataModule):
             atexit.register(_end_readers)
         return DataLoader(
             self.dataset, self.micro_batch, sampler=self.order, num_workers=self.num_workers,
-            collate_fn=collate, persistent_workers=self.num_workers > 0, worker_init_fn=_follow_the_trainer,
+            collate_fn=collate_scored, persistent_workers=self.num_workers > 0, worker_init_fn=_follow_the_trainer,
         )  # fmt: skip
 
     def describe(self, batch_idx: int, row: int) -> str:

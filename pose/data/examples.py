@@ -5,7 +5,7 @@ B examples in a batch, L tokens in an example.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -175,9 +175,39 @@ class Curriculum(Dataset):
         return next(dataset for end, dataset in self.phases if i < end)
 
 
+class Targets(NamedTuple):
+    """Which tokens of a batch are scored. Worked out on the CPU, as a batch is made: no shape depends on the device.
+
+    Attributes:
+        index: int64 [n], of the states that predict them, in the batch's B * L.
+        weights: fp32 [n], of each in the loss; those of a row with a target add up to 1 / B.
+    """
+
+    index: torch.Tensor
+    weights: torch.Tensor
+
+
+def scored_tokens(labels: torch.Tensor) -> Targets:
+    """The targets of a batch.
+
+    Args:
+        labels: int64 [B, L], not shifted, IGNORE where no loss is taken.
+    """
+    is_scored = labels[:, 1:] != IGNORE
+    row, column = is_scored.nonzero(as_tuple=True)
+    weights = 1 / (is_scored.sum(1).clamp(min=1) * len(labels))
+    return Targets(row * labels.shape[1] + column, weights[row].float())
+
+
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Joins items to a batch [B, L]."""
     return {name: torch.cat([torch.atleast_2d(item[name]) for item in items]) for name in items[0]}
+
+
+def collate_scored(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """As `collate`, with the fields of its `Targets` as scored_index and scored_weights."""
+    batch = collate(items)
+    return batch | {f"scored_{name}": value for name, value in scored_tokens(batch["labels"])._asdict().items()}
 
 
 def _tensors(tokens, labels, position_ids) -> dict[str, torch.Tensor]:

@@ -1,16 +1,23 @@
 """Next-token cross-entropy from hidden states, without the logits of a whole batch.
 
-Shapes: B batch, L tokens, H hidden size, V vocabulary, C chunk.
+What trains goes through `weighted_nll`: each token's weight in the loss is known beforehand, so the gradients of the
+hidden states and of the head are made beside the logits of a chunk, which are then forgotten. No logit is computed
+twice, and none is kept. (Liger, arXiv 2410.10989, and torch's `linear_cross_entropy` do the same, without weights by
+token.)
+
+Shapes: B batch, L tokens, H hidden size, V vocabulary, C chunk, n scored tokens.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pose.data.examples import IGNORE
+from pose.data.examples import IGNORE, Targets, scored_tokens
 
-CHUNK_LEN = 1024
+CHUNK_LEN = 1024  # tokens whose logits exist at one time
 
 
 def token_nll(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chunk_len: int = CHUNK_LEN) -> torch.Tensor:
@@ -40,6 +47,95 @@ def token_nll(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chun
     return torch.cat(losses)
 
 
+def weighted_nll(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    chunk_len: int = CHUNK_LEN,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum of the cross-entropies of tokens, sum_i w_i nll_i.
+
+    Args:
+        hidden: [n, H], the states that predict the targets.
+        head: the output layer, H -> V. A plain linear layer whose weight is whole is read by itself; any other (with
+            adapters, in 4 bits, in parts) is called, and called again in the backward pass (`token_nll`).
+        targets: int64 [n].
+        weights: fp32 [n].
+        chunk_len: C.
+
+    Returns:
+        The sum, fp32 scalar, and without gradients the cross-entropy of each token, fp32 [n], in nats.
+    """
+    if not _is_plain(head):
+        nll = token_nll(hidden, head, targets, chunk_len)
+        return nll @ weights, nll.detach()
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        # Cast out here, so that their gradients are cast back
+        states, weight = hidden.to(dtype), head.weight.to(dtype)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return _WeightedNLL.apply(states, weight, bias, targets, weights, chunk_len, torch.is_grad_enabled())
+
+
+def _is_plain(head: nn.Module) -> bool:
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return False
+    weight = head.weight
+    return type(weight) in (torch.Tensor, nn.Parameter) and weight.shape == (head.out_features, head.in_features)
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """Gradients beside the loss: of the logits of token i, w_i (softmax - one-hot of the target)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, targets, weights, chunk_len, has_gradients):  # type: ignore[override]
+        of_hidden, of_weight, of_bias = (has_gradients and needed for needed in ctx.needs_input_grad[:3])
+        hidden_grad = torch.empty_like(hidden) if of_hidden else None
+        # The sum over chunks is in fp32
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
+        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for begin in range(0, len(targets), chunk_len):
+            part = slice(begin, begin + chunk_len)
+            states, target = hidden[part], targets[part, None]
+            logits = F.linear(states, weight, bias).float()
+            of_target, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            # In place: from here on `logits` are what they are not called any more
+            total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            nll[part] = (total.log() + largest - of_target).squeeze(1)
+            if not (of_hidden or of_weight or of_bias):
+                continue
+            scale = weights[part, None]
+            logits.mul_(scale / total).scatter_add_(1, target, -scale)
+            if bias_grad is not None:
+                bias_grad += logits.sum(0)
+            gradient = logits.to(weight.dtype)
+            if hidden_grad is not None:
+                torch.mm(gradient, weight, out=hidden_grad[part])
+            if weight_grad is not None:
+                if gradient.dtype == torch.float32:
+                    weight_grad.addmm_(gradient.T, states)
+                else:
+                    weight_grad += gradient.T @ states
+        grads = (hidden_grad, weight_grad, bias_grad)
+        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
+        ctx.is_there, ctx.dtypes = [grad is not None for grad in grads], (hidden.dtype, weight.dtype, weight.dtype)
+        ctx.mark_non_differentiable(nll)
+        return nll @ weights, nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_loss, of_nll):  # type: ignore[override]
+        saved = iter(ctx.saved_tensors)
+        grads = [
+            (next(saved) * of_loss).to(dtype) if is_there else None
+            for is_there, dtype in zip(ctx.is_there, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None, None)
+
+
 def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the next token: the mean over examples of each example's mean.
 
@@ -59,14 +155,17 @@ def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) 
 
 
 def loss_and_example_losses(
-    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor
+    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, scored: Targets | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`causal_lm_loss`, and without gradients what each example adds to it, fp32 [B]: its own mean."""
-    targets = labels[:, 1:]
-    scored = targets != IGNORE
-    nll = token_nll(hidden[:, :-1][scored], head, targets[scored])
-    weights = (1 / scored.sum(1, keepdim=True).clamp(min=1)).expand_as(scored)[scored]
-    weighted = nll * weights
-    by_token = torch.zeros(scored.shape, dtype=nll.dtype, device=nll.device)
-    by_token[scored] = weighted.detach()
-    return weighted.sum() / len(labels), by_token.sum(1)
+    """`causal_lm_loss`, and without gradients what each example adds to it, fp32 [B]: its own mean.
+
+    Args:
+        hidden, head, labels: as of `causal_lm_loss`.
+        scored: of the labels, on their device; None works it out there.
+    """
+    scored = scored_tokens(labels) if scored is None else scored
+    batch, length = labels.shape
+    states, targets = hidden.flatten(0, 1)[scored.index], labels.flatten()[scored.index + 1]
+    loss, nll = weighted_nll(states, head, targets, scored.weights)
+    by_example = torch.zeros(batch, dtype=nll.dtype, device=nll.device)
+    return loss, by_example.index_add_(0, scored.index // length, nll * scored.weights * batch)

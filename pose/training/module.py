@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, get_scheduler
 
-from pose.data.examples import IGNORE
+from pose.data.examples import IGNORE, Targets
 from pose.errors import TrainingError
 from pose.modeling.guards import run_guards
 from pose.modeling.loss import loss_and_example_losses
@@ -111,7 +111,8 @@ class PoseModule(L.LightningModule):
 
     def _losses(self, batch):
         hidden = self(batch["input_ids"], batch["position_ids"])
-        return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"])
+        scored = Targets(batch["scored_index"], batch["scored_weights"]) if "scored_index" in batch else None
+        return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"], scored)
 
     def on_before_optimizer_step(self, optimizer):
         # One look at the device for each optimizer step, by all processes together.

@@ -1,12 +1,12 @@
-"""The chunked loss against F.cross_entropy on all the logits."""
+"""The chunked losses against F.cross_entropy on all the logits."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pose.data.examples import IGNORE
-from pose.modeling.loss import causal_lm_loss, token_nll
+from pose.data.examples import IGNORE, scored_tokens
+from pose.modeling.loss import causal_lm_loss, loss_and_example_losses, token_nll, weighted_nll
 
 NUM_TOKENS, HIDDEN, VOCAB = 37, 16, 29
 
@@ -66,6 +66,81 @@ def test_no_more_logits_than_a_chunk(head, hidden, targets, grad):
     if grad:
         loss.backward()
         assert sorted(lengths[4:]) == [7, 10, 10, 10]
+
+
+@pytest.mark.parametrize("chunk_len", [1, 5, 36, 37, 1024])
+@pytest.mark.parametrize("frozen", [(), ("head",), ("hidden",), ("bias",)])
+def test_weighted_nll_equals_cross_entropy(hidden, chunk_len, frozen):
+    """In fp64 but for the sums, to 1e-6: values, and whichever gradients are wanted, also through a factor."""
+    torch.manual_seed(0)
+    head = nn.Linear(HIDDEN, VOCAB, bias="bias" not in frozen)
+    head.weight.requires_grad_("head" not in frozen)
+    hidden.requires_grad_("hidden" not in frozen)
+    targets = torch.randint(VOCAB, (NUM_TOKENS,), generator=torch.Generator().manual_seed(2))
+    weights = torch.linspace(-1, 2, NUM_TOKENS)
+    got, nll = weighted_nll(hidden, head, targets, weights, chunk_len)
+    logits = F.linear(hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double())
+    by_token = F.cross_entropy(logits, targets, reduction="none")
+    wanted = by_token @ weights.double()
+    assert got.dtype == nll.dtype == torch.float32 and not nll.requires_grad
+    torch.testing.assert_close(nll.double(), by_token.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-6)
+    leaves = [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
+    pairs = zip(torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * wanted, leaves), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-6)
+
+
+def test_logits_are_computed_once_and_not_kept(hidden, monkeypatch):
+    """Forward and backward together call the output layer once for each chunk, and nothing of a chunk's size lives."""
+    head, calls, kept = nn.Linear(HIDDEN, VOCAB), [], []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda states, *rest: calls.append(len(states)) or linear(states, *rest))
+    targets, weights = torch.zeros(NUM_TOKENS, dtype=torch.int64), torch.ones(NUM_TOKENS)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss, _ = weighted_nll(hidden, head, targets, weights, 10)
+    loss.backward()
+    assert calls == [10, 10, 10, 7]
+    assert not [shape for shape in kept if shape[-1:] == (VOCAB,) and len(shape) == 2]
+
+
+def test_a_head_with_something_in_it_is_called(hidden, targets):
+    """An adapter or a hook has its say."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    head, hooked = Doubled(HIDDEN, VOCAB), nn.Linear(HIDDEN, VOCAB)
+    hooked.load_state_dict(head.state_dict())
+    hooked.register_forward_hook(lambda module, arguments, output: 2 * output)
+    targets, weights = targets.clamp(min=0), torch.ones(NUM_TOKENS)
+    wanted = F.cross_entropy(head(hidden), targets, reduction="sum")
+    for one in (head, hooked):
+        torch.testing.assert_close(weighted_nll(hidden, one, targets, weights, 10)[0], wanted)
+
+
+def test_what_is_scored_is_what_carries_a_label(targets):
+    """And the tokens of a row count together as much as those of any other."""
+    labels = targets[:36].reshape(3, 12).clone()
+    labels[1] = IGNORE
+    scored = scored_tokens(labels)
+    rows = [(b, i) for b in range(3) for i in range(11) if labels[b, i + 1] != IGNORE]
+    assert scored.index.tolist() == [12 * b + i for b, i in rows] and scored.weights.dtype == torch.float32
+    for b in (0, 2):
+        assert scored.weights[[row == b for row, _ in rows]].sum().item() == pytest.approx(1 / 3)
+
+
+def test_the_losses_of_examples_are_their_own_means(head, targets):
+    hidden = torch.randn(3, 12, HIDDEN, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    labels = targets[:36].reshape(3, 12).clone()
+    labels[1] = IGNORE
+    loss, by_example = loss_and_example_losses(hidden, head, labels, scored_tokens(labels))
+    logits = head(hidden)
+    wanted = [F.cross_entropy(logits[b, :-1], labels[b, 1:], ignore_index=IGNORE).item() for b in (0, 2)]
+    assert by_example.tolist() == pytest.approx([wanted[0], 0, wanted[1]], rel=1e-5) and not by_example.requires_grad
+    assert loss.item() == pytest.approx(sum(wanted) / 3, rel=1e-5)
 
 
 def test_causal_lm_loss_equals_cross_entropy(head, targets):

@@ -96,8 +96,8 @@ def break_loss(monkeypatch):
         honest = pose_module.loss_and_example_losses
         seen = []
 
-        def loss_and_example_losses(hidden, head, labels):
-            loss, by_example = honest(hidden, head, labels)
+        def loss_and_example_losses(hidden, head, labels, scored):
+            loss, by_example = honest(hidden, head, labels, scored)
             bad = torch.tensor([broken(row, len(seen) * 2 + i) for i, row in enumerate(labels)])
             seen.append(labels)
             nan = hidden.sum() * torch.nan
@@ -218,8 +218,8 @@ def test_losses_of_text_and_of_retrieval_are_logged_apart(mixed, monkeypatch, lo
     """Each the mean over its examples since the last ones logged, told by where a loss is taken."""
     honest, seen = pose_module.loss_and_example_losses, []
 
-    def record(hidden, head, labels):
-        loss, by_example = honest(hidden, head, labels)
+    def record(hidden, head, labels, scored):
+        loss, by_example = honest(hidden, head, labels, scored)
         kinds = ["retrieval" if (row == -100).any() else "text" for row in labels]
         seen.extend(zip(kinds, by_example.tolist(), strict=True))
         return loss, by_example
@@ -359,7 +359,7 @@ def test_a_training_that_has_diverged_says_so_and_exports_nothing(data, capsys):
     ],
 )
 def test_it_has_diverged_when_it_guesses_and_was_better(data, monkeypatch, losses, diverged):
-    def loss_and_example_losses(hidden, head, labels):
+    def loss_and_example_losses(hidden, head, labels, scored):
         loss = losses[min(len(seen) // 2, 2)] + 0 * head(hidden).sum()
         seen.append(loss)
         return loss, loss.detach().expand(len(labels))
