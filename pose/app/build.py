@@ -86,7 +86,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        check_strategy(trainer.strategy, trainer.precision, t.on_nonfinite)
+        check_strategy(trainer.strategy, trainer.precision, t.on_nonfinite, t.compile)
         always_finish(trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"the trainer cannot be built from {vars(t)}: {error}") from error

@@ -20,9 +20,9 @@ from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.suite import Suite, out_of_reach, values
 from pose.evaluation.task import Estimate
 from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_json
+from pose.modeling import speed
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
-from pose.modeling.compat import recompute_activations
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.rotary import target_len_of
@@ -36,6 +36,7 @@ from pose.training.folder import alone_in
 from pose.training.loggers import closing
 from pose.training.module import PoseModule
 from pose.training.processes import from_rank_zero
+from pose.training.strategies import is_compiled
 from pose.training.watch import read_best, short_warning
 
 log = logging.getLogger(__name__)
@@ -164,8 +165,10 @@ class Run:
         trainable, total = count_parameters(model)
         log.info(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})")
         model.train()  # from_pretrained leaves it in eval mode, and Lightning keeps the mode it finds
-        if cfg.model.gradient_checkpointing:
-            recompute_activations(model)
+        speed.recompute(model, cfg.model.gradient_checkpointing)
+        speed.residuals_as_computed(model)
+        if is_compiled(cfg.trainer.compile, strategy):
+            speed.compile_layers(model)
         return model
 
     def measure_after(self):

@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pose.errors import ConfigError, require_choice, require_int, require_number
 from pose.evaluation.options import EvalOptions
-from pose.modeling.options import LoraOptions
+from pose.modeling.options import RECOMPUTE, LoraOptions
 from pose.training.options import WatchOptions
 
 # Those of transformers' get_scheduler that need nothing but the steps.
@@ -39,11 +39,12 @@ class ModelConfig:
     tokenizer: str | None = None  # folder or hub id; null is the model's own
     init: dict[str, Any] | None = None  # config of a model that starts from random weights (path: null)
     attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    gradient_checkpointing: Any = False  # false, true, selective: recompute activations in the backward pass
     export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
 
     def __post_init__(self):
         require_choice("model.export_dtype", self.export_dtype, DTYPES)
+        require_choice("model.gradient_checkpointing", self.gradient_checkpointing, RECOMPUTE)
 
 
 @dataclass
@@ -108,6 +109,7 @@ class TrainerConfig:
     accelerator: str = "auto"  # of Lightning: auto, cpu, gpu
     devices: Any = "auto"  # of Lightning: auto, a number, a list
     num_nodes: int = 1  # machines
+    compile: Any = "auto"  # true, false; auto: on a GPU. The decoder layer is compiled, once
     precision: str = "auto"  # of Lightning; auto is bf16-mixed where the hardware has it
     gradient_clip: float | None = None  # largest gradient norm; null: none
     log_every_n_steps: int = 10  # optimizer steps
@@ -120,6 +122,7 @@ class TrainerConfig:
             require_int(f"trainer.{name}", getattr(self, name), at_least=1)
         require_int("trainer.checkpoint_every_n_steps", self.checkpoint_every_n_steps, at_least=1, optional=True)
         require_number("trainer.gradient_clip", self.gradient_clip, above=0, optional=True)
+        require_choice("trainer.compile", self.compile, ("auto", True, False))
         require_choice("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
 
 

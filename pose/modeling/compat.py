@@ -6,6 +6,7 @@ versions.
 
 import copy
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from typing import Any, cast
@@ -30,6 +31,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 from pose.errors import ConfigError
 
+RECOMPILATIONS = "torch._dynamo.guards.__recompiles"  # the logger of its artifact "recompiles"
 ROPE_TYPES = frozenset({"default", *ROPE_INIT_FUNCTIONS})  # that transformers can build
 
 
@@ -177,8 +179,12 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     return getattr(parameter, "ds_tensor", parameter)
 
 
-def recompute_activations(model: PreTrainedModel):
+def recompute_activations(model: PreTrainedModel, **options):
     """Keeps no activations inside a model's layers: the backward pass makes them again.
+
+    Args:
+        model: in place.
+        options: of torch's checkpoint, such as context_fn.
 
     Raises:
         ConfigError: the model's class cannot.
@@ -187,7 +193,26 @@ def recompute_activations(model: PreTrainedModel):
         raise ConfigError(f"model.gradient_checkpointing=true is not supported by {type(model).__name__}: take false")
     # The name that releases have after 5.17, where the older one warns
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, **options})
+
+
+def warn_of_recompilations(log: logging.Logger):
+    """Has torch.compile say, as a warning, what was compiled again and why: it takes long, and may be needless."""
+    torch._logging.set_logs(recompiles=True)
+    logger = logging.getLogger(RECOMPILATIONS)
+    logger.handlers[:], logger.propagate = [_Recompilation(log)], False
+
+
+class _Recompilation(logging.Handler):
+    def __init__(self, log: logging.Logger):
+        super().__init__()
+        self.log = log
+
+    def emit(self, record: logging.LogRecord):
+        text = " ".join(record.getMessage().split())
+        function, _, cause = text.partition("triggered by the following guard failure(s):")
+        reason = (cause or function).split(" - ")[1 if cause else 0]  # that of the version compiled last
+        self.log.warning(f"Compiled again, which takes a while: {reason.split(' #')[0].strip()}")
 
 
 def attention_of(model: PreTrainedModel) -> str:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 from pose.errors import ConfigError
 
+RECOMPUTE = (False, True, "selective")  # activations: `pose.modeling.speed.recompute`
+
 
 @dataclass
 class LoraOptions:

@@ -137,4 +137,5 @@ class Export(L.Callback):
 
     def save(self, trainer: L.Trainer, pl_module: PoseModule):
         """Exports the model as it is now; every process must call this."""
-        export_model(pl_module.model, self.tokenizer, self.folder, self.dtype, trainer.is_global_zero)
+        with torch.compiler.set_stance("force_eager"):  # it is asked with texts of other lengths
+            export_model(pl_module.model, self.tokenizer, self.folder, self.dtype, trainer.is_global_zero)

@@ -116,7 +116,18 @@ class DeepSpeed(DeepSpeedStrategy):
         super().teardown()
 
 
-def check_strategy(strategy: Strategy, precision: str, on_nonfinite: str = "stop"):
+def is_compiled(choice: str | bool, strategy: Strategy) -> bool:
+    """Whether decoder layers are compiled, by `trainer.compile`: auto is on a GPU, but for ZeRO-3."""
+    if choice != "auto":
+        return bool(choice)
+    return strategy.root_device.type == "cuda" and not _gathers_in_layers(strategy)
+
+
+def _gathers_in_layers(strategy: Strategy) -> bool:
+    return isinstance(strategy, DeepSpeed) and strategy.stage == 3
+
+
+def check_strategy(strategy: Strategy, precision: str, on_nonfinite: str = "stop", compiled: str | bool = "auto"):
     """Whether a strategy can work on the devices it has got.
 
     Raises:
@@ -128,6 +139,11 @@ def check_strategy(strategy: Strategy, precision: str, on_nonfinite: str = "stop
         raise ConfigError(f"trainer.precision={precision} is not supported{why}: choose {', '.join(precisions)}")
     if isinstance(strategy, DeepSpeed) and strategy.needs_gpu and not isinstance(strategy.accelerator, CUDAAccelerator):
         raise ConfigError("DeepSpeed's strategies need a GPU: choose strategy=fsdp or ddp to train on the CPU")
+    if compiled is True and _gathers_in_layers(strategy):
+        raise ConfigError(
+            "trainer.compile=true is not supported by ZeRO-3, which gathers each weight inside a layer as it is used: "
+            "take auto, or strategy=fsdp"
+        )
     if isinstance(strategy, DeepSpeedStrategy) and on_nonfinite == "skip":
         raise ConfigError(
             "trainer.on_nonfinite=skip is not supported by DeepSpeed, which takes its steps by itself: choose stop, or "

@@ -139,7 +139,8 @@ class Watch(L.Callback):
         """The metrics of the model as it trains, in the precision it trains in; the same in every process."""
         model, training = pl_module.model, pl_module.model.training
         try:
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
+            eager = torch.compiler.set_stance("force_eager")  # a text's length would be another shape
+            with torch.no_grad(), trainer.precision_plugin.forward_context(), eager:
                 metrics = with_root(model, self._run, model)
         finally:
             model.train(training)

@@ -1,0 +1,89 @@
+"""How a model's layers compute: compiled, with fewer activations kept, with a residual stream of few bits.
+
+None of it changes what is computed beyond rounding.
+"""
+
+import logging
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from pose.modeling import compat
+from pose.modeling.layers import decoder_layers
+from pose.modeling.options import RECOMPUTE
+
+log = logging.getLogger(__name__)
+
+ops = torch.ops.aten
+MATRIX_PRODUCTS = (ops.mm.default, ops.addmm.default)
+# Attention is kept: its backward pass needs its output, and it is the dearest to compute again.
+ATTENTION = (
+    ops._scaled_dot_product_flash_attention_for_cpu.default,
+    ops._scaled_dot_product_flash_attention.default,
+    ops._scaled_dot_product_efficient_attention.default,
+    ops._scaled_dot_product_cudnn_attention.default,
+)
+
+
+def compile_layers(model: PreTrainedModel):
+    """Compiles what a decoder layer computes, once for all layers; whatever wraps a layer stays around it.
+
+    The hooks of FSDP2, activation checkpointing and adapters see the layers they saw before, and names in the state
+    dict stay. Another shape compiles it again, which is a warning with the cause.
+    """
+    compat.warn_of_recompilations(log)
+    for layer in decoder_layers(model):
+        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+
+
+def recompute(model: PreTrainedModel, how: bool | str):
+    """Which activations inside a model's layers are made again in the backward pass, and not kept.
+
+    Args:
+        model: in place.
+        how: one of RECOMPUTE. False keeps all, True none. "selective" keeps the outputs of attention and of every
+            second matrix product, as torchtitan does: what is made again costs little.
+
+    Raises:
+        ConfigError: the model's class cannot.
+    """
+    assert how in RECOMPUTE
+    if how == "selective":
+        compat.recompute_activations(model, context_fn=_selective)
+    elif how:
+        compat.recompute_activations(model)
+
+
+def _selective():
+    return create_selective_checkpoint_contexts(_Policy())
+
+
+class _Policy:
+    """A fresh one for each layer and pass: the same products are kept in both."""
+
+    def __init__(self):
+        self.seen = {False: 0, True: 0}
+
+    def __call__(self, context, op, *args, **kwargs):
+        if op in MATRIX_PRODUCTS:
+            self.seen[context.is_recompute] += 1
+            kept = self.seen[context.is_recompute] % 2 == 1
+        else:
+            kept = op in ATTENTION
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def residuals_as_computed(model: PreTrainedModel):
+    """Under bf16 autocast the stream between layers is bf16, as under FSDP2, and not fp32.
+
+    Half the traffic, and half the memory of what is kept of it; norms and RoPE still compute in fp32. fp16 would
+    overflow.
+    """
+    model.get_input_embeddings().register_forward_hook(_as_computed)
+
+
+def _as_computed(module, args, output: torch.Tensor) -> torch.Tensor:
+    device = output.device.type
+    in_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return output.bfloat16() if in_bf16 else output
