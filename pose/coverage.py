@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from pose.errors import ConfigError
+from pose.files import atomic_file
 from pose.positions import Full, Mix, PoSE, PositionSampler, RandPos, Released, ShortPI, SingleShift
 
 MAX_SAMPLES = 2000
@@ -80,10 +81,11 @@ class Coverage:
         }
 
     def save_csv(self, path: str | Path):
-        """Writes the columns distance, probability, pair_share: one row for each distance."""
+        """Writes the columns distance, probability, pair_share in one step: one row for each distance."""
         columns = np.column_stack([self.distance, self.probability, self.pair_share])
         header = "distance,probability,pair_share"
-        np.savetxt(path, columns, fmt=["%d", "%.6g", "%.6g"], delimiter=",", header=header, comments="")
+        with atomic_file(path) as file:
+            np.savetxt(file, columns, fmt=["%d", "%.6g", "%.6g"], delimiter=",", header=header, comments="")
 
 
 def coverage(sampler: PositionSampler, num_samples: int | None = None, seed: int = 0) -> Coverage:

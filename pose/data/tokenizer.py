@@ -113,19 +113,21 @@ def check_vocabulary(tokenizer, text: str, vocab_size: int, where: str):
             raise beyond_vocabulary(tokenizer, max(ids), vocab_size, where)
 
 
-def beyond_vocabulary(tokenizer, token_id: int, vocab_size: int, where: str) -> DataError:
+def beyond_vocabulary(tokenizer, token_id: int, vocab_size: int, where: str, group: str | None = None) -> DataError:
     """The error for a token that a model has no embedding for.
 
     Args:
         tokenizer: that made it.
         token_id: its id.
         vocab_size: rows of the embedding.
-        where: it was found, for the error.
+        where: it was found, for the error; may have `{group}` in it.
+        group: for `{group}`.
     """
     return DataError(
         f"{where} has the token {tokenizer.convert_ids_to_tokens(token_id)!r} of id {token_id}, and the model's "
         f"embedding has {vocab_size} rows, for ids 0 to {vocab_size - 1}: take the tokenizer that the model was "
-        "trained with, or documents without this token"
+        "trained with, or documents without this token",
+        group,
     )
 
 

@@ -21,8 +21,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from pose.data.network import first_line
-from pose.errors import CheckpointError, Interrupted, TrainingError
+from pose.errors import CheckpointError, Interrupted, TrainingError, first_line
 from pose.files import is_inside, load_json, read_json, remove_folder, same_path, sha256, write_json
 from pose.training import signals
 from pose.training.compat import local_part

@@ -34,7 +34,6 @@ def config(**keys):
             "trainer": {"max_steps": 9},
             "eval": {"tasks": ["passkey"]},
             "model": {"path": "a"},
-            "logger": {"name": "tensorboard"},
         }
         | keys
     )
@@ -121,8 +120,8 @@ def test_what_another_run_wrote_is_unpickled_only_where_it_is_asked_for(tmp_path
 
 
 def test_tensorboard_drops_what_was_logged_beyond_the_step(tmp_path):
-    assert loggers.build_loggers(config(), tmp_path, 7)[1]._kwargs["purge_step"] == 7
-    assert loggers.build_loggers(config(), tmp_path)[1]._kwargs["purge_step"] is None
+    assert loggers.build_loggers("tensorboard", tmp_path, 7)[1]._kwargs["purge_step"] == 7
+    assert loggers.build_loggers("tensorboard", tmp_path)[1]._kwargs["purge_step"] is None
 
 
 # Where paths lead, not how they are spelt
