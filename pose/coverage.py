@@ -21,7 +21,12 @@ T (T-1) / 2. A mix has the mean of what it mixes. All else is sampled: pairs by 
 vector that is 1 at the ids of an example, taken by a Fourier transform.
 """
 
-import runpy
+if __name__ == "__main__":  # before what takes seconds to import
+    import runpy
+
+    runpy.run_module("pose.app.coverage", run_name="__main__")
+    raise SystemExit
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,7 +211,3 @@ def pairs_by_distance(position_ids: np.ndarray, target_len: int) -> np.ndarray:
 
 def _share(pairs: np.ndarray, num_tokens: int) -> np.ndarray:
     return pairs / max(num_tokens * (num_tokens - 1) / 2, 1)
-
-
-if __name__ == "__main__":
-    runpy.run_module("pose.app.coverage", run_name="__main__")
