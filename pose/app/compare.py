@@ -12,14 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
 from pose.app import build, models, runtime
-from pose.app.preflight import check_config
+from pose.app.preflight import SHIPPED, check_config
 from pose.app.schema import DTYPES, EvaluateConfig, to_options
 from pose.errors import ConfigError
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
 from pose.evaluation.task import Estimate
-from pose.files import Memo, atomic_file, read_json, write_json
+from pose.files import Memo, atomic_file, is_inside, locate, read_json, write_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.guards import check_loss
@@ -126,7 +126,20 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         under = identity(weights, config, dtype=dtype, attention=attention, device=device)
         candidates.append(Candidate(name, path, config, window, suite, device, dtype, under))
     _share_documents(candidates)
+    _say_whose_text(cfg, candidates)
     return candidates
+
+
+def _say_whose_text(cfg: DictConfig, candidates: list[Candidate]):
+    """Says where perplexity is of text that comes with this repository, and the models do not."""
+    documents = cfg.eval.documents
+    is_shipped = isinstance(documents, str) and is_inside(locate(documents), SHIPPED)
+    is_measured = any(candidate.suite.document_ids for candidate in candidates)
+    if is_measured and is_shipped and not all(is_inside(candidate.path, SHIPPED) for candidate in candidates):
+        log.info(
+            f"Perplexity is measured on {documents}, which comes with this repository. Your own text: "
+            "eval.documents=FILE, a folder or a glob"
+        )
 
 
 def _share_documents(candidates: list[Candidate]):

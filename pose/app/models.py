@@ -113,7 +113,10 @@ def check_vocabulary(tokenizer, config: PretrainedConfig, path: str):
         ConfigError: it has more tokens than the model.
     """
     if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+        raise ConfigError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, and the model {config.vocab_size}: "
+            "give the tokenizer that the model was trained with (train.py: model.tokenizer=FOLDER)"
+        )
 
 
 def attention_on(name: str, device: torch.device) -> str:

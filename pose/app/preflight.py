@@ -192,7 +192,10 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
 def _tokenizer(cfg: DictConfig, base: PretrainedConfig, config: PretrainedConfig):
     path = cfg.model.tokenizer or cfg.model.path
     if path is None:
-        raise ConfigError("model.tokenizer is not set, and a model from random weights has none of its own")
+        raise ConfigError(
+            "model.tokenizer is not set, and a model from random weights has none of its own: give a "
+            "folder or a hub id, such as model.tokenizer=assets/tiny"
+        )
     tokenizer = load_tokenizer(locate(path), cfg.model.revision)
     if cfg.model.path is None:
         for new in (base, config):

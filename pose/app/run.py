@@ -161,6 +161,8 @@ class Run:
         lora = to_options(cfg.finetune, FinetuneConfig).lora
         prepare = None if lora.rank is None else lambda model: add_lora(model, lora)
         layout = getattr(strategy, "layout", None)
+        if cfg.model.path is not None:
+            log.info(f"Reading the weights of {cfg.model.path} ...")
         model = models.load_model(cfg, self.plan.config, strategy.root_device, layout, prepare)
         trainable, total = count_parameters(model)
         log.info(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})")

@@ -277,7 +277,7 @@ class Checkpoints(L.Callback):
         signals.end_now(signal.SIGINT, f"Stopped at once, with {kept} in {self.folder},")
 
     def _prune(self, step: int):
-        """Leaves the newest ones, this one the newest: those beyond it are damaged, or of a way that was given up."""
+        """Leaves the newest ones, this one the newest: those beyond it are damaged, or of an abandoned continuation."""
         found = [path for path in list_checkpoints(self.folder) if not names_another(path, self.folder.parent)]
         upto = [path for path in found if _step(path) <= step]
         for path in [*upto[: -self.keep], *found[len(upto) :]]:

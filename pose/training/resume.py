@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # What a run that goes on has in common with before, by group, but for these keys.
 RESUME_GROUPS = {"pose": (), "rope": (), "data": ("documents", "heldout", "num_workers"), "finetune": ()}
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
-OF_NO_WEIGHT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 def find_resume(cfg: DictConfig, run_dir: Path) -> Checkpoint | None:
@@ -105,7 +105,7 @@ def resume_settings(
     }
     if isinstance(strategy, DeepSpeedStrategy):  # whose checkpoints are of one number of processes
         settings |= {"the number of processes": trainer.world_size, "strategy.stage": cfg.strategy.get("stage")}
-    model = {key: value for key, value in base.to_dict().items() if key not in OF_NO_WEIGHT}
+    model = {key: value for key, value in base.to_dict().items() if key not in WITHOUT_EFFECT}
     settings |= {f"model's {key}": value for key, value in model.items()}  # wherever it was read from
     for group, left_out in RESUME_GROUPS.items():
         values: Any = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
@@ -143,7 +143,9 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
     if isinstance(before, dict):
         _check_settings(run_dir / "model", before, settings)
     elif before is not None:
-        log.warning(f"{run_dir / 'provenance.json'} does not say what the run was: it is taken for this one")
+        log.warning(
+            f"{run_dir / 'provenance.json'} does not record the run's settings; they are assumed to be the same"
+        )
 
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):

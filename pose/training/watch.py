@@ -232,5 +232,5 @@ def read_best(folder: Path) -> dict | None:
     try:
         return load_json(file, CheckpointError, {"metric": str, "value": (int, float), "step": int, "under": str})
     except CheckpointError as error:
-        log.warning(f"{error}: the best model there counts as none")
+        log.warning(f"{error}: the best model there is ignored")
         return None

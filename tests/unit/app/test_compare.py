@@ -248,3 +248,20 @@ def test_what_is_refused_says_so_before_any_model_is_loaded(tmp_path, overrides,
         plan(tmp_path, *overrides)
     for word in words:
         assert word in str(error.value)
+
+
+def test_text_that_is_not_ones_own_is_named(tmp_path, longer, capsys):
+    own = tmp_path / "own.txt"
+    own.write_text("The grass is green. " * 300)
+    words = (
+        "Perplexity is measured on assets/corpora/books.heldout.jsonl.gz, which comes with this repository. Your own"
+    )
+    common = ("eval.lengths=[256]", "eval.max_documents=1")
+    for overrides, is_said in (
+        ((f"ckpt={longer}",), True),
+        (("ckpt=assets/tiny",), False),
+        ((f"ckpt={longer}", f"eval.documents={own}"), False),
+        ((f"ckpt={longer}", "eval.tasks=[passkey]"), False),
+    ):
+        plan(tmp_path, *common, *overrides)
+        assert (words in " ".join(capsys.readouterr().out.split())) == is_said

@@ -144,14 +144,16 @@ def test_gradient_accumulation_is_worked_out(plan, documents, global_batch, micr
     assert len(planned.data.dataset) == global_batch * planned.trainer.max_steps
 
 
-def test_the_model_trains_in_train_mode(plan, documents, tmp_path):
+def test_the_model_trains_in_train_mode(plan, documents, tmp_path, capsys):
     """transformers recomputes activations, and drops out, only then."""
     overrides = ["eval=none", "data=jsonl", documents(LONG), "model.gradient_checkpointing=true"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides)
     run = Run(cfg, tmp_path)
     run.plan = plan(*overrides)
+    capsys.readouterr()
     model = run.load_for_training(run.plan.trainer.strategy)
+    assert capsys.readouterr().out.startswith("Reading the weights of ")
     assert model.training and model.is_gradient_checkpointing
 
 

@@ -214,7 +214,7 @@ def test_a_memory_of_the_wrong_shape_is_none(tmp_path, steps):
 def test_a_provenance_of_the_wrong_shape_stops_nothing(tmp_path, content, capsys):
     (tmp_path / "provenance.json").write_text(content)
     check_finished({"seed": 0}, tmp_path)
-    assert ("does not say what the run was" in capsys.readouterr().out) == ("settings" in content)
+    assert ("does not record the run's settings" in capsys.readouterr().out) == ("settings" in content)
     (tmp_path / "provenance.json").write_text('{"settings": {"seed": 1}}')
     with pytest.raises(ConfigError, match="seed=0, which was 1"):
         check_finished({"seed": 0}, tmp_path)
