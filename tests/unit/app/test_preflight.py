@@ -244,6 +244,19 @@ def test_of_ones_own_data_whole_documents_are_set_aside(plan, tmp_path, capsys):
     assert len(whole.data.dataset.documents) == 20, "nothing is measured on documents"
 
 
+def test_a_run_on_own_data_is_watched_on_own_documents_that_it_does_not_train_on(plan, tmp_path):
+    file = lines(tmp_path, 20)
+    planned = plan(
+        "data=jsonl", f"data.documents={file}", "trainer.max_steps=1", "eval=none", "watch.every_n_steps=1",
+        "watch.tasks=[perplexity]", "watch.windows=1", "data.heldout_share=0.2",
+    )  # fmt: skip
+    trained = {planned.data.dataset.documents[i].id for i in range(len(planned.data.dataset.documents))}
+    watched = set(planned.watch.suite.document_ids)
+    own = {f"own.jsonl{i}" for i in range(20)}
+    assert len(watched) == 4 and watched | trained == own and not watched & trained
+    assert set(planned.watch.short.document_ids) == watched
+
+
 def test_a_single_document_cannot_be_set_aside(plan, tmp_path):
     with pytest.raises(DataError, match=r"1 of the 1 documents .*data\.heldout.*eval=none"):
         plan("data=jsonl", f"data.documents={lines(tmp_path, 1)}", "eval=perplexity")
