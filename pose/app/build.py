@@ -95,7 +95,7 @@ def _strategy_name(node: DictConfig) -> str:
     if not isinstance(name, str):
         raise ConfigError(f"strategy.name={name!r} is not accepted: give a strategy of Lightning, such as auto or ddp")
     if any(part in name for part in ("spawn", "fork", "notebook")):
-        raise ConfigError(f"strategy.name={name!r} starts processes in a way that is not used here: take ddp")
+        raise ConfigError(f"strategy.name={name!r} starts processes in a way that is not supported: choose ddp")
     return name
 
 

@@ -96,7 +96,7 @@ class Workers(Callback):
             raise SystemExit(signals.STATUS_OF_INTERRUPT)
 
     def _announce(self, number: int):
-        log.info("Ctrl-C: waiting for the jobs that are at work (Ctrl-C once more: not)")
+        log.info("Ctrl-C: waiting for the running jobs (Ctrl-C once more: without waiting)")
 
     def _end_at_once(self):
         raise SystemExit(signals.STATUS_OF_INTERRUPT)

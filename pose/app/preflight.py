@@ -34,7 +34,7 @@ from pose.training.watch import Watch
 log = logging.getLogger(__name__)
 
 SHIPPED = REPOSITORY / "assets"
-MANY_EPOCHS = 4  # beyond this many, text is learnt by heart (Muennighoff et al. 2023, arXiv 2305.16264)
+MANY_EPOCHS = 4  # beyond this many, text is memorised (Muennighoff et al. 2023, arXiv 2305.16264)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def say_tokens(cfg: DictConfig, data: PoseDataModule, sampler: PositionSampler):
         )
     elif epochs > MANY_EPOCHS:
         log.warning(
-            f"the text is seen {epochs:.1f} times over; beyond {MANY_EPOCHS} a model learns it by heart. What helps: "
+            f"the text is seen {epochs:.1f} times over; beyond {MANY_EPOCHS} a model memorises it. What helps: "
             f"more text ({own}), or fewer trainer.max_steps"
         )
     heldout = cfg.data.heldout

@@ -66,7 +66,7 @@ def readable_errors():
     except RuntimeError as error:
         if "RANK" not in os.environ or not any(sign in str(error) for sign in LOST_PROCESS):
             raise
-        log.error(f"[process {os.environ['RANK']}] another process of the job is gone")
+        log.error(f"[process {os.environ['RANK']}] another process of the job has ended")
         raise SystemExit(1) from None
 
 

@@ -70,7 +70,7 @@ def join(run_dir: Path) -> Path:
         Interrupted: this process is a worker of joblib that was asked to stop in an earlier job.
     """
     if signals.asked and is_beside_others():
-        raise Interrupted("not begun: the sweep was asked to stop")
+        raise Interrupted("not started: the sweep was asked to stop")
     if PARENT in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

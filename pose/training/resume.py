@@ -76,7 +76,7 @@ def _check_own(own: Path, run_dir: Path):
         raise ConfigError(f"{own} is a file, where a run keeps its checkpoints: remove it, or give another folder")
     if not is_inside(own, run_dir) and any(is_foreign(folder, run_dir) for folder in list_checkpoints(own)):
         raise ConfigError(
-            f"{own} leads to {own.resolve()}, with the checkpoints of another run: take the link away, or give another "
+            f"{own} leads to {own.resolve()}, with the checkpoints of another run: remove the link, or give another "
             f"folder and resume={own.resolve()}"
         )
 
@@ -156,7 +156,7 @@ def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, An
     ]
     if changed:
         raise ConfigError(
-            f"the run cannot go on from {folder} with {'; '.join(changed)}. Give the values of before, or "
+            f"the run cannot go on from {folder} with {'; '.join(changed)}. Give the earlier values, or "
             "start anew in another folder"
         )
 
