@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # What a run that goes on has in common with before, by group, but for these keys.
 RESUME_GROUPS = {"pose": (), "rope": (), "data": ("documents", "heldout", "num_workers"), "finetune": ()}
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
+# Keys of a config that change nothing in the weights that are trained
 WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 

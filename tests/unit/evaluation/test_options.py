@@ -40,7 +40,7 @@ from pose.evaluation.options import EvalOptions, read_haystack
         ({"seed": 2**32}, "eval.seed=4294967296", "from 0 to 4294967295"),
         ({"tasks": ["ruler/"]}, "eval.tasks has 'ruler/'", "ruler/TASK"),
         ({"tasks": [""]}, "eval.tasks has ''", "perplexity, passkey"),
-        ({"prefix": ""}, "eval.prefix=''", "ruler, harness"),
+        ({"prefix": ""}, "eval.prefix=''", "ruler or harness"),
         ({"text_field": ""}, "eval.text_field is empty", "the key of the text"),
         ({"documents": ""}, "eval.documents=''", "a file, folder, glob or dataset"),
         ({"documents": " "}, "eval.documents=' '", "a file, folder, glob or dataset"),
