@@ -136,3 +136,8 @@ def printable(text: str) -> str:
 def one_line(text: object) -> str:
     """A text without what is not printed, in one line."""
     return " ".join(printable(" ".join(str(text).split())).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
@@ -26,10 +25,8 @@ from pose.training.checkpoints import CheckpointIO
 from pose.training.compat import always_finish
 from pose.training.loggers import build_loggers
 from pose.training.options import WatchOptions
-from pose.training.strategies import check_strategy
+from pose.training.strategies import check_strategy, resolve_precision
 from pose.training.watch import Watch, check_best
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_sampler(node: DictConfig, window: int | None = None) -> PositionSampler:
@@ -63,10 +60,8 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
         ConfigError: a value that Lightning does not accept; carries its message.
     """
     t = to_options(cfg.trainer, TrainerConfig)
-    if cfg.logger.name != "wandb" and (extra := [key for key in cfg.logger if key != "name"]):
-        raise ConfigError(
-            f"logger.{extra[0]} is not accepted: logger={cfg.logger.name} (csv, tensorboard) takes name alone"
-        )
+    logger: Any = OmegaConf.to_container(cfg.logger)
+    loggers = build_loggers(logger.pop("name", None), run_dir, step, goes_on=cfg.resume is not None, options=logger)
     strategy = make(cfg.strategy, Strategy, "strategy") if "_target_" in cfg.strategy else _strategy_name(cfg.strategy)
     try:
         trainer = L.Trainer(
@@ -76,10 +71,10 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
             devices=t.devices,
             num_nodes=t.num_nodes,
             strategy=strategy,
-            precision=_precision(t.precision, t.accelerator),
+            precision=resolve_precision(t.precision, t.accelerator),
             gradient_clip_val=t.gradient_clip,
             log_every_n_steps=min(t.log_every_n_steps, t.max_steps),  # a short run logs its end
-            logger=build_loggers(cfg, run_dir, step),
+            logger=loggers,
             callbacks=[ProgressBar(), Throughput()],
             plugins=[CheckpointIO(), *launch.plugins()],
             default_root_dir=run_dir,
@@ -94,24 +89,14 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
 
 
 def _strategy_name(node: DictConfig) -> str:
-    names = [name for name in node if name != "name"]
-    if names:
-        raise ConfigError(f"strategy.{names[0]!s} is not accepted: strategy={node.get('name')} takes name alone")
-    if any(part in node.name for part in ("spawn", "fork", "notebook")):
-        raise ConfigError(f"strategy.name={node.name!r} starts processes in a way that is not used here: take ddp")
-    return node.name
-
-
-def _precision(precision: str, accelerator: str) -> Any:
-    if precision != "auto":
-        return precision
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if on_gpu:
-        fast_bf16 = torch.cuda.is_bf16_supported()
-    else:  # bf16 without these instructions is emulated, and slower than fp32
-        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast_bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
-    return "bf16-mixed" if fast_bf16 else "32-true"
+    name = node.get("name")
+    if extra := [key for key in node if key != "name"]:
+        raise ConfigError(f"strategy.{extra[0]!s} is not accepted: strategy={name} takes name alone")
+    if not isinstance(name, str):
+        raise ConfigError(f"strategy.name={name!r} is not accepted: give a strategy of Lightning, such as auto or ddp")
+    if any(part in name for part in ("spawn", "fork", "notebook")):
+        raise ConfigError(f"strategy.name={name!r} starts processes in a way that is not supported: choose ddp")
+    return name
 
 
 def accumulate(trainer: L.Trainer, micro_batch: int, global_batch: int) -> int:
@@ -223,8 +208,7 @@ def build_watch(
         has_documents = options.documents is not None or set_aside is not None
         if options.max_short_increase is not None and has_documents and cfg.model.path is not None:
             # on the documents that the suite has
-            longest = max(lengths) if "perplexity" in options.tasks else window
-            enough = max(longest, options.min_tokens or 0)
+            enough = max(max(lengths) if "perplexity" in options.tasks else window, options.min_tokens or 0)
             only = replace(
                 options, tasks=["perplexity"], prefix=None, lengths=[window], tail=None, stride=None,
                 min_tokens=enough, sliding_tokens=None,

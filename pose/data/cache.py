@@ -28,10 +28,9 @@ from pose.data.documents import (
     out_of_memory,
 )
 from pose.data.hub import HubDataset, HubSource
-from pose.data.network import first_line
 from pose.data.tokenise import Tokeniser, all_cores
 from pose.data.tokenizer import beyond_vocabulary, tokenizer_digest
-from pose.errors import ConfigError, DataError
+from pose.errors import ConfigError, DataError, first_line
 from pose.files import Memo, atomic_folder, load_json, remove_folder
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from pose.data.documents import MAX_DOCUMENT_CHARS
 from pose.data.examples import Curriculum, PoseDataset, collate
 from pose.data.heldout import SetAside, without
 from pose.data.tokenizer import beyond_vocabulary
-from pose.errors import ConfigError
+from pose.errors import ConfigError, require_int
 from pose.positions import PositionSampler
 from pose.tasks.synthetic import TASKS
 
@@ -110,7 +110,7 @@ class PoseDataModule(L.LightningDataModule):
         if heldout_share:
             length = sampler.target_len if heldout_len is None else heldout_len
             self.set_aside = SetAside(documents, heldout_share, length, cache_dir, text_field, self.choice)
-        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, add_bos, vocab_size)
+        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, add_bos, "data.add_bos", vocab_size)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
         self.curriculum: list[tuple] = [
             tuple(phase) if isinstance(phase, Sequence) else (phase,) for phase in curriculum
@@ -119,8 +119,7 @@ class PoseDataModule(L.LightningDataModule):
         self._check()
 
     def _check(self):
-        if not isinstance(self.num_workers, int) or self.num_workers < 0:
-            raise ConfigError(f"data.num_workers={self.num_workers!r} is not accepted: give an integer of at least 0")
+        require_int("data.num_workers", self.num_workers, at_least=0)
         reserve_file_handles(self.num_workers)
         for name, share in self.synthetic.items():
             if name not in TASKS:
@@ -314,13 +313,17 @@ def _fingerprint(indices: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(indices)).encode()).hexdigest()[:16]
 
 
-def bos_id(tokenizer, add_bos: bool | None, vocab_size: int | None = None) -> int | None:
+def bos_id(
+    tokenizer, add_bos: bool | None, key: str, vocab_size: int | None = None, group: str | None = None
+) -> int | None:
     """The token to put before a document, or None.
 
     Args:
         tokenizer: a transformers tokenizer.
         add_bos: True, False, or None to do as the tokenizer itself does.
+        key: that gives it, for errors; may begin with `{group}`.
         vocab_size: rows of the model's embedding, which the token must have one of; None does not look.
+        group: for `{group}`.
 
     Raises:
         ConfigError: add_bos is True and the tokenizer has no BOS token.
@@ -330,9 +333,11 @@ def bos_id(tokenizer, add_bos: bool | None, vocab_size: int | None = None) -> in
         default = tokenizer("a")["input_ids"]
         add_bos = tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id]
     if add_bos and tokenizer.bos_token_id is None:
-        raise ConfigError("data.add_bos or eval.add_bos is true, but this tokenizer has no BOS token: set it to false")
+        raise ConfigError(f"{key} is true, but this tokenizer has no BOS token: set it to false", group)
     if add_bos and vocab_size is not None and tokenizer.bos_token_id >= vocab_size:
-        raise beyond_vocabulary(tokenizer, tokenizer.bos_token_id, vocab_size, "the beginning of a text (add_bos)")
+        raise beyond_vocabulary(
+            tokenizer, tokenizer.bos_token_id, vocab_size, f"the beginning of a text ({key})", group
+        )
     return tokenizer.bos_token_id if add_bos else None
 
 

@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 
 from pose.data.documents import Broken, Document, FileState, document_of, files_in, out_of_memory, state_of, unreadable
-from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
-from pose.errors import ConfigError, DataError
+from pose.data.network import RETRIES, may_pass, wait_for_network
+from pose.errors import ConfigError, DataError, first_line
 from pose.files import Memo
 
 log = logging.getLogger(__name__)

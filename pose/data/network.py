@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from pose.errors import first_line
+
 log = logging.getLogger(__name__)
 
 RETRIES = 5  # in a row
@@ -47,8 +49,3 @@ def wait_for_network(what: str, error: BaseException, attempt: int, sleep: Calla
         f"{what} failed ({first_line(error)}): attempt {attempt} of {RETRIES} to go on from there, in {wait:g} s"
     )
     sleep(wait)
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -10,7 +10,7 @@ from pose.errors import ConfigError, require_choice, require_int
 
 TASKS = ("perplexity", "passkey", "needle")
 BOOK = "assets/corpora/books.heldout.jsonl.gz"
-LARGEST_SEED = 2**32 - 1  # that numpy's generator of lm-eval takes
+MAX_SEED = 2**32 - 1  # of numpy's generators, lm-eval's too
 
 
 @dataclass
@@ -65,7 +65,7 @@ class EvalOptions:
             optional = name not in ("windows", "bin", "trials")
             require_int(f"{{group}}.{name}", getattr(self, name), at_least=1, group="eval", optional=optional)
         require_int("{group}.num_fewshot", self.num_fewshot, at_least=0, group="eval", optional=True)
-        require_int("{group}.seed", self.seed, at_least=0, at_most=LARGEST_SEED, group="eval")
+        require_int("{group}.seed", self.seed, at_least=0, at_most=MAX_SEED, group="eval")
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 2):
             raise _refused(f"lengths={list(self.lengths)} is not accepted: give lengths of at least 2 tokens")
         if self.depths is not None and not (self.depths and all(0 <= depth <= 1 for depth in self.depths)):

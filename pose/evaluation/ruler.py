@@ -4,9 +4,14 @@ The prompts are `pose.tasks.ruler`'s; `python -m pose.evaluation.ruler` (`pose.a
 docs/RULER.md compares parameters and scoring with the public definition.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    import runpy
+
+    runpy.run_module("pose.app.ruler", run_name="__main__")
+    raise SystemExit
+
 import hashlib
 import re
-import runpy
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -186,7 +191,3 @@ def _recited(said: str, given: str) -> np.ndarray:
         marks[begin : begin + length] = True
         begin += length - RECITAL + 1
     return marks
-
-
-if __name__ == "__main__":
-    runpy.run_module("pose.app.ruler", run_name="__main__")

@@ -68,7 +68,8 @@ class Suite:
         self.options, self.tokenizer = options, tokenizer
         self.lengths = sorted(set(options.lengths))
         self.max_length = self.lengths[-1] if max_length is None else max_length
-        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, options.add_bos, vocab_size)
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id(tokenizer, options.add_bos, "{group}.add_bos", vocab_size, group="eval")
         self.document_ids: list[str] = []
         self.took: list[Took] = []
         needs_haystack = any(task == "needle" or task.startswith("ruler/") for task in options.tasks)

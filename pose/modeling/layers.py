@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from pose.data.network import first_line
-from pose.errors import ConfigError
+from pose.errors import ConfigError, first_line
 from pose.modeling import compat
 from pose.modeling.attention import unsupported_term
 from pose.modeling.rotary import depends_on_length, rotate_by_example_length

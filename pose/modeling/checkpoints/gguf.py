@@ -7,9 +7,14 @@ they lost when they were quantised stays lost.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    import runpy
+
+    runpy.run_module("pose.app.gguf", run_name="__main__")
+    raise SystemExit
+
 import hashlib
 import importlib.util
-import runpy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -304,7 +309,3 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         chat_template=_text(fields, "tokenizer.chat_template"),
         **{f"{name}_token": tokens[i] for name, i in _special_ids(fields, len(tokens)).items()},
     )
-
-
-if __name__ == "__main__":
-    runpy.run_module("pose.app.gguf", run_name="__main__")

@@ -16,8 +16,8 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
-from pose.errors import CheckpointError, PoseError
+from pose.data.network import RETRIES, may_pass, wait_for_network
+from pose.errors import CheckpointError, PoseError, first_line
 from pose.files import load_json
 from pose.modeling import compat
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from pose.errors import GuardError
+from pose.errors import GuardError, first_line
 from pose.files import atomic_folder, replace_folder
 from pose.modeling.export.check import ask, compare
 from pose.modeling.export.weights import Weights
@@ -109,8 +109,7 @@ def _savable(generation: GenerationConfig) -> GenerationConfig:
         generation.validate(strict=True)
         return copy.deepcopy(generation)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        log.warning(f"The generation config contradicts itself ({reason}): only its token ids are exported")
+        log.warning(f"The generation config contradicts itself ({first_line(error)}): only its token ids are exported")
         return GenerationConfig(
             **{name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         )

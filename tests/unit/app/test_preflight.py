@@ -23,6 +23,7 @@ def plan(tmp_path):
     def plan_(*overrides, name="train"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose(name, [f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", *overrides])
+        plan_.cfg = cfg
         return preflight.plan_training(cfg, tmp_path)
 
     return plan_
@@ -73,6 +74,10 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["+pose.num_chunk=3"], ConfigError, ["pose.num_chunk", "num_chunks"]),
         (["+rope.beta=3"], ConfigError, ["rope.beta", "beta_fast"]),
         (["+strategy.stage=3"], ConfigError, ["strategy.stage", "name alone"]),
+        (["strategy.name=null"], ConfigError, ["strategy.name=None", "auto", "ddp"]),
+        (["~strategy.name"], ConfigError, ["strategy.name=None", "auto", "ddp"]),
+        (["strategy.name=ddp_spawn"], ConfigError, ["strategy.name='ddp_spawn'", "ddp"]),
+        (["logger.name=comet"], ConfigError, ["logger.name='comet'", "csv", "wandb"]),
         (["+logger.project=x"], ConfigError, ["logger.project", "csv"]),
         (["+data.synthetic.riddle=0.1"], ConfigError, ["data.synthetic.riddle is no key"]),
         (["finetune.betas=[0.9]"], ConfigError, ["finetune.betas=[0.9]"]),
@@ -134,18 +139,21 @@ def test_gradient_accumulation_is_worked_out(plan, documents, global_batch, micr
         f"trainer.global_batch={global_batch}", f"trainer.micro_batch={micro_batch}",
     )  # fmt: skip
     assert planned.trainer.accumulate_grad_batches == accumulate
+    assert plan.cfg.trainer.micro_batch == global_batch // accumulate, "what is used stands in config.yaml"
     assert planned.data.micro_batch * accumulate == global_batch
     assert len(planned.data.dataset) == global_batch * planned.trainer.max_steps
 
 
-def test_the_model_trains_in_train_mode(plan, documents, tmp_path):
+def test_the_model_trains_in_train_mode(plan, documents, tmp_path, capsys):
     """transformers recomputes activations, and drops out, only then."""
     overrides = ["eval=none", "data=jsonl", documents(LONG), "model.gradient_checkpointing=true"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides)
     run = Run(cfg, tmp_path)
     run.plan = plan(*overrides)
+    capsys.readouterr()
     model = run.load_for_training(run.plan.trainer.strategy)
+    assert capsys.readouterr().out.startswith("Reading the weights of ")
     assert model.training and model.is_gradient_checkpointing
 
 
@@ -236,6 +244,19 @@ def test_of_ones_own_data_whole_documents_are_set_aside(plan, tmp_path, capsys):
     assert len(whole.data.dataset.documents) == 20, "nothing is measured on documents"
 
 
+def test_a_run_on_own_data_is_watched_on_own_documents_that_it_does_not_train_on(plan, tmp_path):
+    file = lines(tmp_path, 20)
+    planned = plan(
+        "data=jsonl", f"data.documents={file}", "trainer.max_steps=1", "eval=none", "watch.every_n_steps=1",
+        "watch.tasks=[perplexity]", "watch.windows=1", "data.heldout_share=0.2",
+    )  # fmt: skip
+    trained = {planned.data.dataset.documents[i].id for i in range(len(planned.data.dataset.documents))}
+    watched = set(planned.watch.suite.document_ids)
+    own = {f"own.jsonl{i}" for i in range(20)}
+    assert len(watched) == 4 and watched | trained == own and not watched & trained
+    assert set(planned.watch.short.document_ids) == watched
+
+
 def test_a_single_document_cannot_be_set_aside(plan, tmp_path):
     with pytest.raises(DataError, match=r"1 of the 1 documents .*data\.heldout.*eval=none"):
         plan("data=jsonl", f"data.documents={lines(tmp_path, 1)}", "eval=perplexity")
@@ -303,3 +324,16 @@ def test_an_empty_value_inside_another_is_refused(plan):
     ):
         with pytest.raises(ConfigError, match=f"{key} is empty"):
             plan(override)
+
+
+@pytest.mark.parametrize("key", ["data.add_bos", "eval.add_bos", "watch.add_bos"])
+def test_a_bos_that_the_tokenizer_has_not_is_refused_by_the_key_that_asks_for_it(plan, tmp_path, key):
+    shutil.copytree(CONF.parent / "assets" / "tiny", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"bos_token": None}))
+    with pytest.raises(ConfigError, match=rf"^{key} is true, but this tokenizer has no BOS token"):
+        plan(
+            "eval.tasks=[passkey]", "eval.lengths=[256]", "watch.every_n_steps=1", "watch.tasks=[passkey]",
+            f"model.tokenizer={tmp_path}/tokenizer", f"{key}=true",
+        )  # fmt: skip

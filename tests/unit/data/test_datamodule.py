@@ -197,7 +197,7 @@ def test_bos_as_the_tokenizer_does():
     wanted |= {(adding, None): 5000, (adding, True): 5000, (adding, False): None}
     wanted |= {(TOKENIZER, None): None, (TOKENIZER, False): None}
     for (tokenizer, add_bos), expected in wanted.items():
-        assert bos_id(tokenizer, add_bos) == expected
+        assert bos_id(tokenizer, add_bos, "data.add_bos") == expected
 
 
 def test_bos_stands_before_every_document(make):
@@ -209,7 +209,7 @@ def test_bos_stands_before_every_document(make):
 
 
 def test_bos_of_a_tokenizer_without_one(make):
-    with pytest.raises(ConfigError, match=r"add_bos is true.*no BOS"):
+    with pytest.raises(ConfigError, match=r"^data\.add_bos is true.*no BOS"):
         make(add_bos=True)
 
 
