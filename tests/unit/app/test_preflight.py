@@ -22,7 +22,7 @@ def plan(tmp_path):
 
     def plan_(*overrides, name="train"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose(name, [f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", *overrides])
+            cfg = compose(name, ["trainer.accelerator=cpu", *overrides])
         plan_.cfg = cfg
         return preflight.plan_training(cfg, tmp_path)
 
