@@ -15,7 +15,8 @@ class PoseError(Exception):
 
     Args:
         message: for the reader; `{group}` in it stands for the group.
-        group: of the config, such as "eval"; None where the message has no `{group}`.
+        group: of the config, such as "eval"; "" for a command whose keys are in no group; None leaves the message as it
+            is.
 
     Attributes:
         status: of the process that ends with it.
@@ -30,11 +31,13 @@ class PoseError(Exception):
         self.message, self.group = message, group
 
     def __str__(self) -> str:
-        return self.message if self.group is None else self.message.replace("{group}", self.group)
+        if self.group is None:
+            return self.message
+        return self.message.replace("{group}", self.group) if self.group else self.message.replace("{group}.", "")
 
     def under(self, group: str) -> "PoseError":
         """The same error, of another group of the config."""
-        self.group = group if self.group is not None else None
+        self.group = group
         return self
 
 

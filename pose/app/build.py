@@ -136,8 +136,17 @@ def build_data(
 ) -> PoseDataModule:
     """The LightningDataModule of the group `data`, not tokenised yet."""
     d, t = to_options(cfg.data, DataConfig), cfg.trainer
-    measuring = [cfg.eval] + [cfg.watch] * (cfg.watch.every_n_steps is not None)
-    wanting = [group for group in measuring if "perplexity" in group.tasks and group.documents is None]
+    measuring = {"eval": cfg.eval} | ({"watch": cfg.watch} if cfg.watch.every_n_steps is not None else {})
+    wanted = [
+        (length, f"{name}.{key}")
+        for name, group in measuring.items()
+        if "perplexity" in group.tasks and group.documents is None
+        for key, length in (
+            ("lengths", max(group.lengths or [sampler.target_len])),
+            ("min_tokens", group.min_tokens or 0),
+        )
+    ]
+    heldout_len, asked_by = max(wanted, key=lambda one: one[0], default=(None, "eval.lengths"))
     documents = find_documents("data.documents", d.documents)
     return PoseDataModule(
         documents,
@@ -154,8 +163,9 @@ def build_data(
         on_broken=d.on_broken,
         max_document_chars=d.max_document_chars,
         vocab_size=vocab_size,
-        heldout_share=d.heldout_share if wanting else 0.0,
-        heldout_len=min(max(group.lengths or [sampler.target_len]) for group in wanting) if wanting else None,
+        heldout_share=d.heldout_share if wanted else 0.0,
+        heldout_len=heldout_len,
+        heldout_asked_by=asked_by,
         window_len=d.window_len,
         add_bos=d.add_bos,
         synthetic={name: share for name, share in vars(d.synthetic).items() if share},

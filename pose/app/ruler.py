@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pose.app.console import log_to_terminal
 from pose.app.runtime import quiet_libraries, readable_errors
 from pose.data.datamodule import bos_id
-from pose.errors import ConfigError
+from pose.errors import ConfigError, PoseError
 from pose.evaluation.options import BOOK, read_haystack
 from pose.files import atomic_file, locate
 from pose.modeling.load import load_tokenizer
@@ -88,7 +88,10 @@ def write_prompts(command: Command, tokenizer, haystack: str):
         ConfigError: an unknown task, a length that is too short, or a path that cannot be written.
     """
     depths = None if command.depth is None else [command.depth]
-    prompts = RulerPrompts(command.task, tokenizer, haystack, depths=depths, num_added=int(command.add_bos))
+    try:
+        prompts = RulerPrompts(command.task, tokenizer, haystack, depths=depths, num_added=int(command.add_bos))
+    except PoseError as error:
+        raise error.under("") from None
     prompts.check(command.seed, command.length, command.num)
     path = Path(command.out).expanduser()
     try:
@@ -115,7 +118,7 @@ def main():
         command = parse(sys.argv[1:])
         tokenizer = load_tokenizer(locate(command.tokenizer))
         bos_id(tokenizer, command.add_bos)
-        write_prompts(command, tokenizer, read_haystack(locate(command.haystack)))
+        write_prompts(command, tokenizer, read_haystack(locate(command.haystack), group=""))
         print(f"{command.num} prompts of ruler/{command.task} with {command.length} tokens each in {command.out}")
 
 

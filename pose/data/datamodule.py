@@ -56,6 +56,7 @@ class PoseDataModule(L.LightningDataModule):
         vocab_size: rows of the model's embedding, which every token must have one of; None does not look.
         heldout_share: share of whole documents set aside for evaluation (`set_aside`), in [0, 1); 0 keeps none.
         heldout_len: tokens that such a document has at least; None: the sampler's target.
+        heldout_asked_by: the key of the config that asks for so many, for errors.
         window_len: tokens of a document that one example is drawn from; None takes documents whole.
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
         synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
@@ -89,6 +90,7 @@ class PoseDataModule(L.LightningDataModule):
         on_broken: str = "error",
         heldout_share: float = 0.0,
         heldout_len: int | None = None,
+        heldout_asked_by: str = "eval.lengths",
         max_document_chars: int = MAX_DOCUMENT_CHARS,
         vocab_size: int | None = None,
         window_len: int | None = None,
@@ -109,7 +111,9 @@ class PoseDataModule(L.LightningDataModule):
         self.set_aside = None
         if heldout_share:
             length = sampler.target_len if heldout_len is None else heldout_len
-            self.set_aside = SetAside(documents, heldout_share, length, cache_dir, text_field, self.choice)
+            self.set_aside = SetAside(
+                documents, heldout_share, length, cache_dir, text_field, heldout_asked_by, self.choice
+            )
         self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, add_bos, vocab_size)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
         self.curriculum: list[tuple] = [

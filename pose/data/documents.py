@@ -13,7 +13,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pose.errors import ConfigError, DataError
+from pose.errors import ConfigError, DataError, require_choice, require_int
 from pose.files import REPOSITORY, Memo, digest, is_inside
 
 KINDS = (".jsonl", ".txt", ".parquet")
@@ -24,7 +24,6 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 MAX_DOCUMENT_CHARS = 200_000_000  # a hundred thick novels
 BLOCK = 1 << 20  # bytes that are read at a time of a line or text file
 CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of UTF-8 that begin no character
-CHOOSE_FIELD = "choose one with data.text_field, eval.text_field, or documents={path: FILE, text_field: FIELD}"
 SHIPPED = REPOSITORY / "assets" / "corpora"  # whose text is under "text", whatever that of other documents is under
 
 
@@ -40,12 +39,42 @@ class Document(NamedTuple):
     text: str
 
 
+class Keys(NamedTuple):
+    """The keys of the config that say which documents are read and how: errors name them.
+
+    Those of `data` are the default. Each may begin with `{group}` (`PoseError`).
+
+    Attributes:
+        documents: which are read.
+        text_field: where their text is; None where the documents alone say it.
+        min_tokens: how long they have to be.
+        max_document_chars: how long they may be; None where no key says it.
+        takes_field: whether the value of `documents` may be {path, text_field}.
+    """
+
+    documents: str = "data.documents"
+    text_field: str | None = "data.text_field"
+    min_tokens: str = "data.min_tokens"
+    max_document_chars: str | None = "data.max_document_chars"
+    takes_field: bool = True
+
+    def choose_field(self) -> str:
+        """What to do where the text is under another field."""
+        keys = [self.text_field] if self.text_field is not None else []
+        keys += [f"{self.documents}={{path: FILE, text_field: FIELD}}"] if self.takes_field else []
+        return f"choose one with {', or '.join(keys)}" if keys else "give text under that name"
+
+
+OF_DATA = Keys()
+
+
 class Broken:
     """What is done about a place that cannot be read, or is too long: an error, or one more in a count.
 
     Args:
         on_broken: "error" or "skip".
         max_document_chars: the most characters that the text of a document may have.
+        keys: for errors.
 
     Attributes:
         count: places that were skipped.
@@ -55,22 +84,19 @@ class Broken:
         ConfigError: a value that cannot be meant.
     """
 
-    def __init__(self, on_broken: str = "error", max_document_chars: int = MAX_DOCUMENT_CHARS):
-        if on_broken not in ON_BROKEN:
-            raise ConfigError(f"data.on_broken={on_broken!r} is unknown: choose {' or '.join(ON_BROKEN)}")
-        if not isinstance(max_document_chars, int) or max_document_chars < 1:
-            raise ConfigError(
-                f"data.max_document_chars={max_document_chars!r} is not accepted: give an integer of at least 1"
-            )
-        self.on_broken, self.max_document_chars = on_broken, max_document_chars
+    def __init__(self, on_broken: str = "error", max_document_chars: int = MAX_DOCUMENT_CHARS, keys: Keys = OF_DATA):
+        require_choice("data.on_broken", on_broken, ON_BROKEN)
+        require_int("data.max_document_chars", max_document_chars, at_least=1)
+        self.on_broken, self.max_document_chars, self.keys = on_broken, max_document_chars, keys
         self.count = 0
         self.first: list[str] = []
 
     def too_long(self, where: str):
         """As `found`, for a document of more than max_document_chars characters."""
+        key = self.keys.max_document_chars
         self.found(
-            f"{where}: the document has more than {self.max_document_chars:,} characters: split it, or allow more with "
-            "data.max_document_chars"
+            f"{where}: the document has more than {self.max_document_chars:,} characters: split it"
+            + (f", or allow more with {key}" if key else "")
         )
 
     def found(self, message: str, cause: Exception | None = None):
@@ -318,13 +344,13 @@ def _check_folders(pattern: Path):
 
 
 def _is_there(file: Path) -> bool:
-    """Whether it is a file, which a link to nowhere is meant to be."""
+    """Whether it is a file; a dangling link with the name of one is an error."""
     if file.is_symlink() and not file.exists() and _kind(file):
         raise DataError(f"{file} is a link to {os.readlink(file)}, and nothing is there: mend it, or take it away")
     return file.is_file()
 
 
-def read_documents(documents: Any, text_field: str = "text") -> Iterator[Document]:
+def read_documents(documents: Any, text_field: str = "text", keys: Keys = OF_DATA) -> Iterator[Document]:
     """Reads files.
 
     A .jsonl file has one JSON object a line, and blank lines are passed over; a .txt file is one
@@ -333,6 +359,7 @@ def read_documents(documents: Any, text_field: str = "text") -> Iterator[Documen
     Args:
         documents: a file, folder or glob, or one with a field of its own (`open_files`); or a list of these.
         text_field: the key or column that holds the text, for files that do not name their own.
+        keys: for errors.
 
     Raises:
         ConfigError: it is nothing of the kind.
@@ -342,7 +369,7 @@ def read_documents(documents: Any, text_field: str = "text") -> Iterator[Documen
         files = open_files(spec, text_field)
         if files is None:
             raise ConfigError(f"{spec!r} names no file to read: give a file ({ACCEPTED}), a folder or a glob of them")
-        yield from files.read(Broken())
+        yield from files.read(Broken(keys=keys))
 
 
 def document_of(record: dict, text_field: str, where: str, place: str, broken: Broken) -> Document | None:
@@ -362,7 +389,7 @@ def document_of(record: dict, text_field: str, where: str, place: str, broken: B
         kind = f" but a value of type {type(text).__name__}" if text_field in record else ""
         return broken.found(
             f"{where}: no text under {text_field!r}{kind}; it has the fields {sorted(map(str, record))} "
-            f"({CHOOSE_FIELD})"
+            f"({broken.keys.choose_field()})"
         )
     if len(text) > broken.max_document_chars:
         return broken.too_long(where)
@@ -497,7 +524,10 @@ def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Bro
         kind = parquet.schema_arrow.field(text_field).type if names.count(text_field) == 1 else None
         if kind is None or not _is_text(kind, pyarrow.types):
             columns = ", ".join(f"{field.name} ({field.type})" for field in parquet.schema_arrow)
-            raise DataError(f"{path}: no single column of text named {text_field!r}; it has {columns} ({CHOOSE_FIELD})")
+            raise DataError(
+                f"{path}: no single column of text named {text_field!r}; it has {columns} "
+                f"({broken.keys.choose_field()})"
+            )
         wanted = [name for name in (text_field, "id") if name in names]
         # A row at a time: what is written once in a file may be said by every row of it.
         for batch in parquet.iter_batches(1, columns=wanted, use_threads=False):

@@ -73,7 +73,9 @@ class Ruler(TaskByLength):
         self.depths = None if depths is None or task not in NEEDLES else list(depths)
         self.bos = [] if bos_id is None else [bos_id]
         self.haystack_digest = hashlib.sha256(haystack.encode()).hexdigest()
-        self.prompts = RulerPrompts(task, tokenizer, haystack, depths=self.depths, num_added=len(self.bos))
+        self.prompts = RulerPrompts(
+            task, tokenizer, haystack, depths=self.depths, num_added=len(self.bos), key="{group}.tasks"
+        )
         try:
             for length in self.lengths:
                 self.prompts.check(seed, length, trials)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pose.errors import ConfigError
-from pose.tasks.haystack import NOISE, ExactTexts, split_sentences, word_list
+from pose.tasks.haystack import NOISE, ExactTexts, no_tokens, split_sentences, word_list
 
 NIAH = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
@@ -125,19 +125,31 @@ class RulerPrompts:
         haystack: the text that needles of the essay kind lie in; begun again where it is too short.
         depths: see `sample`.
         num_added: special tokens that stand before a prompt, and are counted in its length.
+        key: of the config that names the task, for errors.
 
     Raises:
-        ConfigError: an unknown task, or an empty haystack.
+        ConfigError: an unknown task, or a haystack without text, or without any that the tokenizer knows.
     """
 
     def __init__(
-        self, task: str, tokenizer, haystack: str, *, depths: Sequence[float] | None = None, num_added: int = 0
+        self,
+        task: str,
+        tokenizer,
+        haystack: str,
+        *,
+        depths: Sequence[float] | None = None,
+        num_added: int = 0,
+        key: str = "task",
     ):
         if task not in TASKS:
             reason = " (qa_1 and qa_2 need SQuAD and HotpotQA, and are not made here)" if task.startswith("qa") else ""
-            raise ConfigError(f"ruler has no task {task!r}{reason}: choose from {', '.join(TASKS)}")
+            raise ConfigError(
+                f"{key}: ruler has no task {task!r}{reason}, choose from {', '.join(TASKS)}", group="eval"
+            )
         self.task, self.depths, self.texts = task, depths, ExactTexts(tokenizer, num_added)
         self.essay = split_sentences(haystack) if getattr(NEEDLES.get(task), "haystack", None) == "essay" else []
+        if self.essay and not any(map(self.texts.ids, self.essay)):
+            raise no_tokens()
 
     def sample(self, seed: int, length: int, trial: int) -> RulerPrompt:
         """The prompt of a trial, of exactly `length` tokens.

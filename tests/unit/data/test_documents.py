@@ -463,3 +463,15 @@ def test_a_file_is_the_one_that_was_digested(tmp_path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was read: start again"):
         next(files.read(Broken()))
+
+
+def test_advice_is_of_the_keys_that_are_asked(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines({"body": "x" * 11}))
+    own = r"\(choose one with eval\.text_field, or eval\.documents=\{path: FILE, text_field: FIELD\}\)$"
+    keys = module.Keys("eval.documents", "eval.text_field", max_document_chars=None)
+    with pytest.raises(DataError, match=own):
+        list(read_documents(path, keys=keys))
+    with pytest.raises(DataError, match=r"more than 10 characters: split it$"):
+        list(Files([path], "x", "body").read(Broken(max_document_chars=10, keys=keys)))
+    with pytest.raises(DataError, match=r"split it, or allow more with data\.max_document_chars$"):
+        list(Files([path], "x", "body").read(Broken(max_document_chars=10)))
