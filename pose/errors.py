@@ -100,7 +100,9 @@ def require_int(
     raise ConfigError(f"{key}={value!r} is not accepted: give an integer {bounds}{', or null' * optional}", group)
 
 
-def require_number(key: str, value, *, at_least=None, above=None, below=None, group: str | None = None, optional=False):
+def require_number(
+    key: str, value, *, at_least=None, above=None, below=None, at_most=None, group: str | None = None, optional=False
+):
     """Raises a ConfigError unless value is a finite number in the given bounds (or None where optional).
 
     Args:
@@ -108,6 +110,7 @@ def require_number(key: str, value, *, at_least=None, above=None, below=None, gr
         value: to check.
         at_least: least value that is accepted.
         above, below: values that are just not accepted.
+        at_most: largest value that is accepted.
         group: for `{group}`.
         optional: whether None is accepted.
     """
@@ -115,9 +118,9 @@ def require_number(key: str, value, *, at_least=None, above=None, below=None, gr
         return
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     in_bounds = number and (at_least is None or value >= at_least) and (above is None or value > above)
-    if in_bounds and (below is None or value < below):
+    if in_bounds and (below is None or value < below) and (at_most is None or value <= at_most):
         return
-    given = {"of at least": at_least, "above": above, "below": below}
+    given = {"of at least": at_least, "above": above, "below": below, "of at most": at_most}
     bounds = [f"{text} {bound:g}" for text, bound in given.items() if bound is not None]
     raise ConfigError(
         f"{key}={value!r} is not accepted: give a number {' and '.join(bounds)}{' or null' * optional}", group

@@ -18,6 +18,7 @@ from pose.errors import ConfigError, PoseError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths
 from pose.files import locate
+from pose.modeling.load import check_target
 from pose.positions import PositionSampler
 from pose.rope import RopeScaling
 from pose.training import launch
@@ -37,11 +38,8 @@ def build_sampler(node: DictConfig, window: int | None = None) -> PositionSample
     arguments = OmegaConf.to_object(node)
     assert isinstance(arguments, dict)
     target_len = arguments.get("target_len")
-    if window is not None and isinstance(target_len, int) and target_len < window:
-        raise ConfigError(
-            f"pose.target_len={target_len} is below the model's own window of {window} tokens: give a target of at "
-            "least the window"
-        )
+    if window is not None and isinstance(target_len, int):
+        check_target(target_len, window)
     return make(_with_train_len(arguments, window), PositionSampler, "pose")
 
 

@@ -136,11 +136,19 @@ class PoseDataModule(L.LightningDataModule):
         example_len, begin = self.sampler.example_len, 0.0
         for phase in self.curriculum:
             end, length = phase if len(phase) == 2 else (0, 0)
-            if not begin < end < 1 or length < 1 or example_len % length:
+            is_phase = type(end) in (int, float) and type(length) is int
+            if not is_phase or not begin < end < 1 or length < 1 or example_len % length:
                 raise ConfigError(
                     f"data.curriculum has the phase {list(phase)}: give [end, length], the end a share of the run "
                     f"above {begin:g} and below 1, the length a divisor of {example_len}"
                 )
+            try:
+                self.sampler.resized(length, length)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"data.curriculum has the phase {list(phase)}, and {self.sampler.name} does not take its length: "
+                    f"{error}"
+                ) from error
             begin = end
         num_bos = 0 if self.bos_id is None else 1
         if self.window_len is not None and self.window_len + num_bos < self.sampler.min_document_len:

@@ -542,10 +542,13 @@ def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Bro
             except UnicodeDecodeError as error:
                 broken.found(f"{where}: not UTF-8 ({error.reason})", error)
                 continue
+            except (ValueError, OverflowError, LookupError) as error:  # times that Python does not have
+                broken.found(f"{where}: the id cannot be read ({error})", error)
+                continue
             document = document_of(record, text_field, where, f"{path.name}:{number}", broken)
             if document is not None:
                 yield document
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last of the name of a column
         if out_of_memory(error):
             raise
         broken.found(f"{path} cannot be read past row {number}: {error}", error)

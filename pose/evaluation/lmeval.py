@@ -222,7 +222,7 @@ def quiet():
 def hub_code_refused(name: str):
     """The metrics of the package evaluate are programs on the hub; `datasets` has not run such code since version 4.
 
-    An empty package takes its place, which the script evaluate.py would do else, when it runs.
+    A stub replaces the package: otherwise `import evaluate` could find this project's evaluate.py.
 
     Raises:
         ConfigError: the task uses one; names both.

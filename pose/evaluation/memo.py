@@ -56,7 +56,7 @@ class Outcomes:
         self._memo, self._cache_dir = Memo(self.folder), cache_dir
 
     def require_writable(self):
-        """Outcomes that cannot be kept would only be missed when an evaluation has been killed.
+        """Fails now: otherwise the loss is noticed only after a killed evaluation.
 
         Raises:
             ConfigError: the folder cannot be written to.

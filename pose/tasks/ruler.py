@@ -340,7 +340,7 @@ class VariableTracking:
         text, num = "", 1
         while True:
             larger = "".join(chain.text(num)) + " " + " ".join(chain.names) + "\n\n\n\n"
-            if text and texts.count(larger) > budget:
+            if text and (texts.count(larger) > budget or num > budget):  # or the tokenizer has no tokens for noise
                 return text
             text, num = larger, num - num % VT_EXAMPLE_STEP + VT_EXAMPLE_STEP
 

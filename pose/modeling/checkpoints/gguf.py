@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pose.errors import CheckpointError, DataError
+from pose.errors import CheckpointError, DataError, one_line
 from pose.files import Memo, atomic_folder, digest
 from pose.modeling.checkpoints.checks import SIZES, WINDOW, check_rope, is_integer, is_number
-from pose.modeling.checkpoints.hub import printable
 
 # Raise it whenever the same file would give another folder than before.
 FORMAT_VERSION = 3
@@ -75,7 +75,7 @@ def find_gguf(source: str) -> Path:
 def describe(file: Path) -> str:
     """The file's name and how most of its weights are kept, in one phrase."""
     kinds = Counter(tensor.tensor_type.name for tensor in _open(file).tensors)
-    return f"{printable(file.name)} (weights {kinds.most_common(1)[0][0]}, dequantised)"
+    return f"{one_line(file.name)} (weights {kinds.most_common(1)[0][0]}, dequantised)"
 
 
 def convert(file: str | Path, folder: str | Path):
@@ -101,6 +101,8 @@ def convert(file: str | Path, folder: str | Path):
         model.load_state_dict(_weights(reader, config), assign=True)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    except StrictDataclassError as error:
+        raise CheckpointError(f"{file} has a config that LLaMA cannot have: {one_line(error)}") from error
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} does not hold the weights of its own config: {error}") from error
     model.tie_weights()
@@ -111,7 +113,7 @@ def convert(file: str | Path, folder: str | Path):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             if license:
-                head = yaml.safe_dump({"license": printable(license)}, allow_unicode=True)
+                head = yaml.safe_dump({"license": one_line(license)}, allow_unicode=True)
                 (partial / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
@@ -164,7 +166,7 @@ def _open(file: Path):
         return Reader(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a GGUF file: {error}") from error
 
 
@@ -271,7 +273,7 @@ def _weights(reader, config: LlamaConfig) -> dict[str, torch.Tensor]:
 
 
 def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    kind, rules = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    kind, rules = _text(fields, "tokenizer.ggml.model"), _text(fields, "tokenizer.ggml.pre")
     if kind != "gpt2" or rules not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"the GGUF's tokenizer is of model {kind!r} and pre-tokenizer {rules!r}: only 'gpt2' with "

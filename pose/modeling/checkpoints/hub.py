@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
-from pose.errors import CheckpointError, PoseError
+from pose.errors import CheckpointError, PoseError, one_line
 from pose.files import load_json
 from pose.modeling import compat
 
@@ -67,6 +67,10 @@ def from_hub(what: str, load: Callable, path: str, revision: str | None, **kwarg
         if folder is None and Path(path).parent.is_dir():  # so a missing folder may be meant
             name = f"there is no folder at {path}, and as a hub id {name}"
         raise CheckpointError(f"{name} cannot be loaded: {_reason(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of tokenizers, whose code in Rust has no error for it
+            raise
+        raise CheckpointError(f"{name} cannot be loaded, since it is damaged: {first_line(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -74,12 +78,7 @@ def _reason(error: Exception) -> str:
     said = first_line(error)
     if said.endswith(":"):  # and then the next one says what
         said += f" {' '.join(str(error).strip().splitlines()[1:2]).strip()}"
-    return printable(said if isinstance(error, _SAID) else f"{type(error).__name__}: {said}")
-
-
-def printable(text: str) -> str:
-    """A stranger's text without control characters, which could move the cursor of a terminal."""
-    return "".join(letter for letter in text if letter.isprintable())
+    return one_line(said if isinstance(error, _SAID) else f"{type(error).__name__}: {said}")
 
 
 def _with_retries(load: Callable, what: str, sleep: Callable[[float], None] = time.sleep) -> Any:

@@ -78,6 +78,12 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["finetune.betas=[0.9]"], ConfigError, ["finetune.betas=[0.9]"]),
         (["trainer.log_every_n_steps=0"], ConfigError, ["trainer.log_every_n_steps=0"]),
         (["data.curriculum=[5]"], ConfigError, ["data.curriculum", "5"]),
+        (["data.curriculum=[[a,128]]"], ConfigError, ["data.curriculum", "['a', 128]"]),
+        (
+            ["model.path=null", "model.tokenizer=assets/tiny", "model.init={model_type: llama, hidden_size: 65}"],
+            ConfigError,
+            ["model.init={'model_type': 'llama', 'hidden_size': 65}", "is not a model's config"],
+        ),
         (["finetune.lr=0"], ConfigError, ["finetune.lr=0"]),
         (["finetune=lora", "finetune.lora.rank=0"], ConfigError, ["finetune.lora.rank=0", "at least 1"]),
         (["finetune=lora", "finetune.lora.target_modules=[q]"], ConfigError, ["lora.target_modules", "q_proj"]),
