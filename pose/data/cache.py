@@ -43,7 +43,7 @@ FORMAT_VERSION = 3
 A_DAY = 24 * 3600.0  # seconds
 CHECKED_AT_ONCE = 8 << 20  # bytes
 DTYPES = ("uint16", "uint32")
-# A folder in which a cache was being built, or from which a name was taken.
+# A folder in which a cache was being built, or one that was renamed to be removed.
 LEFTOVER = re.compile(r"\.?(.+-[0-9a-f]{16})\.([a-z0-9_]{8}|old|removed)")
 # What index.json must have.
 COUNTS = ("read", "kept", "tokens", "max_id", "too_short", "min_tokens", "without_text", "broken")
@@ -88,7 +88,7 @@ class TokenCache:
         self._tokens: np.ndarray | None = None
 
     def _open_files(self, check: bool):
-        open(self.folder / "index.json").close()  # what is closed to this user is told from what is damaged
+        open(self.folder / "index.json").close()  # no permission to read is no damage
         self.info: dict[str, Any] = load_json(self.folder / "index.json", DamagedCache, KEYS)
         if self.info["checksum"] != _checksum_of_index(self.info):
             raise self._damaged("index.json is not what was written")
@@ -139,7 +139,7 @@ class TokenCache:
         return self._tokens[end - self.lengths[document] : end]
 
     def __reduce__(self):
-        return type(self), (self.folder, False)  # a reading process trusts the one that has opened it
+        return type(self), (self.folder, False)  # reading processes do not compare the checksums again
 
     @property
     def max_id(self) -> int:
@@ -222,7 +222,7 @@ class TokenCache:
         def write(building: Path):
             try:
                 _tokenise(name, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, building)
-            except DataError:  # which may be of a file that is half written
+            except DataError:  # it may be caused by a file that is still being written
                 check_unchanged()
                 raise
             check_unchanged()
@@ -264,7 +264,10 @@ class TokenCache:
     @classmethod
     def _build(cls, folder: Path, write, alone: bool) -> "TokenCache":
         _remove_leftovers(folder, alone)
-        with suppress(FileExistsError), atomic_folder(folder) as building:  # of a job that was first, without locks
+        with (
+            suppress(FileExistsError),
+            atomic_folder(folder) as building,
+        ):  # another job may be first
             with all_cores():
                 write(building)
             if folder.exists() and cls._open(folder, warn=False) is None:
@@ -335,7 +338,7 @@ def _lock(path: Path, waiting: str | None = None) -> Iterator[bool]:
 def _open_lock(path: Path) -> IO:
     try:
         return open(path, "a")
-    except PermissionError:  # another user's can be held too
+    except PermissionError:  # another user's lock file can be locked read-only too
         return open(path)
 
 

@@ -176,7 +176,7 @@ class PoseDataModule(L.LightningDataModule):
         tasks: dict[Any, float] = {
             TASKS[name](self.tokenizer, documents, self.vocab_size): share for name, share in self.synthetic.items()
         }
-        for task in tasks:  # what does not fit is an error now, not in the middle of the run
+        for task in tasks:  # so that what does not fit is an error now, not in the middle of the run
             for length in (self.sampler.example_len, *(length for _, length in self.curriculum)):
                 task.sample(np.random.default_rng(0), length)
 
@@ -238,7 +238,7 @@ class PoseDataModule(L.LightningDataModule):
 
 
 def reserve_file_handles(num_workers: int):
-    """Raises this process's limit of open files to what reading processes need, who would hang without.
+    """Raises this process's limit of open files to what reading processes need: they would hang without.
 
     Raises:
         ConfigError: it cannot be raised so far.
@@ -258,9 +258,9 @@ def reserve_file_handles(num_workers: int):
 
 
 def _follow_the_trainer(worker: int):
-    """Schedulers and terminals signal every process of a job: the one that trains says when its readers end.
+    """Ignores signals, which schedulers and terminals send to every process of a job: the trainer ends its readers.
 
-    They end with it when it is killed, too, and not when they next look, seconds later.
+    When it is killed the kernel ends them at once; by themselves they would notice seconds later.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -269,7 +269,7 @@ def _follow_the_trainer(worker: int):
 
 
 def _end_readers():
-    """At the exit, before multiprocessing waits for its processes: it sends SIGTERM, to which readers do not listen."""
+    """Kills readers at the exit: multiprocessing would send SIGTERM, which they ignore, and wait."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

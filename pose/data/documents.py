@@ -21,10 +21,10 @@ PACKED = (".gz", ".zst")  # of .jsonl and .txt; Parquet packs its columns itself
 ACCEPTED = ".jsonl or .txt, each also as .gz or .zst, or .parquet"
 ON_BROKEN = ("error", "skip")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-MAX_DOCUMENT_CHARS = 200_000_000  # a hundred thick novels
-BLOCK = 1 << 20  # bytes that are read at a time of a line or text file
+MAX_DOCUMENT_CHARS = 200_000_000  # about a hundred long novels
+BLOCK = 1 << 20  # bytes of a line or text file that are read at a time
 CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of UTF-8 that begin no character
-SHIPPED = REPOSITORY / "assets" / "corpora"  # whose text is under "text", whatever that of other documents is under
+SHIPPED = REPOSITORY / "assets" / "corpora"  # their text is under "text", whatever text_field says
 
 
 class Document(NamedTuple):
@@ -69,7 +69,7 @@ OF_DATA = Keys()
 
 
 class Broken:
-    """What is done about a place that cannot be read, or is too long: an error, or one more in a count.
+    """How a place that cannot be read, or is too long, is handled: as an error, or skipped and counted.
 
     Args:
         on_broken: "error" or "skip".
@@ -113,7 +113,7 @@ class Broken:
             self.first.append(message)
 
     def forget_after(self, count: int):
-        """Counts the first ones alone: what came after them was read ahead, and is not used."""
+        """Keeps the first `count` broken places: those after them were read ahead, and are not used."""
         self.count, self.first = count, self.first[:count]
 
 
@@ -156,7 +156,7 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def changed(paths: Iterable[str]) -> DataError:
-    """The error for files that are not what they were when they were digested."""
+    """The error for files that have changed since they were digested."""
     return DataError(
         f"{', '.join(sorted(set(paths))[:3])} changed while it was read: start again when nothing writes to it any more"
     )
@@ -171,7 +171,7 @@ def unreadable(error: OSError) -> DataError:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, as whatever library says it: that is never a fault of the documents."""
+    """Whether memory ran out, in whatever form a library reports it: that is never a fault of the documents."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
@@ -312,7 +312,7 @@ def find_files(pattern: str | Path) -> list[Path]:
 
 
 def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:
-    """All that lies in a folder and is no folder, at any depth and behind links, sorted.
+    """All files in a folder, at any depth and behind links, sorted.
 
     Args:
         folder: to look through.
@@ -328,7 +328,7 @@ def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         above = [parent for parent in Path(place).parents if parent.is_relative_to(folder)]
-        if any(os.path.samefile(place, parent) for parent in above):  # a link to where it lies: no end
+        if any(os.path.samefile(place, parent) for parent in above):  # a link to a folder above it
             folders.clear()
             continue
         folders[:] = [name for name in folders if not leave_out(name)]
@@ -337,7 +337,7 @@ def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:
 
 
 def _check_folders(pattern: Path):
-    """Raises OSError where a folder that a glob looks into cannot be read: `glob` passes it over."""
+    """Raises OSError where a folder that a glob looks into cannot be read: `glob` skips it silently."""
     for end in range(1, len(pattern.parts)):
         for folder in glob.glob(os.path.join(*pattern.parts[:end], ""), recursive=True):
             os.scandir(folder).close()
@@ -428,7 +428,7 @@ def _zstd(path: Path):
 
 def _read_jsonl(path: Path, file: BufferedIOBase, text_field: str, broken: Broken) -> Iterator[Document]:
     number = 0
-    # Beside the text a line may have other fields, and two characters for one: a longer one is not read into memory.
+    # A line may have other fields too, and escapes of two characters for one: a longer line is not read into memory.
     most = 2 * broken.max_document_chars + BLOCK
     try:
         for number, line in enumerate(_lines(_unpack(path, file), most), 1):
@@ -438,7 +438,7 @@ def _read_jsonl(path: Path, file: BufferedIOBase, text_field: str, broken: Broke
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line and not line.isspace():
                 document = _parse(line, path, number, text_field, broken)
-                del line  # a long one is not held while its text is worked on
+                del line  # so that a long line is freed while its text is used
                 if document is not None:
                     yield document
     except Exception as error:
@@ -455,7 +455,7 @@ def _lines(file: BufferedIOBase, most: int) -> Iterator[bytes | bytearray | None
         else:
             blocks = _to_the_end(block, file)
             yield _join(blocks, most)
-            for _ in blocks:  # of a line that is too long
+            for _ in blocks:  # the rest of a line that is too long is passed over
                 pass
 
 
@@ -529,7 +529,7 @@ def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Bro
                 f"({broken.keys.choose_field()})"
             )
         wanted = [name for name in (text_field, "id") if name in names]
-        # A row at a time: what is written once in a file may be said by every row of it.
+        # A row at a time: a value that the file stores once, in a dictionary, may be repeated by every row.
         for batch in parquet.iter_batches(1, columns=wanted, use_threads=False):
             number += 1
             where = f"{path}, row {number}"
@@ -542,13 +542,17 @@ def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Bro
             except UnicodeDecodeError as error:
                 broken.found(f"{where}: not UTF-8 ({error.reason})", error)
                 continue
-            except (ValueError, OverflowError, LookupError) as error:  # times that Python does not have
+            except (
+                ValueError,
+                OverflowError,
+                LookupError,
+            ) as error:  # a time out of range or zone
                 broken.found(f"{where}: the id cannot be read ({error})", error)
                 continue
             document = document_of(record, text_field, where, f"{path.name}:{number}", broken)
             if document is not None:
                 yield document
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last of the name of a column
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: a column's name
         if out_of_memory(error):
             raise
         broken.found(f"{path} cannot be read past row {number}: {error}", error)

@@ -1,4 +1,4 @@
-"""Whole documents of the training data that are kept for evaluation, where nobody names others."""
+"""Whole documents of the training data that are kept for evaluation, where no other documents are given."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,7 @@ from pose.errors import DataError
 class SetAside:
     """A share of the documents that are long enough to be measured on.
 
-    The choice is by the documents' ids alone, so that it is the same for every seed, and for every sampler and method
-    of a sweep.
+    The choice depends on the documents' ids alone: it is the same for every seed, sampler and method of a sweep.
 
     Args:
         documents: of the training, as `TokenCache.build` takes them.

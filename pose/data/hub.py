@@ -201,7 +201,7 @@ class HubDataset:
                 return
             except (DataError, ConfigError):
                 raise
-            except Exception as error:  # whatever datasets, its readers and its file systems raise
+            except Exception as error:  # datasets, its readers and its file systems raise errors of any class
                 if out_of_memory(error):
                     raise
                 if not may_pass(error, self.is_local):

@@ -25,7 +25,7 @@ from pose.evaluation.scoring import Scorer
 from pose.modeling.layers import cache_is_exact
 from pose.modeling.long import hidden_states
 
-SAMPLING = ("temperature", "top_p", "top_k")  # of a task's generation_kwargs: nothing to greedy decoding
+SAMPLING = ("temperature", "top_p", "top_k")  # keys of generation_kwargs without effect on greedy decoding
 
 
 class ScorerLM(HFLM):
@@ -151,7 +151,7 @@ class ScorerLM(HFLM):
         return 1  # generation, and the windows of whole texts, which are of max_length
 
     def _batch_scheduler(self, pos, n_reordered_requests):
-        """How many requests go together from the one that begins a batch on; asked again for each further one.
+        """How many requests go into the batch that begins at `pos`; lm-eval asks again for each request of it.
 
         They come longest first. Frequencies that depend on the length would take that of the padding: there a batch
         holds requests of one length.
@@ -180,7 +180,7 @@ class ScorerLM(HFLM):
         """As HFLM's, with the settings of the task and none of the checkpoint's; a cache only where it is exact."""
         if not generation_kwargs.get("do_sample"):
             generation_kwargs = {k: v for k, v in generation_kwargs.items() if k not in SAMPLING} | {"do_sample": False}
-        ends = end_ids(self.model, self.tokenizer)  # while the checkpoint's are there
+        ends = end_ids(self.model, self.tokenizer)  # before the checkpoint's generation config is replaced
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             return self.model.generate(

@@ -120,7 +120,7 @@ class Ruler(TaskByLength):
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         return {
             f"{self.name}@{n}": wilson(sum(scores), len(scores))
-            if set(scores) <= {0, 1}  # where they all are one of these a bootstrap would be sure of it
+            if set(scores) <= {0, 1}  # a bootstrap of scores that are all 0 or all 1 has no width
             else ratio(scores, [1] * len(scores))
             for n, scores in ((n, outcome["scores"]) for n, outcome in outcomes.items())
         }

@@ -232,7 +232,7 @@ def values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
 
 
 def out_of_reach(results: Mapping[str, Estimate | float], window: int) -> str | None:
-    """What is to be said of tasks that a model cannot do at all: 0 at every length inside its own window.
+    """A remark on tasks that a model cannot do at all: 0 at every length inside its own window.
 
     Such a task says nothing of how far the model reaches, and its zeros look like a failure of the extension.
 

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
 FORMS: dict[str, type[GPTJ] | type[Baichuan]] = {"gptj": GPTJ, "baichuan": Baichuan}
-PROBE = "A text, № 1: ﬁne é 文"  # that tokenizers read when they are loaded
+PROBE = "A text, № 1: ﬁne é 文"  # tokenised once when a tokenizer is loaded
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -64,7 +64,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     if form is not None:
         return form.config
     config = from_hub("config", AutoConfig.from_pretrained, path, revision, trust_remote_code=False)
-    config.__dict__.pop("auto_map", None)  # it would go into the export, without the code it names
+    config.__dict__.pop("auto_map", None)  # it would be exported without the code that it names
     if config.model_type == "gemma" and config.hidden_act == "gelu":
         config.hidden_act = "gelu_pytorch_tanh"  # what its first folders mean by it
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -105,7 +105,7 @@ def _read_window(config: PretrainedConfig, path: str):
 
 @functools.cache
 def _say_unknown_window(path: str, longest: int, factor: float):
-    """Once for a folder, which a run reads several times."""
+    """Warns once for a folder, which a run reads several times."""
     log.warning(
         f"{path} has linear RoPE scaling by {factor:g}, and does not tell whether max_position_embeddings={longest} is "
         "the window before or after: it is taken for both. Give the lengths to measure, or make a folder that tells, "
@@ -146,12 +146,12 @@ def load_tokenizer(path: str, revision: str | None = None):
 
 
 def _tried(load: Callable) -> Callable:
-    """The same loader, whose tokenizer has read a text: damaged tables end the code in Rust at the first one."""
+    """The same loader, which also tokenises a text: a damaged table makes tokenizers panic at the first one."""
 
     def load_and_try(*args, **kwargs):
         tokenizer = load(*args, **kwargs)
         if tokenizer is not None:
-            with suppress(Exception):  # a sound one may have no token for what it does not know
+            with suppress(Exception):  # a sound tokenizer may have no token for unknown text
                 tokenizer(PROBE)
         return tokenizer
 
@@ -169,7 +169,7 @@ def _load_spm(path: str, settings: dict[str, Any], **hub):
 
 
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
-    """What a model's config says of its rotary embedding: nothing here is a constant of ours.
+    """What a model's config says of its rotary embedding; no value is assumed.
 
     Raises:
         ConfigError: the model has no rotary embedding, or one for each kind of layer.

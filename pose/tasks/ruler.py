@@ -239,7 +239,7 @@ class NeedleDraft:
         self.hidden = [self._sentence(*pairs[i]) for i in self.rng.permutation(len(pairs))]
         self.keys = set(keys)
         self.depths = self._depths(asked_depths)
-        if asked_depths is not None and len(self.answers) == 1:  # the one that is asked for goes to its depth
+        if asked_depths is not None and len(self.answers) == 1:  # the needle that is asked for goes to the given depth
             answer = next(i for i, needle in enumerate(self.hidden) if f" {self.answers[0]}." in needle)
             place = self.depths.index(asked_depths[0])
             self.hidden[answer], self.hidden[place] = self.hidden[place], self.hidden[answer]
@@ -340,7 +340,7 @@ class VariableTracking:
         text, num = "", 1
         while True:
             larger = "".join(chain.text(num)) + " " + " ".join(chain.names) + "\n\n\n\n"
-            if text and (texts.count(larger) > budget or num > budget):  # or the tokenizer has no tokens for noise
+            if text and (texts.count(larger) > budget or num > budget):  # num: noise may have no tokens
                 return text
             text, num = larger, num - num % VT_EXAMPLE_STEP + VT_EXAMPLE_STEP
 
@@ -440,7 +440,7 @@ class CommonWords:
 class FrequentWords:
     """Coded words by a zeta law, the most frequent one written as dots; the size is the number of words of the law."""
 
-    smallest = 27  # then the fourth of the law stands there once, and the fifth not at all
+    smallest = 27  # the fourth word then stands there once, and the fifth not at all
 
     def __init__(self, key: tuple, length: int):
         self.key, rng = key, np.random.default_rng(key)

@@ -150,7 +150,7 @@ def _open(file: Path):
         raise CheckpointError(f"reading {file} needs the package gguf: pip install gguf") from error
 
     class Reader(GGUFReader):
-        """Believes no length: beyond the end of a file GGUFReader finds empty items, as many as the file says."""
+        """Checks every length: beyond the end of a file GGUFReader reads empty items, as many as the file claims."""
 
         def _get_field_parts(self, orig_offs, raw_type):
             if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > LONGEST_ARRAY:
@@ -239,7 +239,7 @@ def _config(fields: dict[str, Any], tensors: set[str]) -> LlamaConfig:
         num_key_value_heads=_size(fields, "llama.attention.head_count_kv", heads, heads),
         head_dim=head_dim,
         max_position_embeddings=_size(fields, "llama.context_length", WINDOW),
-        # kept as fp32: 1e-5 again
+        # stored as fp32; rounded back to 1e-5
         rms_norm_eps=float(f"{_number(fields, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": _number(fields, "llama.rope.freq_base", 10_000.0)},
         tie_word_embeddings="output.weight" not in tensors,
@@ -285,7 +285,7 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     merges = [tuple(merge.split(" ")) for merge in _list(fields, "tokenizer.ggml.merges", str)]
     try:
         tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    except Exception as error:  # tokenizers has no class of its own for it
+    except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"its 'tokenizer.ggml.merges' do not fit its tokens: {error}") from error
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[rules]
     tokenizer.decoder = decoders.ByteLevel()

@@ -43,7 +43,7 @@ METHODS: dict[str, Any] = {
 }
 IGNORED = {"type", "rope_type", "original_max_position_embeddings", "finetuned"}
 RELEASED = ("vanilla_ntk",)  # types of the released code alone, whose max_position_embeddings is the scaled length
-RELEASED_BASE = 10_000.0  # it computes with this whatever the config says
+RELEASED_BASE = 10_000.0  # the base that it uses, whatever the config says
 WEIGHTS = {".safetensors", ".bin"}
 LEFT_BEHIND = {".py", ".pt", ".pth"}  # code, and states of optimizers and generators
 STATE = ("training_args", "trainer_state", "optimizer", "scheduler", "rng_state")
@@ -144,7 +144,7 @@ def _import(src: Path, dst: Path, yarn: str | None, window: int | None):
 
 
 def _check_inside(file: Path, folder: Path):
-    """Refuses a link that leads out: who unpacks a stranger's folder would copy a file of his own into the new one.
+    """Refuses a link out of the folder: importing a downloaded one could copy a private file into the new folder.
 
     A folder of the hub's cache is made of such links, into the blobs beside it.
     """
@@ -198,7 +198,7 @@ def _lengths(
         return longest, int(longest * factor)
     key = "original_max_position_embeddings"
     window = window or old.get(key) or getattr(config, key, None)
-    trained = raw.get("max_sequence_length")  # of LLaMA's first folders, and of those made from them
+    trained = raw.get("max_sequence_length")  # in LLaMA's first folders, and in those made from them
     if window is None and trained in (longest / factor, longest * factor):
         window = min(trained, longest)
     if window is None and (factor == 1 or kind in RELEASED):

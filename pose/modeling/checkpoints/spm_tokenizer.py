@@ -127,7 +127,7 @@ def _parse(file: Path):
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     try:
         proto.ParseFromString(content)
-    except Exception as error:  # of a class that not every version of protobuf can be asked for
+    except Exception as error:  # its class is not public in every version of protobuf
         raise CheckpointError(f"{file} is not a sentencepiece model: give a folder with a tokenizer.json") from error
     return proto
 
@@ -158,13 +158,13 @@ def _special_tokens(trainer, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _extra(settings: dict[str, Any]) -> list[str | dict[str, Any]]:
-    """Special tokens without a part of their own, under the name of transformers 5 or 4."""
+    """Special tokens beside those of NAMES, under their key of transformers 5 or 4."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     return list(extra.values()) if isinstance(extra, dict) else extra
 
 
 def _added(token: str | dict[str, Any], special: bool) -> AddedToken:
-    """A token that is looked for in the text as it is given, as transformers' slow tokenizers do."""
+    """A token that is matched in the text before it is normalised, as by transformers' slow tokenizers."""
     options = token if isinstance(token, dict) else {}
     strips = {key: bool(options.get(key)) for key in ("lstrip", "rstrip", "single_word")}
     return AddedToken(_content(token), normalized=False, special=special, **strips)

@@ -80,9 +80,9 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["data.curriculum=[5]"], ConfigError, ["data.curriculum", "5"]),
         (["data.curriculum=[[a,128]]"], ConfigError, ["data.curriculum", "['a', 128]"]),
         (
-            ["model.path=null", "model.tokenizer=assets/tiny", "model.init={model_type: llama, hidden_size: 65}"],
+            ["experiment=pretrain_tiny", "model.init.hidden_size=65"],
             ConfigError,
-            ["model.init={'model_type': 'llama', 'hidden_size': 65}", "is not a model's config"],
+            ["model.init={", "is not a model's config"],
         ),
         (["finetune.lr=0"], ConfigError, ["finetune.lr=0"]),
         (["finetune=lora", "finetune.lora.rank=0"], ConfigError, ["finetune.lora.rank=0", "at least 1"]),
