@@ -348,7 +348,7 @@ def test_a_license_is_text_and_nothing_else(tmp_path):
     convert(write_gguf(tmp_path / "m.gguf", make_model(), **{"general.license": license}), tmp_path / "out")
     head, content, rest = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     assert head == rest == "" and yaml.safe_load(content) == {"license": "mit[2J --- # <script> license: other"}
-    assert license_of(tmp_path / "out") == "mit[2J---# <script>license: other"
+    assert license_of(tmp_path / "out") == "mit[2J --- # <script> license: other"
     named = (tmp_path / "m.gguf").rename(tmp_path / "m\x1b[2J.gguf")
     assert describe(named) == "m[2J.gguf (weights F32, dequantised)"
 
