@@ -144,7 +144,7 @@ def _closed_form(sampler: PositionSampler) -> tuple[np.ndarray, np.ndarray] | No
     L, T = sampler.train_len, sampler.target_len
     if type(sampler) is Full:
         return _contiguous(T, T)
-    if type(sampler) in (ShortPI, SingleShift) or L == 1 or (type(sampler) is PoSE and sampler.num_chunks == 1):
+    if type(sampler) in (ShortPI, SingleShift) or (type(sampler) is PoSE and sampler.num_chunks == 1):
         return _contiguous(L, T)
     if type(sampler) is PoSE and sampler.num_chunks == 2:
         return _two_chunks(L, T, longest_first=L - 1)

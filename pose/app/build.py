@@ -17,6 +17,7 @@ from pose.errors import ConfigError, PoseError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths
 from pose.files import locate
+from pose.modeling.load import check_target
 from pose.positions import PositionSampler
 from pose.rope import RopeScaling
 from pose.training import launch
@@ -34,11 +35,8 @@ def build_sampler(node: DictConfig, window: int | None = None) -> PositionSample
     arguments = OmegaConf.to_object(node)
     assert isinstance(arguments, dict)
     target_len = arguments.get("target_len")
-    if window is not None and isinstance(target_len, int) and target_len < window:
-        raise ConfigError(
-            f"pose.target_len={target_len} is below the model's own window of {window} tokens: give a target of at "
-            "least the window"
-        )
+    if window is not None and isinstance(target_len, int):
+        check_target(target_len, window)
     return make(_with_train_len(arguments, window), PositionSampler, "pose")
 
 
@@ -121,8 +119,17 @@ def build_data(
 ) -> PoseDataModule:
     """The LightningDataModule of the group `data`, not tokenised yet."""
     d, t = to_options(cfg.data, DataConfig), cfg.trainer
-    measuring = [cfg.eval] + [cfg.watch] * (cfg.watch.every_n_steps is not None)
-    wanting = [group for group in measuring if "perplexity" in group.tasks and group.documents is None]
+    measuring = {"eval": cfg.eval} | ({"watch": cfg.watch} if cfg.watch.every_n_steps is not None else {})
+    wanted = [
+        (length, f"{name}.{key}")
+        for name, group in measuring.items()
+        if "perplexity" in group.tasks and group.documents is None
+        for key, length in (
+            ("lengths", max(group.lengths or [sampler.target_len])),
+            ("min_tokens", group.min_tokens or 0),
+        )
+    ]
+    heldout_len, asked_by = max(wanted, key=lambda one: one[0], default=(None, "eval.lengths"))
     documents = find_documents("data.documents", d.documents)
     return PoseDataModule(
         documents,
@@ -139,8 +146,9 @@ def build_data(
         on_broken=d.on_broken,
         max_document_chars=d.max_document_chars,
         vocab_size=vocab_size,
-        heldout_share=d.heldout_share if wanting else 0.0,
-        heldout_len=min(max(group.lengths or [sampler.target_len]) for group in wanting) if wanting else None,
+        heldout_share=d.heldout_share if wanted else 0.0,
+        heldout_len=heldout_len,
+        heldout_asked_by=asked_by,
         window_len=d.window_len,
         add_bos=d.add_bos,
         synthetic={name: share for name, share in vars(d.synthetic).items() if share},

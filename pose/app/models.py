@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -93,7 +94,7 @@ def model_config(cfg: DictConfig) -> PretrainedConfig:
     init: Any = OmegaConf.to_container(cfg.model.init, resolve=True)
     try:
         return AutoConfig.for_model(init.pop("model_type"), **init)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(
             f"model.init={OmegaConf.to_container(cfg.model.init)} is not a model's config: {error}"
         ) from error

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from pose.app import command
-from pose.errors import ConfigError, require_int
+from pose.errors import ConfigError, PoseError, require_int
 from pose.evaluation.options import BOOK, read_haystack
 from pose.files import atomic_file, locate
 from pose.tasks.ruler import NEEDLES, TASKS, RulerPrompts
@@ -49,7 +49,10 @@ def write_prompts(
     if depth is not None and task not in NEEDLES:
         raise ConfigError(f"--depth={depth} does not go with --task={task}, which has no needles")
     depths = None if depth is None else [depth]
-    prompts = RulerPrompts(task, tokenizer, haystack, depths=depths, num_added=int(add_bos))
+    try:
+        prompts = RulerPrompts(task, tokenizer, haystack, depths=depths, num_added=int(add_bos))
+    except PoseError as error:
+        raise error.under("") from None
     prompts.check(seed, length, num)
     path = Path(out).expanduser()
     try:
@@ -87,7 +90,9 @@ def main():
 
         tokenizer = load_tokenizer(locate(arguments.pop("tokenizer")))
         bos_id(tokenizer, arguments["add_bos"], "--add-bos")
-        write_prompts(tokenizer=tokenizer, haystack=read_haystack(locate(arguments.pop("haystack"))), **arguments)
+        write_prompts(
+            tokenizer=tokenizer, haystack=read_haystack(locate(arguments.pop("haystack")), group=""), **arguments
+        )
         log.info(
             f"{arguments['num']} prompts of ruler/{arguments['task']} with {arguments['length']} tokens each in "
             f"{arguments['out']}"

@@ -1,4 +1,4 @@
-"""Failures of a network: which may pass, and how long to wait for it."""
+"""Failures of a network: which are temporary, and how long to wait before the next attempt."""
 
 import gzip
 import logging

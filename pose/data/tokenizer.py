@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer, trained: byte-level BPE, digits one by one. And how many bytes a token of any stands for.
+"""The tiny model's tokenizer, trained: byte-level BPE, digits one by one. And the bytes that a token stands for.
 
 python -m pose.data.tokenizer assets/tiny assets/corpora/*.train.jsonl.gz
 """
@@ -60,7 +60,7 @@ def tokenizer_digest(tokenizer) -> str:
     """SHA-256 of what decides a tokenizer's tokens."""
     if getattr(tokenizer, "is_fast", False):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules |= {"truncation": None, "padding": None}  # which calls set, and do not matter here
+        rules |= {"truncation": None, "padding": None}  # set by calls, and without effect on the tokens here
     else:
         rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
@@ -83,7 +83,7 @@ def token_bytes(tokenizer) -> np.ndarray:
     added = {
         i: token.content
         for i, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content not in own  # else it is made of text too, as Gemma's runs of spaces
+        if token.special or token.content not in own  # others are ordinary text, as Gemma's runs of spaces
     }
     sizes = np.zeros(max(vocab.values()) + 1, np.int64)
     byte_level = _is_byte_level(tokenizer)

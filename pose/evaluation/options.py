@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pose.data.documents import read_documents
-from pose.errors import ConfigError, require_choice, require_int
+from pose.data.documents import Keys, out_of_memory, read_documents
+from pose.errors import ConfigError, DataError, PoseError, require_choice, require_int
 
 TASKS = ("perplexity", "passkey", "needle")
 BOOK = "assets/corpora/books.heldout.jsonl.gz"
@@ -86,16 +86,28 @@ class EvalOptions:
                 )
 
 
-def read_haystack(source: Any) -> str:
+def read_haystack(source: Any, group: str = "eval") -> str:
     """The text of a haystack, documents separated by empty lines.
 
     Args:
         source: as `EvalOptions.haystack`, its paths found.
+        group: of the config that it is of, for errors; "" for a command, which takes paths alone.
 
     Raises:
-        DataError: what is missing, of another kind, or broken; names file and line.
+        ConfigError: a value that names no file.
+        DataError: what is missing, of another kind, or broken; names file and line. Or memory runs out.
     """
-    return "\n\n".join(document.text for document in read_documents(source))
+    key = "{group}.haystack"
+    keys = Keys(key, text_field=None, max_document_chars=None, takes_field=bool(group))
+    try:
+        return "\n\n".join(document.text for document in read_documents(source, keys=keys))
+    except PoseError as error:
+        error.under(group)
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise DataError(f"memory ran out while {key} was read: give a shorter text", group=group) from error
 
 
 def _refused(message: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""What tells a checkpoint from every other: the digests of all files that are read for it."""
+"""The identity of a checkpoint: the digests of all files that are read for it."""
 
 import logging
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ NOT_READ = {
 
 
 def fingerprint(path: str, revision: str | None, memo: Memo) -> list:
-    """The fingerprint of a checkpoint: another one as soon as anything that is read for it is.
+    """The fingerprint of a checkpoint; it changes when any file that is read for it changes.
 
     Args:
         path: a local folder, or a hub id.

@@ -83,6 +83,12 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["finetune.betas=[0.9]"], ConfigError, ["finetune.betas=[0.9]"]),
         (["trainer.log_every_n_steps=0"], ConfigError, ["trainer.log_every_n_steps=0"]),
         (["data.curriculum=[5]"], ConfigError, ["data.curriculum", "5"]),
+        (["data.curriculum=[[a,128]]"], ConfigError, ["data.curriculum", "['a', 128]"]),
+        (
+            ["experiment=pretrain_tiny", "model.init.hidden_size=65"],
+            ConfigError,
+            ["model.init={", "is not a model's config"],
+        ),
         (["finetune.lr=0"], ConfigError, ["finetune.lr=0"]),
         (["finetune=lora", "finetune.lora.rank=0"], ConfigError, ["finetune.lora.rank=0", "at least 1"]),
         (["finetune=lora", "finetune.lora.target_modules=[q]"], ConfigError, ["lora.target_modules", "q_proj"]),
@@ -258,10 +264,50 @@ def test_a_run_on_own_data_is_watched_on_own_documents_that_it_does_not_train_on
 
 
 def test_a_single_document_cannot_be_set_aside(plan, tmp_path):
-    with pytest.raises(DataError, match=r"1 of the 1 documents .*data\.heldout.*eval=none"):
-        plan("data=jsonl", f"data.documents={lines(tmp_path, 1)}", "eval=perplexity")
+    single = f"data.documents={lines(tmp_path, 1)}"
+    with pytest.raises(DataError, match=r"1 of the 1 documents .*data\.heldout.*\(eval\.tasks=\[passkey\]\)"):
+        plan("data=jsonl", single, "eval=perplexity")
+    with pytest.raises(DataError, match=r"1 of the 1 documents .*\(watch\.tasks=\[passkey\]\)"):
+        plan("data=jsonl", single, "eval=none", "watch.every_n_steps=1")
     with pytest.raises(ConfigError, match=r"eval\.documents is not set"):
         plan("data=jsonl", f"data.documents={lines(tmp_path, 3)}", "eval=perplexity", "data.heldout_share=0")
+
+
+def test_what_is_set_aside_is_long_enough_for_all_who_measure_on_it(plan, tmp_path):
+    """The longest window of eval and watch, and min_tokens of either."""
+    file = f"data.documents={lines(tmp_path, 6)}"
+    common = ["data=jsonl", file, "trainer.max_steps=1", "eval=perplexity", "eval.windows=1", "watch.every_n_steps=1"]
+    for overrides, length, key in (
+        (["eval.lengths=[256]", "watch.lengths=[512]"], 512, "watch.lengths"),
+        (["eval.lengths=[512]", "watch.lengths=[256]"], 512, "eval.lengths"),
+        (["eval.lengths=[512]", "watch.lengths=[256]", "watch.min_tokens=600"], 600, "watch.min_tokens"),
+        (["eval.lengths=[512]", "eval.min_tokens=700", "watch.lengths=[600]"], 700, "eval.min_tokens"),
+        (["eval.lengths=[512]", "watch.tasks=[passkey]", "watch.lengths=[600]"], 512, "eval.lengths"),
+    ):
+        aside = plan(*common, *overrides).data.set_aside
+        assert (aside.long_enough, aside.asked_by) == (length, key)
+    with pytest.raises(DataError, match=r"0 of the 6 documents .* have 900,000 tokens \(watch\.min_tokens\)"):
+        plan(*common, "eval.lengths=[512]", "watch.min_tokens=900000")
+
+
+def test_the_keys_of_the_training_data_stay_those_of_data(plan, documents):
+    """Where a watch opens it first."""
+    short = documents('{"text": "It was."}')
+    common = ["data=jsonl", short, "eval=none", "watch.every_n_steps=1"]
+    with pytest.raises(DataError, match=r"no document of at least 100000 tokens \(data\.min_tokens\)"):
+        plan(*common, "data.min_tokens=100000")
+    with pytest.raises(DataError, match=r"choose one with data\.text_field, or data\.documents=\{path"):
+        plan(*common, "data.text_field=body", "watch.text_field=text")
+
+
+def test_errors_of_evaluated_documents_name_the_keys_of_their_group(plan, documents, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"body": "x"}')
+    for group, overrides in (("eval", ["eval=perplexity"]), ("watch", ["eval=none", "watch.every_n_steps=1"])):
+        given = ["data=jsonl", documents(LONG), *overrides, f"{group}.documents={tmp_path}/other.jsonl"]
+        with pytest.raises(DataError, match=rf"choose one with {group}\.text_field, or {group}\.documents=\{{path"):
+            plan(*given)
+        with pytest.raises(DataError, match=rf"\({group}\.lengths\)"):
+            plan(*given, f"{group}.text_field=body")
 
 
 def test_documents_that_are_given_for_evaluation_are_taken(plan, tmp_path):

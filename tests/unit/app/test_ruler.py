@@ -106,3 +106,10 @@ def test_the_command(tmp_path, script):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     sizes = [len(shipped().encode(line["prompt"], add_special_tokens=False)) for line in lines]
     assert sizes == [4096, 4096] == [line["length"] for line in lines]
+
+
+def test_errors_of_the_prompts_name_the_command_s_keys(tmp_path):
+    with pytest.raises(ConfigError, match=r"^task: ruler has no task 'niah', choose from niah_single_1"):
+        write(tmp_path / "a.jsonl", task="niah")
+    with pytest.raises(ConfigError, match=r"^haystack is empty: give a text"):
+        write_prompts(tmp_path / "a.jsonl", shipped(), "\n", task="niah_single_2", length=900, num=1)
