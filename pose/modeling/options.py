@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from pose.errors import ConfigError
+from pose.errors import ConfigError, require_int, require_number
 
 RECOMPUTE = (False, True, "selective")  # activations: `pose.modeling.speed.recompute`
 
@@ -26,11 +26,8 @@ class LoraOptions:
                         "choose finetune=lora, or set finetune.lora.rank"
                     )
             return
-        if self.rank < 1:
-            raise ConfigError(f"finetune.lora.rank={self.rank} is not accepted: give an integer of at least 1")
-        if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"finetune.lora.alpha={self.alpha} is not accepted: give a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"finetune.lora.dropout={self.dropout} is not accepted: give a number in [0, 1)")
+        require_int("finetune.lora.rank", self.rank, at_least=1)
+        require_number("finetune.lora.alpha", self.alpha, above=0)
+        require_number("finetune.lora.dropout", self.dropout, at_least=0, below=1)
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("finetune.lora.target_modules=[] is not accepted: name linear layers, or give null")

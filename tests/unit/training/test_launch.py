@@ -461,7 +461,7 @@ def test_a_worker_of_joblib_ends_its_job_and_begins_no_other(job, monkeypatch, c
     signals.asked[signal.SIGINT] = 0.0
     with readable_errors():
         begun.append(launch.join(Path("x/1")))
-    assert len(begun) == 3 and "not begun: the sweep was asked to stop" in capsys.readouterr().err
+    assert len(begun) == 3 and "not started: the sweep was asked to stop" in capsys.readouterr().err
     job("hydra.mode=MULTIRUN", "hydra.sweep.dir=x")
     with pytest.raises(SystemExit) as caught, readable_errors():
         launch.join(Path("x/1"))
