@@ -6,8 +6,11 @@ import platform
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
+
+from pose.files import write_json
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "numpy")
 
@@ -34,7 +37,18 @@ def machine() -> dict:
     }
 
 
-def report(line: str, name: str, settings: dict, results: dict):
-    """Prints the two lines."""
+def report(line: str, name: str, settings: dict, results: dict, file: Path | None = None):
+    """Prints what is to be read, and a last line of JSON.
+
+    Args:
+        line: to be read.
+        name: of the benchmark.
+        settings: what was asked for.
+        results: what was measured.
+        file: that the JSON goes into too.
+    """
+    content = json.dumps({"benchmark": name, "settings": settings, **results, "machine": machine()})
+    if file is not None:
+        write_json(file, json.loads(content))
     print(line)
-    print(json.dumps({"benchmark": name, "settings": settings, **results, "machine": machine()}))
+    print(content)
