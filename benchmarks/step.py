@@ -12,7 +12,6 @@ and optimizer states), each way in a process of its own. Ratios are to the first
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import report, spread
+from benchmarks.memory import peak_above
 from pose.modeling import speed
 from pose.modeling.load import build_model
 from pose.modeling.loss import CHUNK_LEN, causal_lm_loss, token_nll, weighted_nll
@@ -114,29 +114,18 @@ def ways_of(args) -> dict[str, Callable[[], None]]:
     return head_ways(args.tokens) if args.part == "head" else model_ways(args.tokens, args.precision)
 
 
-def peak_above(args, name: str) -> int:
+def memory(args, name: str) -> int:
     """Bytes that a run of one way takes above what is there before it: in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_above, (args, name))
+        return pool.apply(_memory, (args, name))
 
 
-def _peak_above(args, name: str) -> int:
+def _memory(args, name: str) -> int:
     torch.set_num_threads(1)
     run = ways_of(args)[name]
     if args.part == "model":
         run()  # the optimizer's states, and what is compiled
-        # The peak of that is forgotten (Linux)
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    run()
-    return _resident("VmHWM") - before
-
-
-def _resident(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_above(run)
 
 
 def measure(args) -> dict:
@@ -152,14 +141,14 @@ def measure(args) -> dict:
             start = time.process_time()
             ways[name]()
             seconds[name].append(time.process_time() - start)
-    memory = {name: peak_above(args, name) for name in names}
+    taken = {name: memory(args, name) for name in names}
     first = names[0]
     return {
         name: {
             "seconds": spread(seconds[name]),
             "times_as_long": spread([a / b for a, b in zip(seconds[name], seconds[first], strict=True)]),
-            "memory_mib": memory[name] / 2**20,
-            "memory_ratio": memory[name] / memory[first],
+            "memory_mib": taken[name] / 2**20,
+            "memory_ratio": taken[name] / taken[first],
         }
         for name in names
     }

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pose.app import models, runtime
+from pose.app import models, plan, runtime
 from pose.app.preflight import Plan, check_config, plan_training
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.coverage import coverage
@@ -85,6 +85,7 @@ class Run:
             checkpoint = self.plan.checkpoint
             launch.run(self.plan.trainer.num_devices, self.folder, None if checkpoint is None else checkpoint.folder)
             return
+        plan.say(self.cfg, self.plan)
         runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step)
         with closing(self.plan.trainer.loggers):
             if self.plan.trainer.is_global_zero:

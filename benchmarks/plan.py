@@ -1,0 +1,161 @@
+"""Memory of a training step, planned and measured: python -m benchmarks.plan [--quick] [--device cuda] [--json FILE]
+
+A step of random weights, forward, loss and backward, while the gradients of an earlier micro-batch are there: its peak
+above weights, gradients and batch, against the activations, loss and copies of weights that `pose.plan` says. On the
+CPU the peak is that of torch's own allocator, event by event (torch.profiler); on a GPU it is max_memory_allocated.
+"""
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from benchmarks import report
+from pose.modeling.compat import recompute_activations
+from pose.modeling.load import build_model
+from pose.modeling.lora import add_lora
+from pose.modeling.loss import causal_lm_loss
+from pose.modeling.options import LoraOptions
+from pose.plan import Shape, Training
+
+# hidden size, layers, heads, key-value heads, width of the MLP, vocabulary; tokens of an example, examples
+SHAPES = {
+    "deep": (256, 6, 4, 2, 704, 1000, 512, 1),
+    "many examples": (192, 4, 6, 6, 512, 4096, 256, 4),
+    "large vocabulary": (512, 2, 8, 2, 1024, 16384, 1024, 2),
+    "long": (64, 8, 2, 2, 160, 512, 2048, 1),
+}
+GPU_SHAPES = {
+    "135M": (576, 30, 9, 3, 1536, 49152, 2048, 4),
+    "1B": (2048, 16, 32, 8, 8192, 128256, 2048, 1),
+}
+KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+)  # fmt: skip
+
+
+def compare(
+    sizes: tuple[int, ...],
+    *,
+    model_type: str = "llama",
+    attention: str = "sdpa",
+    checkpointing: bool = False,
+    precision: str = "32-true",
+    rank: int | None = None,
+    device: str = "cpu",
+    **config,
+) -> tuple[float, float]:
+    """Bytes of one shape's step above weights, gradients and batch: planned, measured.
+
+    Args:
+        sizes: as in SHAPES.
+        model_type: a class that `pose.plan` knows.
+        attention: sdpa or eager.
+        checkpointing: whether layers are computed again.
+        precision: 32-true or bf16-mixed.
+        rank: of adapters on every matrix of a layer; None trains all weights.
+        device: cpu or cuda.
+        config: more of the model's config.
+    """
+    *numbers, length, num_examples = sizes
+    own = {**dict(zip(KEYS, numbers, strict=True)), "max_position_embeddings": length, "tie_word_embeddings": False}
+    settings = AutoConfig.for_model(model_type, **{**own, **config})
+    prepare = None if rank is None else lambda model: add_lora(model, LoraOptions(rank=rank))
+    model = build_model(settings, None, attention, prepare=prepare).to(device).train()  # type: ignore[arg-type]
+    if checkpointing:
+        recompute_activations(model)
+    input_ids = torch.randint(numbers[-1], (num_examples, length), device=device)
+    position_ids = torch.arange(length, device=device).expand(num_examples, length)
+    mixed = torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+
+    def loss():
+        with mixed:
+            body = model.base_model
+            hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+            return causal_lm_loss(hidden, model.get_output_embeddings(), input_ids)
+
+    def step():
+        loss().backward()
+
+    step()  # the gradients are there from now on
+    measured = cuda_peak(step) if device == "cuda" else cpu_peak(step)
+    planned = Training(
+        Shape.of(settings.to_dict()),
+        train_len=length,
+        target_len=8 * length,
+        micro_batch=num_examples,
+        global_batch=num_examples,
+        precision=precision,
+        gradient_checkpointing=checkpointing,
+        attention=attention,
+        rank=rank,
+    ).memory
+    return sum(planned[part] for part in ("activations", "loss", "gathered")), measured
+
+
+def cpu_peak(step) -> float:
+    """The highest sum of all that torch's allocator has given and not got back since the step began."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def cuda_peak(step) -> float:
+    """The highest memory that tensors had in the step, above that before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the first three shapes, with SDPA")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="file to write the JSON line to as well")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    on_gpu = args.device == "cuda"
+    shapes = list((GPU_SHAPES if on_gpu else SHAPES).items())[: 3 if args.quick else None]
+    attentions = ("sdpa",) if args.quick or on_gpu else ("sdpa", "eager")
+    precision = "bf16-mixed" if on_gpu else "32-true"
+    cases = [
+        (name, {"attention": attention, "checkpointing": checkpointing, "rank": rank})
+        for name, _ in shapes
+        for attention in attentions
+        for rank in (None, 8)
+        for checkpointing in (False, True)
+        if rank is None or attention == "sdpa"
+    ]
+    results = []
+    for name, options in cases:
+        planned, measured = compare(dict(shapes)[name], precision=precision, device=args.device, **options)
+        ratio = planned / measured
+        results.append({"shape": name, **options, "planned": planned, "measured": measured, "ratio": ratio})
+        what = f"{name}, {options['attention']}" + (f", rank {options['rank']}" if options["rank"] else "")
+        again = ", layers computed again" if options["checkpointing"] else ""
+        print(
+            f"{what + again:58} planned {planned / 2**20:9.2f} MiB, measured {measured / 2**20:9.2f} MiB, {ratio:.3f}"
+        )
+    ratios = [result["ratio"] for result in results]
+    settings = {"device": args.device, "precision": precision, "shapes": dict(shapes)}
+    line = f"plan: planned over measured {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cases"
+    report(line, "plan", settings, {"cases": results})
+    if args.json is not None:
+        args.json.write_text(json.dumps({"benchmark": "plan", "settings": settings, "cases": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The command `python -m pose.plan`, and the lines that train.py begins with: from a config to `pose.plan.Training`."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pose.app import schema
+from pose.app.shapes import SHAPES
+from pose.errors import ConfigError, PoseError, require_number
+from pose.files import CONF, locate
+from pose.plan import GPUS, MFU, PARTS, Shape, Training, advise, as_json, duration, fits, gib, summary
+
+if TYPE_CHECKING:  # torch and the like are imported when the options stand
+    from rich.table import Table
+
+    from pose.app.preflight import Plan
+
+log = logging.getLogger("pose.app.plan")  # also where this module is the command
+
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}  # Lightning's short names
+USAGE = """\
+FLOPs, memory of a device by part, hours on A100, H100 and RTX 4090, the same for full-length training, and what to
+change where it does not fit: before anything is loaded. The ready models of conf/model need no network.
+
+  python -m pose.plan model=llama7b pose.target_len=32768 strategy=zero3 trainer.devices=8
+  python -m pose.plan model=local model.path=FOLDER finetune=lora --json
+
+Formulas, and what they were measured against: docs/PLANNER.md."""
+
+
+def main(arguments: list[str] | None = None):
+    """Plans the training of the given overrides.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m pose.plan", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="those of train.py: python train.py --help lists the groups")
+    parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
+    parser.add_argument(
+        "--mfu", type=float, default=MFU, help=f"of a run that recomputes nothing, for the hours (default {MFU})"
+    )
+    given = parser.parse_intermixed_args(arguments)
+    from pose.app import console, runtime
+
+    console.log_to_terminal()
+    runtime.quiet_libraries()
+    if given.json:
+        logging.getLogger("pose").setLevel(logging.ERROR)  # nothing beside the line
+    with runtime.readable_errors():
+        require_number("--mfu", given.mfu, above=0, below=1)
+        cfg = compose_config(given.overrides)
+        training = plan(cfg)
+        if given.json:
+            print(json.dumps(as_json(training, given.mfu)))
+        else:
+            show(training, cfg, given.mfu)
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """The config that train.py would compose of them.
+
+    Raises:
+        ConfigError: a key, a choice or a value that it does not accept; carries Hydra's message.
+    """
+    schema.register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).strip()) from error
+
+
+def plan(cfg: DictConfig) -> Training:
+    """What the config of a training costs.
+
+    Raises:
+        PoseError: a value that is not accepted, or a model of whose shape nothing is known.
+    """
+    from pose.app import build, preflight
+
+    preflight.check_config(cfg, schema.TrainConfig)
+    trainer = schema_options(cfg, "trainer", schema.TrainerConfig)
+    schema_options(cfg, "model", schema.ModelConfig)
+    config, window = find_shape(cfg)
+    sampler = build.build_sampler(cfg.pose, window)
+    devices = num_devices(trainer.devices) * trainer.num_nodes
+    precision = PRECISIONS.get(str(trainer.precision), str(trainer.precision))
+    if precision == "auto":
+        precision = "32-true" if trainer.accelerator == "cpu" else "bf16-mixed"
+    shape = Shape.of(config, cfg.model.path or "model.init")
+    micro_batch = min(trainer.micro_batch, max(trainer.global_batch // devices, 1))
+    return of_config(cfg, shape, sampler, devices=devices, precision=precision, micro_batch=micro_batch)
+
+
+def of_config(cfg: DictConfig, shape: Shape, sampler, *, devices: int, precision: str, micro_batch: int) -> Training:
+    """The Training of a checked config.
+
+    Args:
+        cfg: of train.py.
+        shape: of the model.
+        sampler: of the examples.
+        devices: over all machines.
+        precision: of Lightning, by its long name.
+        micro_batch: examples at a time on one device.
+    """
+    lora = schema_options(cfg, "finetune", schema.FinetuneConfig).lora
+    return Training(
+        shape,
+        train_len=sampler.example_len,
+        target_len=sampler.target_len,
+        micro_batch=micro_batch,
+        global_batch=cfg.trainer.global_batch,
+        max_steps=cfg.trainer.max_steps,
+        devices=devices,
+        precision=precision,
+        gradient_checkpointing=bool(cfg.model.gradient_checkpointing),
+        attention="eager" if cfg.model.attention == "eager" else "sdpa",
+        rank=lora.rank,
+        targets=None if lora.target_modules is None else tuple(lora.target_modules),
+        train_embeddings_and_norms=lora.train_embeddings_and_norms,
+        **strategy_options(cfg.strategy),
+    )
+
+
+def schema_options(cfg: DictConfig, group: str, kind: type[schema.Options]) -> schema.Options:
+    """A group of the config, checked."""
+    try:
+        return schema.to_options(cfg[group], kind)
+    except PoseError as error:
+        raise error.under(group) from None
+
+
+def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int]:
+    """The numbers of the model's config, and its window in tokens.
+
+    Of the ready models from `SHAPES`; of a folder or another id of the hub from its config.json; or of `model.init`.
+
+    Raises:
+        PoseError: there is none, or it is not a model's.
+    """
+    path = cfg.model.path
+    if path in SHAPES and not Path(path).is_dir():
+        return SHAPES[path], SHAPES[path]["max_position_embeddings"]
+    from pose.app import models
+    from pose.modeling.load import load_tokenizer, rope_geometry
+
+    if path is not None and path.endswith(".gguf"):
+        raise ConfigError(
+            f"model.path={path}: no plan is made of a GGUF file: give a folder, or a ready model of its shape"
+        )
+    if path is not None:
+        cfg.model.path = models.open_checkpoint(path, "model.path")
+    config = models.model_config(cfg)
+    if path is None and cfg.model.tokenizer is not None:
+        config.vocab_size = len(load_tokenizer(locate(cfg.model.tokenizer), cfg.model.revision))
+    return config.to_dict(), rope_geometry(config).window
+
+
+def num_devices(devices: Any) -> int:
+    """The number of devices that `trainer.devices` means; where it leaves that to the machine, one.
+
+    Raises:
+        ConfigError: it means none.
+    """
+    if isinstance(devices, list | tuple):
+        number = len(devices)
+    elif isinstance(devices, str) and "," in devices:
+        number = len([one for one in devices.split(",") if one.strip()])
+    elif devices in ("auto", -1, "-1"):
+        number = 1
+    elif isinstance(devices, int | str) and str(devices).isdecimal():
+        number = int(devices)
+    else:
+        number = 0
+    if number < 1 or isinstance(devices, bool):
+        raise ConfigError(f"trainer.devices={devices!r} is not accepted: give a number of at least 1, a list, or auto")
+    return number
+
+
+def strategy_options(node: DictConfig) -> dict[str, Any]:
+    """The group `strategy` as arguments of Training.
+
+    Raises:
+        ConfigError: a strategy of which nothing is known.
+    """
+    target, name = node.get("_target_"), node.get("name")
+    if target is None and name in ("auto", "ddp"):
+        return {"strategy": "ddp"}
+    if target == "pose.training.strategies.FSDP":
+        return {"strategy": "fsdp"}
+    stage = node.get("stage")
+    if target == "pose.training.strategies.DeepSpeed" and stage in (1, 2, 3):
+        both = ("offload_optimizer", "offload_parameters")
+        return {"strategy": f"zero{stage}", **{key: bool(node.get(key, False)) for key in both}}
+    raise ConfigError(f"strategy={target or name}: no plan is made of it: choose auto, ddp, fsdp, zero1, zero2, zero3")
+
+
+def say(cfg: DictConfig, plan: "Plan"):
+    """Logs the two lines that train.py begins with; nothing of a model whose shape has no plan."""
+    trainer = plan.trainer
+    try:
+        training = of_config(
+            cfg,
+            Shape.of(plan.config.to_dict()),
+            plan.sampler,
+            devices=trainer.world_size,
+            precision=str(trainer.precision),
+            micro_batch=cfg.trainer.global_batch // (trainer.world_size * trainer.accumulate_grad_batches),
+        )
+    except PoseError as error:
+        log.debug(f"No plan: {error}")
+        return
+    log.info(summary(training))
+
+
+def show(training: Training, cfg: DictConfig, mfu: float):
+    """Prints the plan as tables."""
+    from pose.reporting.tables import print_table
+
+    full, shape, trained = training.full_length(), training.shape, training.num_trained
+    parameters = f"{shape.num_parameters:,} parameters"
+    if training.rank is not None:
+        parameters += f", {trained:,} train"
+    how = f"{training.strategy}{', offloaded' * training.offload_optimizer} on {training.devices} device(s)"
+    again = ", layers computed again" * training.gradient_checkpointing
+    log.info(
+        f"{cfg.model.path or 'model.init'}: {parameters}; {how}, {training.precision}{again}; {training.max_steps:,} "
+        f"steps of {training.global_batch:,} examples, {training.micro_batch} at a time"
+    )
+    if str(cfg.trainer.devices) in ("auto", "-1"):
+        log.info("trainer.devices leaves the number of devices to the machine: this plan is for one")
+    print_table(costs_table([training, full], mfu))
+    for names, found in _advice(training):
+        lines = [f"  {' '.join(one.overrides)}: {gib(one.total)}{', fits' if one.fits else ''}" for one in found]
+        enough = "What makes it fit" if any(one.fits for one in found) else "What lowers it, and is not enough"
+        log.info("\n".join([f"It does not fit {names}. {enough}:", *lines]))
+
+
+def costs_table(trainings: list[Training], mfu: float) -> "Table":
+    """A row for each cost, a column for each training: PoSE first, then full length."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for one, name in zip(trainings, ("this run", "full length"), strict=True):
+        table.add_column(f"{name}\n{one.train_len:,} tokens", justify="right")
+
+    def row(name: str, show) -> None:
+        table.add_row(name, *(show(one) for one in trainings))
+
+    row("FLOPs a token", lambda one: f"{one.flops_per_token:.4g}")
+    row("tokens", lambda one: f"{one.tokens:.4g}")
+    row("FLOPs in all", lambda one: f"{one.flops:.4g}")
+    table.add_section()
+    for part in PARTS:
+        row(part, lambda one, part=part: gib(one.memory[part]))
+    row("memory of a device", lambda one: gib(one.memory["total"]))
+    if any(one.host_memory for one in trainings):
+        row("CPU memory for it", lambda one: gib(one.host_memory))
+    table.add_section()
+    for gpu in GPUS:
+        row(
+            f"{gpu.name}, {gib(gpu.memory)}",
+            lambda one, gpu=gpu: (
+                f"{duration(one.hours(gpu, mfu))} ({duration(one.hours(gpu, mfu) * one.devices)} of GPU time), "
+                f"{'fits' if fits(one, gpu) else 'does not fit'}"
+            ),
+        )
+    row("MFU assumed", lambda one: f"{one.mfu(mfu):.1%}")
+    return table
+
+
+def _advice(training: Training):
+    """What to change, by the names of the GPUs that it is for: those of one size get one."""
+    found: dict[int, tuple[str, list]] = {}
+    for gpu in GPUS:
+        if advice := advise(training, gpu):
+            names = found[gpu.memory][0] + f" and {gpu.name}" if gpu.memory in found else gpu.name
+            found[gpu.memory] = (names, advice)
+    return found.values()
+
+
+if __name__ == "__main__":
+    main()
