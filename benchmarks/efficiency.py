@@ -33,7 +33,7 @@ def flops(setting: Setting) -> float:
 def memory(setting: Setting, device: torch.device) -> int:
     """Bytes that a step takes above what is there between two steps."""
     if device.type == "cpu":
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with multiprocessing.get_context("fork").Pool(1) as pool:
             return pool.apply(_memory, (setting,))
     with on(setting, device) as trainee:
         trainee.step()
@@ -57,6 +57,7 @@ def compare(args, target: int, device: torch.device) -> dict:
         Setting(args.shape, length, target, recompute=args.recompute, compiled=is_compiled)
         for length in (args.train_len, target)
     )
+    bytes_of = {name: memory(setting, device) for name, setting in (("pose", short), ("full", full))}
     seconds: dict[str, list[float]] = {"pose": [], "full": []}
     with on(short, device) as pose, on(full, device) as rival:
         pose.step()
@@ -66,7 +67,6 @@ def compare(args, target: int, device: torch.device) -> dict:
             seconds["full"].append(rival.seconds(1))
     ratio_of_flops = flops(full) / flops(short)
     times = spread([b / a for a, b in zip(seconds["pose"], seconds["full"], strict=True)])
-    bytes_of = {name: memory(setting, device) for name, setting in (("pose", short), ("full", full))}
     return {
         "target_len": target,
         "seconds_per_sequence": {name: spread(values) for name, values in seconds.items()},

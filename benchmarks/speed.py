@@ -1,7 +1,7 @@
 """Tokens a second, model FLOPs utilisation and peak memory of one setting: python -m benchmarks.speed --shape 135m ...
 
 Random weights of a published shape; a step is forward, backward and optimizer, with its batch drawn and sent. MFU is
-causal: 6 N + 6 n_layer n_head d_head L FLOPs a token (pose.plan), over the peak of a known GPU; elsewhere there is none.
+causal: 6 N + 6 n_layer n_head d_head L FLOPs a token (pose.plan), over the peak of a known GPU; elsewhere none.
 """
 
 import argparse

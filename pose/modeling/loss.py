@@ -119,21 +119,22 @@ class _WeightedNLL(torch.autograd.Function):
                     weight_grad.addmm_(gradient.T, states)
                 else:
                     weight_grad += gradient.T @ states
-        grads = (hidden_grad, weight_grad, bias_grad)
-        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
-        ctx.is_there, ctx.dtypes = [grad is not None for grad in grads], (hidden.dtype, weight.dtype, weight.dtype)
+        ctx.grads, ctx.dtypes = (hidden_grad, weight_grad, bias_grad), (hidden.dtype, weight.dtype, weight.dtype)
         ctx.mark_non_differentiable(nll)
         return nll @ weights, nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_loss, of_nll):  # type: ignore[override]
-        saved = iter(ctx.saved_tensors)
-        grads = [
-            (next(saved) * of_loss).to(dtype) if is_there else None
-            for is_there, dtype in zip(ctx.is_there, ctx.dtypes, strict=True)
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of this loss have been given away: backward goes through it once")
+        # Scaled in place and given away, so that there is never a second copy of the head's
+        grads, ctx.grads = ctx.grads, None
+        scaled = [
+            None if grad is None else grad.mul_(of_loss).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:

@@ -76,3 +76,40 @@ def test_evaluation_of_a_long_window(script):
     line, content = run(script, "benchmarks.evaluation", "long", "--lengths", "512", "4500")
     assert line.startswith("long: 4,500 tokens") and content["peak_gib"] >= content["before_gib"] > 0
     assert 3000 < content["ppl@4500"] < 6000, "of random weights: about the vocabulary"
+
+
+def test_step(script):
+    """The loss of this package is that of all logits, in less memory; its cost is a share of theirs."""
+    arguments = ("benchmarks.step", "head", "--tokens", "1024", "--repeats", "1")
+    result = script("-m", *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    content = json.loads(result.stdout.splitlines()[-1])
+    ways = content["ways"]
+    assert list(ways)[:3] == ["materialised", "pose", "checkpointed chunks"]
+    assert ways["materialised"]["memory_ratio"] == ways["materialised"]["times_as_long"]["median"] == 1
+    assert 0 < ways["pose"]["memory_ratio"] < 1 and 0.2 < ways["pose"]["times_as_long"]["median"] < 5
+
+
+def test_the_gpu_programme_is_rehearsed(script, tmp_path):
+    """Stage by stage, each of which saves what it found; given again, what is done is not done again."""
+    stages = ("speed-135m", "efficiency-135m", "real")
+    arguments = ("-m", "benchmarks.gpu", "--rehearse", "--out", tmp_path, "--only", *stages)
+    result = script(*arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: found["status"] for name, found in summary["stages"].items()} == {
+        "speed-135m": "done", "efficiency-135m": "done", "real": "not there yet"
+    }  # fmt: skip
+    speed = summary["stages"]["speed-135m"]["result"]
+    check_spread(speed["tokens_per_second"], 2)
+    assert speed["setting"]["train_len"] == 64 and speed["mfu"] is None
+    (one,) = summary["stages"]["efficiency-135m"]["result"]["targets"]
+    assert one["flop_ratio"] > 2 and one["measured_by_flops"] == pytest.approx(
+        one["times_as_long"]["median"] / one["flop_ratio"]
+    )
+    assert "tokens/s" in result.stdout and "measured by FLOPs" in result.stdout
+    before = summary["stages"]["speed-135m"]
+    assert script(*arguments).returncode == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"]["speed-135m"] == before
+    refused = script("-m", "benchmarks.gpu", "--write", "--out", tmp_path)
+    assert refused.returncode == 1 and "a rehearsal" in refused.stderr

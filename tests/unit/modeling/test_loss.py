@@ -104,6 +104,13 @@ def test_logits_are_computed_once_and_not_kept(hidden, monkeypatch):
     assert not [shape for shape in kept if shape[-1:] == (VOCAB,) and len(shape) == 2]
 
 
+def test_its_gradients_are_given_once(hidden, head):
+    loss, _ = weighted_nll(hidden, head, torch.zeros(NUM_TOKENS, dtype=torch.int64), torch.ones(NUM_TOKENS))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward goes through it once"):
+        loss.backward()
+
+
 def test_a_head_with_something_in_it_is_called(hidden, targets):
     """An adapter or a hook has its say."""
 
