@@ -235,7 +235,7 @@ def test_what_is_shown():
     assert found["full_length"]["flops_per_token"] == PAPER.full_length().flops_per_token
     lines = summary(PAPER).splitlines()
     assert len(lines) == 2 and all(len(line) < 150 for line in lines)
-    assert [duration(hours) for hours in (2000, 2.5, 0.5, 0.001)] == ["2,000 h", "2.5 h", "30.0 min", "3.6 s"]
+    assert [duration(h) for h in (2000, 2.5, 0.5, 0.001, 1e-5)] == ["2,000 h", "2.5 h", "30.0 min", "4 s", "under 1 s"]
 
 
 # ----- what is refused -----

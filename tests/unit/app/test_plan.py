@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from benchmarks.plan import cpu_peak
 from pose.app import plan, preflight, schema
+from pose.app.run import Run
 from pose.app.shapes import SHAPES
 from pose.plan import GPUS, PARTS
 
@@ -141,3 +143,26 @@ def test_train_says_two_lines(tmp_path, capsys):
     prepared.config.num_local_experts = 4  # a model of whose shape nothing is known
     plan.say(cfg, prepared)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_a_training_is_what_is_planned(checkpointing, tmp_path):
+    """All that the trainer's process allocates from loading the model to the last step: a width of 256 on the CPU."""
+    init = {
+        "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    cfg = plan.compose_config(
+        [
+            "experiment=shape_7b", f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", "pose.target_len=1024",
+            "trainer.max_steps=2", "trainer.global_batch=4", "trainer.micro_batch=2", "trainer.precision=32-true",
+            f"model.gradient_checkpointing={checkpointing}",
+            *(f"model.init.{key}={size}" for key, size in init.items()),
+        ]
+    )  # fmt: skip
+    run = Run(cfg, tmp_path)
+    run.plan = preflight.plan_training(cfg, tmp_path)
+    trainer = run.plan.trainer
+    trainer.callbacks = [one for one in trainer.callbacks if type(one).__name__ not in ("Export", "Checkpoints")]
+    assert plan.plan(cfg).memory["total"] == pytest.approx(cpu_peak(run.train), rel=0.05)
