@@ -12,7 +12,7 @@ from benchmarks.plan import cpu_peak
 from pose.app import plan, preflight, schema
 from pose.app.run import Run
 from pose.app.shapes import SHAPES
-from pose.plan import GPUS, PARTS
+from pose.plan import GPUS, PARTS, advise
 
 ROOT = Path(__file__).resolve().parents[3]
 # What the repositories of the hub state
@@ -94,6 +94,26 @@ def test_the_command_prints_one_line_of_json(capsys):
     assert found["flops_per_token"] == training.flops_per_token
     assert set(found["memory_gib"]) == {*PARTS, "total"}
     assert found["hours"]["H100"] == pytest.approx(training.hours(GPUS[1], 0.5))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=llama7b"],
+        ["model=llama3_8b", "model.gradient_checkpointing=false", "trainer.micro_batch=8", "trainer.precision=32-true"],
+        ["model=gemma_7b", "strategy=zero2", "trainer.devices=2", "model.attention=eager"],
+    ],
+)
+def test_what_to_change_is_what_train_takes(overrides):
+    """Every piece of advice, typed behind the command, is planned as it was said."""
+    overrides = [*overrides, "pose.target_len=16384", "pose.train_len=4096"]
+    training, tried = planned(*overrides), set()
+    for gpu in GPUS:
+        for one in advise(training, gpu):
+            if one.overrides not in tried:
+                assert planned(*overrides, *one.overrides).memory["total"] == pytest.approx(one.total)
+                tried.add(one.overrides)
+    assert len(tried) > 1
 
 
 @pytest.mark.parametrize(
