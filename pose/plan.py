@@ -758,7 +758,9 @@ def duration(hours: float) -> str:
     """Hours as a person reads them."""
     if hours >= 1:
         return f"{hours:,.1f} h" if hours < 1000 else f"{hours:,.0f} h"
-    return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.2g} s"
+    if hours * 60 >= 1:
+        return f"{hours * 60:.1f} min"
+    return f"{hours * 3600:.0f} s" if hours * 3600 >= 1 else "under 1 s"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""`python -m pose.plan`, and what train.py says at its start: from overrides to a plan."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from benchmarks.plan import cpu_peak
+from pose.app import plan, preflight, schema
+from pose.app.run import Run
+from pose.app.shapes import SHAPES
+from pose.plan import GPUS, PARTS, advise
+
+ROOT = Path(__file__).resolve().parents[3]
+# What the repositories of the hub state
+PARAMETERS = {
+    "smollm2_135m": 134_515_008,
+    "llama7b": 6_738_415_616,
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "mistral_7b": 7_248_023_552,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+    "gemma_7b": 8_537_680_896,
+    "phi_2": 2_779_683_840,
+    "gptj_6b": 6_050_882_784,
+    "baichuan2_7b": 7_505_973_248,
+    "tiny": 5_900_000,
+}
+
+
+def planned(*overrides):
+    return plan.plan(plan.compose_config(list(overrides)))
+
+
+@pytest.mark.parametrize("choice", sorted(file.stem for file in (ROOT / "conf" / "model").glob("*.yaml")))
+def test_every_ready_model_is_planned_without_network(choice):
+    if choice == "local":
+        pytest.skip("it has no model of its own")
+    training = planned(f"model={choice}", "pose.target_len=262144", "pose.train_len=2048")
+    tolerance = 0.01 if choice == "tiny" else 0
+    assert training.shape.num_parameters == pytest.approx(PARAMETERS[choice], rel=tolerance)
+
+
+def test_ready_models_are_those_with_a_shape():
+    paths = {planned_path(file.stem) for file in (ROOT / "conf" / "model").glob("*.yaml")}
+    assert paths - {None, "assets/tiny"} == set(SHAPES)
+
+
+def planned_path(choice: str) -> str | None:
+    return plan.compose_config([f"model={choice}"]).model.path
+
+
+def test_overrides_reach_the_plan():
+    training = planned(
+        "model=llama7b", "pose.target_len=32768", "strategy=zero3_offload", "trainer.devices=8",
+        "trainer.num_nodes=2", "finetune=lora", "finetune.lora.target_modules=[q_proj]", "trainer.max_steps=10",
+        "model.attention=eager", "trainer.precision=32",
+    )  # fmt: skip
+    assert (training.strategy, training.offload_optimizer, training.offload_parameters) == ("zero3", True, True)
+    assert (training.devices, training.micro_batch, training.global_batch, training.max_steps) == (16, 1, 64, 10)
+    assert (training.train_len, training.target_len, training.gradient_checkpointing) == (2048, 32768, True)
+    assert (training.rank, training.targets, training.attention) == (8, ("q_proj",), "eager")
+    assert training.precision == "32-true"
+    assert planned("model=llama7b", "pose=full", "pose.target_len=4096").train_len == 4096
+    assert planned("trainer.accelerator=cpu").precision == "32-true"
+    assert planned("strategy=fsdp", "trainer.devices=[0,1]").devices == 2
+
+
+def test_random_weights_and_folders_are_planned(tmp_path):
+    assert planned("experiment=shape_7b").shape.layer_matrices == 4 * 4096**2 + 3 * 4096 * 11008
+    (tmp_path / "config.json").write_text((ROOT / "assets" / "tiny" / "config.json").read_text())
+    folder = planned("model=local", f"model.path={tmp_path}", "pose.target_len=2048")
+    assert folder.shape == planned("model=tiny").shape
+
+
+def test_the_command_prints_a_table_and_what_to_change(capsys):
+    plan.main(["model=llama7b", "pose.target_len=32768"])
+    shown = capsys.readouterr().out
+    for words in ("6,738,415,616 parameters", "FLOPs a token", *PARTS, "full length", "does not fit", "finetune=lora"):
+        assert words in shown
+    assert all(gpu.name in shown for gpu in GPUS)
+
+
+def test_the_command_prints_one_line_of_json(capsys):
+    plan.main(["model=llama7b", "--json", "pose.target_len=32768", "strategy=zero3", "trainer.devices=8", "--mfu=0.5"])
+    line = capsys.readouterr().out
+    found = json.loads(line)
+    assert line.count("\n") == 1
+    training = planned("model=llama7b", "pose.target_len=32768", "strategy=zero3", "trainer.devices=8")
+    assert found["flops_per_token"] == training.flops_per_token
+    assert set(found["memory_gib"]) == {*PARTS, "total"}
+    assert found["hours"]["H100"] == pytest.approx(training.hours(GPUS[1], 0.5))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=llama7b"],
+        ["model=llama3_8b", "model.gradient_checkpointing=false", "trainer.micro_batch=8", "trainer.precision=32-true"],
+        ["model=gemma_7b", "strategy=zero2", "trainer.devices=2", "model.attention=eager"],
+    ],
+)
+def test_what_to_change_is_what_train_takes(overrides):
+    """Every piece of advice, typed behind the command, is planned as it was said."""
+    overrides = [*overrides, "pose.target_len=16384", "pose.train_len=4096"]
+    training, tried = planned(*overrides), set()
+    for gpu in GPUS:
+        for one in advise(training, gpu):
+            if one.overrides not in tried:
+                assert planned(*overrides, *one.overrides).memory["total"] == pytest.approx(one.total)
+                tried.add(one.overrides)
+    assert len(tried) > 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model=lama"], ["lama", "llama7b"]),
+        (["trainer.micro_bach=2"], ["trainer.micro_bach"]),
+        (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
+        (["trainer.devices=0"], ["trainer.devices=0"]),
+        (["trainer.devices=3"], ["trainer.global_batch=16"]),
+        (["model=llama7b", "pose.target_len=1024"], ["pose.target_len=1024", "2048"]),
+        (["model=local"], ["model.path"]),
+        (["model=local", "model.path=/nowhere"], ["/nowhere"]),
+        (["model.path=some.gguf"], ["some.gguf"]),
+        (["strategy.name=deepspeed"], ["strategy=deepspeed", "zero3"]),
+        (["finetune=lora", "finetune.lora.target_modules=[q]"], ["'q'", "q_proj"]),
+        (["--mfu=2"], ["--mfu=2"]),
+    ],
+)
+def test_bad_input_is_an_error(overrides, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        plan.main(overrides)
+    shown = capsys.readouterr().err
+    assert end.value.code == 1
+    assert all(word in shown for word in words) and "Traceback" not in shown
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import runpy, sys\nsys.argv = ['pose.plan', '--help']\n"
+        "try: runpy.run_module('pose.plan', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--json" in shown and shown.endswith("0 False\n")
+
+
+def test_train_says_two_lines(tmp_path, capsys):
+    schema.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", "eval=none"])
+    prepared = preflight.plan_training(cfg, tmp_path)
+    capsys.readouterr()
+    plan.say(cfg, prepared)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("Plan        ") and "FLOPs" in first and "MFU" in second
+    prepared.config.num_local_experts = 4  # a model of whose shape nothing is known
+    plan.say(cfg, prepared)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_a_training_is_what_is_planned(checkpointing, tmp_path):
+    """All that the trainer's process allocates from loading the model to the last step: a width of 256 on the CPU."""
+    init = {
+        "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    cfg = plan.compose_config(
+        [
+            "experiment=shape_7b", f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", "pose.target_len=1024",
+            "trainer.max_steps=2", "trainer.global_batch=4", "trainer.micro_batch=2", "trainer.precision=32-true",
+            f"model.gradient_checkpointing={checkpointing}",
+            *(f"model.init.{key}={size}" for key, size in init.items()),
+        ]
+    )  # fmt: skip
+    run = Run(cfg, tmp_path)
+    run.plan = preflight.plan_training(cfg, tmp_path)
+    trainer = run.plan.trainer
+    trainer.callbacks = [one for one in trainer.callbacks if type(one).__name__ not in ("Export", "Checkpoints")]
+    assert plan.plan(cfg).memory["total"] == pytest.approx(cpu_peak(run.train), rel=0.05)
