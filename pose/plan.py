@@ -240,7 +240,8 @@ class Training:
         offload_optimizer, offload_parameters: of ZeRO: what lies in CPU memory.
         devices: W, over all machines.
         precision: one of PRECISIONS.
-        gradient_checkpointing: whether layers are computed again in the backward pass.
+        gradient_checkpointing: whether layers are computed again in the backward pass; "selective": but for attention
+            and every second matrix product.
         attention: eager keeps the scores, every other attention does not.
         rank: of adapters; None trains all weights.
         targets: the matrices that get an adapter, by the end of their name; None: all of a layer.
@@ -262,7 +263,7 @@ class Training:
     offload_parameters: bool = False
     devices: int = 1
     precision: str = "bf16-mixed"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
     attention: str = "sdpa"
     rank: int | None = None
     targets: tuple[str, ...] | None = None
@@ -297,8 +298,13 @@ class Training:
 
     @property
     def residual_bytes(self) -> int:
-        """r: autocast, which serves without fsdp and DeepSpeed, keeps the sum over the layers in fp32."""
-        return 4 if self.strategy == "ddp" else self.compute_bytes
+        """r: that of what is computed; fp16 under autocast would overflow, and keeps fp32."""
+        return MASTER if self.is_autocast and self.precision == "16-mixed" else self.compute_bytes
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether fp32 weights are cast where they are used: in mixed precision without fsdp and DeepSpeed."""
+        return self.strategy == "ddp" and self.precision in MIXED
 
     @property
     def trained_matrices(self) -> frozenset[str]:
@@ -372,9 +378,15 @@ class Training:
 
     @property
     def recomputed_flops_per_token(self) -> float:
-        """What is computed again: with checkpointing the forward pass of the layers, 2 N and a third of attention."""
+        """What is computed again: with checkpointing the forward pass of the layers, 2 N and a third of attention.
+
+        Selective: every second matrix.
+        """
         if not self.gradient_checkpointing:
             return 0.0
+        if self.gradient_checkpointing == "selective":
+            again = list(self.shape.matrices.values())[1::2]
+            return 2.0 * self.shape.num_layers * sum(num_in * num_out for num_in, num_out in again)
         layers = self.shape.num_layers * self.shape.layer_matrices + self.adapters
         return 2.0 * layers + self.attention_flops / 3
 
@@ -484,7 +496,7 @@ class Training:
         * The residual sums: nothing. MLP: gate, act(gate), up, and their product: 4 F.
 
         With r = 2 the norm's input is an fp32 copy, the normalised one and the output are in 2 bytes. Under autocast
-        (r = 4, c = 2) each matrix casts the norm's output for itself, and keeps its own copy. A frozen matrix keeps no
+        (c = 2) each matrix casts the norm's output, which is fp32, for itself, and keeps its own copy. A frozen matrix keeps no
         input, a frozen norm does not keep what is normalised; each adapter keeps its inputs and `rank` numbers.
         """
         shape, c, r = self.shape, self.compute_bytes, self.residual_bytes
@@ -492,7 +504,7 @@ class Training:
         names, trained, fused = shape.kind.names, self.trained_matrices, shape.kind.is_fused
         into_attention, output = (names[:1], names[1]) if fused else (names[:3], names[3])
         into_mlp, down = (names[2:3], names[3]) if fused else (names[4:-1], names[-1])
-        copies = r != c  # autocast
+        copies = self.is_autocast
         norms_train = self.rank is None or self.train_embeddings_and_norms
 
         def normed(readers: Sequence[str], with_norm: bool) -> float:
@@ -535,6 +547,9 @@ class Training:
         if not self.gradient_checkpointing:
             return shape.num_layers * layer + cos_sin
         inputs = self.residual_bytes * shape.hidden_size * tokens
+        if self.gradient_checkpointing == "selective":
+            kept = [num_out for _, num_out in list(shape.matrices.values())[0::2]]
+            inputs += tokens * (self.compute_bytes * (sum(kept) + shape.query_width) + MASTER * shape.num_heads)
         return shape.num_layers * inputs + cos_sin
 
     @property
@@ -564,7 +579,7 @@ class Training:
         down = shape.kind.names[-1] in self.trained_matrices
         factors = 2 * inner if shape.kind.gated or shape.gelu_new else inner
         in_mlp = inner + max(factors - (inner if down else 0), matrix if self.rank is None else 0)
-        if self.rank is not None and down and r != c:  # the adapter's own, and cast
+        if self.rank is not None and down and self.is_autocast:  # the adapter's own, and cast
             in_mlp = max(in_mlp, (MASTER + c) * shape.intermediate_size * tokens)
         in_attention: float = 2 * c * tokens * (shape.query_width + shape.key_width)
         if self.attention == "eager":
@@ -585,22 +600,24 @@ class Training:
 
 
 def loss_working(training: Training) -> tuple[float, float]:
-    """Bytes of `pose.modeling.loss` beside all that waits for the backward pass: forward, backward.
+    """Bytes of `pose.modeling.loss` beside all that waits for the backward pass: at the end of the forward, backward.
 
-    The states of all scored tokens. Of a chunk of C = 1,024 tokens the logits and their log-probabilities, in fp32:
-    8 C V. They are made again in the backward pass: the log-probabilities and the gradients by them and by the logits,
-    12 C V; then beside the logits' gradient that of the head, 4 V H; with several chunks its sum too, all the time.
+    The states of all scored tokens and their gradient. The gradient of the head, 4 V H, from the forward pass on. Of a
+    chunk of C = 1,024 tokens the logits in fp32, 4 C V, which become their own gradient; where layers compute in 16
+    bits, that in 16 bits too, and the head's gradient by the chunk. In the backward pass no logits are there.
 
-    All that is known here of the loss is in this function. One that makes its gradients in the forward pass has them
-    from then on: 4 V H and the states' gradient in both numbers, and the logits of a chunk in the first alone.
+    All that is known here of the loss is in this function.
     """
     shape, tokens = training.shape, training.micro_batch * (training.train_len - 1)
-    chunk = min(CHUNK_LEN, tokens)
-    logits = 4.0 * chunk * shape.vocab_size
+    chunk, c = min(CHUNK_LEN, tokens), training.compute_bytes
+    in_half = c < MASTER
+    logits = (4.0 + c * in_half) * chunk * shape.vocab_size
     head = 4.0 * shape.embedding if training.trains_head else 0.0
-    total = head if tokens > chunk else 0.0
-    states = 1.0 * training.residual_bytes * tokens * shape.hidden_size
-    return states + 2 * logits, states + total + max(3 * logits, logits + head)
+    of_chunk = 1.0 * c * shape.embedding if training.trains_head and in_half else 0.0
+    r = MASTER if training.is_autocast else training.residual_bytes  # the last norm's weight is fp32
+    states, grads = 1.0 * r * tokens * shape.hidden_size, 1.0 * c * tokens * shape.hidden_size
+    cast = grads if training.is_autocast else 0.0
+    return states + cast + grads + head + logits + of_chunk, grads + 2 * states + head
 
 
 # ----- what to change -----

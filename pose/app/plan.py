@@ -123,7 +123,7 @@ def of_config(cfg: DictConfig, shape: Shape, sampler, *, devices: int, precision
         max_steps=cfg.trainer.max_steps,
         devices=devices,
         precision=precision,
-        gradient_checkpointing=bool(cfg.model.gradient_checkpointing),
+        gradient_checkpointing=cfg.model.gradient_checkpointing,
         attention="eager" if cfg.model.attention == "eager" else "sdpa",
         rank=lora.rank,
         targets=None if lora.target_modules is None else tuple(lora.target_modules),
@@ -232,7 +232,7 @@ def show(training: Training, cfg: DictConfig, mfu: float):
     if training.rank is not None:
         parameters += f", {trained:,} train"
     how = f"{training.strategy}{', offloaded' * training.offload_optimizer} on {training.devices} device(s)"
-    again = ", layers computed again" * training.gradient_checkpointing
+    again = ", layers computed again" * bool(training.gradient_checkpointing)
     log.info(
         f"{cfg.model.path or 'model.init'}: {parameters}; {how}, {training.precision}{again}; {training.max_steps:,} "
         f"steps of {training.global_batch:,} examples, {training.micro_batch} at a time"
