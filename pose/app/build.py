@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
+from pose.app.documents import find_documents
 from pose.app.schema import DataConfig, TrainerConfig, to_options
 from pose.app.targets import make
 from pose.data.datamodule import PoseDataModule
@@ -16,7 +17,6 @@ from pose.data.heldout import SetAside
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths
-from pose.files import locate
 from pose.modeling.load import check_target
 from pose.positions import PositionSampler
 from pose.rope import RopeScaling
@@ -228,26 +228,3 @@ def build_watch(
         suite, options.every_n_steps, before=options.before, short=short, max_short_increase=options.max_short_increase,
         best=options.best, export=export, throughput=throughput,
     )  # fmt: skip
-
-
-def find_documents(key: str, value):
-    """Documents as `TokenCache.build` takes them, with shipped files found.
-
-    Args:
-        key: of the config, for the error.
-        value: file, folder, glob or dataset, or a list of them.
-
-    Raises:
-        ConfigError: a dataset without a path.
-    """
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value, resolve=True)
-    if isinstance(value, dict):
-        if value.get("path") in (None, "???"):
-            raise ConfigError(
-                f"{key}.path is not set: give a folder, or the id of a dataset on the hub (owner/name)", "eval"
-            )
-        return value | {"path": locate(value["path"])}
-    if isinstance(value, list):
-        return [find_documents(key, one) for one in value]
-    return locate(value) if isinstance(value, str) else value

@@ -145,7 +145,7 @@ def test_the_server_ends_though_a_fork_holds_its_connection():
     """As a process that reads data, which multiprocessing ends later."""
     scripts = Scripts()
     scripts._connection, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    scripts._server = SimpleNamespace(wait=lambda: None)
+    scripts._server = SimpleNamespace(wait=lambda timeout: None)
     with scripts._connection.dup(), server:
         scripts.close()
         server.settimeout(5)

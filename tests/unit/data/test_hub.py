@@ -14,7 +14,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pose.app.build import find_documents
+from pose.app.documents import find_documents
 from pose.data import hub
 from pose.data.cache import TokenCache
 from pose.data.documents import Broken, Keys

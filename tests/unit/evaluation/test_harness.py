@@ -385,7 +385,7 @@ def test_a_group_has_the_score_of_all_its_questions(harness, model):
 def test_of_a_perplexity_the_lower_is_better_and_it_is_no_percentage(harness, model):
     task = harness("rolling", limit=2)
     assert task.metrics() == {"harness/rolling": Metric("rolling", False, ".3f")}
-    watch = Watch(SimpleNamespace(tasks=[task]), 1, best=task.name)
+    watch = Watch(SimpleNamespace(tasks=[task], metrics=task.metrics), 1, best=task.name)
     value = task.summarise({"rolling": task.measure(Scorer(model, 512), "rolling")})[task.name].value
     watch.found = {"value": value}
     assert value > 1

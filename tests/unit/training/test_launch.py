@@ -480,7 +480,7 @@ def test_a_sweep_of_joblib_waits_for_its_workers(job, terminal, monkeypatch, cap
         workers.on_multirun_end(cfg)
     assert caught.value.code == 130
     said = capsys.readouterr()
-    assert "Ctrl-C: waiting for the jobs that are at work" in said.out
+    assert "Ctrl-C: waiting for the running jobs" in said.out
     assert said.err.endswith("To go on: python train.py -m seed=0,1 hydra.sweep.dir=x resume=auto\n")
     monkeypatch.setattr(signals, "AGAIN", 0.0)
     with pytest.raises(SystemExit):
