@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
 from pose.app import build, models
+from pose.app.holding import check_holding
 from pose.app.schema import MAX_SEED, FinetuneConfig, TrainConfig, to_options
 from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, PoseError, require_int
@@ -158,6 +159,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     models.check_lora(to_options(cfg.finetune, FinetuneConfig).lora, config)
     tokenizer = _tokenizer(cfg, base, config)
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
+    check_holding(cfg, config, trainer)
     micro_batch = build.accumulate(trainer, cfg.trainer.micro_batch, cfg.trainer.global_batch)
     data = build.build_data(cfg, tokenizer, sampler, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, fields
 
-from pose.errors import ConfigError
+from pose.errors import ConfigError, require_choice
+
+NF4 = "nf4"
+FROZEN_DTYPES = ("auto", "float32", "bfloat16", NF4)
 
 
 @dataclass
@@ -14,6 +17,9 @@ class LoraOptions:
     dropout: float = 0.0  # probability of dropping an input of an adapter
     target_modules: list[str] | None = None  # linear layers, by the end of their name; null: all but the head
     train_embeddings_and_norms: bool = False  # these too, whole, as LongLoRA (arXiv 2309.12307)
+    frozen_dtype: str = (
+        "auto"  # of frozen matrices: auto (the checkpoint's 16 bits, else float32), float32, bfloat16, nf4
+    )
 
     def __post_init__(self):
         if self.rank is None:
@@ -24,6 +30,7 @@ class LoraOptions:
                         "choose finetune=lora, or set finetune.lora.rank"
                     )
             return
+        require_choice("finetune.lora.frozen_dtype", self.frozen_dtype, FROZEN_DTYPES)
         if self.rank < 1:
             raise ConfigError(f"finetune.lora.rank={self.rank} is not accepted: give an integer of at least 1")
         if not 0 < self.alpha < float("inf"):
