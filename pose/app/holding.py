@@ -41,7 +41,7 @@ def check_holding(cfg: DictConfig, config: PretrainedConfig, trainer: L.Trainer)
             raise ConfigError(
                 f"{key}={value} needs the package bitsandbytes, which is not installed: pip install bitsandbytes"
             )
-    in_parts = hasattr(strategy, "layout")
+    in_parts = hasattr(type(strategy), "layout")
     if tune.optimizer == "adamw8bit" and in_parts:
         raise ConfigError(
             f"finetune.optimizer=adamw8bit is not supported by {name}, which deals the states of the optimizer out to "

@@ -1,4 +1,4 @@
-"""What this package takes from transformers, peft, DeepSpeed and torch beyond what they document.
+"""What this package takes from transformers, peft, bitsandbytes, DeepSpeed and torch beyond what they document.
 
 Each name stands here once, with what is relied on; tests/unit/modeling/test_compat.py holds it against the installed
 versions.
