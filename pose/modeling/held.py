@@ -20,7 +20,7 @@ from pose.modeling import compat
 from pose.modeling.options import NF4
 
 NARROW = (torch.bfloat16, torch.float16)
-BLOCK = 2**25  # elements of a weight that are wide at one time: 128 MiB in fp32
+BLOCK = 2**24  # elements of a weight that are wide at one time: 64 MiB in fp32
 
 
 class HeldLinear(nn.Linear):
