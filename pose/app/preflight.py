@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
 from pose.app import build, models
+from pose.app.holding import check_holding
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, PoseError, first_line, require_int
@@ -158,6 +159,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     models.check_lora(to_options(cfg.finetune, FinetuneConfig).lora, config)
     tokenizer = _tokenizer(cfg, base, config)
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
+    check_holding(cfg, config, trainer)
     micro_batch = build.accumulate(trainer, cfg.trainer.micro_batch, cfg.trainer.global_batch)
     cfg.trainer.micro_batch = micro_batch  # which a small global batch may have lowered
     data = build.build_data(cfg, tokenizer, sampler, micro_batch, config.vocab_size)

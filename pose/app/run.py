@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pose.app import models, plan, runtime
+from pose.app.holding import layout_of
 from pose.app.preflight import Plan, check_config, plan_training
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.coverage import coverage
@@ -25,6 +26,7 @@ from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
+from pose.modeling.options import NF4
 from pose.modeling.rotary import target_len_of
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
@@ -35,6 +37,7 @@ from pose.training import faults, launch, memory
 from pose.training.folder import alone_in
 from pose.training.loggers import closing
 from pose.training.module import PoseModule
+from pose.training.optimizers import OPTIMIZERS
 from pose.training.processes import from_rank_zero
 from pose.training.strategies import is_compiled
 from pose.training.watch import read_best, short_warning
@@ -144,7 +147,8 @@ class Run:
     def train(self):
         """Trains, and exports RUN/model at the end."""
         plan, cfg = self.plan, self.cfg
-        options = {key: value for key, value in vars(to_options(cfg.finetune, FinetuneConfig)).items() if key != "lora"}
+        options = vars(to_options(cfg.finetune, FinetuneConfig)).copy()
+        del options["lora"], options["weights_dtype"]  # of the model's
         module = PoseModule(
             self.load_for_training,
             expected=plan.expected,
@@ -162,7 +166,7 @@ class Run:
         torch.manual_seed(cfg.seed)  # of random weights and adapters, whatever was measured before
         lora = to_options(cfg.finetune, FinetuneConfig).lora
         prepare = None if lora.rank is None else lambda model: add_lora(model, lora)
-        layout = getattr(strategy, "layout", None)
+        layout = layout_of(cfg, self.plan.config, self.plan.trainer)
         if cfg.model.path is not None:
             log.info(f"Reading the weights of {cfg.model.path} ...")
         model = models.load_model(cfg, self.plan.config, strategy.root_device, layout, prepare)
@@ -257,6 +261,7 @@ class Run:
         trained = "all weights"
         if tune.lora.rank:
             trained = f"adapters of rank {tune.lora.rank} (alpha {tune.lora.alpha:g}), merged"
+            trained += " (over weights in 4 bits)" if tune.lora.frozen_dtype == NF4 else ""
         trained += ", with embeddings and norms" if tune.lora.train_embeddings_and_norms else ""
         synthetic = [f"{share:.0%} {name} examples" for name, share in cfg.data.synthetic.items() if share]
         documents = cfg.data.documents if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
@@ -274,7 +279,7 @@ class Run:
             training={
                 "Trained": trained,
                 "Steps": f"{steps:,} of {cfg.trainer.global_batch:,} examples: {tokens:,} tokens",
-                "Optimizer": f"AdamW, {tune.schedule} schedule, peak learning rate {tune.lr:g}, "
+                "Optimizer": f"{OPTIMIZERS[tune.optimizer]}, {tune.schedule} schedule, peak learning rate {tune.lr:g}, "
                 f"{tune.warmup_steps:,} warm-up steps, weight decay {tune.weight_decay:g}",
                 "Precision": f"{plan.trainer.precision} in training, {cfg.model.export_dtype} in this folder",
                 "Seed": f"{cfg.seed}",

@@ -25,6 +25,7 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+OPTIMIZERS = ("adamw", "adamw8bit")
 DTYPES = ("float32", "bfloat16", "float16")  # by their names in torch
 
 
@@ -79,8 +80,10 @@ class DataConfig:
 
 @dataclass
 class FinetuneConfig:
-    """What is trained, and with which optimizer (AdamW)."""
+    """What is trained, and with which optimizer."""
 
+    optimizer: str = "adamw"  # adamw, or adamw8bit: its states in 8 bits (package bitsandbytes)
+    weights_dtype: str = "auto"  # of matrices that train: auto, float32, bfloat16 (rounded stochastically; adamw8bit)
     lr: float = 2e-5  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
     weight_decay: float = 0.0  # of AdamW, on matrices
@@ -93,6 +96,18 @@ class FinetuneConfig:
         require_number("finetune.weight_decay", self.weight_decay, at_least=0)
         require_int("finetune.warmup_steps", self.warmup_steps, at_least=0)
         require_choice("finetune.schedule", self.schedule, SCHEDULES)
+        require_choice("finetune.optimizer", self.optimizer, OPTIMIZERS)
+        require_choice("finetune.weights_dtype", self.weights_dtype, ("auto", "float32", "bfloat16"))
+        if self.weights_dtype == "bfloat16" and self.optimizer != "adamw8bit":
+            raise ConfigError(
+                f"finetune.weights_dtype=bfloat16 needs finetune.optimizer=adamw8bit, and it is {self.optimizer}: "
+                "other steps are rounded to nothing where they are smaller than half of a weight's last bit"
+            )
+        if self.weights_dtype == "bfloat16" and self.lora.rank is not None:
+            raise ConfigError(
+                "finetune.weights_dtype=bfloat16 is for training all weights; adapters are fp32, and the dtype of the "
+                "others is finetune.lora.frozen_dtype"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"finetune.betas={list(self.betas)} is not accepted: give two numbers in [0, 1)")
 

@@ -179,11 +179,11 @@ class Targets(NamedTuple):
     """Which tokens of a batch are scored. Worked out on the CPU, as a batch is made: no shape depends on the device.
 
     Attributes:
-        index: int64 [n], of the states that predict them, in the batch's B * L.
+        at: int64 [n], of the states that predict them, in the batch's B * L.
         weights: fp32 [n], of each in the loss; those of a row with a target add up to 1 / B.
     """
 
-    index: torch.Tensor
+    at: torch.Tensor
     weights: torch.Tensor
 
 
@@ -205,7 +205,7 @@ def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def collate_scored(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """As `collate`, with the fields of its `Targets` as scored_index and scored_weights."""
+    """As `collate`, with the fields of its `Targets` as scored_at and scored_weights."""
     batch = collate(items)
     return batch | {f"scored_{name}": value for name, value in scored_tokens(batch["labels"])._asdict().items()}
 

@@ -1,10 +1,11 @@
-"""What this package takes from transformers, peft, DeepSpeed and torch beyond what they document.
+"""What this package takes from transformers, peft, bitsandbytes, DeepSpeed and torch beyond what they document.
 
 Each name stands here once, with what is relied on; tests/unit/modeling/test_compat.py holds it against the installed
 versions.
 """
 
 import copy
+import importlib
 import inspect
 import logging
 import re
@@ -15,7 +16,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -168,8 +175,52 @@ def has_master(parameter: torch.Tensor) -> bool:
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of the whole parameter, of which a process may hold a part."""
+    """The shape of the whole parameter, of which a process may hold a part, or which is packed."""
+    if is_quantised(parameter):
+        return parameter.quant_state.shape  # type: ignore[attr-defined]  # of bitsandbytes' Params4bit
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def is_quantised(parameter: torch.Tensor) -> bool:
+    """Whether a weight is held in 4 bits by bitsandbytes."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def bitsandbytes() -> Any:
+    """The package, imported when it is needed."""
+    return importlib.import_module("bitsandbytes")
+
+
+def quantised(whole: torch.Tensor, device: torch.device) -> nn.Parameter:
+    """A frozen weight in 4 bits: those that from_pretrained gives with NF4 and double quantisation.
+
+    Args:
+        whole: [O, I], of any dtype.
+        device: of the result.
+    """
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    parameter = bitsandbytes().nn.Params4bit(
+        whole.float(),
+        requires_grad=False,
+        quant_type=how.bnb_4bit_quant_type,
+        compress_statistics=how.bnb_4bit_use_double_quant,
+        quant_storage=how.bnb_4bit_quant_storage,
+    )
+    return parameter.to(device)  # which quantises
+
+
+def linear_4bit(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear for a weight that is `quantised`, in the dtype of the input; only the packed weight is kept for later.
+
+    Not by bitsandbytes' own layer, which rounds biases for good, and packs a weight anew for the evaluation on some
+    CPUs, after which no gradient goes through it.
+    """
+    return bitsandbytes().matmul_4bit(input, weight, bias=bias, quant_state=weight.quant_state)  # type: ignore[attr-defined]
+
+
+def dequantised(weight: torch.Tensor) -> torch.Tensor:
+    """What a `quantised` weight stands for, fp32 [O, I]."""
+    return bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state).float()  # type: ignore[attr-defined]
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer, merge_se
 from pose.modeling.layers import check_layers
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
 from pose.modeling.shard import Layout, Whole, fill, random_weights
-from pose.modeling.weights import Weights, listed, matched, not_finite, refuse
+from pose.modeling.weights import Weights, listed, matched, merges, not_finite, refuse
 from pose.rope import RopeGeometry, RopeScaling
 
 log = logging.getLogger(__name__)
@@ -333,6 +333,17 @@ def check_weights(config: PretrainedConfig, path: str, revision: str | None = No
         CheckpointError: they cannot be read, or are not; names tensors (`pose.modeling.weights.matched`).
     """
     from_hub("weights", _check_weights, path, revision, config=config)
+
+
+def is_merged(config: PretrainedConfig, path: str, revision: str | None = None) -> bool:
+    """Whether weights of a checkpoint are merged when they are read, so that none can be placed alone.
+
+    Args and Raises as `check_weights`.
+    """
+    empty = compat.build_on_meta(config, "sdpa")
+    compat.note_conversions(empty, from_checkpoint=True)
+    weights = from_hub("weights", checkpoint_weights, path, revision)
+    return merges(empty, (name for name, _ in weights))
 
 
 def _check_weights(path: str, config: PretrainedConfig, **hub):

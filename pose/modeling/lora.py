@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pose.errors import ConfigError
+from pose.modeling import compat
 from pose.modeling.options import LoraOptions
 
 
@@ -107,10 +108,7 @@ def initial_adapters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable parameters, and all of them, in all processes together; tied ones count once."""
-    sizes = [
-        (parameter.requires_grad, math.prod(getattr(parameter, "ds_shape", parameter.shape)))  # of ZeRO-3: a part
-        for parameter in model.parameters()
-    ]
+    sizes = [(parameter.requires_grad, math.prod(compat.full_shape(parameter))) for parameter in model.parameters()]
     return sum(size for trainable, size in sizes if trainable), sum(size for _, size in sizes)
 
 

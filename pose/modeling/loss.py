@@ -90,7 +90,7 @@ class _WeightedNLL(torch.autograd.Function):
     """Gradients beside the loss: of the logits of token i, w_i (softmax - one-hot of the target)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, weights, chunk_len, has_gradients):  # type: ignore[override]
+    def forward(ctx: Any, hidden, weight, bias, targets, weights, chunk_len, has_gradients):
         of_hidden, of_weight, of_bias = (has_gradients and needed for needed in ctx.needs_input_grad[:3])
         hidden_grad = torch.empty_like(hidden) if of_hidden else None
         # The sum over chunks is in fp32
@@ -125,7 +125,7 @@ class _WeightedNLL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_loss, of_nll):  # type: ignore[override]
+    def backward(ctx: Any, of_loss, of_nll):
         if ctx.grads is None:
             raise RuntimeError("the gradients of this loss have been given away: backward goes through it once")
         # Scaled in place and given away, so that there is never a second copy of the head's
@@ -166,7 +166,7 @@ def loss_and_example_losses(
     """
     scored = scored_tokens(labels) if scored is None else scored
     batch, length = labels.shape
-    states, targets = hidden.flatten(0, 1)[scored.index], labels.flatten()[scored.index + 1]
+    states, targets = hidden.flatten(0, 1)[scored.at], labels.flatten()[scored.at + 1]
     loss, nll = weighted_nll(states, head, targets, scored.weights)
     by_example = torch.zeros(batch, dtype=nll.dtype, device=nll.device)
-    return loss, by_example.index_add_(0, scored.index // length, nll * scored.weights * batch)
+    return loss, by_example.index_add_(0, scored.at // length, nll * scored.weights * batch)

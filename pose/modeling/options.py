@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, fields
 
-from pose.errors import ConfigError, require_int, require_number
+from pose.errors import ConfigError, require_choice, require_int, require_number
 
 RECOMPUTE = (False, True, "selective")  # activations: `pose.modeling.speed.recompute`
+NF4 = "nf4"
+FROZEN_DTYPES = ("auto", "float32", "bfloat16", NF4)
 
 
 @dataclass
@@ -16,6 +18,9 @@ class LoraOptions:
     dropout: float = 0.0  # probability of dropping an input of an adapter
     target_modules: list[str] | None = None  # linear layers, by the end of their name; null: all but the head
     train_embeddings_and_norms: bool = False  # these too, whole, as LongLoRA (arXiv 2309.12307)
+    frozen_dtype: str = (
+        "auto"  # of frozen matrices: auto (the checkpoint's 16 bits, else float32), float32, bfloat16, nf4
+    )
 
     def __post_init__(self):
         if self.rank is None:
@@ -26,6 +31,7 @@ class LoraOptions:
                         "choose finetune=lora, or set finetune.lora.rank"
                     )
             return
+        require_choice("finetune.lora.frozen_dtype", self.frozen_dtype, FROZEN_DTYPES)
         require_int("finetune.lora.rank", self.rank, at_least=1)
         require_number("finetune.lora.alpha", self.alpha, above=0)
         require_number("finetune.lora.dropout", self.dropout, at_least=0, below=1)

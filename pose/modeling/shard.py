@@ -9,6 +9,7 @@ W processes of rank r; a weight of n elements.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from pose.errors import CheckpointError
 from pose.modeling import compat
 from pose.modeling.compat import full_shape
+from pose.modeling.held import frozen_dtype, hold, is_exact
 from pose.modeling.layers import decoder_layers
 from pose.modeling.lora import initial_adapters
 from pose.modeling.weights import Weights, listed, matched, places
@@ -68,25 +70,37 @@ class FullyShard:
         mesh: one-dimensional, over all processes.
         device: of the slices.
         compute_dtype: in which layers compute; None is fp32.
+
+    Attributes:
+        frozen: the dtype of slices that do not train, as of `pose.modeling.held.Held`; without 4 bits.
     """
 
     def __init__(self, mesh, device: torch.device, compute_dtype: torch.dtype | None):
-        self.mesh, self.device = mesh, device
+        self.mesh, self.device, self.compute_dtype = mesh, device, compute_dtype
+        self.frozen = "float32"
+        self._matrices: set[int] = set()
         self.policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
 
     def wrap(self, model: PreTrainedModel):
+        hold_them = partial(hold, model, widens=self.compute_dtype is None)
+        if self.frozen != "float32":
+            hold_them()
         for layer in decoder_layers(model):
             fully_shard(layer, mesh=self.mesh, mp_policy=self.policy)
         # Embeddings, last norm and head in one group, so that tied ones can be: it is gathered by a call of the model,
         # and `with_root` makes one of whatever else uses these weights.
         fully_shard(model, mesh=self.mesh, mp_policy=self.policy)
+        if self.frozen != "float32":
+            self._matrices = hold_them()  # of the parameters as they are now
         model.call = _call  # type: ignore[assignment]  # of a module, which could be anything
         register_fsdp_forward_method(model, "call")
 
     def place(self, parameter: nn.Parameter, whole: torch.Tensor) -> nn.Parameter:
         # Every process reads the weight itself, so that nothing is sent. The slice is cut before it is cast.
         part = distribute_tensor(whole, self.mesh, cast(DTensor, parameter).placements, src_data_rank=None)
-        return nn.Parameter(part.to(parameter.dtype), parameter.requires_grad)
+        is_narrow = id(parameter) in self._matrices and not parameter.requires_grad
+        dtype = frozen_dtype(self.frozen, whole.dtype) if is_narrow else parameter.dtype
+        return nn.Parameter(part.to(dtype), parameter.requires_grad)
 
 
 class Zero3:
@@ -131,7 +145,8 @@ def fill(model: PreTrainedModel, weights: Weights, layout: Layout):
         model: as `layout.wrap` left it; adapters (`pose.modeling.lora`) get their initial values.
         weights: of the model, whole, by its names for them (`matched`); read one after the other, by every process
             in the same order.
-        layout: how they are dealt out.
+        layout: how they are dealt out. What does not train, and is held in fewer bits than it was given in, is noted:
+            `model.rounded` has its names.
 
     Raises:
         CheckpointError: a parameter got no value; or as `weights` do.
@@ -143,9 +158,12 @@ def fill(model: PreTrainedModel, weights: Weights, layout: Layout):
     named = dict(model.named_parameters(remove_duplicate=False))
     meta = places(model)
     waiting = {id(parameter) for parameter in named.values()}
+    rounded: set[int] = set()
 
     def place(parameter: nn.Parameter, tensor: torch.Tensor):
         placed = layout.place(parameter, tensor)
+        if not (parameter.requires_grad or is_exact(placed, tensor.dtype)):
+            rounded.add(id(parameter))
         for module, name in owners[id(parameter)]:
             setattr(module, name, placed)
         waiting.discard(id(parameter))
@@ -161,6 +179,8 @@ def fill(model: PreTrainedModel, weights: Weights, layout: Layout):
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(layout.device))
+    # What an export takes from the checkpoint
+    model.rounded = {name for name, place in meta.items() if id(place) in rounded}  # type: ignore[assignment]
     if waiting:
         raise CheckpointError(f"no value for {listed(name for name, p in named.items() if id(p) in waiting)}")
 

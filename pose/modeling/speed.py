@@ -34,7 +34,7 @@ def compile_layers(model: PreTrainedModel):
     """
     compat.warn_of_recompilations(log)
     for layer in decoder_layers(model):
-        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+        layer.forward = torch.compile(layer.forward)
 
 
 def recompute(model: PreTrainedModel, how: bool | str):

@@ -117,6 +117,18 @@ def matched(model: PreTrainedModel, weights: Weights, merging: bool = False) -> 
     refuse([*missing.values(), *parts], unexpected, shapes, twice)
 
 
+def merges(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether tensors of a checkpoint are merged with others, or split, when they are read: experts, above all.
+
+    Args:
+        model: that `compat.note_conversions` has seen.
+        names: in the checkpoint.
+    """
+    named = places(model)
+    renamed = (compat.renamed(model, name) for name in names)
+    return any(made and find(named, name, model.base_model_prefix) is not None for name, made in renamed)
+
+
 class _Merged:
     """Tensors that make one weight: kinds of them, such as the gates and the inputs of all experts, as many of each.
 

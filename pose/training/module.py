@@ -15,10 +15,12 @@ from transformers import PreTrainedModel, get_scheduler
 from pose.data.examples import IGNORE, Targets
 from pose.errors import TrainingError
 from pose.modeling.guards import run_guards
+from pose.modeling.held import add_quantised, drop_quantised
 from pose.modeling.loss import loss_and_example_losses
 from pose.modeling.shard import full_shape, with_root
 from pose.rope import Frequencies
 from pose.training.compat import deepspeed_gradient_norm, forget_logged, loops_at
+from pose.training.optimizers import make_optimizer
 from pose.training.processes import gather
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class PoseModule(L.LightningModule):
         warmup_steps: optimizer steps of linear warm-up.
         schedule: a schedule of transformers' `get_scheduler`, such as linear, cosine, constant_with_warmup.
         max_steps: optimizer steps of the whole run.
+        optimizer: one of `pose.training.optimizers`.
         on_nonfinite: stop or skip: what to do with an optimizer step in which a loss is infinite or NaN. A
             skipped step changes no weight; ten in a row stop the run.
         seed: of dropout. Each batch sets its own, so that nothing of it has to be saved for a run to go on.
@@ -61,6 +64,7 @@ class PoseModule(L.LightningModule):
         warmup_steps: int,
         schedule: str,
         max_steps: int,
+        optimizer: str = "adamw",
         seed: int = 0,
         on_nonfinite: str = "stop",
     ):
@@ -70,7 +74,7 @@ class PoseModule(L.LightningModule):
         self.expected, self.target_len = expected, target_len
         self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
         self.warmup_steps, self.schedule, self.max_steps = warmup_steps, schedule, max_steps
-        self.seed = seed
+        self.optimizer, self.seed = optimizer, seed
         self.on_nonfinite = on_nonfinite
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
@@ -111,7 +115,7 @@ class PoseModule(L.LightningModule):
 
     def _losses(self, batch):
         hidden = self(batch["input_ids"], batch["position_ids"])
-        scored = Targets(batch["scored_index"], batch["scored_weights"]) if "scored_index" in batch else None
+        scored = Targets(batch["scored_at"], batch["scored_weights"]) if "scored_at" in batch else None
         return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"], scored)
 
     def on_before_optimizer_step(self, optimizer):
@@ -230,9 +234,13 @@ class PoseModule(L.LightningModule):
         everywhere = gather({name: tensor.detach().cpu() for name, tensor in of_this.items()})
         rows = {name: torch.stack([one[name] for one in everywhere]) for name in of_this}  # a row a process
         checkpoint["pose"] = rows | {"skipped": (self.num_skipped, self._num_skipped_in_a_row)}
+        if "state_dict" in checkpoint:  # else the strategy writes the parts of all processes
+            checkpoint["pose"]["quantised"] = drop_quantised(checkpoint["state_dict"], self)
 
     def on_load_checkpoint(self, checkpoint: dict):
         kept = checkpoint["pose"]
+        if "state_dict" in checkpoint:
+            add_quantised(checkpoint["state_dict"], self, kept.get("quantised", {}))
         losses = kept["recent_losses"].to(self.device)
         by_kind = kept.get("recent_by_kind", losses.new_zeros(len(losses), 0, 2 * len(KINDS))).to(self.device)
         rank, same_processes = self.trainer.global_rank, len(losses) == self.trainer.world_size
@@ -283,7 +291,7 @@ class PoseModule(L.LightningModule):
         ]
         groups = [group for group in groups if group["params"]]  # adapters alone are all matrices
         first, second = self.betas
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), fused=self._fused)
+        optimizer = make_optimizer(self.optimizer, groups, self.lr, (first, second), fused=self._fused)
         scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

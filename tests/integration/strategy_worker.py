@@ -20,6 +20,7 @@ from pose.app import runtime, schema
 from pose.app.preflight import plan_training
 from pose.app.run import Run
 from pose.files import CONF
+from pose.modeling.compat import local_part
 from pose.modeling.rotary import rotary_modules
 
 schema.register()
@@ -57,6 +58,10 @@ class Record(L.Callback):
             getattr(p, "ds_shape", p.shape).numel() for p in model.parameters() if p.requires_grad
         )
         self.seen["held"] = sum(held(p) for p in model.parameters())
+        self.seen["dtypes"] = {}
+        for name, p in model.named_parameters():
+            kind = next((kind for kind in ("norm", "lora") if kind in name), "matrix")
+            self.seen["dtypes"].setdefault(str(local_part(p).dtype), []).append(kind)
         self.seen["inv_freq"] = [
             [str(m.inv_freq.dtype), str(m.inv_freq.device), m.inv_freq.tolist()] for m in rotary_modules(model)
         ]

@@ -41,6 +41,16 @@ def test_tokenise(script):
     assert content["tokens"] > 1e5 and content["seconds"] > 0
 
 
+def test_fits(script):
+    """Frozen weights in bf16 take less than in fp32, in a process of their own each."""
+    arguments = ("--quick", "--steps", "1", "--length", "32", "--ways", "lora_fp32", "lora")
+    line, content = run(script, "benchmarks.fits", *arguments)
+    assert line.startswith("fits: ") and list(content["ways"]) == ["lora_fp32", "lora"]
+    wide, narrow = (way["training_bytes"] / content["weights_bytes"] for way in content["ways"].values())
+    assert 0.9 < narrow < wide - 0.8
+    assert content["ways"]["lora"]["training"] == narrow and content["ways"]["lora"]["seconds_per_step"] > 0
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_loop(script, precision):
     """Both loops end with the same weights: they did the same work."""

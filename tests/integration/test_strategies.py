@@ -89,6 +89,8 @@ def tied(tmp_path_factory) -> Path:
     model.save_pretrained(folder, max_shard_size="600KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     tokenizer.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder / "in_bf16")
+    tokenizer.save_pretrained(folder / "in_bf16")
     return folder
 
 
@@ -103,6 +105,10 @@ def runs(tied, tmp_path_factory):
         "lora": [
             *from_tied, "trainer.precision=32-true", "finetune=lora", "finetune.lora.train_embeddings_and_norms=true",
         ],
+        "held": [
+            *from_tied, f"model.path={tied}/in_bf16", "trainer.precision=32-true", "finetune=lora", "finetune.lr=1e-3",
+        ],
+        "held_mixed": [*from_tied, "trainer.precision=bf16-mixed", "finetune=lora", "finetune.lr=1e-3"],
         "frozen": [*from_tied, "trainer.precision=bf16-mixed", "finetune.lr=1e-12"],
         "watched": [*random, *WATCH],
         "watched_bf16": [*random, *WATCH, "trainer.precision=bf16-mixed"],
@@ -112,6 +118,8 @@ def runs(tied, tmp_path_factory):
         "random": STRATEGIES,
         "bf16": ("fsdp", "zero1", "zero2", "zero3"),
         "lora": ("ddp", "fsdp", "zero3"),
+        "held": ("ddp", "fsdp", "zero3"),
+        "held_mixed": ("fsdp", "zero2", "zero3"),
         "frozen": ("zero1", "zero2", "zero3_offload"),
         "watched": ("ddp", "fsdp", "zero3"),
         "watched_bf16": ("fsdp",),
@@ -240,6 +248,27 @@ def test_adapters_are_merged_into_the_same_weights(runs, name):
     one, two = weights(runs / "lora" / "whole"), weights(runs / "lora" / name)
     assert largest_difference(one, two) < 1e-5
     assert losses(runs / "lora" / name) == pytest.approx(losses(runs / "lora" / "whole"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+def test_frozen_weights_held_in_bf16_give_the_same_adapters(runs, name):
+    one, two = runs / "held" / "whole", runs / "held" / name
+    assert largest_difference(weights(one), weights(two)) < 1e-5
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    wanted = {"torch.float32": {"norm", "lora"}, "torch.bfloat16": {"matrix"}}
+    for process in seen(two):
+        held = {dtype: set(kinds) for dtype, kinds in process["dtypes"].items()}
+        assert held == (wanted if name != "zero3" else {"torch.float32": {"norm", "lora", "matrix"}})
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero2", "zero3"])
+def test_frozen_weights_are_exported_as_the_checkpoint_has_them(runs, tied, name):
+    """DeepSpeed holds them in bf16, which cannot hold these."""
+    before, one, two = LlamaForCausalLM.from_pretrained(tied).state_dict(), *(
+        weights(runs / "held_mixed" / run) for run in ("whole", name)
+    )  # fmt: skip
+    assert torch.equal(two["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert largest_difference(one, two) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])

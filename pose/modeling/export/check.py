@@ -11,10 +11,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pose.errors import GuardError
-from pose.modeling.export.weights import broken
+from pose.modeling import compat
+from pose.modeling.export.weights import Stored, broken
+from pose.modeling.held import held_weight
 from pose.modeling.load import rope_geometry
 from pose.modeling.rotary import target_len_of
 from pose.modeling.shard import decoder_layers
+from pose.modeling.weights import places
 
 VERIFY_LEN = 64  # tokens
 LONGEST_TEXT = 8192 + VERIFY_LEN  # tokens; fp32 attention over more would take its memory squared
@@ -45,10 +48,12 @@ class Answers(NamedTuple):
     Attributes:
         probes: all of them.
         logits: of each: [1, VERIFY_LEN, V], of the last tokens, in the model's own dtype.
+        model: the trained one.
     """
 
     probes: list[Probe]
     logits: list[torch.Tensor]
+    model: PreTrainedModel
 
 
 class Agreement(NamedTuple):
@@ -101,11 +106,14 @@ def ask(model: PreTrainedModel, progress: bool = False) -> Answers:
                 f"{probe.name} its logits are worth {loss:.4g} nats per token of random text, where guessing costs "
                 f"{math.log(found.shape[-1]):.1f}"
             )
-    return Answers(probes, logits)
+    return Answers(probes, logits, model)
 
 
 def compare(folder: Path, answers: Answers, dtype: torch.dtype, progress: bool = False) -> Agreement:
     """Loads a folder as anybody would, in fp32, and compares its logits with the trained model's.
+
+    Where that holds frozen weights in fewer bits than the checkpoint, from which they were saved, the loaded ones get
+    the same rounding: so the difference is one of what was written, and not of what 4 bits do to a model.
 
     Args:
         folder: with config and weights.
@@ -121,6 +129,8 @@ def compare(folder: Path, answers: Answers, dtype: torch.dtype, progress: bool =
     exported = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
     if not type(exported).__module__.startswith("transformers."):
         raise GuardError(f"the model loaded from {folder} is of {type(exported)}, not of a class of transformers")
+    if not _round_alike(exported, answers.model):
+        tolerance = max(tolerance, TOLERANCE[torch.bfloat16])
     device = _device_with_room(exported, wanted[0].device)
     exported.to(device)  # type: ignore[arg-type]
     asked = [i for i, probe in enumerate(answers.probes) if _affordable(exported, probe.input_ids.shape[1], device)]
@@ -138,6 +148,21 @@ def compare(folder: Path, answers: Answers, dtype: torch.dtype, progress: bool =
                 "rounding"
             )
     return Agreement([probe.name for probe in probes], max(differences), tolerance)
+
+
+@torch.no_grad()
+def _round_alike(exported: PreTrainedModel, model: PreTrainedModel) -> bool:
+    """Adds to exported weights what the trained model has lost of the checkpoint's; False where it is in parts."""
+    stored, held, own = Stored(model), places(model), exported.state_dict()
+    if any(compat.local_part(held[name]) is not held[name] for name in stored.names):
+        return False
+    done: set[int] = set()
+    for name in held:
+        if name in stored.names and id(held[name]) not in done:  # a tied one has two names
+            done.add(id(held[name]))
+            values = held_weight(held[name]).cpu()
+            own[name] += values - stored(name).float()
+    return True
 
 
 def _probes(model: PreTrainedModel) -> list[Probe]:

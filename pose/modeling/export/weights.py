@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -10,16 +11,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from pose.errors import TrainingError
+from pose.errors import CheckpointError, TrainingError
 from pose.modeling import compat
 from pose.modeling.lora import adapters
 from pose.modeling.shard import full_shape, full_weight
+from pose.modeling.weights import matched, places
 
 SHARD_SIZE = "5GB"  # of a file: what is held in memory, and what most hubs and file systems like
 
 
 class Weights:
     """What is saved of a model, and in which files: adapters merged, tied weights once, names of a checkpoint.
+
+    Frozen weights that are held in fewer bits than their checkpoint has (QLoRA) are read from there once more.
 
     Args:
         model: as it trains, under any strategy.
@@ -34,6 +38,7 @@ class Weights:
         self.model, self.dtype = model, dtype
         self._parameters = _saved_parameters(model)
         self._adapters = adapters(model)
+        self._stored = Stored(model)
         shapes = {
             name: torch.empty(full_shape(tensor), dtype=self._dtype_of(tensor), device="meta")
             for name, tensor in self._parameters.items()
@@ -95,19 +100,56 @@ class Weights:
 
     @torch.no_grad()
     def _whole(self, name: str) -> torch.Tensor:
-        full = full_weight(self._parameters[name])
+        parameter, is_rounded = self._parameters[name], _plain(name) in self._stored.names
+        full = self._stored(_plain(name)) if is_rounded else full_weight(parameter)
         if name in self._adapters:
             down, up, scale = self._adapters[name]
-            full = full.float() + scale * (full_weight(up).float() @ full_weight(down).float())
+            added = scale * (full_weight(up).float() @ full_weight(down).float())
+            full = full.to(added.device).float() + added
         if full.is_floating_point() and not full.isfinite().all():
             raise broken(f"{_plain(name)} has values that are not finite")
         return full
 
     def _dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
-        return self.dtype if tensor.is_floating_point() else tensor.dtype
+        is_number = tensor.is_floating_point() or compat.is_quantised(tensor)
+        return self.dtype if is_number else tensor.dtype
 
     def _as_in_checkpoint(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return compat.as_in_checkpoint(self.model, {_plain(name): tensor for name, tensor in weights.items()})
+
+
+class Stored:
+    """The weights of a model's checkpoint that the model holds in fewer bits, each read when it is asked for.
+
+    Args:
+        model: as it trains.
+
+    Attributes:
+        names: of these weights, without those of adapters; none where there is no checkpoint.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        source: Any = getattr(model, "source", None)
+        self.names: set[str] = set() if source is None else getattr(model, "rounded", set())
+        self._places = {name: id(place) for name, place in places(model).items()} if self.names else {}
+        self._wanted = {self._places[name] for name in self.names}
+        self._rest = matched(model, source()) if self.names else iter(())
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The checkpoint's own tensor, once; tensors before it in the files wait to be asked for, mapped and not read.
+
+        Raises:
+            CheckpointError: the checkpoint is no longer the one that the model was loaded from.
+        """
+        wanted = self._places[name]
+        while wanted not in self._waiting:
+            found = next(self._rest, None)
+            if found is None:
+                raise CheckpointError(f"{name} is no longer in the checkpoint that the model was loaded from")
+            if (place := self._places[found[0]]) in self._wanted:
+                self._waiting[place] = found[1]
+        return self._waiting.pop(wanted)
 
 
 def broken(what: str) -> TrainingError:

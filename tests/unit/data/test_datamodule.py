@@ -76,7 +76,7 @@ def test_batches(make):
     batches = list(module.train_dataloader())
     assert len(batches) == 12
     for batch in batches:
-        index, weights = batch.pop("scored_index"), batch.pop("scored_weights")
+        index, weights = batch.pop("scored_at"), batch.pop("scored_weights")
         assert set(batch) == {"input_ids", "labels", "position_ids"}
         assert all(tensor.shape == (4, 16) and tensor.dtype == torch.int64 for tensor in batch.values())
         assert index.tolist() == [i for i in range(64) if i % 16 < 15] and weights.tolist() == pytest.approx(

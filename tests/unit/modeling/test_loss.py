@@ -134,7 +134,7 @@ def test_what_is_scored_is_what_carries_a_label(targets):
     labels[1] = IGNORE
     scored = scored_tokens(labels)
     rows = [(b, i) for b in range(3) for i in range(11) if labels[b, i + 1] != IGNORE]
-    assert scored.index.tolist() == [12 * b + i for b, i in rows] and scored.weights.dtype == torch.float32
+    assert scored.at.tolist() == [12 * b + i for b, i in rows] and scored.weights.dtype == torch.float32
     for b in (0, 2):
         assert scored.weights[[row == b for row, _ in rows]].sum().item() == pytest.approx(1 / 3)
 
