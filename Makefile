@@ -37,4 +37,4 @@ checks: $(INSTALLED)
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis

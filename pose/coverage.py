@@ -21,13 +21,19 @@ T (T-1) / 2. A mix has the mean of what it mixes. All else is sampled: pairs by 
 vector that is 1 at the ids of an example, taken by a Fourier transform.
 """
 
-import runpy
+if __name__ == "__main__":  # before what takes seconds to import
+    import runpy
+
+    runpy.run_module("pose.app.coverage", run_name="__main__")
+    raise SystemExit
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pose.errors import ConfigError
+from pose.files import atomic_file
 from pose.positions import Full, Mix, PoSE, PositionSampler, RandPos, Released, ShortPI, SingleShift
 
 MAX_SAMPLES = 2000
@@ -80,10 +86,11 @@ class Coverage:
         }
 
     def save_csv(self, path: str | Path):
-        """Writes the columns distance, probability, pair_share: one row for each distance."""
+        """Writes the columns distance, probability, pair_share in one step: one row for each distance."""
         columns = np.column_stack([self.distance, self.probability, self.pair_share])
         header = "distance,probability,pair_share"
-        np.savetxt(path, columns, fmt=["%d", "%.6g", "%.6g"], delimiter=",", header=header, comments="")
+        with atomic_file(path) as file:
+            np.savetxt(file, columns, fmt=["%d", "%.6g", "%.6g"], delimiter=",", header=header, comments="")
 
 
 def coverage(sampler: PositionSampler, num_samples: int | None = None, seed: int = 0) -> Coverage:
@@ -137,7 +144,7 @@ def _closed_form(sampler: PositionSampler) -> tuple[np.ndarray, np.ndarray] | No
     L, T = sampler.train_len, sampler.target_len
     if type(sampler) is Full:
         return _contiguous(T, T)
-    if type(sampler) in (ShortPI, SingleShift) or L == 1 or (type(sampler) is PoSE and sampler.num_chunks == 1):
+    if type(sampler) in (ShortPI, SingleShift) or (type(sampler) is PoSE and sampler.num_chunks == 1):
         return _contiguous(L, T)
     if type(sampler) is PoSE and sampler.num_chunks == 2:
         return _two_chunks(L, T, longest_first=L - 1)
@@ -204,7 +211,3 @@ def pairs_by_distance(position_ids: np.ndarray, target_len: int) -> np.ndarray:
 
 def _share(pairs: np.ndarray, num_tokens: int) -> np.ndarray:
     return pairs / max(num_tokens * (num_tokens - 1) / 2, 1)
-
-
-if __name__ == "__main__":
-    runpy.run_module("pose.app.coverage", run_name="__main__")

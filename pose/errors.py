@@ -15,7 +15,8 @@ class PoseError(Exception):
 
     Args:
         message: for the reader; `{group}` in it stands for the group.
-        group: of the config, such as "eval"; None where the message has no `{group}`.
+        group: of the config, such as "eval"; "" for a command whose keys are in no group; None leaves the message as it
+            is.
 
     Attributes:
         status: of the process that ends with it.
@@ -30,11 +31,13 @@ class PoseError(Exception):
         self.message, self.group = message, group
 
     def __str__(self) -> str:
-        return self.message if self.group is None else self.message.replace("{group}", self.group)
+        if self.group is None:
+            return self.message
+        return self.message.replace("{group}", self.group) if self.group else self.message.replace("{group}.", "")
 
     def under(self, group: str) -> "PoseError":
         """The same error, of another group of the config."""
-        self.group = group if self.group is not None else None
+        self.group = group
         return self
 
 
@@ -97,7 +100,9 @@ def require_int(
     raise ConfigError(f"{key}={value!r} is not accepted: give an integer {bounds}{', or null' * optional}", group)
 
 
-def require_number(key: str, value, *, at_least=None, above=None, below=None, group: str | None = None, optional=False):
+def require_number(
+    key: str, value, *, at_least=None, above=None, below=None, at_most=None, group: str | None = None, optional=False
+):
     """Raises a ConfigError unless value is a finite number in the given bounds (or None where optional).
 
     Args:
@@ -105,6 +110,7 @@ def require_number(key: str, value, *, at_least=None, above=None, below=None, gr
         value: to check.
         at_least: least value that is accepted.
         above, below: values that are just not accepted.
+        at_most: largest value that is accepted.
         group: for `{group}`.
         optional: whether None is accepted.
     """
@@ -112,9 +118,9 @@ def require_number(key: str, value, *, at_least=None, above=None, below=None, gr
         return
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     in_bounds = number and (at_least is None or value >= at_least) and (above is None or value > above)
-    if in_bounds and (below is None or value < below):
+    if in_bounds and (below is None or value < below) and (at_most is None or value <= at_most):
         return
-    given = {"of at least": at_least, "above": above, "below": below}
+    given = {"of at least": at_least, "above": above, "below": below, "of at most": at_most}
     bounds = [f"{text} {bound:g}" for text, bound in given.items() if bound is not None]
     raise ConfigError(
         f"{key}={value!r} is not accepted: give a number {' and '.join(bounds)}{' or null' * optional}", group
@@ -136,3 +142,8 @@ def printable(text: str) -> str:
 def one_line(text: object) -> str:
     """A text without what is not printed, in one line."""
     return " ".join(printable(" ".join(str(text).split())).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

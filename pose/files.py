@@ -223,13 +223,21 @@ def digest(path: str | Path, memo: Memo) -> str:
     path = Path(path)
     try:
         stat = path.stat()
-        key = ["digest", str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        large = stat.st_size >= BYTES_TO_REMEMBER
-        if large and (known := memo.get(key)) is not None:
+        if (known := remembered_digest(path, stat, memo)) is not None:
             return known
         found = sha256(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    if large and time.time() - max(stat.st_mtime, stat.st_ctime) > 2:  # a later change has a later time
-        memo.set(key, found)
+    # A later change has a later time
+    if stat.st_size >= BYTES_TO_REMEMBER and time.time() - max(stat.st_mtime, stat.st_ctime) > 2:
+        memo.set(_digest_key(path, stat), found)
     return found
+
+
+def remembered_digest(path: Path, stat: os.stat_result, memo: Memo) -> str | None:
+    """What `digest` gives without reading the file; None where it has to read it."""
+    return memo.get(_digest_key(path, stat)) if stat.st_size >= BYTES_TO_REMEMBER else None
+
+
+def _digest_key(path: Path, stat: os.stat_result) -> list:
+    return ["digest", str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pose.errors import ConfigError, require_int
+from pose.errors import ConfigError, require_choice, require_int, require_number
 
 
 class Layout(NamedTuple):
@@ -41,7 +41,7 @@ class PositionSampler(ABC):
         target_len: the window to extend to, in tokens.
 
     Raises:
-        ConfigError: a length is not a positive int, or target_len < train_len.
+        ConfigError: a length is not an int of at least 2, or target_len < train_len.
     """
 
     train_len: int
@@ -132,10 +132,7 @@ class PoSE(PositionSampler):
     def __post_init__(self):
         super().__post_init__()
         _require_chunks(self.num_chunks, self.train_len)
-        if self.content not in ("random", "contiguous", "aligned"):
-            raise ConfigError(
-                f"{{group}}.content={self.content!r} is unknown: choose random, contiguous or aligned", group="pose"
-            )
+        require_choice("{group}.content", self.content, ("random", "contiguous", "aligned"), group="pose")
 
     @property
     def min_document_len(self) -> int:
@@ -320,8 +317,7 @@ class Cream(PositionSampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.sigma, bool) or not isinstance(self.sigma, int | float) or not 0 < self.sigma < np.inf:
-            raise ConfigError(f"{{group}}.sigma={self.sigma!r} is not accepted: give a number above 0", group="pose")
+        require_number("{group}.sigma", self.sigma, above=0, group="pose")
 
     def _sample(self, rng, document_len):
         L, T, f = self.train_len, self.target_len, self.target_len / self.train_len
@@ -409,9 +405,7 @@ class Mix(PositionSampler):
 
     def __post_init__(self):
         super().__post_init__()
-        share = self.plain_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ConfigError(f"{{group}}.plain_share={share!r} is not accepted: give a number in [0, 1]", group="pose")
+        require_number("{group}.plain_share", self.plain_share, at_least=0, at_most=1, group="pose")
         if not isinstance(self.sampler, PositionSampler):
             raise ConfigError(
                 f"{{group}}.sampler={self.sampler!r} is not accepted: give another choice of the group pose",

@@ -170,7 +170,8 @@ class Scripts:
         for process in self._started:
             process.kill()
         if self._server is not None:
-            self._connection.shutdown(socket.SHUT_RDWR)  # for all who have it: a test's own forks too
+            # Closing alone tells the server nothing while a process that was forked here holds the connection too
+            self._connection.shutdown(socket.SHUT_RDWR)
             self._connection.close()
             self._server.wait(60)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
+from pose.app.documents import find_documents
 from pose.app.schema import DataConfig, TrainerConfig, to_options
 from pose.app.targets import make
 from pose.data.datamodule import PoseDataModule
@@ -17,7 +17,7 @@ from pose.data.heldout import SetAside
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths
-from pose.files import locate
+from pose.modeling.load import check_target
 from pose.positions import PositionSampler
 from pose.rope import RopeScaling
 from pose.training import launch
@@ -26,10 +26,8 @@ from pose.training.checkpoints import CheckpointIO
 from pose.training.compat import always_finish
 from pose.training.loggers import build_loggers
 from pose.training.options import WatchOptions
-from pose.training.strategies import check_strategy
+from pose.training.strategies import check_strategy, resolve_precision
 from pose.training.watch import Watch, check_best
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_sampler(node: DictConfig, window: int | None = None) -> PositionSampler:
@@ -37,11 +35,8 @@ def build_sampler(node: DictConfig, window: int | None = None) -> PositionSample
     arguments = OmegaConf.to_object(node)
     assert isinstance(arguments, dict)
     target_len = arguments.get("target_len")
-    if window is not None and isinstance(target_len, int) and target_len < window:
-        raise ConfigError(
-            f"pose.target_len={target_len} is below the model's own window of {window} tokens: give a target of at "
-            "least the window"
-        )
+    if window is not None and isinstance(target_len, int):
+        check_target(target_len, window)
     return make(_with_train_len(arguments, window), PositionSampler, "pose")
 
 
@@ -63,10 +58,8 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
         ConfigError: a value that Lightning does not accept; carries its message.
     """
     t = to_options(cfg.trainer, TrainerConfig)
-    if cfg.logger.name != "wandb" and (extra := [key for key in cfg.logger if key != "name"]):
-        raise ConfigError(
-            f"logger.{extra[0]} is not accepted: logger={cfg.logger.name} (csv, tensorboard) takes name alone"
-        )
+    logger: Any = OmegaConf.to_container(cfg.logger)
+    loggers = build_loggers(logger.pop("name", None), run_dir, step, goes_on=cfg.resume is not None, options=logger)
     strategy = make(cfg.strategy, Strategy, "strategy") if "_target_" in cfg.strategy else _strategy_name(cfg.strategy)
     try:
         trainer = L.Trainer(
@@ -76,10 +69,10 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
             devices=t.devices,
             num_nodes=t.num_nodes,
             strategy=strategy,
-            precision=_precision(t.precision, t.accelerator),
+            precision=resolve_precision(t.precision, t.accelerator),
             gradient_clip_val=t.gradient_clip,
             log_every_n_steps=min(t.log_every_n_steps, t.max_steps),  # a short run logs its end
-            logger=build_loggers(cfg, run_dir, step),
+            logger=loggers,
             callbacks=[ProgressBar(), Throughput()],
             plugins=[CheckpointIO(), *launch.plugins()],
             default_root_dir=run_dir,
@@ -94,24 +87,14 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
 
 
 def _strategy_name(node: DictConfig) -> str:
-    names = [name for name in node if name != "name"]
-    if names:
-        raise ConfigError(f"strategy.{names[0]!s} is not accepted: strategy={node.get('name')} takes name alone")
-    if any(part in node.name for part in ("spawn", "fork", "notebook")):
-        raise ConfigError(f"strategy.name={node.name!r} starts processes in a way that is not used here: take ddp")
-    return node.name
-
-
-def _precision(precision: str, accelerator: str) -> Any:
-    if precision != "auto":
-        return precision
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if on_gpu:
-        fast_bf16 = torch.cuda.is_bf16_supported()
-    else:  # bf16 without these instructions is emulated, and slower than fp32
-        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast_bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
-    return "bf16-mixed" if fast_bf16 else "32-true"
+    name = node.get("name")
+    if extra := [key for key in node if key != "name"]:
+        raise ConfigError(f"strategy.{extra[0]!s} is not accepted: strategy={name} takes name alone")
+    if not isinstance(name, str):
+        raise ConfigError(f"strategy.name={name!r} is not accepted: give a strategy of Lightning, such as auto or ddp")
+    if any(part in name for part in ("spawn", "fork", "notebook")):
+        raise ConfigError(f"strategy.name={name!r} starts processes in a way that is not supported: choose ddp")
+    return name
 
 
 def accumulate(trainer: L.Trainer, micro_batch: int, global_batch: int) -> int:
@@ -136,8 +119,17 @@ def build_data(
 ) -> PoseDataModule:
     """The LightningDataModule of the group `data`, not tokenised yet."""
     d, t = to_options(cfg.data, DataConfig), cfg.trainer
-    measuring = [cfg.eval] + [cfg.watch] * (cfg.watch.every_n_steps is not None)
-    wanting = [group for group in measuring if "perplexity" in group.tasks and group.documents is None]
+    measuring = {"eval": cfg.eval} | ({"watch": cfg.watch} if cfg.watch.every_n_steps is not None else {})
+    wanted = [
+        (length, f"{name}.{key}")
+        for name, group in measuring.items()
+        if "perplexity" in group.tasks and group.documents is None
+        for key, length in (
+            ("lengths", max(group.lengths or [sampler.target_len])),
+            ("min_tokens", group.min_tokens or 0),
+        )
+    ]
+    heldout_len, asked_by = max(wanted, key=lambda one: one[0], default=(None, "eval.lengths"))
     documents = find_documents("data.documents", d.documents)
     return PoseDataModule(
         documents,
@@ -154,8 +146,9 @@ def build_data(
         on_broken=d.on_broken,
         max_document_chars=d.max_document_chars,
         vocab_size=vocab_size,
-        heldout_share=d.heldout_share if wanting else 0.0,
-        heldout_len=min(max(group.lengths or [sampler.target_len]) for group in wanting) if wanting else None,
+        heldout_share=d.heldout_share if wanted else 0.0,
+        heldout_len=heldout_len,
+        heldout_asked_by=asked_by,
         window_len=d.window_len,
         add_bos=d.add_bos,
         synthetic={name: share for name, share in vars(d.synthetic).items() if share},
@@ -223,8 +216,7 @@ def build_watch(
         has_documents = options.documents is not None or set_aside is not None
         if options.max_short_increase is not None and has_documents and cfg.model.path is not None:
             # on the documents that the suite has
-            longest = max(lengths) if "perplexity" in options.tasks else window
-            enough = max(longest, options.min_tokens or 0)
+            enough = max(max(lengths) if "perplexity" in options.tasks else window, options.min_tokens or 0)
             only = replace(
                 options, tasks=["perplexity"], prefix=None, lengths=[window], tail=None, stride=None,
                 min_tokens=enough, sliding_tokens=None,
@@ -236,26 +228,3 @@ def build_watch(
         suite, options.every_n_steps, before=options.before, short=short, max_short_increase=options.max_short_increase,
         best=options.best, export=export, throughput=throughput,
     )  # fmt: skip
-
-
-def find_documents(key: str, value):
-    """Documents as `TokenCache.build` takes them, with shipped files found.
-
-    Args:
-        key: of the config, for the error.
-        value: file, folder, glob or dataset, or a list of them.
-
-    Raises:
-        ConfigError: a dataset without a path.
-    """
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value, resolve=True)
-    if isinstance(value, dict):
-        if value.get("path") in (None, "???"):
-            raise ConfigError(
-                f"{key}.path is not set: give a folder, or the id of a dataset on the hub (owner/name)", "eval"
-            )
-        return value | {"path": locate(value["path"])}
-    if isinstance(value, list):
-        return [find_documents(key, one) for one in value]
-    return locate(value) if isinstance(value, str) else value

@@ -1,16 +1,53 @@
-"""What Hydra calls beside a job (conf/train.yaml). Nothing heavy is imported before it is needed."""
+"""What Hydra calls beside a job (hydra.callbacks in conf/). Nothing heavy is imported before it is needed."""
 
 import logging
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pose.files import REPOSITORY
 from pose.training import signals
 
 log = logging.getLogger(__name__)
+
+
+class Folder(Callback):
+    """Looks at the folder of a run or a sweep before Hydra makes it, whose own errors would be tracebacks.
+
+    Hydra turns errors of a callback into warnings, but for SystemExit.
+    """
+
+    def on_run_start(self, config, **kwargs):
+        """Looks at the folder of one run."""
+        _check_folder("hydra.run.dir", config)
+
+    def on_multirun_start(self, config, **kwargs):
+        """Looks at the folder of a sweep."""
+        _check_folder("hydra.sweep.dir", config)
+
+
+def _check_folder(key: str, config):
+    try:
+        folder = OmegaConf.select(config, key)
+    except OmegaConfBaseException:  # Hydra says what cannot be resolved
+        return
+    reason = None
+    if not str(folder or "").strip():  # Hydra would write into the folder that one stands in
+        reason = f"{key} is empty: give a folder, or leave it out (is a shell variable in it not set?)"
+    else:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reason = f"{key}={folder} cannot be written to ({error.strerror or error}): give another folder"
+    if reason is not None:  # to stderr: the log is in the folder
+        raise SystemExit(f"ConfigError: {reason}")
 
 
 class SweepTable(Callback):
@@ -40,17 +77,7 @@ class Workers(Callback):
         self.requests = signals.Requests(self._announce, self._end_at_once)
 
     def on_multirun_start(self, config, **kwargs):
-        """Adds the repository to the path of the processes that are to come, and lets joblib's end by themselves.
-
-        Raises:
-            SystemExit: hydra.sweep.dir is empty; Hydra would write into the folder that one stands in. It turns other
-                errors of a callback into warnings.
-        """
-        if not str(config.hydra.sweep.dir).strip():
-            raise SystemExit(
-                "ConfigError: hydra.sweep.dir is empty: give a folder, or leave it out (is a shell variable in it not "
-                "set?)"
-            )
+        """Adds the repository to the path of the processes that are to come, and lets joblib's end by themselves."""
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if signals.are_beside_each_other(config.hydra):
@@ -69,7 +96,7 @@ class Workers(Callback):
             raise SystemExit(signals.STATUS_OF_INTERRUPT)
 
     def _announce(self, number: int):
-        log.info("Ctrl-C: waiting for the jobs that are at work (Ctrl-C once more: not)")
+        log.info("Ctrl-C: waiting for the running jobs (Ctrl-C once more: without waiting)")
 
     def _end_at_once(self):
         raise SystemExit(signals.STATUS_OF_INTERRUPT)

@@ -12,21 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
 from pose.app import build, models, runtime
-from pose.app.preflight import check_config
-from pose.app.schema import EvaluateConfig, to_options
+from pose.app.preflight import SHIPPED, check_config
+from pose.app.schema import DTYPES, EvaluateConfig, to_options
 from pose.errors import ConfigError
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
 from pose.evaluation.task import Estimate
-from pose.files import Memo, atomic_file, read_json, write_json
+from pose.files import Memo, atomic_file, is_inside, locate, read_json, write_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.guards import check_loss
 from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, check_weights, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
-from pose.reporting.plots import PANELS, plot_needle, plot_results, plot_ruler
+from pose.reporting.plots import PANELS, plot_measured
 from pose.reporting.tables import comparison_tables, print_table
 from pose.training import signals
 
@@ -61,7 +61,8 @@ class Candidate:
 
 def evaluate(cfg: DictConfig):
     """What `evaluate.py` does with a composed config."""
-    with runtime.readable_errors(), signals.ending(lambda: "Given again, the same command goes on where it was"):
+    with runtime.readable_errors(), signals.ending(lambda: _way_on(cfg)):
+        check_config(cfg, EvaluateConfig)
         run_dir = runtime.run_folder()
         runtime.set_up(cfg)
         candidates = plan_evaluation(cfg)
@@ -125,7 +126,20 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         under = identity(weights, config, dtype=dtype, attention=attention, device=device)
         candidates.append(Candidate(name, path, config, window, suite, device, dtype, under))
     _share_documents(candidates)
+    _say_whose_text(cfg, candidates)
     return candidates
+
+
+def _say_whose_text(cfg: DictConfig, candidates: list[Candidate]):
+    """Says where perplexity is of text that comes with this repository, and the models do not."""
+    documents = cfg.eval.documents
+    is_shipped = isinstance(documents, str) and is_inside(locate(documents), SHIPPED)
+    is_measured = any(candidate.suite.document_ids for candidate in candidates)
+    if is_measured and is_shipped and not all(is_inside(candidate.path, SHIPPED) for candidate in candidates):
+        log.info(
+            f"Perplexity is measured on {documents}, which comes with this repository. Your own text: "
+            "eval.documents=FILE, a folder or a glob"
+        )
 
 
 def _share_documents(candidates: list[Candidate]):
@@ -200,11 +214,8 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
         },
     )
     window = min(c.window for c in candidates)
-    plots = run_dir / "plots"
     target = max(target_len_of(c.config) for c in candidates)
-    plot_results(results, plots / "evaluation.png", window, tuple(PANELS), target)
-    plot_needle(results, plots / "needle.png")
-    plot_ruler(results, plots / "ruler.png")
+    plot_measured(results, run_dir / "plots", window, target, tuple(PANELS))
 
 
 def show(run_dir: Path, candidates: list[Candidate], results: Results):
@@ -225,6 +236,13 @@ def show(run_dir: Path, candidates: list[Candidate], results: Results):
         f"Plots       {run_dir}/plots/",
     ]
     log.info("\n".join(lines))
+
+
+def _way_on(cfg: DictConfig) -> str:
+    """What is said of an evaluation that was asked to stop."""
+    if cfg.reuse:
+        return "Given again, the same command goes on where it was"
+    return "With reuse=false the same command measures everything again; with reuse=true it goes on where it was"
 
 
 def _named(ckpt) -> dict[str, str]:
@@ -251,7 +269,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name not in ("auto", *build.DTYPES):
-        raise ConfigError(f"dtype={name!r} is unknown: choose auto, {', '.join(build.DTYPES)}")
+    if name not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype={name!r} is unknown: choose auto, {', '.join(DTYPES)}")
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return auto if name == "auto" else build.DTYPES[name]
+    return auto if name == "auto" else getattr(torch, name)

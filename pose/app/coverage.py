@@ -7,14 +7,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from pose.app import build, runtime, schema
-from pose.app.preflight import check_config
+from pose.app import schema
 from pose.coverage import coverage
 from pose.errors import ConfigError
 from pose.files import CONF
 from pose.positions import PositionSampler
-from pose.reporting.coverage import coverage_table, plot_coverage
-from pose.reporting.tables import print_table
 
 schema.register()
 
@@ -25,6 +22,8 @@ def build_samplers(cfg: DictConfig) -> dict[str, PositionSampler]:
     Raises:
         ConfigError: a name that is no choice of the group.
     """
+    from pose.app import build
+
     job, lengths = HydraConfig.get(), ("pose.train_len=", "pose.target_len=")
     changed = [o for o in job.overrides.task if o.startswith(("pose.", "pose@")) and not o.startswith(lengths)]
     name = " ".join([job.runtime.choices["pose"], *(o.removeprefix("pose@").removeprefix("pose.") for o in changed)])
@@ -42,6 +41,11 @@ def build_samplers(cfg: DictConfig) -> dict[str, PositionSampler]:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="coverage")
 def main(cfg: DictConfig):
     """Covers the sampler of the group `pose`, and those of `beside`."""
+    from pose.app import runtime  # torch and the like are imported when the config stands
+    from pose.app.preflight import check_config
+    from pose.reporting.coverage import coverage_table, plot_coverage
+    from pose.reporting.tables import print_table
+
     with runtime.readable_errors():
         check_config(cfg, schema.CoverageConfig)
         run_dir = runtime.run_folder()

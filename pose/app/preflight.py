@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
 from pose.app import build, models
 from pose.app.holding import check_holding
-from pose.app.schema import MAX_SEED, FinetuneConfig, TrainConfig, to_options
+from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.data.datamodule import PoseDataModule
-from pose.errors import ConfigError, PoseError, require_int
-from pose.evaluation.options import EvalOptions
+from pose.errors import ConfigError, PoseError, first_line, require_int
+from pose.evaluation.options import MAX_SEED, EvalOptions
 from pose.evaluation.suite import Suite
 from pose.files import REPOSITORY, is_inside, locate
 from pose.modeling.attention import resolve_backend
@@ -34,7 +35,7 @@ from pose.training.watch import Watch
 log = logging.getLogger(__name__)
 
 SHIPPED = REPOSITORY / "assets"
-MANY_EPOCHS = 4  # beyond this many, text is learnt by heart (Muennighoff et al. 2023, arXiv 2305.16264)
+MANY_EPOCHS = 4  # beyond this many, text is memorised (Muennighoff et al. 2023, arXiv 2305.16264)
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,15 @@ class Plan:
 
 
 def check_config(cfg: DictConfig, schema: type):
-    """What holds for every command's config: no key beside the schema's, no empty value, seeds that exist.
+    """What holds for every command's config: no key beside the schema's, no empty value, seeds in range.
 
     Raises:
         ConfigError: names the key.
     """
     _check_keys(cfg, schema, "")
     _check_no_empty(cfg, "")
-    for key in ("seed", "eval.seed", "watch.seed"):
-        if OmegaConf.select(cfg, key) is not None:
-            require_int(key, OmegaConf.select(cfg, key), at_least=0, at_most=MAX_SEED)
+    if cfg.get("seed") is not None:
+        require_int("seed", cfg.seed, at_least=0, at_most=MAX_SEED)
     if cfg.get("num_threads") is not None:
         require_int("num_threads", cfg.num_threads, at_least=1)
 
@@ -126,7 +126,7 @@ def _check_no_empty(node: Any, key: str):
             try:
                 value = node[name]
             except OmegaConfBaseException as error:  # a reference (${...}) to nothing, or to another type
-                raise ConfigError(f"{inner} cannot be worked out: {str(error).splitlines()[0]}") from error
+                raise ConfigError(f"{inner} cannot be worked out: {first_line(error)}") from error
             _check_no_empty(value, inner)
     elif isinstance(node, str) and not node.strip():
         raise ConfigError(
@@ -161,10 +161,11 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     check_holding(cfg, config, trainer)
     micro_batch = build.accumulate(trainer, cfg.trainer.micro_batch, cfg.trainer.global_batch)
+    cfg.trainer.micro_batch = micro_batch  # which a small global batch may have lowered
     data = build.build_data(cfg, tokenizer, sampler, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)
     suite = build.build_suite(to_options(cfg.eval, EvalOptions), *measured)
-    export = partial(Export, tokenizer, dtype=build.DTYPES[cfg.model.export_dtype])
+    export = partial(Export, tokenizer, dtype=getattr(torch, cfg.model.export_dtype))
     throughput = next(one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
     watch = build.build_watch(cfg, *measured, export=export(run_dir / "best"), throughput=throughput)
     data.prepare_data()
@@ -193,7 +194,10 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
 def _tokenizer(cfg: DictConfig, base: PretrainedConfig, config: PretrainedConfig):
     path = cfg.model.tokenizer or cfg.model.path
     if path is None:
-        raise ConfigError("model.tokenizer is not set, and a model from random weights has none of its own")
+        raise ConfigError(
+            "model.tokenizer is not set, and a model from random weights has none of its own: give a "
+            "folder or a hub id, such as model.tokenizer=assets/tiny"
+        )
     tokenizer = load_tokenizer(locate(path), cfg.model.revision)
     if cfg.model.path is None:
         for new in (base, config):
@@ -225,7 +229,7 @@ def say_tokens(cfg: DictConfig, data: PoseDataModule, sampler: PositionSampler):
         )
     elif epochs > MANY_EPOCHS:
         log.warning(
-            f"the text is seen {epochs:.1f} times over; beyond {MANY_EPOCHS} a model learns it by heart. What helps: "
+            f"the text is seen {epochs:.1f} times over; beyond {MANY_EPOCHS} a model memorises it. What helps: "
             f"more text ({own}), or fewer trainer.max_steps"
         )
     heldout = cfg.data.heldout

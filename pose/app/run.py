@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pose.app import models, runtime
 from pose.app.holding import layout_of
-from pose.app.preflight import Plan, plan_training
-from pose.app.schema import FinetuneConfig, to_options
+from pose.app.preflight import Plan, check_config, plan_training
+from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.coverage import coverage
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.suite import Suite, out_of_reach, values
@@ -31,7 +31,7 @@ from pose.modeling.rotary import target_len_of
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
 from pose.reporting.metrics_csv import logged_rows
-from pose.reporting.plots import plot_results, plot_training
+from pose.reporting.plots import plot_measured, plot_training
 from pose.reporting.tables import print_table, results_table
 from pose.training import faults, launch, memory
 from pose.training.folder import alone_in
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 def train(cfg: DictConfig):
     """What `train.py` does with a composed config."""
     with runtime.readable_errors():
+        check_config(cfg, TrainConfig)
         folder = launch.join(runtime.run_folder())
         runtime.set_up(cfg)
         with alone_in(folder), memory.freed(), faults.explained(folder):
@@ -164,6 +165,8 @@ class Run:
         lora = to_options(cfg.finetune, FinetuneConfig).lora
         prepare = None if lora.rank is None else lambda model: add_lora(model, lora)
         layout = layout_of(cfg, self.plan.config, self.plan.trainer)
+        if cfg.model.path is not None:
+            log.info(f"Reading the weights of {cfg.model.path} ...")
         model = models.load_model(cfg, self.plan.config, strategy.root_device, layout, prepare)
         trainable, total = count_parameters(model)
         log.info(f"Training {trainable:,} of {total:,} parameters ({trainable / total:.1%})")
@@ -227,7 +230,7 @@ class Run:
         self.write_card()
         plot_training(folder / "metrics.csv", folder / "plots" / "training.png")
         window, target = plan.geometry.window, target_len_of(plan.config)
-        plot_results(self.results, folder / "plots" / "evaluation.png", window, target=target)
+        plot_measured(self.results, folder / "plots", window, target)
         metrics = {name: values(found) for name, found in self.results.items()}
         self.log_results(metrics | {"coverage": self.covered})
         self.save_metrics(metrics)
@@ -311,7 +314,7 @@ class Run:
             )
             title += f"; held out: {documents}" if documents else ""
             metrics = {name: values(found) for name, found in self.results.items()}
-            print_table(results_table(metrics, title, ("tail_ppl", "passkey")))
+            print_table(results_table(metrics, title))
         lines = [f"Run folder  {folder}", f"Model       {folder}/model  (any transformers loads it)"]
         if plan.watch is not None and plan.watch.found is not None:
             best = plan.watch.found

@@ -1,7 +1,6 @@
 """The process around a run: readable errors, quiet libraries, seeds, shipped files, provenance."""
 
 import contextlib
-import errno
 import logging
 import os
 import platform
@@ -21,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from transformers import logging as transformers_logging
 
-from pose.errors import ConfigError, Interrupted, PoseError, TrainingError
-from pose.files import REPOSITORY, read_json, write_json
-from pose.training import launch, signals
+from pose.errors import Interrupted, PoseError, TrainingError, first_line
+from pose.files import REPOSITORY, atomic_file, read_json, write_json
+from pose.training import faults, launch, signals
+from pose.training.compat import rank
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ def readable_errors():
     try:
         yield
     except PoseError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not error.is_everywhere:
-            where = "" if rank == "0" else f"[process {rank}] "
+        process = os.environ.get("RANK", "0")
+        if process == "0" or not error.is_everywhere:
+            where = "" if process == "0" else f"[process {process}] "
             log.error(f"{where}{type(error).__name__}: {error}")
         in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
         if in_sweep and not isinstance(error, Interrupted):
@@ -59,14 +59,14 @@ def readable_errors():
         if end.code not in signals.STATUSES or not launch.is_beside_others():
             raise
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+        if not faults.is_full(error):
             raise
-        log.error(f"The disk is full ({error}): make room; nothing that was complete is lost")
+        log.error(f"{faults.disk_full(error)}; nothing that was complete is lost")
         raise SystemExit(1) from None
     except RuntimeError as error:
         if "RANK" not in os.environ or not any(sign in str(error) for sign in LOST_PROCESS):
             raise
-        log.error(f"[process {os.environ['RANK']}] another process of the job is gone")
+        log.error(f"[process {os.environ['RANK']}] another process of the job has ended")
         raise SystemExit(1) from None
 
 
@@ -84,17 +84,17 @@ def explained_memory_errors(cfg: DictConfig):
         if not out_of_memory and not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
             raise
         advice = _memory_advice(cfg)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"out of memory ({reason}). What helps, the cheapest first: {'; '.join(advice)}"
+        message = f"out of memory ({first_line(error)}). What helps, the cheapest first: {'; '.join(advice)}"
         raise TrainingError(message, changes=_memory_change(cfg)) from error
 
 
 def _memory_change(cfg: DictConfig) -> tuple[str, ...]:
-    """The cheapest help that a run can go on with, as overrides."""
+    """The cheapest help that a run can go on with, as overrides: the next smaller micro-batch divides the batch too."""
     if "trainer" not in cfg:
         return ()
-    if cfg.trainer.micro_batch > 1:
-        return (f"trainer.micro_batch={cfg.trainer.micro_batch // 2}",)
+    batch = cfg.trainer.micro_batch
+    if batch > 1:
+        return (f"trainer.micro_batch={next(n for n in range(batch // 2, 0, -1) if batch % n == 0)}",)
     return () if cfg.model.gradient_checkpointing else ("model.gradient_checkpointing=true",)
 
 
@@ -132,30 +132,18 @@ def quiet_libraries():
 
 
 def run_folder() -> Path:
-    """The folder that Hydra has made for this job.
-
-    Raises:
-        ConfigError: it is given as nothing, which Hydra takes for the folder that one stands in.
-    """
-    job = HydraConfig.get()
-    key, folder = ("sweep", job.sweep.dir) if job.mode == RunMode.MULTIRUN else ("run", job.run.dir)
-    if not str(folder).strip():
-        raise ConfigError(
-            f"hydra.{key}.dir is empty: give a folder, or leave it out (is a shell variable in it not set?)"
-        )
-    return Path(job.runtime.output_dir)
+    """The folder that Hydra has made for this job, which `pose.app.callbacks.Folder` has looked at before."""
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def set_up(cfg: DictConfig):
-    """Seeds, threads, and quiet libraries."""
+    """Seeds, threads, and quiet libraries, by a config that `check_config` has accepted."""
     quiet_libraries()
-    if getattr(rank_zero_only, "rank", 0):  # one process speaks for all
+    if rank():  # one process speaks for all
         logging.getLogger("pose").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
     if cfg.num_threads is not None:
-        if cfg.num_threads < 1:
-            raise ConfigError(f"num_threads={cfg.num_threads} is not accepted: give an integer of at least 1, or null")
         torch.set_num_threads(cfg.num_threads)
     L.seed_everything(cfg.get("seed", 0), workers=True, verbose=False)
 
@@ -186,11 +174,12 @@ def save_config(cfg: DictConfig, run_dir: Path, settings: dict | None = None, st
         step: from which training goes on.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    file, content = run_dir / "provenance.json", provenance() | {"settings": settings, "from_step": step}
-    if cfg.get("resume") is not None and (before := read_json(file)):
+    with atomic_file(run_dir / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(cfg, resolve=True))
+    path, content = run_dir / "provenance.json", provenance() | {"settings": settings, "from_step": step}
+    if cfg.get("resume") is not None and (before := read_json(path)):
         content["earlier"] = [*before.pop("earlier", []), before]
-    write_json(file, content)
+    write_json(path, content)
 
 
 def _version(package: str) -> str | None:
@@ -201,5 +190,9 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    result = subprocess.run(["git", *arguments], check=False, cwd=REPOSITORY, capture_output=True, text=True)
+    """What git prints; None where it fails, or is not there."""
+    try:
+        result = subprocess.run(["git", *arguments], check=False, cwd=REPOSITORY, capture_output=True, text=True)
+    except OSError:
+        return None
     return result.stdout.strip() if result.returncode == 0 else None

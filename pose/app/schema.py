@@ -26,8 +26,7 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 OPTIMIZERS = ("adamw", "adamw8bit")
-DTYPES = ("float32", "bfloat16", "float16")
-MAX_SEED = 2**32 - 1  # of numpy's generators
+DTYPES = ("float32", "bfloat16", "float16")  # by their names in torch
 
 
 @dataclass
@@ -76,7 +75,6 @@ class DataConfig:
 
     def __post_init__(self):
         require_number("data.heldout_share", self.heldout_share, at_least=0, below=1)
-        require_int("data.num_workers", self.num_workers, at_least=0)
 
 
 @dataclass
@@ -169,7 +167,7 @@ class EvaluateConfig:
     dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto is bfloat16 on a GPU, else float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...
     eval: EvalOptions = field(default_factory=EvalOptions)
-    reuse: bool = True  # outcomes of earlier evaluations that nothing distinguishes from this one
+    reuse: bool = True  # take over earlier results of the same model, task and code
     num_threads: int | None = None  # CPU threads of torch; null: all cores
     cache_dir: str = "~/.cache/pose"  # token caches, and outcomes
 

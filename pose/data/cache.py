@@ -20,18 +20,19 @@ from tqdm import tqdm
 
 from pose.data.documents import (
     MAX_DOCUMENT_CHARS,
+    OF_DATA,
     Broken,
     Document,
     Files,
+    Keys,
     changed,
     open_files,
     out_of_memory,
 )
 from pose.data.hub import HubDataset, HubSource
-from pose.data.network import first_line
 from pose.data.tokenise import Tokeniser, all_cores
 from pose.data.tokenizer import beyond_vocabulary, tokenizer_digest
-from pose.errors import ConfigError, DataError
+from pose.errors import ConfigError, DataError, first_line, one_line, require_int
 from pose.files import Memo, atomic_folder, load_json, remove_folder
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,10 @@ FORMAT_VERSION = 3
 A_DAY = 24 * 3600.0  # seconds
 CHECKED_AT_ONCE = 8 << 20  # bytes
 DTYPES = ("uint16", "uint32")
-# A folder in which a cache was being built, or from which a name was taken.
+# A folder in which a cache was being built, or one that was renamed to be removed.
 LEFTOVER = re.compile(r"\.?(.+-[0-9a-f]{16})\.([a-z0-9_]{8}|old|removed)")
 # What index.json must have.
 COUNTS = ("read", "kept", "tokens", "max_id", "too_short", "min_tokens", "without_text", "broken")
-OTHERS = {"documents": str, "first_broken": list, "dtype": str, "checksums": dict, "checksum": int}
 KEYS: dict[str, type | tuple] = {"documents": str, "first_broken": list, "dtype": str}
 KEYS |= {"checksums": dict, "checksum": int} | dict.fromkeys(COUNTS, int)
 
@@ -87,7 +87,7 @@ class TokenCache:
         self._tokens: np.ndarray | None = None
 
     def _open_files(self, check: bool):
-        open(self.folder / "index.json").close()  # what is closed to this user is told from what is damaged
+        open(self.folder / "index.json").close()  # no permission to read is no damage
         self.info: dict[str, Any] = load_json(self.folder / "index.json", DamagedCache, KEYS)
         if self.info["checksum"] != _checksum_of_index(self.info):
             raise self._damaged("index.json is not what was written")
@@ -138,7 +138,7 @@ class TokenCache:
         return self._tokens[end - self.lengths[document] : end]
 
     def __reduce__(self):
-        return type(self), (self.folder, False)  # a reading process trusts the one that has opened it
+        return type(self), (self.folder, False)  # reading processes do not compare the checksums again
 
     @property
     def max_id(self) -> int:
@@ -174,8 +174,8 @@ class TokenCache:
         min_tokens: int = 1,
         max_documents: int | None = None,
         on_broken: str = "error",
-        asked_by: str = "{group}.min_tokens",
         max_document_chars: int = MAX_DOCUMENT_CHARS,
+        keys: Keys = OF_DATA,
     ) -> "TokenCache":
         """Opens the cache of a set of documents, tokenising them first if there is none yet.
 
@@ -195,20 +195,19 @@ class TokenCache:
             max_documents: the first so many of the others are taken, and no more is read; None takes all.
             on_broken: "error" or "skip", for lines and rows that cannot be read, or are too long.
             max_document_chars: the most characters that the text of a document may have.
-            asked_by: the key that min_tokens comes from, for errors.
+            keys: of the config that these come from, for errors.
 
         Raises:
             ConfigError: a value that cannot be meant.
             DataError: documents are missing, broken or changing, or none is left; memory runs out, or cache_dir
                 cannot be written.
         """
-        for key, value in (("min_tokens", min_tokens), ("max_documents", max_documents)):
-            if not (isinstance(value, int) and value >= 1) and (key, value) != ("max_documents", None):
-                raise ConfigError(f"data.{key}={value!r} is not accepted: give an integer of at least 1")
-        broken = Broken(on_broken, max_document_chars)
+        require_int("data.min_tokens", min_tokens, at_least=1)
+        require_int("data.max_documents", max_documents, at_least=1, optional=True)
+        broken = Broken(on_broken, max_document_chars, keys)
         root = Path(cache_dir).expanduser()
         memo = Memo(root / ".memo")
-        sources: list = [_open_source(spec, text_field, memo) for spec in _as_list(documents)]
+        sources: list = [_open_source(spec, text_field, memo, keys) for spec in _as_list(documents, keys)]
         states = [source.state(memo) for source in sources]
         options = [min_tokens, max_documents, on_broken, max_document_chars]
         folder = root / _key(sources, states, tokenizer, options)
@@ -221,8 +220,8 @@ class TokenCache:
 
         def write(building: Path):
             try:
-                _tokenise(name, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, building, asked_by)
-            except DataError:  # which may be of a file that is half written
+                _tokenise(name, sources, Tokeniser(tokenizer), broken, min_tokens, max_documents, building)
+            except DataError:  # it may be caused by a file that is still being written
                 check_unchanged()
                 raise
             check_unchanged()
@@ -235,10 +234,10 @@ class TokenCache:
                     cache = cls._open(folder, warn=False) or cls._build(folder, write, alone)
             except Exception as error:
                 if out_of_memory(error):
+                    lower = f", or refuse them with a lower {keys.max_document_chars} (it is {max_document_chars:,})"
                     raise DataError(
                         f"memory ran out while {name} was tokenised ({first_line(error)}): each document has to fit. "
-                        "Split long ones, or refuse them with a lower data.max_document_chars (it is "
-                        f"{max_document_chars:,})"
+                        "Split long ones" + (lower if keys.max_document_chars else "")
                     ) from error
                 if isinstance(error, OSError):
                     raise DataError(
@@ -264,7 +263,10 @@ class TokenCache:
     @classmethod
     def _build(cls, folder: Path, write, alone: bool) -> "TokenCache":
         _remove_leftovers(folder, alone)
-        with suppress(FileExistsError), atomic_folder(folder) as building:  # of a job that was first, without locks
+        with (
+            suppress(FileExistsError),
+            atomic_folder(folder) as building,
+        ):  # another job may be first
             with all_cores():
                 write(building)
             if folder.exists() and cls._open(folder, warn=False) is None:
@@ -335,7 +337,7 @@ def _lock(path: Path, waiting: str | None = None) -> Iterator[bool]:
 def _open_lock(path: Path) -> IO:
     try:
         return open(path, "a")
-    except PermissionError:  # another user's can be held too
+    except PermissionError:  # another user's lock file can be locked read-only too
         return open(path)
 
 
@@ -355,13 +357,12 @@ def _tokenise(
     min_tokens: int,
     max_documents: int | None,
     folder: Path,
-    asked_by: str,
 ):
     """Writes tokens.bin, ids.bin, index.bin (int64 [documents, 2]: where tokens and id end) and index.json."""
     read = kept = too_short = without_text = length = start = id_end = 0
     sizes = [source.size for source in sources]
     bar = tqdm(
-        desc=f"Tokenising {name}", total=None if None in sizes else sum(sizes),
+        desc=f"Tokenising {one_line(name)}", total=None if None in sizes else sum(sizes),
         unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5,
     )  # fmt: skip
     characters, began = 0, time.monotonic()
@@ -411,7 +412,7 @@ def _tokenise(
         "dtype": tokeniser.dtype.name,
     }
     if not kept:
-        raise DataError(_nothing(counts, asked_by), group="data")
+        raise DataError(_nothing(counts, broken.keys.min_tokens))
     counts["max_id"] = int(np.memmap(folder / "tokens.bin", tokeniser.dtype, "r").max())
     counts["checksums"] = {file.name: _checksum(file) for file in folder.iterdir()}
     counts["checksum"] = _checksum_of_index(counts)
@@ -435,7 +436,7 @@ def _checksum_of_index(index: dict[str, Any]) -> int:
 
 def _batches(sources, tokeniser: Tokeniser, broken: Broken) -> Iterator[list[tuple[str, str, int, bool, int]]]:
     """(id, piece of text, tokens to leave out, whether it is the document's last, broken places before it), in lists of
-    about batch_size. What is there before an error comes before it: no more than that may be asked for."""
+    about batch_size. Documents read before an error are yielded first: max_documents may need no more."""
     batch, size = [], 0
     try:
         for source in sources:
@@ -463,27 +464,28 @@ def _pieces(document: Document, tokeniser: Tokeniser) -> Iterator[tuple[str, int
     yield piece, left_out, True
 
 
-def _open_source(spec, text_field: str, memo: Memo) -> Files | HubSource:
+def _open_source(spec, text_field: str, memo: Memo, keys: Keys) -> Files | HubSource:
     files = open_files(spec, text_field)
     if files is not None:
         return files
     if not isinstance(spec, Mapping):
-        raise ConfigError(f"data.documents has {spec!r}: give a file, a folder, a glob, or the fields of a dataset")
+        raise ConfigError(f"{keys.documents} has {spec!r}: give a file, a folder, a glob, or the fields of a dataset")
     known = [field.name for field in fields(HubDataset)]
     if unknown := set(spec) - set(known):
-        raise ConfigError(f"data.documents has a dataset with {sorted(unknown)}: its fields are {', '.join(known)}")
+        unknown_fields = sorted(map(str, unknown))
+        raise ConfigError(f"{keys.documents} has a dataset with {unknown_fields}: its fields are {', '.join(known)}")
     if not isinstance(spec.get("path"), str):
-        raise ConfigError(f"data.documents has a dataset without a path: {dict(spec)}")
+        raise ConfigError(f"{keys.documents} has a dataset without a path: {dict(spec)}")
     given = {key: value for key, value in spec.items() if value is not None}
     return HubSource(HubDataset(**{"text_field": text_field} | given), memo)
 
 
-def _as_list(documents) -> list:
+def _as_list(documents, keys: Keys) -> list:
     if isinstance(documents, str | Path | Mapping):
         return [documents]
     if not isinstance(documents, Sequence) or not documents:
         raise ConfigError(
-            f"data.documents={documents!r} is not accepted: give a file, folder, glob or dataset, or a list"
+            f"{keys.documents}={documents!r} is not accepted: give a file, folder, glob or dataset, or a list"
         )
     return list(documents)
 
@@ -498,12 +500,12 @@ def _key(sources: list, states: list, tokenizer, options: list) -> str:
     return f"{name[:48]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _nothing(counts: dict, asked_by: str) -> str:
+def _nothing(counts: dict, key: str) -> str:
     if not counts["read"] and not counts["broken"]:
         return f"{counts['documents']} holds no document"
     places = "".join(f"\n  {place}" for place in counts["first_broken"])
     return (
-        f"{counts['documents']} holds no document of at least {counts['min_tokens']} tokens ({asked_by}): "
+        f"{counts['documents']} holds no document of at least {counts['min_tokens']} tokens ({key}): "
         f"{_dropped(counts)}{places}"
     )
 

@@ -1,4 +1,4 @@
-"""Skip-wise batches for somebody's own DataLoader or Trainer: documents in, `input_ids, labels, position_ids` out."""
+"""Skip-wise batches for your own DataLoader or Trainer: documents in, `input_ids, labels, position_ids` out."""
 
 import os
 from collections.abc import Mapping, Sequence

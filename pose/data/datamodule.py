@@ -25,7 +25,7 @@ from pose.data.documents import MAX_DOCUMENT_CHARS
 from pose.data.examples import Curriculum, PoseDataset, collate
 from pose.data.heldout import SetAside, without
 from pose.data.tokenizer import beyond_vocabulary
-from pose.errors import ConfigError
+from pose.errors import ConfigError, require_int
 from pose.positions import PositionSampler
 from pose.tasks.synthetic import TASKS
 
@@ -56,6 +56,7 @@ class PoseDataModule(L.LightningDataModule):
         vocab_size: rows of the model's embedding, which every token must have one of; None does not look.
         heldout_share: share of whole documents set aside for evaluation (`set_aside`), in [0, 1); 0 keeps none.
         heldout_len: tokens that such a document has at least; None: the sampler's target.
+        heldout_asked_by: the key of the config that asks for so many, for errors.
         window_len: tokens of a document that one example is drawn from; None takes documents whole.
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
         synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
@@ -89,6 +90,7 @@ class PoseDataModule(L.LightningDataModule):
         on_broken: str = "error",
         heldout_share: float = 0.0,
         heldout_len: int | None = None,
+        heldout_asked_by: str = "eval.lengths",
         max_document_chars: int = MAX_DOCUMENT_CHARS,
         vocab_size: int | None = None,
         window_len: int | None = None,
@@ -109,8 +111,10 @@ class PoseDataModule(L.LightningDataModule):
         self.set_aside = None
         if heldout_share:
             length = sampler.target_len if heldout_len is None else heldout_len
-            self.set_aside = SetAside(documents, heldout_share, length, cache_dir, text_field, self.choice)
-        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, add_bos, vocab_size)
+            self.set_aside = SetAside(
+                documents, heldout_share, length, cache_dir, text_field, heldout_asked_by, self.choice
+            )
+        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, add_bos, "data.add_bos", vocab_size)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
         self.curriculum: list[tuple] = [
             tuple(phase) if isinstance(phase, Sequence) else (phase,) for phase in curriculum
@@ -119,8 +123,7 @@ class PoseDataModule(L.LightningDataModule):
         self._check()
 
     def _check(self):
-        if not isinstance(self.num_workers, int) or self.num_workers < 0:
-            raise ConfigError(f"data.num_workers={self.num_workers!r} is not accepted: give an integer of at least 0")
+        require_int("data.num_workers", self.num_workers, at_least=0)
         reserve_file_handles(self.num_workers)
         for name, share in self.synthetic.items():
             if name not in TASKS:
@@ -132,11 +135,19 @@ class PoseDataModule(L.LightningDataModule):
         example_len, begin = self.sampler.example_len, 0.0
         for phase in self.curriculum:
             end, length = phase if len(phase) == 2 else (0, 0)
-            if not begin < end < 1 or length < 1 or example_len % length:
+            is_phase = type(end) in (int, float) and type(length) is int
+            if not is_phase or not begin < end < 1 or length < 1 or example_len % length:
                 raise ConfigError(
                     f"data.curriculum has the phase {list(phase)}: give [end, length], the end a share of the run "
                     f"above {begin:g} and below 1, the length a divisor of {example_len}"
                 )
+            try:
+                self.sampler.resized(length, length)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"data.curriculum has the phase {list(phase)}, and {self.sampler.name} does not take its length: "
+                    f"{error}"
+                ) from error
             begin = end
         num_bos = 0 if self.bos_id is None else 1
         if self.window_len is not None and self.window_len + num_bos < self.sampler.min_document_len:
@@ -164,7 +175,7 @@ class PoseDataModule(L.LightningDataModule):
         tasks: dict[Any, float] = {
             TASKS[name](self.tokenizer, documents, self.vocab_size): share for name, share in self.synthetic.items()
         }
-        for task in tasks:  # what does not fit is an error now, not in the middle of the run
+        for task in tasks:  # so that what does not fit is an error now, not in the middle of the run
             for length in (self.sampler.example_len, *(length for _, length in self.curriculum)):
                 task.sample(np.random.default_rng(0), length)
 
@@ -226,7 +237,7 @@ class PoseDataModule(L.LightningDataModule):
 
 
 def reserve_file_handles(num_workers: int):
-    """Raises this process's limit of open files to what reading processes need, who would hang without.
+    """Raises this process's limit of open files to what reading processes need: they would hang without.
 
     Raises:
         ConfigError: it cannot be raised so far.
@@ -246,9 +257,9 @@ def reserve_file_handles(num_workers: int):
 
 
 def _follow_the_trainer(worker: int):
-    """Schedulers and terminals signal every process of a job: the one that trains says when its readers end.
+    """Ignores signals, which schedulers and terminals send to every process of a job: the trainer ends its readers.
 
-    They end with it when it is killed, too, and not when they next look, seconds later.
+    When it is killed the kernel ends them at once; by themselves they would notice seconds later.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -257,7 +268,7 @@ def _follow_the_trainer(worker: int):
 
 
 def _end_readers():
-    """At the exit, before multiprocessing waits for its processes: it sends SIGTERM, to which readers do not listen."""
+    """Kills readers at the exit: multiprocessing would send SIGTERM, which they ignore, and wait."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -314,13 +325,17 @@ def _fingerprint(indices: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(indices)).encode()).hexdigest()[:16]
 
 
-def bos_id(tokenizer, add_bos: bool | None, vocab_size: int | None = None) -> int | None:
+def bos_id(
+    tokenizer, add_bos: bool | None, key: str, vocab_size: int | None = None, group: str | None = None
+) -> int | None:
     """The token to put before a document, or None.
 
     Args:
         tokenizer: a transformers tokenizer.
         add_bos: True, False, or None to do as the tokenizer itself does.
+        key: that gives it, for errors; may begin with `{group}`.
         vocab_size: rows of the model's embedding, which the token must have one of; None does not look.
+        group: for `{group}`.
 
     Raises:
         ConfigError: add_bos is True and the tokenizer has no BOS token.
@@ -330,9 +345,11 @@ def bos_id(tokenizer, add_bos: bool | None, vocab_size: int | None = None) -> in
         default = tokenizer("a")["input_ids"]
         add_bos = tokenizer.bos_token_id is not None and default[:1] == [tokenizer.bos_token_id]
     if add_bos and tokenizer.bos_token_id is None:
-        raise ConfigError("data.add_bos or eval.add_bos is true, but this tokenizer has no BOS token: set it to false")
+        raise ConfigError(f"{key} is true, but this tokenizer has no BOS token: set it to false", group)
     if add_bos and vocab_size is not None and tokenizer.bos_token_id >= vocab_size:
-        raise beyond_vocabulary(tokenizer, tokenizer.bos_token_id, vocab_size, "the beginning of a text (add_bos)")
+        raise beyond_vocabulary(
+            tokenizer, tokenizer.bos_token_id, vocab_size, f"the beginning of a text ({key})", group
+        )
     return tokenizer.bos_token_id if add_bos else None
 
 

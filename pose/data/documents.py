@@ -13,7 +13,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pose.errors import ConfigError, DataError
+from pose.errors import ConfigError, DataError, require_choice, require_int
 from pose.files import REPOSITORY, Memo, digest, is_inside
 
 KINDS = (".jsonl", ".txt", ".parquet")
@@ -21,11 +21,10 @@ PACKED = (".gz", ".zst")  # of .jsonl and .txt; Parquet packs its columns itself
 ACCEPTED = ".jsonl or .txt, each also as .gz or .zst, or .parquet"
 ON_BROKEN = ("error", "skip")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-MAX_DOCUMENT_CHARS = 200_000_000  # a hundred thick novels
-BLOCK = 1 << 20  # bytes that are read at a time of a line or text file
+MAX_DOCUMENT_CHARS = 200_000_000  # about a hundred long novels
+BLOCK = 1 << 20  # bytes of a line or text file that are read at a time
 CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of UTF-8 that begin no character
-CHOOSE_FIELD = "choose one with data.text_field, eval.text_field, or documents={path: FILE, text_field: FIELD}"
-SHIPPED = REPOSITORY / "assets" / "corpora"  # whose text is under "text", whatever that of other documents is under
+SHIPPED = REPOSITORY / "assets" / "corpora"  # their text is under "text", whatever text_field says
 
 
 class Document(NamedTuple):
@@ -40,12 +39,42 @@ class Document(NamedTuple):
     text: str
 
 
+class Keys(NamedTuple):
+    """The keys of the config that say which documents are read and how: errors name them.
+
+    Those of `data` are the default. Each may begin with `{group}` (`PoseError`).
+
+    Attributes:
+        documents: which are read.
+        text_field: where their text is; None where the documents alone say it.
+        min_tokens: how long they have to be.
+        max_document_chars: how long they may be; None where no key says it.
+        takes_field: whether the value of `documents` may be {path, text_field}.
+    """
+
+    documents: str = "data.documents"
+    text_field: str | None = "data.text_field"
+    min_tokens: str = "data.min_tokens"
+    max_document_chars: str | None = "data.max_document_chars"
+    takes_field: bool = True
+
+    def choose_field(self) -> str:
+        """What to do where the text is under another field."""
+        keys = [self.text_field] if self.text_field is not None else []
+        keys += [f"{self.documents}={{path: FILE, text_field: FIELD}}"] if self.takes_field else []
+        return f"choose one with {', or '.join(keys)}" if keys else "give text under that name"
+
+
+OF_DATA = Keys()
+
+
 class Broken:
-    """What is done about a place that cannot be read, or is too long: an error, or one more in a count.
+    """How a place that cannot be read, or is too long, is handled: as an error, or skipped and counted.
 
     Args:
         on_broken: "error" or "skip".
         max_document_chars: the most characters that the text of a document may have.
+        keys: for errors.
 
     Attributes:
         count: places that were skipped.
@@ -55,22 +84,19 @@ class Broken:
         ConfigError: a value that cannot be meant.
     """
 
-    def __init__(self, on_broken: str = "error", max_document_chars: int = MAX_DOCUMENT_CHARS):
-        if on_broken not in ON_BROKEN:
-            raise ConfigError(f"data.on_broken={on_broken!r} is unknown: choose {' or '.join(ON_BROKEN)}")
-        if not isinstance(max_document_chars, int) or max_document_chars < 1:
-            raise ConfigError(
-                f"data.max_document_chars={max_document_chars!r} is not accepted: give an integer of at least 1"
-            )
-        self.on_broken, self.max_document_chars = on_broken, max_document_chars
+    def __init__(self, on_broken: str = "error", max_document_chars: int = MAX_DOCUMENT_CHARS, keys: Keys = OF_DATA):
+        require_choice("data.on_broken", on_broken, ON_BROKEN)
+        require_int("data.max_document_chars", max_document_chars, at_least=1)
+        self.on_broken, self.max_document_chars, self.keys = on_broken, max_document_chars, keys
         self.count = 0
         self.first: list[str] = []
 
     def too_long(self, where: str):
         """As `found`, for a document of more than max_document_chars characters."""
+        key = self.keys.max_document_chars
         self.found(
-            f"{where}: the document has more than {self.max_document_chars:,} characters: split it, or allow more with "
-            "data.max_document_chars"
+            f"{where}: the document has more than {self.max_document_chars:,} characters: split it"
+            + (f", or allow more with {key}" if key else "")
         )
 
     def found(self, message: str, cause: Exception | None = None):
@@ -87,7 +113,7 @@ class Broken:
             self.first.append(message)
 
     def forget_after(self, count: int):
-        """Counts the first ones alone: what came after them was read ahead, and is not used."""
+        """Keeps the first `count` broken places: those after them were read ahead, and are not used."""
         self.count, self.first = count, self.first[:count]
 
 
@@ -130,7 +156,7 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def changed(paths: Iterable[str]) -> DataError:
-    """The error for files that are not what they were when they were digested."""
+    """The error for files that have changed since they were digested."""
     return DataError(
         f"{', '.join(sorted(set(paths))[:3])} changed while it was read: start again when nothing writes to it any more"
     )
@@ -145,7 +171,7 @@ def unreadable(error: OSError) -> DataError:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, as whatever library says it: that is never a fault of the documents."""
+    """Whether memory ran out, in whatever form a library reports it: that is never a fault of the documents."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
@@ -286,7 +312,7 @@ def find_files(pattern: str | Path) -> list[Path]:
 
 
 def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:
-    """All that lies in a folder and is no folder, at any depth and behind links, sorted.
+    """All files in a folder, at any depth and behind links, sorted.
 
     Args:
         folder: to look through.
@@ -302,7 +328,7 @@ def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         above = [parent for parent in Path(place).parents if parent.is_relative_to(folder)]
-        if any(os.path.samefile(place, parent) for parent in above):  # a link to where it lies: no end
+        if any(os.path.samefile(place, parent) for parent in above):  # a link to a folder above it
             folders.clear()
             continue
         folders[:] = [name for name in folders if not leave_out(name)]
@@ -311,20 +337,20 @@ def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:
 
 
 def _check_folders(pattern: Path):
-    """Raises OSError where a folder that a glob looks into cannot be read: `glob` passes it over."""
+    """Raises OSError where a folder that a glob looks into cannot be read: `glob` skips it silently."""
     for end in range(1, len(pattern.parts)):
         for folder in glob.glob(os.path.join(*pattern.parts[:end], ""), recursive=True):
             os.scandir(folder).close()
 
 
 def _is_there(file: Path) -> bool:
-    """Whether it is a file, which a link to nowhere is meant to be."""
+    """Whether it is a file; a dangling link with the name of one is an error."""
     if file.is_symlink() and not file.exists() and _kind(file):
         raise DataError(f"{file} is a link to {os.readlink(file)}, and nothing is there: mend it, or take it away")
     return file.is_file()
 
 
-def read_documents(documents: Any, text_field: str = "text") -> Iterator[Document]:
+def read_documents(documents: Any, text_field: str = "text", keys: Keys = OF_DATA) -> Iterator[Document]:
     """Reads files.
 
     A .jsonl file has one JSON object a line, and blank lines are passed over; a .txt file is one
@@ -333,6 +359,7 @@ def read_documents(documents: Any, text_field: str = "text") -> Iterator[Documen
     Args:
         documents: a file, folder or glob, or one with a field of its own (`open_files`); or a list of these.
         text_field: the key or column that holds the text, for files that do not name their own.
+        keys: for errors.
 
     Raises:
         ConfigError: it is nothing of the kind.
@@ -342,7 +369,7 @@ def read_documents(documents: Any, text_field: str = "text") -> Iterator[Documen
         files = open_files(spec, text_field)
         if files is None:
             raise ConfigError(f"{spec!r} names no file to read: give a file ({ACCEPTED}), a folder or a glob of them")
-        yield from files.read(Broken())
+        yield from files.read(Broken(keys=keys))
 
 
 def document_of(record: dict, text_field: str, where: str, place: str, broken: Broken) -> Document | None:
@@ -362,7 +389,7 @@ def document_of(record: dict, text_field: str, where: str, place: str, broken: B
         kind = f" but a value of type {type(text).__name__}" if text_field in record else ""
         return broken.found(
             f"{where}: no text under {text_field!r}{kind}; it has the fields {sorted(map(str, record))} "
-            f"({CHOOSE_FIELD})"
+            f"({broken.keys.choose_field()})"
         )
     if len(text) > broken.max_document_chars:
         return broken.too_long(where)
@@ -401,7 +428,7 @@ def _zstd(path: Path):
 
 def _read_jsonl(path: Path, file: BufferedIOBase, text_field: str, broken: Broken) -> Iterator[Document]:
     number = 0
-    # Beside the text a line may have other fields, and two characters for one: a longer one is not read into memory.
+    # A line may have other fields too, and escapes of two characters for one: a longer line is not read into memory.
     most = 2 * broken.max_document_chars + BLOCK
     try:
         for number, line in enumerate(_lines(_unpack(path, file), most), 1):
@@ -411,7 +438,7 @@ def _read_jsonl(path: Path, file: BufferedIOBase, text_field: str, broken: Broke
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line and not line.isspace():
                 document = _parse(line, path, number, text_field, broken)
-                del line  # a long one is not held while its text is worked on
+                del line  # so that a long line is freed while its text is used
                 if document is not None:
                     yield document
     except Exception as error:
@@ -428,7 +455,7 @@ def _lines(file: BufferedIOBase, most: int) -> Iterator[bytes | bytearray | None
         else:
             blocks = _to_the_end(block, file)
             yield _join(blocks, most)
-            for _ in blocks:  # of a line that is too long
+            for _ in blocks:  # the rest of a line that is too long is passed over
                 pass
 
 
@@ -497,9 +524,12 @@ def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Bro
         kind = parquet.schema_arrow.field(text_field).type if names.count(text_field) == 1 else None
         if kind is None or not _is_text(kind, pyarrow.types):
             columns = ", ".join(f"{field.name} ({field.type})" for field in parquet.schema_arrow)
-            raise DataError(f"{path}: no single column of text named {text_field!r}; it has {columns} ({CHOOSE_FIELD})")
+            raise DataError(
+                f"{path}: no single column of text named {text_field!r}; it has {columns} "
+                f"({broken.keys.choose_field()})"
+            )
         wanted = [name for name in (text_field, "id") if name in names]
-        # A row at a time: what is written once in a file may be said by every row of it.
+        # A row at a time: a value that the file stores once, in a dictionary, may be repeated by every row.
         for batch in parquet.iter_batches(1, columns=wanted, use_threads=False):
             number += 1
             where = f"{path}, row {number}"
@@ -512,10 +542,17 @@ def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Bro
             except UnicodeDecodeError as error:
                 broken.found(f"{where}: not UTF-8 ({error.reason})", error)
                 continue
+            except (
+                ValueError,
+                OverflowError,
+                LookupError,
+            ) as error:  # a time out of range or zone
+                broken.found(f"{where}: the id cannot be read ({error})", error)
+                continue
             document = document_of(record, text_field, where, f"{path.name}:{number}", broken)
             if document is not None:
                 yield document
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # UnicodeDecodeError: a column's name
         if out_of_memory(error):
             raise
         broken.found(f"{path} cannot be read past row {number}: {error}", error)

@@ -1,4 +1,4 @@
-"""Whole documents of the training data that are kept for evaluation, where nobody names others."""
+"""Whole documents of the training data that are kept for evaluation, where no other documents are given."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from pose.errors import DataError
 class SetAside:
     """A share of the documents that are long enough to be measured on.
 
-    The choice is by the documents' ids alone, so that it is the same for every seed, and for every sampler and method
-    of a sweep.
+    The choice depends on the documents' ids alone: it is the same for every seed, sampler and method of a sweep.
 
     Args:
         documents: of the training, as `TokenCache.build` takes them.
         share: of the documents with long_enough tokens, in (0, 1); at least one is taken, and one is left.
         long_enough: tokens.
+        asked_by: the key of the config that asks for so many, for the error.
         cache_dir: the folder of all token caches.
         text_field: as `TokenCache.build`.
         choice: its other options.
@@ -33,6 +33,7 @@ class SetAside:
     long_enough: int
     cache_dir: str | Path
     text_field: str = "text"
+    asked_by: str = "eval.lengths"
     choice: Mapping[str, Any] = field(default_factory=dict)
 
     def open(self, tokenizer) -> tuple[TokenCache, list[int]]:
@@ -46,9 +47,10 @@ class SetAside:
         if not chosen:
             num = int((cache.lengths >= self.long_enough).sum())
             raise DataError(
-                f"{num} of the {len(cache):,} documents of {cache.info['documents']} have {self.long_enough:,} tokens, "
-                "and at least two are needed to set one aside for perplexity: give others with data.heldout, shorter "
-                "eval.lengths, or measure without perplexity (eval=passkey, eval=none)"
+                f"{num} of the {len(cache):,} documents of {cache.info['documents']} have {self.long_enough:,} tokens "
+                f"({self.asked_by}), and at least two are needed to set one aside for perplexity: give others with "
+                f"data.heldout, less with {self.asked_by}, or measure without perplexity ({{group}}.tasks=[passkey])",
+                group="eval",
             )
         return cache, chosen
 

@@ -13,14 +13,25 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from pose.data.documents import Broken, Document, FileState, document_of, files_in, out_of_memory, state_of, unreadable
-from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
-from pose.errors import ConfigError, DataError
+from pose.data.documents import (
+    Broken,
+    Document,
+    FileState,
+    Keys,
+    document_of,
+    files_in,
+    out_of_memory,
+    state_of,
+    unreadable,
+)
+from pose.data.network import RETRIES, may_pass, wait_for_network
+from pose.errors import ConfigError, DataError, first_line
 from pose.files import Memo
 
 log = logging.getLogger(__name__)
@@ -55,9 +66,20 @@ class HubDataset:
     text_field: str = "text"
 
     def __post_init__(self):
+        for key in ("path", "name", "split", "revision", "format", "text_field"):
+            value = getattr(self, key)
+            if not isinstance(value, str) and (value is not None or key in ("path", "split", "text_field")):
+                raise ConfigError(
+                    f"{key}={value!r} of the dataset {self.path} is not accepted: give a string (a number in quotes)"
+                )
+        if not isinstance(self.data_files, str | list | tuple | None):
+            raise ConfigError(
+                f"data_files={self.data_files!r} of the dataset {self.path} is not accepted: give a file or glob in "
+                "it, or a list of them"
+            )
         if not self.path or (not self.is_local and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path)):
             raise ConfigError(f"path={self.path!r} of a dataset is neither a folder nor a hub id: give owner/name")
-        if not isinstance(self.split, str) or not self.split:
+        if not self.split:
             raise ConfigError(f"split={self.split!r} of the dataset {self.path} is not accepted: give its name")
         if self.format is not None and self.format not in FORMATS:
             raise ConfigError(f"format={self.format!r} of the dataset {self.path}: choose {', '.join(FORMATS)}")
@@ -99,6 +121,12 @@ class HubDataset:
                 f"it ({first_line(error)})"
             ) from error
         except Exception as error:
+            if isinstance(error, HfHubHTTPError) and not may_pass(error):
+                raise DataError(
+                    f"the hub refuses the dataset {self.path} ({first_line(error)}). A token that is wrong or has "
+                    "expired is refused for open datasets too: log in again with `hf auth login` (or set HF_TOKEN), or "
+                    "go without one with `hf auth logout`"
+                ) from error
             if not may_pass(error):
                 raise
             known = memo.get(key)
@@ -173,11 +201,11 @@ class HubDataset:
                 return
             except (DataError, ConfigError):
                 raise
-            except Exception as error:  # whatever datasets, its readers and its file systems raise
+            except Exception as error:  # datasets, its readers and its file systems raise errors of any class
                 if out_of_memory(error):
                     raise
                 if not may_pass(error, self.is_local):
-                    raise DataError(self._cannot(number, error)) from error
+                    raise DataError(self._cannot(number, error, broken.keys)) from error
                 failures += 1
                 if failures > RETRIES:
                     raise DataError(
@@ -187,13 +215,13 @@ class HubDataset:
                     ) from error
                 wait_for_network(f"{self.label} after row {number}", error, failures, sleep)
 
-    def _cannot(self, number: int, error: Exception) -> str:
+    def _cannot(self, number: int, error: Exception, keys: Keys) -> str:
         message = f"the dataset {self.label} cannot be read past row {number}: {first_line(error)}"
         if "scripts are no longer supported" in str(error):
             return f"{message}. Code of a dataset is never run: name its files with data_files and their format"
         return (
             f"{message}. Check name, split and data_files; broken lines can be skipped in files of your own: "
-            f"hf download {self.path} --repo-type dataset --local-dir FOLDER, data.documents=FOLDER"
+            f"hf download {self.path} --repo-type dataset --local-dir FOLDER, {keys.documents}=FOLDER"
         )
 
 

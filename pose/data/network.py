@@ -1,4 +1,4 @@
-"""Failures of a network: which may pass, and how long to wait for it."""
+"""Failures of a network: which are temporary, and how long to wait before the next attempt."""
 
 import gzip
 import logging
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from pose.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,3 @@ def wait_for_network(what: str, error: BaseException, attempt: int, sleep: Calla
         f"{what} failed ({first_line(error)}): attempt {attempt} of {RETRIES} to go on from there, in {wait:g} s"
     )
     sleep(wait)
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 1 << 16  # characters; a place for a cut is looked for in as many at a time
+PIECE = 1 << 16  # characters that are searched at a time for a place to cut
 AROUND = 256  # characters at each side of a cut that are tokenised both ways
 TRIES = 16  # places of a kind that are looked at
 SPAN = 1 << 12  # characters that are tokenised to find other places than those of CUTS

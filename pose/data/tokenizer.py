@@ -1,9 +1,14 @@
-"""The tiny model's tokenizer, trained: byte-level BPE, digits one by one. And how many bytes a token of any stands for.
+"""The tiny model's tokenizer, trained: byte-level BPE, digits one by one. And the bytes that a token stands for.
 
 python -m pose.data.tokenizer assets/tiny assets/corpora/*.train.jsonl.gz
 """
 
-import argparse
+if __name__ == "__main__":  # before what takes seconds to import
+    import runpy
+
+    runpy.run_module("pose.app.tokenizer", run_name="__main__")
+    raise SystemExit
+
 import hashlib
 import json
 import re
@@ -13,8 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pose.data.documents import read_documents
-from pose.errors import DataError, PoseError
+from pose.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -56,7 +60,7 @@ def tokenizer_digest(tokenizer) -> str:
     """SHA-256 of what decides a tokenizer's tokens."""
     if getattr(tokenizer, "is_fast", False):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules |= {"truncation": None, "padding": None}  # which calls set, and do not matter here
+        rules |= {"truncation": None, "padding": None}  # set by calls, and without effect on the tokens here
     else:
         rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
@@ -79,7 +83,7 @@ def token_bytes(tokenizer) -> np.ndarray:
     added = {
         i: token.content
         for i, token in tokenizer.added_tokens_decoder.items()
-        if token.special or token.content not in own  # else it is made of text too, as Gemma's runs of spaces
+        if token.special or token.content not in own  # others are ordinary text, as Gemma's runs of spaces
     }
     sizes = np.zeros(max(vocab.values()) + 1, np.int64)
     byte_level = _is_byte_level(tokenizer)
@@ -113,19 +117,21 @@ def check_vocabulary(tokenizer, text: str, vocab_size: int, where: str):
             raise beyond_vocabulary(tokenizer, max(ids), vocab_size, where)
 
 
-def beyond_vocabulary(tokenizer, token_id: int, vocab_size: int, where: str) -> DataError:
+def beyond_vocabulary(tokenizer, token_id: int, vocab_size: int, where: str, group: str | None = None) -> DataError:
     """The error for a token that a model has no embedding for.
 
     Args:
         tokenizer: that made it.
         token_id: its id.
         vocab_size: rows of the embedding.
-        where: it was found, for the error.
+        where: it was found, for the error; may have `{group}` in it.
+        group: for `{group}`.
     """
     return DataError(
         f"{where} has the token {tokenizer.convert_ids_to_tokens(token_id)!r} of id {token_id}, and the model's "
         f"embedding has {vocab_size} rows, for ids 0 to {vocab_size - 1}: take the tokenizer that the model was "
-        "trained with, or documents without this token"
+        "trained with, or documents without this token",
+        group,
     )
 
 
@@ -134,24 +140,3 @@ def _is_byte_level(tokenizer) -> bool:
     if not tokenizer.is_fast:
         return hasattr(tokenizer, "byte_decoder")
     return "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
-
-
-def main():
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pose.data.tokenizer", description=str(__doc__).splitlines()[0])
-    parser.add_argument("out", help="folder to save to")
-    parser.add_argument("documents", nargs="+", help="files or folders, as data.documents takes them")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens, the 256 bytes included (default: 4096)")
-    parser.add_argument("--window", type=int, default=256, help="tokens, model_max_length (default: 256)")
-    arguments = parser.parse_args()
-    try:
-        texts = (document.text for document in read_documents(arguments.documents))
-        tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.window)
-    except PoseError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-    tokenizer.save_pretrained(arguments.out)
-    print(f"{arguments.out}  ({len(tokenizer):,} tokens)")
-
-
-if __name__ == "__main__":
-    main()

@@ -75,7 +75,7 @@ def greedy(
         eos_token_id=list(eos_ids) or None,
         pad_token_id=eos_ids[0] if eos_ids else 0,  # after the end of a text, where it is cut
     )
-    own, model.generation_config = model.generation_config, GenerationConfig()  # which would fill what is None here
+    own, model.generation_config = model.generation_config, GenerationConfig()  # which would fill in what is None here
     try:
         written = model.generate(  # type: ignore[operator]  # a causal model's class has it, their base has not
             tokens, attention_mask=torch.ones_like(tokens), generation_config=settings

@@ -1,4 +1,4 @@
-"""Standard benchmarks through lm-evaluation-harness: its tasks by name, or task YAMLs of one's own."""
+"""Standard benchmarks through lm-evaluation-harness: its tasks by name, or your own task YAMLs."""
 
 import glob
 import hashlib
@@ -85,13 +85,13 @@ class Harness(Task):
             raise ConfigError(f"{{group}}.tasks has {self.task}, which {reason}", group="eval")
 
     def _begins_bare(self, config: Mapping[str, Any]) -> bool:
-        """Whether nothing stands before what is scored."""
+        """Whether texts are scored from their first token on, with an empty prompt."""
         examples = config.get("num_fewshot") if self.num_fewshot is None else self.num_fewshot
         is_bare = config.get("doc_to_text") == "" and not config.get("description") and not examples
         return config.get("output_type") == "loglikelihood_rolling" or is_bare
 
     def metrics(self) -> dict[str, Metric]:
-        """One. Of a task that is a Python class neither direction nor format is known."""
+        """One metric. Of a task that is a Python class neither direction nor format is known."""
         metric = self._choose(self.declared) if self.declared else None
         known = ACCURACY if metric in SHARES else SCORE
         direction = None if metric is None else self.declared[metric]
@@ -109,7 +109,7 @@ class Harness(Task):
         }  # fmt: skip
 
     def _configs_digest(self) -> str | None:
-        """SHA-256 of YAMLs of one's own with all that they include, which may lie outside their folder."""
+        """SHA-256 of your own YAMLs with all that they include, which may lie outside their folder."""
         if self.include_path is None:
             return None
         text = json.dumps(self.configs, sort_keys=True, default=str)
@@ -186,7 +186,7 @@ class Harness(Task):
             raise
         except ModuleNotFoundError as error:
             raise ConfigError(f"{self.name} needs the package {error.name}: pip install {error.name}") from error
-        except Exception as error:  # whatever datasets and the code of the task raise
+        except Exception as error:  # datasets and the code of the task raise errors of any class
             hint = "" if hub_answers() else " (the hub does not answer: have it downloaded where it does)"
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise DataError(f"the questions of {self.name} cannot be loaded: {reason}{hint}") from error
@@ -214,7 +214,7 @@ class Harness(Task):
 
 
 def _folder_digest(folder: str | None) -> str | None:
-    """SHA-256 over names and content of all files, but for what Python writes beside them."""
+    """SHA-256 over names and content of all files, without Python's __pycache__."""
     if folder is None:
         return None
     files = [file for file in _files_below(folder) if "__pycache__" not in file.parts]

@@ -9,6 +9,7 @@ Shapes: B requests, N tokens in the longest, K tokens kept, V vocabulary.
 
 import copy
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 
 import torch
@@ -17,12 +18,14 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import GenerationConfig
 
+from pose.data.tokenizer import beyond_vocabulary
 from pose.errors import ConfigError
 from pose.evaluation.generation import end_ids
 from pose.evaluation.scoring import Scorer
+from pose.modeling.layers import cache_is_exact
 from pose.modeling.long import hidden_states
 
-SAMPLING = ("temperature", "top_p", "top_k")  # of a task's generation_kwargs: nothing to greedy decoding
+SAMPLING = ("temperature", "top_p", "top_k")  # keys of generation_kwargs without effect on greedy decoding
 
 
 class ScorerLM(HFLM):
@@ -48,6 +51,8 @@ class ScorerLM(HFLM):
         self.scorer, self.task, self.terminal = scorer, task, terminal or sys.stderr
         self.num_requests = self.num_truncated = 0
         self._kept: int | None = None
+        self._largest_id = max(self.tokenizer.get_vocab().values(), default=0)
+        self._rows = scorer.model.get_input_embeddings().weight.shape[0]
 
     def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs):
         """As HFLM's, which asks for the text of its prefix token."""
@@ -58,7 +63,7 @@ class ScorerLM(HFLM):
         return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
     def tok_decode(self, tokens, skip_special_tokens=True):
-        """As HFLM's; no token, which is its EOS where there is none, is no text."""
+        """As HFLM's; None, which lm-eval passes as EOS for a tokenizer without one, decodes to the empty text."""
         return "" if tokens is None else super().tok_decode(tokens, skip_special_tokens)
 
     def loglikelihood(self, requests, disable_tqdm=False):
@@ -66,6 +71,7 @@ class ScorerLM(HFLM):
 
         Raises:
             ConfigError: a text has nothing before it, and the tokenizer neither BOS nor EOS; names the task.
+            DataError: a token has no row in the model's embedding; names task, token, id and rows.
         """
         if any(not request.args[0] for request in requests):
             self._require_prefix()
@@ -74,6 +80,9 @@ class ScorerLM(HFLM):
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """As HFLM's. Raises as `loglikelihood`."""
         self._require_prefix()
+        if self._largest_id >= self._rows:  # HFLM computes one text before it reads the next
+            for request in requests:
+                self._check_ids(self.tok_encode(request.args[0]))
         return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def _require_prefix(self):
@@ -88,6 +97,7 @@ class ScorerLM(HFLM):
 
         Raises:
             ConfigError: the answer alone fills the window; names the task.
+            DataError: as `loglikelihood`.
         """
         for context, options in (request.args for request in requests):
             new_tokens = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
@@ -98,9 +108,8 @@ class ScorerLM(HFLM):
                 )
             tokens = self.tok_encode(context)
             if not tokens:
-                raise ConfigError(
-                    f"harness/{self.task} asks for what follows an empty text, before which nothing stands"
-                )
+                raise ConfigError(f"harness/{self.task} has an empty prompt, and this tokenizer puts no BOS before it")
+            self._check_ids(tokens)
             self._count(len(tokens) + new_tokens)
         with redirect_stderr(self.terminal):
             return super().generate_until(requests, disable_tqdm or not self.terminal.isatty())
@@ -115,6 +124,7 @@ class ScorerLM(HFLM):
                     f"harness/{self.task} has an answer of {len(continuation)} tokens, and the window is "
                     f"{self.max_length}: it needs a model with a longer one"
                 )
+            self._check_ids(context, continuation)
             self._count(len(context) + len(continuation) - 1)
         self._kept, self._batch_end, self._batch_size = None, 0, 0
         with redirect_stderr(self.terminal):
@@ -125,6 +135,14 @@ class ScorerLM(HFLM):
         self._require_prefix()
         return [self.prefix_token_id]
 
+    def _check_ids(self, *texts: Sequence[int]):
+        """Raises a DataError where the embedding has no row for a token: before anything is computed."""
+        if self._largest_id < self._rows:
+            return
+        largest = max(max(tokens, default=0) for tokens in texts)
+        if largest >= self._rows:
+            raise beyond_vocabulary(self.tokenizer, largest, self._rows, f"a question of harness/{self.task}")
+
     def _count(self, num_tokens: int):
         self.num_requests += 1
         self.num_truncated += num_tokens > self.max_length
@@ -133,7 +151,7 @@ class ScorerLM(HFLM):
         return 1  # generation, and the windows of whole texts, which are of max_length
 
     def _batch_scheduler(self, pos, n_reordered_requests):
-        """How many requests go together from the one that begins a batch on; asked again for each further one.
+        """How many requests go into the batch that begins at `pos`; lm-eval asks again for each request of it.
 
         They come longest first. Frequencies that depend on the length would take that of the padding: there a batch
         holds requests of one length.
@@ -162,7 +180,7 @@ class ScorerLM(HFLM):
         """As HFLM's, with the settings of the task and none of the checkpoint's; a cache only where it is exact."""
         if not generation_kwargs.get("do_sample"):
             generation_kwargs = {k: v for k, v in generation_kwargs.items() if k not in SAMPLING} | {"do_sample": False}
-        ends = end_ids(self.model, self.tokenizer)  # while the checkpoint's are there
+        ends = end_ids(self.model, self.tokenizer)  # before the checkpoint's generation config is replaced
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             return self.model.generate(
@@ -171,7 +189,7 @@ class ScorerLM(HFLM):
                 stopping_criteria=stop_sequences_criteria(
                     self.tokenizer, [text for text in stop if text], context.shape[1], context.shape[0]
                 ),
-                use_cache=not self.scorer.by_length,
+                use_cache=cache_is_exact(self.model.config),
                 eos_token_id=ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **generation_kwargs,

@@ -199,7 +199,7 @@ def surroundings(seed: int):
         torch.manual_seed(seed)
         stack.enter_context(quiet())
         stack.enter_context(patch.dict(os.environ, DISABLE_MULTIPROC="1"))  # lm-eval's bootstrap forks for each core
-        if not hub_answers():  # which the libraries would ask for half a minute, dataset by dataset, cached or not
+        if not hub_answers():  # the libraries would ask for half a minute for each dataset, cached or not
             stack.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
             stack.enter_context(patch.object(datasets.config, "HF_HUB_OFFLINE", True))
         yield
@@ -222,7 +222,7 @@ def quiet():
 def hub_code_refused(name: str):
     """The metrics of the package evaluate are programs on the hub; `datasets` has not run such code since version 4.
 
-    An empty package takes its place, which the script evaluate.py would do else, when it runs.
+    A stub replaces the package: otherwise `import evaluate` could find this project's evaluate.py.
 
     Raises:
         ConfigError: the task uses one; names both.
@@ -242,5 +242,5 @@ def hub_code_refused(name: str):
         del sys.modules["evaluate"]
         if own is not None:
             sys.modules["evaluate"] = own
-        if refused:  # lm-eval may have caught it, and gone on without the metric
+        if refused:  # raised again: lm-eval may have caught it and gone on without the metric
             refuse(refused[0])

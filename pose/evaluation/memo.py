@@ -1,6 +1,6 @@
-"""What was measured before: outcomes of units, kept in the cache folder under everything that they depend on.
+"""A store of earlier measurements: outcomes of units, in the cache folder, keyed by everything that they depend on.
 
-There is one such memory: train.py's untuned model is that of evaluate.py, and of the next job of a sweep.
+It is shared: what train.py measures of the untuned model serves evaluate.py, and the next job of a sweep.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MEASURING = ("evaluation", "modeling", "data", "tasks", "rope.py")  # the code that outcomes depend on
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")  # whose versions they depend on
-WITHOUT_EFFECT = ("transformers_version", "dtype", "use_cache")  # of a config, on what is built here of it
+WITHOUT_EFFECT = ("transformers_version", "dtype", "use_cache")  # keys of a config that do not change the model
 
 
 class Took(NamedTuple):
@@ -56,7 +56,7 @@ class Outcomes:
         self._memo, self._cache_dir = Memo(self.folder), cache_dir
 
     def require_writable(self):
-        """Outcomes that cannot be kept would only be missed when an evaluation has been killed.
+        """Fails now: otherwise the loss is noticed only after a killed evaluation.
 
         Raises:
             ConfigError: the folder cannot be written to.
@@ -111,7 +111,7 @@ def is_whole(task: Task, unit: str, entry: Any) -> bool:
 def identity(
     checkpoint: Any, config: PretrainedConfig, *, dtype: torch.dtype, attention: str, device: torch.device
 ) -> dict[str, Any]:
-    """Plain JSON that tells a model, as it is run, from every other one.
+    """Plain JSON that identifies a model as it is run: its weights, config, code, packages and device.
 
     The outcome of a unit is a pure function of this and of the unit. So whoever measures the same model finds it again:
     where a checkpoint is scaled but not trained, it is the same checkpoint with another config.
@@ -126,7 +126,7 @@ def identity(
     described = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in WITHOUT_EFFECT and not name.startswith("_")  # as where it was read from
+        if name not in WITHOUT_EFFECT and not name.startswith("_")  # such as the path that it was read from
     }
     return {
         "checkpoint": checkpoint,

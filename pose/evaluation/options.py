@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pose.data.documents import read_documents
-from pose.errors import ConfigError, require_choice, require_int
+from pose.data.documents import Keys, out_of_memory, read_documents
+from pose.errors import ConfigError, DataError, PoseError, require_choice, require_int
 
 TASKS = ("perplexity", "passkey", "needle")
 BOOK = "assets/corpora/books.heldout.jsonl.gz"
-LARGEST_SEED = 2**32 - 1  # that numpy's generator of lm-eval takes
+MAX_SEED = 2**32 - 1  # of numpy's generators, lm-eval's too
 
 
 @dataclass
@@ -65,7 +65,7 @@ class EvalOptions:
             optional = name not in ("windows", "bin", "trials")
             require_int(f"{{group}}.{name}", getattr(self, name), at_least=1, group="eval", optional=optional)
         require_int("{group}.num_fewshot", self.num_fewshot, at_least=0, group="eval", optional=True)
-        require_int("{group}.seed", self.seed, at_least=0, at_most=LARGEST_SEED, group="eval")
+        require_int("{group}.seed", self.seed, at_least=0, at_most=MAX_SEED, group="eval")
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 2):
             raise _refused(f"lengths={list(self.lengths)} is not accepted: give lengths of at least 2 tokens")
         if self.depths is not None and not (self.depths and all(0 <= depth <= 1 for depth in self.depths)):
@@ -86,16 +86,28 @@ class EvalOptions:
                 )
 
 
-def read_haystack(source: Any) -> str:
+def read_haystack(source: Any, group: str = "eval") -> str:
     """The text of a haystack, documents separated by empty lines.
 
     Args:
         source: as `EvalOptions.haystack`, its paths found.
+        group: of the config that it is of, for errors; "" for a command, which takes paths alone.
 
     Raises:
-        DataError: what is missing, of another kind, or broken; names file and line.
+        ConfigError: a value that names no file.
+        DataError: what is missing, of another kind, or broken; names file and line. Or memory runs out.
     """
-    return "\n\n".join(document.text for document in read_documents(source))
+    key = "{group}.haystack"
+    keys = Keys(key, text_field=None, max_document_chars=None, takes_field=bool(group))
+    try:
+        return "\n\n".join(document.text for document in read_documents(source, keys=keys))
+    except PoseError as error:
+        error.under(group)
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise DataError(f"memory ran out while {key} was read: give a shorter text", group=group) from error
 
 
 def _refused(message: str) -> ConfigError:

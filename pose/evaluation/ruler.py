@@ -4,9 +4,14 @@ The prompts are `pose.tasks.ruler`'s; `python -m pose.evaluation.ruler` (`pose.a
 docs/RULER.md compares parameters and scoring with the public definition.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    import runpy
+
+    runpy.run_module("pose.app.ruler", run_name="__main__")
+    raise SystemExit
+
 import hashlib
 import re
-import runpy
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -73,7 +78,9 @@ class Ruler(TaskByLength):
         self.depths = None if depths is None or task not in NEEDLES else list(depths)
         self.bos = [] if bos_id is None else [bos_id]
         self.haystack_digest = hashlib.sha256(haystack.encode()).hexdigest()
-        self.prompts = RulerPrompts(task, tokenizer, haystack, depths=self.depths, num_added=len(self.bos))
+        self.prompts = RulerPrompts(
+            task, tokenizer, haystack, depths=self.depths, num_added=len(self.bos), key="{group}.tasks"
+        )
         try:
             for length in self.lengths:
                 self.prompts.check(seed, length, trials)
@@ -118,7 +125,7 @@ class Ruler(TaskByLength):
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         return {
             f"{self.name}@{n}": wilson(sum(scores), len(scores))
-            if set(scores) <= {0, 1}  # where they all are one of these a bootstrap would be sure of it
+            if set(scores) <= {0, 1}  # a bootstrap of scores that are all 0 or all 1 has no width
             else ratio(scores, [1] * len(scores))
             for n, scores in ((n, outcome["scores"]) for n, outcome in outcomes.items())
         }
@@ -186,7 +193,3 @@ def _recited(said: str, given: str) -> np.ndarray:
         marks[begin : begin + length] = True
         begin += length - RECITAL + 1
     return marks
-
-
-if __name__ == "__main__":
-    runpy.run_module("pose.app.ruler", run_name="__main__")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pose.data.cache import TokenCache
 from pose.data.datamodule import bos_id
+from pose.data.documents import Keys
 from pose.data.heldout import SetAside
 from pose.data.tokenizer import check_vocabulary, token_bytes
 from pose.errors import ConfigError, DataError, PoseError
@@ -68,7 +69,8 @@ class Suite:
         self.options, self.tokenizer = options, tokenizer
         self.lengths = sorted(set(options.lengths))
         self.max_length = self.lengths[-1] if max_length is None else max_length
-        self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, options.add_bos, vocab_size)
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id(tokenizer, options.add_bos, "{group}.add_bos", vocab_size, group="eval")
         self.document_ids: list[str] = []
         self.took: list[Took] = []
         needs_haystack = any(task == "needle" or task.startswith("ruler/") for task in options.tasks)
@@ -170,6 +172,7 @@ class Suite:
         o, longest = self.options, self.lengths[-1]
         enough = max(longest, o.min_tokens or 0)
         key = "{group}.lengths" if enough == longest else "{group}.min_tokens"
+        keys = Keys("{group}.documents", "{group}.text_field", key, max_document_chars=None)
         stop_early = o.max_documents is not None and not o.draw_documents
         if isinstance(documents, SetAside):
             cache, chosen = documents.open(self.tokenizer)
@@ -178,7 +181,7 @@ class Suite:
                 cache = TokenCache.build(
                     documents, self.tokenizer, cache_dir, o.text_field,
                     min_tokens=enough if stop_early else 1, max_documents=o.max_documents if stop_early else None,
-                    asked_by=key,
+                    keys=keys,
                 )  # fmt: skip
             except PoseError as error:
                 error.under("eval")
@@ -188,8 +191,8 @@ class Suite:
         if not usable:
             name = documents if isinstance(documents, str | Path) else cache.info["documents"]
             raise DataError(
-                f"none of the {len(cache)} documents of {name} has {enough} tokens ({key}): the longest has "
-                f"{cache.lengths.max()}",
+                f"none of the {len(chosen)} documents of {name} has {enough} tokens ({key}): the longest has "
+                f"{cache.lengths[chosen].max()}",
                 group="eval",
             )
         if o.max_documents is not None and o.max_documents < len(usable):
@@ -230,7 +233,7 @@ def values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
 
 
 def out_of_reach(results: Mapping[str, Estimate | float], window: int) -> str | None:
-    """What is to be said of tasks that a model cannot do at all: 0 at every length inside its own window.
+    """A remark on tasks that a model cannot do at all: 0 at every length inside its own window.
 
     Such a task says nothing of how far the model reaches, and its zeros look like a failure of the extension.
 

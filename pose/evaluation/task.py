@@ -1,4 +1,4 @@
-"""What every measurement is: units of work whose outcomes can be kept, metrics that are known before, and estimates."""
+"""The interface of a measurement: units of work with outcomes that can be kept, metrics known beforehand, estimates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORMAL_95 = 1.959964  # standard normal quantile at 0.975
 
 
 class Estimate(NamedTuple):
-    """A metric and how sure it is.
+    """The value of a metric, with its confidence interval.
 
     Attributes:
         value: the metric.
@@ -52,7 +52,7 @@ class Metric:
         return self.format.endswith("%")
 
     def show(self, value: float) -> str:
-        """A value as tables have it. What is no share, whatever it was taken for, is never a percentage."""
+        """A value as tables have it. A value outside [0, 1] is never shown as a percentage."""
         if self.is_share:
             return f"{value:{self.format}}" if 0 <= value <= 1 else f"{value:.4g}"
         return f"{value:{self.format}}" if abs(value) < 1e4 else f"{value:.1e}"
@@ -70,7 +70,7 @@ FAMILIES = {
     "ruler": Metric("RULER"),
 }
 ACCURACY = Metric("accuracy", True, ".1%")  # of a standard benchmark
-SCORE = Metric("score", None, ".3f")  # of a benchmark: what it is cannot be told from a name
+SCORE = Metric("score", None, ".3f")  # of a benchmark whose name does not tell what it measures
 # The paper's benchmarks, which are known to have accuracies.
 BENCHMARKS = ("arc_challenge", "hellaswag", "boolq", "piqa", "winogrande", "truthfulqa_mc2")
 

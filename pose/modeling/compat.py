@@ -113,7 +113,7 @@ def note_conversions(model: PreTrainedModel, from_checkpoint: bool):
 
 
 def keep_used_conversions(model: PreTrainedModel):
-    """Forgets what the names of the checkpoint had no need of, as from_pretrained: the model is saved under them."""
+    """Drops renamings that the checkpoint did not use, as from_pretrained does: saving reverses the others alone."""
     _note(model, [conversion for conversion in _noted(model) if conversion.was_used()])
 
 
@@ -229,7 +229,7 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def recompute_activations(model: PreTrainedModel):
-    """Keeps no activations inside a model's layers: the backward pass makes them again.
+    """Keeps no activations inside a model's layers: the backward pass recomputes them.
 
     Raises:
         ConfigError: the model's class cannot.

@@ -74,7 +74,7 @@ def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, targ
         wanted = expected.inv_freq.to(inv_freq.device)
         same_shape = inv_freq.shape == wanted.shape
         tiny = torch.finfo(torch.float32).tiny
-        tolerance = INV_FREQ_TOLERANCE * wanted.abs() + tiny  # as good as none: drope
+        tolerance = INV_FREQ_TOLERANCE * wanted.abs() + tiny  # with drope all frequencies are about 0
         if not same_shape or not ((inv_freq.double() - wanted).abs() <= tolerance).all():
             detail = (
                 f"{((inv_freq.double() / wanted) - 1).abs().max().item():.1%} off at worst" if same_shape

@@ -1,4 +1,4 @@
-"""What a model's layers are: asked here by everything that takes it for granted.
+"""Checks of what the rest of the package assumes of a model's layers.
 
 Training with skips, the guards, and the comparison of an export need every layer to be causal attention whose queries
 and keys are rotated by one RoPE. A layer without RoPE does not see a skip, ALiBi has no frequencies to scale, and a
@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from pose.data.network import first_line
-from pose.errors import ConfigError
+from pose.errors import ConfigError, first_line
 from pose.modeling import compat
 from pose.modeling.attention import unsupported_term
 from pose.modeling.rotary import depends_on_length, rotate_by_example_length
@@ -51,7 +50,7 @@ def check_layers(config: PretrainedConfig):
             reason = _reason_of_layers(config)
         except ConfigError as error:
             raise ConfigError(f"{cls.__name__} is not supported: {error}") from None
-        except Exception as error:  # whatever a model's code makes of a config's values
+        except Exception as error:  # a model's code may raise anything for a config's values
             if isinstance(error, KeyError) and error.args == (PROBE,):  # looked up in a list of the class's own
                 raise ConfigError(f"{cls.__name__} is not supported: {ITS_OWN}") from error
             raise ConfigError(
@@ -84,7 +83,7 @@ def cache_is_exact(config: PretrainedConfig) -> bool:
 
 
 def cache_can_be_cut(config: PretrainedConfig) -> bool:
-    """Whether the cache is exact, and can be cropped and repeated: a sliding window forgets what has left it."""
+    """Whether the cache is exact, and can be cropped and repeated; a sliding window drops old tokens."""
     return cache_is_exact(config) and not any(DynamicCache(config=config).is_sliding)
 
 
@@ -185,7 +184,7 @@ class _Call(NamedTuple):
 
 
 def _has_alibi(config: PretrainedConfig) -> bool:
-    """Falcon and MPT say it in their configs; Bloom has nothing else."""
+    """Whether it is a model with ALiBi: Falcon and MPT say so in their configs, Bloom always has it."""
     attention = getattr(config, "attn_config", None)
     return config.model_type == "bloom" or bool(getattr(config, "alibi", False) or getattr(attention, "alibi", False))
 

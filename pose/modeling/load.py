@@ -4,7 +4,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
 FORMS: dict[str, type[GPTJ] | type[Baichuan]] = {"gptj": GPTJ, "baichuan": Baichuan}
+PROBE = "A text, № 1: ﬁne é 文"  # tokenised once when a tokenizer is loaded
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -63,7 +64,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     if form is not None:
         return form.config
     config = from_hub("config", AutoConfig.from_pretrained, path, revision, trust_remote_code=False)
-    config.__dict__.pop("auto_map", None)  # it would go into the export, without the code it names
+    config.__dict__.pop("auto_map", None)  # it would be exported without the code that it names
     if config.model_type == "gemma" and config.hidden_act == "gelu":
         config.hidden_act = "gelu_pytorch_tanh"  # what its first folders mean by it
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -104,7 +105,7 @@ def _read_window(config: PretrainedConfig, path: str):
 
 @functools.cache
 def _say_unknown_window(path: str, longest: int, factor: float):
-    """Once for a folder, which a run reads several times."""
+    """Warns once for a folder, which a run reads several times."""
     log.warning(
         f"{path} has linear RoPE scaling by {factor:g}, and does not tell whether max_position_embeddings={longest} is "
         "the window before or after: it is taken for both. Give the lengths to measure, or make a folder that tells, "
@@ -122,11 +123,12 @@ def load_tokenizer(path: str, revision: str | None = None):
         from_hub("tokenizer", check, path, revision)
     settings = from_hub("tokenizer", compat.tokenizer_settings, path, revision)
     if "auto_map" not in settings or settings.get("tokenizer_class") in baichuan.TOKENIZERS:
-        tokenizer = from_hub("tokenizer", _load_spm, path, revision, settings=settings)
+        tokenizer = from_hub("tokenizer", _tried(_load_spm), path, revision, settings=settings)
         if tokenizer is not None:
             return tokenizer
     try:
-        tokenizer = from_hub("tokenizer", AutoTokenizer.from_pretrained, path, revision, trust_remote_code=False)
+        load = _tried(AutoTokenizer.from_pretrained)
+        tokenizer = from_hub("tokenizer", load, path, revision, trust_remote_code=False)
     except CheckpointError as error:
         if "auto_map" not in settings:
             folder = Path(path).expanduser()
@@ -143,6 +145,19 @@ def load_tokenizer(path: str, revision: str | None = None):
     return tokenizer
 
 
+def _tried(load: Callable) -> Callable:
+    """The same loader, which also tokenises a text: a damaged table makes tokenizers panic at the first one."""
+
+    def load_and_try(*args, **kwargs):
+        tokenizer = load(*args, **kwargs)
+        if tokenizer is not None:
+            with suppress(Exception):  # a sound tokenizer may have no token for unknown text
+                tokenizer(PROBE)
+        return tokenizer
+
+    return load_and_try
+
+
 def _load_spm(path: str, settings: dict[str, Any], **hub):
     """The tokenizer of a folder with a tokenizer.model and no tokenizer.json; None of another."""
     model = find_file(path, "tokenizer.model", **hub)
@@ -154,7 +169,7 @@ def _load_spm(path: str, settings: dict[str, Any], **hub):
 
 
 def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
-    """What a model's config says of its rotary embedding: nothing here is a constant of ours.
+    """What a model's config says of its rotary embedding; no value is assumed.
 
     Raises:
         ConfigError: the model has no rotary embedding, or one for each kind of layer.
@@ -178,6 +193,15 @@ def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     return RopeGeometry(float(parameters["rope_theta"]), dim, window, rope_type)
 
 
+def check_target(target_len: int, window: int):
+    """Raises a ConfigError where the window to extend to is shorter than the model's own; both in tokens."""
+    if target_len < window:
+        raise ConfigError(
+            f"pose.target_len={target_len} is below the model's own window of {window} tokens: give a target of at "
+            "least the window"
+        )
+
+
 def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int) -> RopeScaling:
     """Writes a scaling and the new window into a config, before any model is built from it.
 
@@ -193,11 +217,7 @@ def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int
         ConfigError: the target is shorter than the model's window, or the checkpoint is scaled already.
     """
     geometry = rope_geometry(config)
-    if target_len < geometry.window:
-        raise ConfigError(
-            f"pose.target_len={target_len} is below the model's own window of {geometry.window} tokens: "
-            "give a target of at least the window"
-        )
+    check_target(target_len, geometry.window)
     sliding = getattr(config, "sliding_window", None)
     if (
         sliding is not None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from pose.errors import ConfigError, require_choice
+from pose.errors import ConfigError, require_choice, require_int, require_number
 
 NF4 = "nf4"
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", NF4)
@@ -31,11 +31,8 @@ class LoraOptions:
                     )
             return
         require_choice("finetune.lora.frozen_dtype", self.frozen_dtype, FROZEN_DTYPES)
-        if self.rank < 1:
-            raise ConfigError(f"finetune.lora.rank={self.rank} is not accepted: give an integer of at least 1")
-        if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"finetune.lora.alpha={self.alpha} is not accepted: give a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"finetune.lora.dropout={self.dropout} is not accepted: give a number in [0, 1)")
+        require_int("finetune.lora.rank", self.rank, at_least=1)
+        require_number("finetune.lora.alpha", self.alpha, above=0)
+        require_number("finetune.lora.dropout", self.dropout, at_least=0, below=1)
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError("finetune.lora.target_modules=[] is not accepted: name linear layers, or give null")

@@ -44,7 +44,10 @@ class PrefixCache:
         begin = _num_shared(windows, num)
         prefix = windows[0, :begin]
         kept = _common(self.tokens, prefix)
-        self._crop(len(self.tokens) - kept)
+        if kept:
+            self._crop(len(self.tokens) - kept)
+        else:  # an empty cache that was cut could not be repeated for a batch
+            self.cache = DynamicCache(config=self.model.config)
         for i in range(kept, begin, self.chunk_len):
             self._pass(windows[:1, i : min(i + self.chunk_len, begin)], i, self.cache)
         self.tokens = prefix

@@ -45,7 +45,7 @@ def target_len_of(config: PretrainedConfig) -> int:
 
 
 def set_target_len(config: PretrainedConfig, target_len: int):
-    """Writes where `target_len_of` reads."""
+    """Sets the window that `target_len_of` returns."""
     if config.rope_parameters.get("rope_type") != "dynamic":
         config.max_position_embeddings = target_len
         return
@@ -110,7 +110,7 @@ class _StatelessForward:
 
 
 def keep_frequencies_fp32(model: nn.Module):
-    """Makes casts of the model pass its inverse frequencies by.
+    """Keeps the inverse frequencies in fp32 when the model is cast.
 
     `module.to(bfloat16)`, Lightning's bf16-true and DeepSpeed's engine all cast buffers; a bf16
     frequency is off by up to 20 rad at position 16,383. Moves between devices still work.

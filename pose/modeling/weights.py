@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what a model has room for: every tensor is used, or named.
+"""The tensors of a checkpoint matched with a model's: each is used, or named in an error.
 
 transformers drops what a config has no place for and draws what is missing at random; a config that ties an untied head
 gives another model under every strategy. Here each of these is an error, the same for whatever reads the weights.
@@ -181,7 +181,7 @@ def refuse(
 
 
 def is_no_weight(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor that a model has no place for is one that old checkpoints hold, and that is no loss."""
+    """Whether an unused tensor is one that old checkpoints hold, and that a model can do without."""
     return bool(_TABLES.search(name)) or (bool(_MASKS.search(name)) and tensor.ndim in (0, 4))
 
 

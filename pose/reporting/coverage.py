@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from pose.coverage import Coverage
-from pose.errors import one_line
 from pose.reporting.plots import COLORS, label_of, save_figure
+from pose.reporting.tables import escaped, new_table
 
 
 def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:
@@ -24,7 +22,7 @@ def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:
     """
     first = next(iter(covered.values()))
     bins = list(pairwise(_distance_bins(first.train_len, first.target_len)))
-    table = Table(title=escape(one_line(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = new_table(title)
     table.add_column("distance", overflow="fold", max_width=24)
     for low, high in bins:
         table.add_column(f"{low}\n-{high - 1}", justify="right")
@@ -38,7 +36,7 @@ def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:
         for name, c in covered.items():
             found = (reduce(getattr(c, values)[low - 1 : high - 1]) for low, high in bins)
             error = getattr(c, errors).max(initial=0)
-            table.add_row(escape(one_line(name)), *map(_share, found), f"<={error:.0e}" if error else "exact")
+            table.add_row(escaped(name), *map(_share, found), f"<={error:.0e}" if error else "exact")
         table.add_section()
     return table
 

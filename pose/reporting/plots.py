@@ -16,12 +16,11 @@ from pose.errors import one_line
 from pose.evaluation.task import Estimate, describe, shown
 from pose.files import atomic_file
 from pose.reporting.metrics_csv import logged_rows
-from pose.reporting.tables import Metrics, lengths_of, value_of
+from pose.reporting.tables import RULER, Metrics, series, value_of
 
 POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
 NEEDLE = re.compile(r"needle@(\d+)/([\d.]+)")
-RULER = re.compile(r"ruler/(.+)@(\d+)")
-# By panel: what is across. Their titles are those of the families, but for these.
+# Label of the x axis by panel. TITLES has the titles that differ from the family's.
 PANELS = {
     "tail_ppl": "window (tokens)",
     "position": "position in the window (tokens)",
@@ -37,7 +36,7 @@ TITLES = {
     "ruler": "RULER, mean of its tasks",
     "short_ppl_increase": "increase of perplexity at short lengths",
 }
-DEFAULT_PANELS = ("tail_ppl", "position", "passkey")
+DEFAULT_PANELS = ("tail_ppl", "position", "passkey")  # where one of them was measured, else all
 TRAINING = {  # panels of a training, by the name of the metric
     "train/loss": "training loss (nats per token)",
     "train/loss_text": "training loss of text (nats per token)",
@@ -99,6 +98,27 @@ def plot_training(csv_file: Path, png: Path):
     save_figure(figure, png)
 
 
+def plot_measured(
+    results: Mapping[str, Metrics],
+    folder: Path,
+    window: int | None = None,
+    target: int | None = None,
+    panels: Sequence[str] = DEFAULT_PANELS,
+):
+    """All plots of what was measured: evaluation.png, and the heatmaps needle.png and ruler.png where there are any.
+
+    Args:
+        results: metrics or estimates by model.
+        folder: to write to.
+        window, target: as of `plot_results`.
+        panels: of evaluation.png; where none of them was measured it has all that were.
+    """
+    has_any = any(_series(metrics, panel) for metrics in results.values() for panel in panels)
+    plot_results(results, folder / "evaluation.png", window, panels if has_any else tuple(PANELS), target)
+    plot_needle(results, folder / "needle.png")
+    plot_ruler(results, folder / "ruler.png")
+
+
 def plot_results(
     results: Mapping[str, Metrics],
     png: Path,
@@ -115,16 +135,16 @@ def plot_results(
         panels: of PANELS; those without data are left out.
         target: the window that was trained for, in tokens; marked by a dashed line when given.
     """
-    series = {name: {model: _series(metrics, name) for model, metrics in results.items()} for name in panels}
-    drawn = [name for name in panels if any(series[name].values())]
+    lines = {name: {model: _series(metrics, name) for model, metrics in results.items()} for name in panels}
+    drawn = [name for name in panels if any(lines[name].values())]
     if not drawn:
         return
     figure, grid = _panels(len(drawn))
     entries: dict[str, Line2D] = {}
     for panel, axes in zip(drawn, grid, strict=True):
-        lengths = sorted({n for points in series[panel].values() for n in points})
+        lengths = sorted({n for points in lines[panel].values() for n in points})
         axes.set(title=_title(panel), xlabel=PANELS[panel])
-        for i, (model, points) in enumerate(series[panel].items()):
+        for i, (model, points) in enumerate(lines[panel].items()):
             if points:
                 entries.setdefault(model, _plot_estimates(axes, model, points, i))
         for mark, label, style in ((window, "window", ":"), (target, "target", "--")):
@@ -136,7 +156,7 @@ def plot_results(
             axes.xaxis.set_major_formatter("{x:,.0f}")
         else:
             _label_lengths(axes, lengths)
-        values = [value_of(value) for points in series[panel].values() for value in points.values()]
+        values = [value_of(value) for points in lines[panel].values() for value in points.values()]
         _scale_values(axes, panel, values)
     order = [*(model for model in results if model in entries), *(name for name in entries if name not in results)]
     figure.legend(
@@ -300,13 +320,7 @@ def _series(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
         bins = ((POSITION.fullmatch(name), value) for name, value in metrics.items())
         by_middle = {(int(m[1]) + int(m[2])) / 2: value for m, value in bins if m}
         return dict(sorted(by_middle.items()))
-    if panel == "ruler":
-        by_length: dict[float, list[float]] = {}
-        for name, value in metrics.items():
-            if match := RULER.fullmatch(name):
-                by_length.setdefault(int(match[2]), []).append(value_of(value))
-        return {n: sum(scores) / len(scores) for n, scores in sorted(by_length.items())}
-    return {float(n): value for n, value in lengths_of(metrics, panel).items()}
+    return {float(n): value for n, value in series(metrics, panel).items()}
 
 
 def _title(family: str) -> str:

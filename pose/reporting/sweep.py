@@ -20,7 +20,7 @@ def show_sweep(folder: Path):
     """
     jobs = write_sweep(folder)
     if jobs:
-        print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)", ("tail_ppl", "passkey")))
+        print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)"))
 
 
 def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:

@@ -15,6 +15,7 @@ from pose.evaluation.task import FAMILIES, Estimate, Metric, describe, shown
 log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float] | Mapping[str, Estimate]
+RULER = re.compile(r"ruler/(.+)@(\d+)")
 
 
 def lengths_of(metrics: Metrics, family: str) -> dict[int, float | Estimate]:
@@ -23,28 +24,59 @@ def lengths_of(metrics: Metrics, family: str) -> dict[int, float | Estimate]:
     return dict(sorted((int(match[1]), value) for match, value in found if match))
 
 
-def results_table(results: Mapping[str, Metrics | Sequence[Metrics]], title: str, families: tuple[str, ...]) -> Table:
+def series(metrics: Metrics, family: str) -> dict[int, float | Estimate]:
+    """By length: the metrics of a family; of RULER the mean of its tasks, of a benchmark its score at 0."""
+    if family == "ruler":
+        by_length: dict[int, list[float]] = {}
+        for name, value in metrics.items():
+            if match := RULER.fullmatch(name):
+                by_length.setdefault(int(match[2]), []).append(value_of(value))
+        return {n: sum(scores) / len(scores) for n, scores in sorted(by_length.items())}
+    return {0: metrics[family]} if family in metrics else lengths_of(metrics, family)
+
+
+def main_families(results: Mapping[str, Metrics | Sequence[Metrics]]) -> tuple[str, ...]:
+    """What a small table shows: perplexity and passkey where they were measured, else all that was.
+
+    Args:
+        results: as of `results_table`.
+    """
+    runs = [metrics for found in results.values() for metrics in _runs(found)]
+    benchmarks = dict.fromkeys(name for metrics in runs for name in metrics if name.startswith("harness/"))
+    found = [family for family in (*FAMILIES, *benchmarks) if any(series(metrics, family) for metrics in runs)]
+    perplexity = "tail_ppl" if "tail_ppl" in found else "ppl"
+    return tuple(family for family in found if family in (perplexity, "passkey")) or tuple(found)
+
+
+def results_table(
+    results: Mapping[str, Metrics | Sequence[Metrics]], title: str, families: tuple[str, ...] | None = None
+) -> Table:
     """A row for each model, a column for each length of each family.
 
     Args:
         results: metrics or estimates by model, or a list of them (over seeds), shown as "mean (lowest to highest)".
         title: of the table.
-        families: such as ppl and passkey, of which only those found are shown.
+        families: such as ppl, ruler and harness/boolq, of which only those found are shown; None: `main_families`.
     """
-    rows = {name: [found] if isinstance(found, Mapping) else list(found) for name, found in results.items()}
+    families = main_families(results) if families is None else families
+    rows = {name: _runs(found) for name, found in results.items()}
     columns = [
         (family, n)
         for family in families
-        for n in sorted({n for runs in rows.values() for metrics in runs for n in lengths_of(metrics, family)})
+        for n in sorted({n for runs in rows.values() for metrics in runs for n in series(metrics, family)})
     ]
-    table = _table(title)
+    table = new_table(title)
     table.add_column("", overflow="fold")
     for i, (family, n) in enumerate(columns):
         first = i == 0 or columns[i - 1][0] != family
-        table.add_column(f"{_name(describe(family).title) if first else ''}\n@{n}", justify="right")
+        title = escaped(describe(family).title) if first else ""
+        table.add_column(f"{title}\n@{n}" if n else title, justify="right")
     for name, runs in rows.items():
-        values = ([value_of(m[f"{family}@{n}"]) for m in runs if f"{family}@{n}" in m] for family, n in columns)
-        table.add_row(_name(name), *(_cell(family, found) for (family, _), found in zip(columns, values, strict=True)))
+        cells = (
+            _cell(family, [value_of(series(metrics, family)[n]) for metrics in runs if n in series(metrics, family)])
+            for family, n in columns
+        )
+        table.add_row(escaped(name), *cells)
     return table
 
 
@@ -66,25 +98,25 @@ def comparison_tables(
     lengths = sorted({n for rows in by_family.values() for row in rows.values() for n in row})
     tables = []
     if lengths:
-        table = _table(title)
+        table = new_table(title)
         table.add_column("", overflow="fold", max_width=40)
         for n in lengths:
             table.add_column(f"@{n:,}", justify="right")
         for family, rows in by_family.items():
             if any(rows.values()):
-                table.add_row(f"[bold]{_name(describe(family).title)}")
+                table.add_row(f"[bold]{escaped(describe(family).title)}")
                 for checkpoint, row in rows.items():
-                    table.add_row(_name(checkpoint), *(_estimate(family, row.get(n)) for n in lengths))
+                    table.add_row(escaped(checkpoint), *(_estimate(family, row.get(n)) for n in lengths))
                 table.add_section()
         tables.append(table)
     benchmarks = list(dict.fromkeys(name for name in names if name.startswith("harness/")))
     if benchmarks:
-        table = _table("Standard benchmarks")
+        table = new_table("Standard benchmarks")
         table.add_column("", overflow="fold", max_width=40)
         for name in benchmarks:
-            table.add_column(_name(name.removeprefix("harness/")), justify="right", overflow="fold")
+            table.add_column(escaped(name.removeprefix("harness/")), justify="right", overflow="fold")
         for checkpoint, found in results.items():
-            table.add_row(_name(checkpoint), *(_estimate(name, found.get(name), described) for name in benchmarks))
+            table.add_row(escaped(checkpoint), *(_estimate(name, found.get(name), described) for name in benchmarks))
         tables.append(table)
     return tables
 
@@ -104,13 +136,18 @@ def value_of(metric: float | Estimate) -> float:
     return metric.value if isinstance(metric, Estimate) else metric
 
 
-def _table(title: str) -> Table:
-    return Table(title=_name(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+def new_table(title: str) -> Table:
+    """A table without columns."""
+    return Table(title=escaped(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
 
 
-def _name(text: str) -> str:
+def escaped(text: str) -> str:
     """A text in which rich finds no markup, in one line."""
     return escape(one_line(text))
+
+
+def _runs(found: Metrics | Sequence[Metrics]) -> list[Metrics]:
+    return [found] if isinstance(found, Mapping) else list(found)
 
 
 def _estimate(family: str, estimate: float | Estimate | None, described: Mapping[str, Metric] | None = None) -> str:

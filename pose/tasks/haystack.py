@@ -23,6 +23,7 @@ LONGEST_SENTENCE = 600  # characters
 
 CLOSE = 16  # tokens that are left for the filling
 AROUND = 64  # characters beside the filling that are tokenised with it
+UNITS_PER_TOKEN = 16  # of a draft's size, at most: a tokenizer that has no tokens for the filling would never stop
 SHORTENINGS = 6  # words of the filling that may be given up for others
 MOST_OTHERS = 3  # words that may take their place
 MOST_TRIES = 32  # choices of several of them
@@ -89,6 +90,11 @@ def split_sentences(text: str) -> list[str]:
     return pieces
 
 
+def no_tokens() -> ConfigError:
+    """The error for a haystack whose text a tokenizer drops."""
+    return ConfigError("{group}.haystack has no text that this tokenizer has tokens for", group="eval")
+
+
 class Draft(Protocol):
     """A text whose size can be chosen, with a place where words can be filled in.
 
@@ -145,6 +151,8 @@ class ExactTexts:
             None where no text was found, as when the smallest is too long.
         """
         size, count = self._size(draft, length)
+        if size >= draft.smallest + UNITS_PER_TOKEN * length:
+            return None
         sizes = range(size, max(size - SMALLER, draft.smallest) - 1, -1)
         for fillings in (self._words, self._last_resorts):
             for smaller in sizes:
@@ -166,8 +174,9 @@ class ExactTexts:
         low, high = draft.smallest, None
         low_count = self.count("".join(draft.parts(low)))
         step, tries = 8, 0  # for the first guess of the tokens of one unit
-        while length - low_count > CLOSE and (high is None or high - low > 1):
-            guess = low + step if high is None else min(low + step, high - 1)
+        largest = low + UNITS_PER_TOKEN * length
+        while length - low_count > CLOSE and (low < largest if high is None else high - low > 1):
+            guess = min(low + step, largest if high is None else high - 1)
             count = self.count("".join(draft.parts(guess)))
             per_unit = max((count - low_count) / (guess - low), 1e-3)
             if count <= length:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pose.errors import ConfigError
-from pose.tasks.haystack import ExactTexts, split_sentences
+from pose.tasks.haystack import ExactTexts, no_tokens, split_sentences
 from pose.tasks.ruler import NEEDLE, NIAH_ONE, needle_word
 
 
@@ -51,7 +51,7 @@ class NeedlePrompts:
         self.texts = ExactTexts(tokenizer)
         self.sentences = self._after_full_stop(split_sentences(haystack))
         if not any(map(len, self.sentences)):
-            raise ConfigError("{group}.haystack has no text that this tokenizer has tokens for", group="eval")
+            raise no_tokens()
 
     def sample(self, length: int, depth: float, trial: int) -> NeedlePrompt:
         """The prompt of a trial, a pure function of (seed, length, depth, trial); exactly `length` tokens.

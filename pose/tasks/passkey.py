@@ -48,7 +48,7 @@ class PasskeyPrompts:
         self.bos = np.array([] if bos_id is None else [bos_id], np.int64)
         self.introduction = self._ids(INTRODUCTION)
         self.filling = self._ids(FILLER)
-        self.period = len(self.filling)  # tokens of FILLER, about: it may differ where it is said again
+        self.period = len(self.filling)  # approximate tokens of FILLER: repeated, it may have others
         self.question = self._ids(QUESTION)
 
     def sample(
@@ -88,9 +88,9 @@ class PasskeyPrompts:
         return PasskeyPrompt(np.concatenate(parts), len(answer), key, len(head) + before)
 
     def filler(self, num: int) -> np.ndarray:
-        """The first num tokens of FILLER, said again and again, as they are in running text; int64 [num]."""
+        """The first num tokens of FILLER, repeated, tokenised as running text; int64 [num]."""
         times = num // self.period + 1
-        while len(self.filling) < num + self.period:  # what stands at the end of a text may have other tokens there
+        while len(self.filling) < num + self.period:  # the end of a text may be tokenised differently
             times *= 2
             self.filling = self._ids(" ".join([FILLER] * times))
         return self.filling[:num]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pose.errors import ConfigError
-from pose.tasks.haystack import NOISE, ExactTexts, split_sentences, word_list
+from pose.tasks.haystack import NOISE, ExactTexts, no_tokens, split_sentences, word_list
 
 NIAH = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
@@ -125,19 +125,31 @@ class RulerPrompts:
         haystack: the text that needles of the essay kind lie in; begun again where it is too short.
         depths: see `sample`.
         num_added: special tokens that stand before a prompt, and are counted in its length.
+        key: of the config that names the task, for errors.
 
     Raises:
-        ConfigError: an unknown task, or an empty haystack.
+        ConfigError: an unknown task, or a haystack without text, or without any that the tokenizer knows.
     """
 
     def __init__(
-        self, task: str, tokenizer, haystack: str, *, depths: Sequence[float] | None = None, num_added: int = 0
+        self,
+        task: str,
+        tokenizer,
+        haystack: str,
+        *,
+        depths: Sequence[float] | None = None,
+        num_added: int = 0,
+        key: str = "task",
     ):
         if task not in TASKS:
             reason = " (qa_1 and qa_2 need SQuAD and HotpotQA, and are not made here)" if task.startswith("qa") else ""
-            raise ConfigError(f"ruler has no task {task!r}{reason}: choose from {', '.join(TASKS)}")
+            raise ConfigError(
+                f"{key}: ruler has no task {task!r}{reason}, choose from {', '.join(TASKS)}", group="eval"
+            )
         self.task, self.depths, self.texts = task, depths, ExactTexts(tokenizer, num_added)
         self.essay = split_sentences(haystack) if getattr(NEEDLES.get(task), "haystack", None) == "essay" else []
+        if self.essay and not any(map(self.texts.ids, self.essay)):
+            raise no_tokens()
 
     def sample(self, seed: int, length: int, trial: int) -> RulerPrompt:
         """The prompt of a trial, of exactly `length` tokens.
@@ -227,7 +239,7 @@ class NeedleDraft:
         self.hidden = [self._sentence(*pairs[i]) for i in self.rng.permutation(len(pairs))]
         self.keys = set(keys)
         self.depths = self._depths(asked_depths)
-        if asked_depths is not None and len(self.answers) == 1:  # the one that is asked for goes to its depth
+        if asked_depths is not None and len(self.answers) == 1:  # the needle that is asked for goes to the given depth
             answer = next(i for i, needle in enumerate(self.hidden) if f" {self.answers[0]}." in needle)
             place = self.depths.index(asked_depths[0])
             self.hidden[answer], self.hidden[place] = self.hidden[place], self.hidden[answer]
@@ -328,7 +340,7 @@ class VariableTracking:
         text, num = "", 1
         while True:
             larger = "".join(chain.text(num)) + " " + " ".join(chain.names) + "\n\n\n\n"
-            if text and texts.count(larger) > budget:
+            if text and (texts.count(larger) > budget or num > budget):  # num: noise may have no tokens
                 return text
             text, num = larger, num - num % VT_EXAMPLE_STEP + VT_EXAMPLE_STEP
 
@@ -428,7 +440,7 @@ class CommonWords:
 class FrequentWords:
     """Coded words by a zeta law, the most frequent one written as dots; the size is the number of words of the law."""
 
-    smallest = 27  # then the fourth of the law stands there once, and the fifth not at all
+    smallest = 27  # the fourth word then stands there once, and the fifth not at all
 
     def __init__(self, key: tuple, length: int):
         self.key, rng = key, np.random.default_rng(key)

@@ -1,4 +1,4 @@
-"""Retrieval examples, made rather than read: what a model must have seen to look things up.
+"""Synthetic retrieval examples, on which a model learns to look things up.
 
 Each task is a small class with ``sample(rng, length)``, which returns ``(tokens, is_answer)``,
 int64 and bool [length]. The loss is taken on the answers alone. A new one is a file beside this one, and a line here.

@@ -21,8 +21,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from pose.data.network import first_line
-from pose.errors import CheckpointError, Interrupted, TrainingError
+from pose.errors import CheckpointError, Interrupted, TrainingError, first_line
 from pose.files import is_inside, load_json, read_json, remove_folder, same_path, sha256, write_json
 from pose.training import signals
 from pose.training.compat import local_part
@@ -94,13 +93,13 @@ def find_checkpoint(folder: str | Path, run_dir: Path | None = None) -> Checkpoi
     damaged = []
     for candidate in reversed(list_checkpoints(folder)):
         if run_dir is not None and is_foreign(candidate, run_dir):
-            log.warning(f"the checkpoint {candidate} is of another run: it is passed over")
+            log.warning(f"the checkpoint {candidate} is of another run: it is skipped")
             continue
         try:
             return read_checkpoint(candidate)
         except CheckpointError as error:
             damaged.append(str(error))
-            log.warning(f"{error}; it is passed over")
+            log.warning(f"{error}; it is skipped")
     if damaged:
         raise CheckpointError(
             f"no checkpoint in {folder} is whole: {'; '.join(damaged)}. Remove the run's folder to start anew"
@@ -132,7 +131,7 @@ def read_checkpoint(folder: str | Path, verify: bool = True) -> Checkpoint:
             case [int(size), str(digest)]:
                 file = folder / name
             case _:
-                raise CheckpointError(f"{folder / 'manifest.json'} says of {name!r} {entry!r}, not its size and digest")
+                raise CheckpointError(f"{folder / 'manifest.json'} has {entry!r} for {name!r}, not its size and digest")
         try:
             is_whole = file.is_file() and file.stat().st_size == size and (not verify or sha256(file) == digest)
         except OSError as error:
@@ -257,7 +256,7 @@ class Checkpoints(L.Callback):
             free = shutil.disk_usage(next(path for path in partial.parents if path.is_dir())).free
             raise TrainingError(
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {first_line(error)} "
-                f"({free / 2**20:,.0f} MiB are free). There is still {kept}, to go on from when the cause is mended"
+                f"({free / 2**20:,.0f} MiB are free). There is still {kept}, to go on from when the cause is fixed"
             ) from error
         self.saved = step
         if trainer.is_global_zero:
@@ -278,7 +277,7 @@ class Checkpoints(L.Callback):
         signals.end_now(signal.SIGINT, f"Stopped at once, with {kept} in {self.folder},")
 
     def _prune(self, step: int):
-        """Leaves the newest ones, this one the newest: those beyond it are damaged, or of a way that was given up."""
+        """Leaves the newest ones, this one the newest: those beyond it are damaged, or of an abandoned continuation."""
         found = [path for path in list_checkpoints(self.folder) if not names_another(path, self.folder.parent)]
         upto = [path for path in found if _step(path) <= step]
         for path in [*upto[: -self.keep], *found[len(upto) :]]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.utils.data import dataloader
 
-from pose.data.network import first_line
-from pose.errors import GuardError, Interrupted, PoseError, TrainingError
+from pose.errors import GuardError, Interrupted, PoseError, TrainingError, first_line
 from pose.files import is_inside
 from pose.training import launch, signals
 from pose.training.checkpoints import list_checkpoints
@@ -20,7 +19,6 @@ from pose.training.resume import resume_command
 
 log = logging.getLogger(__name__)
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 READER_DIED = ("DataLoader worker (pid", "DataLoader worker exited")
@@ -88,9 +86,8 @@ def _reason(error: Exception, run_dir: Path) -> str | None:
             f"a process that reads the data has ended ({first_line(error)}; the system kills one when memory runs "
             "out). With fewer data.num_workers less memory is needed; with 0 the training process reads"
         )
-    is_io = isinstance(error, OSError | SafetensorError)
-    if is_io and (number in FULL or "No space left" in said):
-        return f"The disk is full ({error}): make room"
+    if is_full(error):
+        return disk_full(error)
     if isinstance(error, OSError):
         names = [name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
         is_ours = any(is_inside(os.fspath(name), run_dir) for name in names)
@@ -100,6 +97,18 @@ def _reason(error: Exception, run_dir: Path) -> str | None:
                 "read-only, or its disk is gone"
             )
     return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or a quota on it, is full."""
+    if not isinstance(error, OSError | SafetensorError):
+        return False
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def disk_full(error: BaseException) -> str:
+    """What is said of it."""
+    return f"The disk is full ({error}): make room"
 
 
 def _is_from_loader(error: Exception) -> bool:

@@ -70,7 +70,7 @@ def join(run_dir: Path) -> Path:
         Interrupted: this process is a worker of joblib that was asked to stop in an earlier job.
     """
     if signals.asked and is_beside_others():
-        raise Interrupted("not begun: the sweep was asked to stop")
+        raise Interrupted("not started: the sweep was asked to stop")
     if PARENT in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -84,8 +84,8 @@ def join(run_dir: Path) -> Path:
         if "SUBMITIT_EXECUTOR" in os.environ:  # each of its jobs has processes of its own, and one folder
             return run_dir
         raise ConfigError(
-            f"{num_started()} processes were started for a sweep (-m): start it as one, python train.py -m ..., and "
-            "each job starts its own"
+            f"{num_started()} processes were started for a sweep (-m): start a single process, "
+            "python train.py -m ..., and each job starts its own"
         )
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -138,7 +138,8 @@ def is_needed(trainer: L.Trainer) -> bool:
         if started != devices * nodes:
             raise ConfigError(
                 f"{started} process(es) were started, but trainer.devices={devices} on trainer.num_nodes={nodes} need "
-                f"{devices * nodes}: as many it has to be (torchrun --nproc_per_node, --nnodes; srun --ntasks-per-node)"
+                f"{devices * nodes}: start exactly that many (torchrun --nproc_per_node, --nnodes; srun "
+                "--ntasks-per-node)"
             )
         return False
     if nodes > 1:

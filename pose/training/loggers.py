@@ -7,32 +7,44 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
 
-from pose.data.network import first_line
-from pose.errors import ConfigError
+from pose.errors import ConfigError, first_line, require_choice
 from pose.training.compat import without_anonymous
 
 log = logging.getLogger(__name__)
 
+NAMES = ("csv", "tensorboard", "wandb")
 
-def build_loggers(cfg: DictConfig, run_dir: Path, step: int = 0) -> list[Logger]:
-    """metrics.csv always, and what the group `logger` adds."""
+
+def build_loggers(
+    name: str, run_dir: Path, step: int = 0, *, goes_on: bool = False, options: Mapping[str, Any] | None = None
+) -> list[Logger]:
+    """metrics.csv always, and what the group `logger` adds.
+
+    Args:
+        name: csv (adds nothing), tensorboard or wandb.
+        run_dir: of the run.
+        step: from which training goes on; what TensorBoard has beyond it is hidden.
+        goes_on: whether the run may have one of W&B already.
+        options: of WandbLogger, and `offline`.
+
+    Raises:
+        ConfigError: an unknown name, or options of a logger that takes none.
+    """
+    require_choice("logger.name", name, NAMES)
+    if options and name != "wandb":
+        raise ConfigError(f"logger.{next(iter(options))} is not accepted: logger={name} takes name alone")
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
-    options: Any = OmegaConf.to_container(cfg.logger)
-    name = options.pop("name")
     if name == "tensorboard":
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None))
     elif name == "wandb":
-        loggers.append(_wandb(options, run_dir, goes_on=cfg.resume is not None))
-    elif name != "csv":
-        raise ConfigError(f"logger.name={name!r} is unknown: choose csv, tensorboard or wandb")
+        loggers.append(_wandb(dict(options or {}), run_dir, goes_on))
     return loggers
 
 
@@ -64,7 +76,7 @@ def _finish(logger: Logger, status: str):
 
 
 def _wandb(options: dict, run_dir: Path, goes_on: bool) -> Logger:
-    offline = options.pop("offline")
+    offline = options.pop("offline", None)
     if offline is None:
         offline = not _has_wandb_account()
     id_file = run_dir / ".wandb_id"  # under which a run goes on

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 SKIPS_IN_A_ROW = 10
 KINDS = ("text", "retrieval")
 SOMETIMES = (*(f"train/loss_{kind}" for kind in KINDS), "train/grad_norm")  # logged where there is one
-# A loss is lost when it is about that of a guess, and was lower by so much before
+# A training has diverged when its loss is about that of a guess, and was lower by this factor before
 GUESSING, BETTER = 0.95, 1.1
 
 
@@ -201,7 +201,7 @@ class PoseModule(L.LightningModule):
         self.log_dict(metrics)
 
     def _check_loss(self, step: int, loss: float, least: float):
-        """A loss that has got lost: above that of guessing among all tokens, or near it, and it was better before.
+        """Whether the training has diverged: its loss is about that of guessing among all tokens, and was lower before.
 
         Raises:
             TrainingError: the training is at its end.

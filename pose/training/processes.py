@@ -73,7 +73,9 @@ def from_rank_zero(run_dir: Path, name: str, make: Callable[[], Any]) -> Any:
         text = _wait(board, key, name)
     content = json.loads(text)
     if "error" in content:
-        raise _everywhere(TrainingError(f"process 0 could not make what all wait for ({name}): {content['error']}"))
+        raise _everywhere(
+            TrainingError(f"process 0 failed to make what the others wait for ({name}): {content['error']}")
+        )
     return content["value"]
 
 
@@ -166,7 +168,7 @@ def _wait(board: _Board, key: str, name: str) -> str:
             sign, heard = new, time.monotonic()
         if time.monotonic() - heard > PATIENCE:
             raise TrainingError(
-                f"process {rank()} waits for what process 0 makes ({name}), and has not heard of it at "
+                f"process {rank()} waits for what process 0 makes ({name}), and has had no sign of it at "
                 f"{board.where} for {PATIENCE:.0f} s: it has ended, or hangs{board.hint if sign is None else ''}"
             )
         time.sleep(POLL)

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 # What a run that goes on has in common with before, by group, but for these keys.
 RESUME_GROUPS = {"pose": (), "rope": (), "data": ("documents", "heldout", "num_workers"), "finetune": ()}
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
-OF_NO_WEIGHT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+# Keys of a config that change nothing in the weights that are trained
+WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 def find_resume(cfg: DictConfig, run_dir: Path) -> Checkpoint | None:
@@ -76,7 +77,7 @@ def _check_own(own: Path, run_dir: Path):
         raise ConfigError(f"{own} is a file, where a run keeps its checkpoints: remove it, or give another folder")
     if not is_inside(own, run_dir) and any(is_foreign(folder, run_dir) for folder in list_checkpoints(own)):
         raise ConfigError(
-            f"{own} leads to {own.resolve()}, with the checkpoints of another run: take the link away, or give another "
+            f"{own} leads to {own.resolve()}, with the checkpoints of another run: remove the link, or give another "
             f"folder and resume={own.resolve()}"
         )
 
@@ -105,7 +106,7 @@ def resume_settings(
     }
     if isinstance(strategy, DeepSpeedStrategy):  # whose checkpoints are of one number of processes
         settings |= {"the number of processes": trainer.world_size, "strategy.stage": cfg.strategy.get("stage")}
-    model = {key: value for key, value in base.to_dict().items() if key not in OF_NO_WEIGHT}
+    model = {key: value for key, value in base.to_dict().items() if key not in WITHOUT_EFFECT}
     settings |= {f"model's {key}": value for key, value in model.items()}  # wherever it was read from
     for group, left_out in RESUME_GROUPS.items():
         values: Any = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
@@ -143,7 +144,9 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
     if isinstance(before, dict):
         _check_settings(run_dir / "model", before, settings)
     elif before is not None:
-        log.warning(f"{run_dir / 'provenance.json'} does not say what the run was: it is taken for this one")
+        log.warning(
+            f"{run_dir / 'provenance.json'} does not record the run's settings; they are assumed to be the same"
+        )
 
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):
@@ -154,7 +157,7 @@ def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, An
     ]
     if changed:
         raise ConfigError(
-            f"the run cannot go on from {folder} with {'; '.join(changed)}. Give the values of before, or "
+            f"the run cannot go on from {folder} with {'; '.join(changed)}. Give the earlier values, or "
             "start anew in another folder"
         )
 

@@ -22,7 +22,7 @@ from pose.training.compat import deepspeed_config, set_data_parallel_size, undo_
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 REFUSED = {
     "16-true": "it keeps the weights themselves in fp16 and has no scaler of the gradients, so small ones vanish and "
-    "the loss gets lost without an error",
+    "the training diverges without an error",
     "bf16-true": "it keeps the weights themselves in bf16, whose rounding is larger than most steps at the learning "
     "rates of fine-tuning, so many weights never move",
     "64-true": "positions and losses are computed in fp32, and the export is fp32 at most, so fp64 weights take twice "
@@ -114,6 +114,19 @@ class DeepSpeed(DeepSpeedStrategy):
     def teardown(self):
         undo_deepspeed_patches()
         super().teardown()
+
+
+def resolve_precision(precision: str, accelerator: str) -> Any:
+    """A precision of Lightning; "auto" is bf16-mixed where the hardware has fast bf16, else 32-true."""
+    if precision != "auto":
+        return precision
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        fast_bf16 = torch.cuda.is_bf16_supported()
+    else:  # bf16 without these instructions is emulated, and slower than fp32
+        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast_bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
+    return "bf16-mixed" if fast_bf16 else "32-true"
 
 
 def check_strategy(strategy: Strategy, precision: str, on_nonfinite: str = "stop"):

@@ -119,7 +119,7 @@ class Watch(L.Callback):
         with contextlib.nullcontext() if self.throughput is None else self.throughput.paused():
             metrics = self._measure(trainer, pl_module)
             self._watched = step
-            line = f"Step {step}: {summary(metrics, self._described())}"
+            line = f"Step {step}: {summary(metrics, self.suite.metrics())}"
             if self.best is not None and step > 0 and self._improves(metrics):
                 # The file that says what the folder holds is the last to come: a folder without it counts as none.
                 assert self.export is not None
@@ -154,13 +154,10 @@ class Watch(L.Callback):
     def _improves(self, metrics: Mapping[str, float]) -> bool:
         """Whether the best metric is a number, and better than any before: of equal ones the first is kept."""
         assert self.best is not None
-        metric = self._described().get(self.best) or describe(self.best)
+        metric = self.suite.metrics().get(self.best) or describe(self.best)
         sign = 1 if metric.higher_is_better else -1
         value = sign * metrics[self.best]
         return value > (-math.inf if self.found is None else sign * self.found["value"])
-
-    def _described(self) -> dict[str, Metric]:
-        return {name: metric for task in self.suite.tasks for name, metric in task.metrics().items()}
 
     def _warn(self, step: int, increase: float, is_last: bool):
         """Not of what rescaling alone has done, before the first step, nor while training takes it back."""
@@ -235,5 +232,5 @@ def read_best(folder: Path) -> dict | None:
     try:
         return load_json(file, CheckpointError, {"metric": str, "value": (int, float), "step": int, "under": str})
     except CheckpointError as error:
-        log.warning(f"{error}: the best model there counts as none")
+        log.warning(f"{error}: the best model there is ignored")
         return None

@@ -1,6 +1,7 @@
 """Who may import whom (docs/ARCHITECTURE.md)."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(POSE.rglob("*.py"))
-# Beside app/: callbacks that Hydra calls, and what asks Hydra how the job was started.
-KNOW_HYDRA = {"reporting/sweep.py", "training/launch.py", "training/resume.py", "training/loggers.py"}
+# Beside app/: what asks Hydra how the job was started.
+KNOW_HYDRA = {"training/launch.py", "training/resume.py"}
 
 
 def name_of(file: Path) -> str:
@@ -69,6 +70,30 @@ def test_nothing_points_upward(file):
     if room in ("positions", "coverage", "rope"):
         outside = {name.split(".")[0] for name in imports(file)} - {"pose", "numpy", "torch"}
         assert not outside & {"transformers", "lightning", "datasets", "pandas"}
+
+
+def test_only_who_must_knows_hydra():
+    for name in KNOW_HYDRA:
+        assert "hydra" in {module.split(".")[0] for module in imports(POSE / name)}
+
+
+def test_the_way_from_config_to_objects_is_short():
+    assert len((POSE / "app" / "build.py").read_text().splitlines()) <= 250
+
+
+def test_nothing_prints():
+    for file in MODULES:
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        lines = [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+        assert not lines, f"{file.relative_to(POSE)} prints at lines {lines}: its log file would not have it"
+
+
+def test_every_file_that_is_named_exists():
+    """In configs and docs: `pose/....py`."""
+    root = POSE.parent
+    texts = [*root.glob("conf/**/*.yaml"), *root.glob("docs/*.md"), root / "README.md"]
+    named = {(name, text.name) for text in texts for name in re.findall(r"pose/[\w/]+\.py", text.read_text())}
+    assert named and not [(name, text) for name, text in named if not (root / name).is_file()]
 
 
 def test_there_is_no_circle():

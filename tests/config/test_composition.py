@@ -1,6 +1,8 @@
 """Every YAML composes, and its keys are those of what it builds."""
 
 import inspect
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pose.app import build, schema
 from pose.errors import ConfigError
@@ -24,6 +28,8 @@ def hydra():
         yield
 
 
+# What comes with a package that has a pin: pyyaml, protobuf, huggingface_hub
+WITHOUT_PIN = {"pyyaml", "protobuf", "huggingface-hub"}
 CHOICES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml"))]
 
 
@@ -87,6 +93,31 @@ def test_the_papers_experiments_name_its_method(name, target_len):
     cfg = compose("train", [f"experiment={name}", "data.documents=x.jsonl"])
     assert cfg.rope._target_ == "pose.rope.Linear" and cfg.pose.target_len == target_len
     assert cfg.model.path == "huggyllama/llama-7b" and cfg.finetune.lr == 2e-5
+
+
+def test_the_readmes_table_has_all_groups_and_choices():
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (CONF.parent / "README.md").read_text(), re.MULTILINE)
+    table = {group: sorted(choices.split(", ")) for group, choices in rows if (CONF / group).is_dir()}
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
+    assert table == {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in folders}
+
+
+def test_the_versions_that_are_tested_lie_in_the_bounds():
+    """Each bounded requirement of pyproject.toml has its pin in requirements.txt."""
+    pins = {}
+    for file in ("requirements.txt", "requirements-gpu.txt"):
+        for line in (CONF.parent / file).read_text().splitlines():
+            if "==" in line and not line.startswith("#"):
+                name, version = line.split("#")[0].strip().split("==")
+                pins[canonicalize_name(name)] = version
+    project = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    for requirement in (Requirement(text) for group in groups for text in group):
+        pin = pins.get(canonicalize_name(requirement.name))
+        if pin is not None:
+            assert requirement.specifier.contains(pin), f"{requirement} does not allow {pin}"
+    named = {canonicalize_name(Requirement(text).name) for group in groups for text in group}
+    assert named - pins.keys() <= WITHOUT_PIN
 
 
 def test_an_experiment_can_still_be_overridden():

@@ -8,6 +8,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from pose.app import schema
 from pose.app.compare import plan_evaluation
@@ -92,17 +93,31 @@ def test_an_empty_path_is_refused(tmp_path, monkeypatch, name, key, override):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "coverage"])
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
 @pytest.mark.parametrize(
-    ("script_name", "arguments", "key"),
+    ("value", "message"),
     [
-        ("train.py", (*TRAIN, "eval=none"), "hydra.run.dir"),
-        ("train.py", ("-m", *TRAIN, "eval=none"), "hydra.sweep.dir"),
-        ("evaluate.py", ("ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]"), "hydra.run.dir"),
+        ("''", " is empty: give a folder"),  # it would be the current folder, whatever lies there
+        ("' '", " is empty: give a folder"),
+        ("/dev/null/x", "=/dev/null/x cannot be written to .*: give another folder"),
+        ("/proc/x", "=/proc/x cannot be written to .*: give another folder"),
     ],
 )
-def test_an_empty_folder_to_write_to_is_refused(script, tmp_path, script_name, arguments, key):
-    """It would be the current folder, whatever lies there."""
-    result = script(CONF.parent / script_name, *arguments, f"{key}=", cwd=tmp_path, timeout=60)
-    assert result.returncode == 1 and f"ConfigError: {key}" in result.stderr
-    written = {file for file in tmp_path.rglob("*") if file.is_file() and file.parent.name != ".hydra"}
-    assert {file.name for file in written} <= {"multirun.yaml", "train.log", "evaluate.log"}, "Hydra's alone"
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, name, key, value, message):
+    """Before Hydra makes it."""
+    monkeypatch.chdir(tmp_path)
+    config = compose(name, [f"{key}={value}"], return_hydra_config=True)
+    callback = instantiate(config.hydra.callbacks.folder)
+    start = callback.on_run_start if "run" in key else callback.on_multirun_start
+    with pytest.raises(SystemExit, match=f"^ConfigError: {re.escape(key)}{message}"):
+        start(config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "key"), [((), "hydra.run.dir"), (("-m",), "hydra.sweep.dir")])
+def test_a_folder_that_cannot_be_written_to_is_one_line(script, tmp_path, flags, key):
+    result = script(CONF.parent / "train.py", *flags, f"{key}=/dev/null/x", cwd=tmp_path, timeout=60)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"ConfigError: {key}=/dev/null/x cannot be written to")
+    assert not list(tmp_path.iterdir())

@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
+from script_server import Scripts
 
 pytestmark = pytest.mark.slow
 
@@ -136,3 +139,14 @@ def test_it_is_signalled_waited_for_and_limited(scripts, script, tmp_path):
         assert process.wait(60) == 1
     assert (tmp_path / "out").read_text() == "True\n" and "File too large" in (tmp_path / "err").read_text()
     assert os.path.getsize(tmp_path / "file") == 1000
+
+
+def test_the_server_ends_though_a_fork_holds_its_connection():
+    """As a process that reads data, which multiprocessing ends later."""
+    scripts = Scripts()
+    scripts._connection, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    scripts._server = SimpleNamespace(wait=lambda timeout: None)
+    with scripts._connection.dup(), server:
+        scripts.close()
+        server.settimeout(5)
+        assert server.recv(1) == b""

@@ -178,6 +178,19 @@ def test_while_it_measures_it_ends_at_once_and_goes_on_measuring(start, whole, t
     assert "passkey@256" in json.loads((run / "metrics.json").read_text())
 
 
+def test_an_evaluation_ends_at_once_and_says_how_it_goes_on(start, tmp_path):
+    process = start(
+        "ckpt=assets/tiny", "eval=passkey", "eval.lengths=[256]", "eval.trials=5000", "num_threads=1",
+        f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run", script=(REPOSITORY / "evaluate.py",),
+    )  # fmt: skip
+    process.until(lambda: "Measuring assets/tiny" in process.said())
+    os.kill(process.pid, signal.SIGINT)
+    assert process.end(60) == 130
+    said = process.said()
+    assert "Stopped by Ctrl-C. Given again, the same command goes on where it was" in said
+    assert "Traceback" not in said and not (tmp_path / "run" / "metrics.json").exists()
+
+
 def children(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children() if "train.py" in " ".join(child.cmdline())]
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,17 @@ def test_a_run_leaves_everything(smoke_run, load_json):
     assert metrics["coverage/probability_beyond_window"] == pytest.approx(beyond)
     provenance = load_json(smoke_run / "provenance.json")
     assert "experiment=smoke" in provenance["command"] and provenance["packages"]["torch"]
+    # The log file has what the terminal has shown
+    log = (smoke_run / "train.log").read_text()
+    for words in (
+        "Data        ",
+        "Checked     ",
+        "Measuring the untuned model ...",
+        f"Run folder  {smoke_run}",
+        "@512",
+    ):
+        assert words in log
+    assert f"{metrics['tail_ppl@512']:.1f}" in log, "a cell of the table"
     config = load_json(smoke_run / "model" / "config.json")
     assert config["max_position_embeddings"] == 512
     assert config["rope_parameters"]["rope_type"] == "yarn" and config["rope_parameters"]["factor"] == 2.0
@@ -109,7 +121,9 @@ def test_text_alone(script, tmp_path):
 
 def test_tensorboard(script, tmp_path):
     train(script, tmp_path, *FAST, "logger=tensorboard", "trainer.max_steps=2")
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"train/lr", "train/grad_norm", "train/loss", "train/loss_text"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("train/lr")[-1].value > 0
 
 
 def test_wandb_offline(script, tmp_path):

@@ -243,6 +243,21 @@ def test_bad_numbers_are_named(arguments, message):
 # ----- files, table, plot -----
 
 
+def test_a_csv_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
+    covered = coverage(PoSE(16, 64))
+    covered.save_csv(tmp_path / "coverage.csv")
+    before = (tmp_path / "coverage.csv").read_text()
+
+    def killed(file, *_, **__):
+        file.write("dist")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savetxt", killed)
+    with pytest.raises(KeyboardInterrupt):
+        covered.save_csv(tmp_path / "coverage.csv")
+    assert (tmp_path / "coverage.csv").read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
 def test_csv_has_a_row_for_each_distance(tmp_path):
     covered = coverage(PoSE(8, 20))
     covered.save_csv(tmp_path / "coverage.csv")

@@ -582,7 +582,7 @@ def test_an_unknown_content_is_refused(value):
         ),
         (
             lambda: Mix(4, 9, PoSE(4, 9), plain_share=1.5),
-            "pose.plain_share=1.5 is not accepted: give a number in [0, 1]",
+            "pose.plain_share=1.5 is not accepted: give a number of at least 0 and of at most 1",
         ),
         (lambda: Mix(4, 9, PoSE(4, 9), plain_share=None), "pose.plain_share=None"),
         (lambda: Mix(4, 9, "pose"), "pose.sampler='pose' is not accepted: give another choice of the group pose"),

@@ -1,7 +1,7 @@
-"""Whether the JSON files of a checkpoint, which strangers wrote, say what can be; asked before any long work.
+"""Checks of the JSON files of a checkpoint, which may come from anywhere, before any long work.
 
-Types that transformers checks by itself are left to it. Here are values that it takes, and that hang, fill the memory,
-divide by zero, or make an error far from their file.
+What transformers checks itself is left to it. Here are values that it accepts, and that hang, fill the memory, divide
+by zero, or raise an error that does not name their file.
 """
 
 import math
@@ -171,8 +171,10 @@ def check_tokenizer(path: str, **hub):
 
 
 def _check_merges(file: str):
-    """That a tokenizer.json is an object, whose merges have the prefix that they are read with: tokenizers cuts it off
-    unasked, and ends the process where that cuts a letter in two."""
+    """Checks that the second part of each merge of a tokenizer.json begins with its continuing_subword_prefix.
+
+    tokenizers cuts off that many bytes without a check, and panics where this splits a character.
+    """
     model = load_json(file, CheckpointError, {"model": dict})["model"]
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if prefix is None or prefix == "" or not isinstance(merges, list):
@@ -210,7 +212,7 @@ def _check_values(values: dict[str, Any], file: str, prefix: str, numbers: dict[
 
 
 def _check_note(note: Any, file: str):
-    """That of `pose.modeling.load.scale_config`."""
+    """Checks the note `pose` that `pose.modeling.load.scale_config` writes."""
     if not isinstance(note, dict):
         raise _refused(file, "pose", note, "an object")
     kinds: dict[str, Callable[[Any], bool]] = {

@@ -7,9 +7,14 @@ they lost when they were quantised stays lost.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    import runpy
+
+    runpy.run_module("pose.app.gguf", run_name="__main__")
+    raise SystemExit
+
 import hashlib
 import importlib.util
-import runpy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pose.errors import CheckpointError, DataError
+from pose.errors import CheckpointError, DataError, one_line
 from pose.files import Memo, atomic_folder, digest
 from pose.modeling.checkpoints.checks import SIZES, WINDOW, check_rope, is_integer, is_number
-from pose.modeling.checkpoints.hub import printable
 
 # Raise it whenever the same file would give another folder than before.
 FORMAT_VERSION = 3
@@ -75,7 +80,7 @@ def find_gguf(source: str) -> Path:
 def describe(file: Path) -> str:
     """The file's name and how most of its weights are kept, in one phrase."""
     kinds = Counter(tensor.tensor_type.name for tensor in _open(file).tensors)
-    return f"{printable(file.name)} (weights {kinds.most_common(1)[0][0]}, dequantised)"
+    return f"{one_line(file.name)} (weights {kinds.most_common(1)[0][0]}, dequantised)"
 
 
 def convert(file: str | Path, folder: str | Path):
@@ -101,6 +106,8 @@ def convert(file: str | Path, folder: str | Path):
         model.load_state_dict(_weights(reader, config), assign=True)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
+    except StrictDataclassError as error:
+        raise CheckpointError(f"{file} has a config that LLaMA cannot have: {one_line(error)}") from error
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} does not hold the weights of its own config: {error}") from error
     model.tie_weights()
@@ -111,7 +118,7 @@ def convert(file: str | Path, folder: str | Path):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             if license:
-                head = yaml.safe_dump({"license": printable(license)}, allow_unicode=True)
+                head = yaml.safe_dump({"license": one_line(license)}, allow_unicode=True)
                 (partial / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
@@ -148,7 +155,7 @@ def _open(file: Path):
         raise CheckpointError(f"reading {file} needs the package gguf: pip install gguf") from error
 
     class Reader(GGUFReader):
-        """Believes no length: beyond the end of a file GGUFReader finds empty items, as many as the file says."""
+        """Checks every length: beyond the end of a file GGUFReader reads empty items, as many as the file claims."""
 
         def _get_field_parts(self, orig_offs, raw_type):
             if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > LONGEST_ARRAY:
@@ -164,7 +171,7 @@ def _open(file: Path):
         return Reader(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a GGUF file: {error}") from error
 
 
@@ -237,7 +244,7 @@ def _config(fields: dict[str, Any], tensors: set[str]) -> LlamaConfig:
         num_key_value_heads=_size(fields, "llama.attention.head_count_kv", heads, heads),
         head_dim=head_dim,
         max_position_embeddings=_size(fields, "llama.context_length", WINDOW),
-        # kept as fp32: 1e-5 again
+        # stored as fp32; rounded back to 1e-5
         rms_norm_eps=float(f"{_number(fields, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
         rope_parameters={"rope_type": "default", "rope_theta": _number(fields, "llama.rope.freq_base", 10_000.0)},
         tie_word_embeddings="output.weight" not in tensors,
@@ -271,7 +278,7 @@ def _weights(reader, config: LlamaConfig) -> dict[str, torch.Tensor]:
 
 
 def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    kind, rules = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    kind, rules = _text(fields, "tokenizer.ggml.model"), _text(fields, "tokenizer.ggml.pre")
     if kind != "gpt2" or rules not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"the GGUF's tokenizer is of model {kind!r} and pre-tokenizer {rules!r}: only 'gpt2' with "
@@ -283,7 +290,7 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     merges = [tuple(merge.split(" ")) for merge in _list(fields, "tokenizer.ggml.merges", str)]
     try:
         tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    except Exception as error:  # tokenizers has no class of its own for it
+    except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"its 'tokenizer.ggml.merges' do not fit its tokens: {error}") from error
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[rules]
     tokenizer.decoder = decoders.ByteLevel()
@@ -304,7 +311,3 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         chat_template=_text(fields, "tokenizer.chat_template"),
         **{f"{name}_token": tokens[i] for name, i in _special_ids(fields, len(tokens)).items()},
     )
-
-
-if __name__ == "__main__":
-    runpy.run_module("pose.app.gguf", run_name="__main__")

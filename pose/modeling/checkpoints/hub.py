@@ -16,8 +16,8 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pose.data.network import RETRIES, first_line, may_pass, wait_for_network
-from pose.errors import CheckpointError, PoseError
+from pose.data.network import RETRIES, may_pass, wait_for_network
+from pose.errors import CheckpointError, PoseError, first_line, one_line
 from pose.files import load_json
 from pose.modeling import compat
 
@@ -35,7 +35,7 @@ HUB_TIMEOUT = 5.0  # seconds
 
 
 def from_hub(what: str, load: Callable, path: str, revision: str | None, **kwargs) -> Any:
-    """load(path, revision=..., **kwargs), and nothing of the hub where the hub does not answer.
+    """load(path, revision=..., **kwargs), from the local cache alone where the hub does not answer.
 
     Args:
         what: is loaded: config, tokenizer, weights; for the error.
@@ -63,23 +63,22 @@ def from_hub(what: str, load: Callable, path: str, revision: str | None, **kwarg
             f"{name} cannot be loaded: a .bin file holds more than tensors, or is damaged, and pickled "
             "code is never run. Take a folder with safetensors"
         ) from error
-    except Exception as error:  # of what strangers wrote the libraries make errors of any class
-        if folder is None and Path(path).parent.is_dir():  # so a missing folder may be meant
+    except Exception as error:  # for malformed files the libraries raise errors of any class
+        if folder is None and Path(path).parent.is_dir():  # the path may be meant as a folder that is missing
             name = f"there is no folder at {path}, and as a hub id {name}"
         raise CheckpointError(f"{name} cannot be loaded: {_reason(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # raised by tokenizers where its Rust code panics
+            raise
+        raise CheckpointError(f"{name} cannot be loaded, since it is damaged: {first_line(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     """What a library's error says, in one line."""
     said = first_line(error)
-    if said.endswith(":"):  # and then the next one says what
+    if said.endswith(":"):  # the next line has the reason
         said += f" {' '.join(str(error).strip().splitlines()[1:2]).strip()}"
-    return printable(said if isinstance(error, _SAID) else f"{type(error).__name__}: {said}")
-
-
-def printable(text: str) -> str:
-    """A stranger's text without control characters, which could move the cursor of a terminal."""
-    return "".join(letter for letter in text if letter.isprintable())
+    return one_line(said if isinstance(error, _SAID) else f"{type(error).__name__}: {said}")
 
 
 def _with_retries(load: Callable, what: str, sleep: Callable[[float], None] = time.sleep) -> Any:
@@ -181,7 +180,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def _check_folder(folder: Path):
-    """That no file's place is taken by something else, and that transformers does not read weights of another kind."""
+    """Checks that each file of weights is a file, and that there is none that transformers alone would read."""
     for name in WEIGHT_FILES:
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} cannot be read: it is a folder, or a link to nothing")

@@ -43,7 +43,7 @@ METHODS: dict[str, Any] = {
 }
 IGNORED = {"type", "rope_type", "original_max_position_embeddings", "finetuned"}
 RELEASED = ("vanilla_ntk",)  # types of the released code alone, whose max_position_embeddings is the scaled length
-RELEASED_BASE = 10_000.0  # it computes with this whatever the config says
+RELEASED_BASE = 10_000.0  # the base that it uses, whatever the config says
 WEIGHTS = {".safetensors", ".bin"}
 LEFT_BEHIND = {".py", ".pt", ".pth"}  # code, and states of optimizers and generators
 STATE = ("training_args", "trainer_state", "optimizer", "scheduler", "rng_state")
@@ -70,6 +70,8 @@ def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None =
         raise CheckpointError("config.json has rope_parameters: it is of transformers 5 already")
     old = raw.get("rope_scaling") or {}
     kind = old.get("rope_type") or old.get("type") or "default"
+    if not isinstance(raw.get("model_type"), str | None):
+        raise CheckpointError(f"config.json has model_type={raw['model_type']!r}, where a string is expected")
     if raw.get("model_type") in FORMS:
         raise CheckpointError(
             f"a {raw['model_type']} folder cannot be imported, its weights have a form of their own too: only models "
@@ -81,6 +83,8 @@ def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None =
         scaling = _method(kind, old, raw, yarn)
         plain = {k: v for k, v in raw.items() if k not in ("rope_scaling", "auto_map", "transformers_version")}
         config = AutoConfig.for_model(plain.pop("model_type", None), **plain)
+        if getattr(config, "max_position_embeddings", None) is None:
+            raise ConfigError(f"a {config.model_type} model has no max_position_embeddings, and so no RoPE")
         config.max_position_embeddings, target_len = _lengths(kind, old, raw, config, scaling, window)
         scale_config(config, scaling, target_len)
     except (ConfigError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
@@ -100,10 +104,19 @@ def import_folder(src: str | Path, dst: str | Path, yarn: str | None = None, win
         yarn, window: as `modernise`.
 
     Raises:
-        CheckpointError: as `modernise`; or src has no config.json, no weights, or a link that leads out of it; or dst
-            exists.
+        CheckpointError: as `modernise`; or src has no config.json, no weights, or a link that leads out of it, or
+            cannot be read; or dst exists, or cannot be written.
     """
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    try:
+        _import(src, dst, yarn, window)
+    except OSError as error:
+        raise CheckpointError(
+            f"{src} cannot be imported to {dst}: {error.strerror or error} ({error.filename or dst})"
+        ) from error
+
+
+def _import(src: Path, dst: Path, yarn: str | None, window: int | None):
     if dst.exists():
         raise CheckpointError(f"{dst} exists: give a new folder")
     raw = load_json(src / "config.json", CheckpointError)
@@ -131,7 +144,7 @@ def import_folder(src: str | Path, dst: str | Path, yarn: str | None = None, win
 
 
 def _check_inside(file: Path, folder: Path):
-    """Refuses a link that leads out: who unpacks a stranger's folder would copy a file of his own into the new one.
+    """Refuses a link out of the folder: importing a downloaded one could copy a private file into the new folder.
 
     A folder of the hub's cache is made of such links, into the blobs beside it.
     """
@@ -185,7 +198,7 @@ def _lengths(
         return longest, int(longest * factor)
     key = "original_max_position_embeddings"
     window = window or old.get(key) or getattr(config, key, None)
-    trained = raw.get("max_sequence_length")  # of LLaMA's first folders, and of those made from them
+    trained = raw.get("max_sequence_length")  # in LLaMA's first folders, and in those made from them
     if window is None and trained in (longest / factor, longest * factor):
         window = min(trained, longest)
     if window is None and (factor == 1 or kind in RELEASED):

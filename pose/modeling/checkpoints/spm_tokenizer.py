@@ -72,7 +72,7 @@ def load_spm_tokenizer(file: str | Path, settings: dict[str, Any]) -> PreTrained
             if piece.type in (CONTROL, USER_DEFINED)
         ]
     )
-    for i, token in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+    for i, token in sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
         if token["content"] not in vocab or int(i) == vocab[token["content"]]:
             tokenizer.add_tokens([_added(token, token.get("special", False))])
         if tokenizer.token_to_id(token["content"]) != int(i):
@@ -105,7 +105,7 @@ def merge_settings(settings: dict[str, Any], special: dict[str, Any], added: dic
         special: special_tokens_map.json: goes over the settings.
         added: added_tokens.json: the ids of tokens. Those that are named as special are so.
     """
-    if "added_tokens_decoder" in settings:
+    if settings.get("added_tokens_decoder") is not None:
         return settings
     settings = settings | special
     names = {_content(settings.get(f"{name}_token")) for name in NAMES} | set(map(_content, _extra(settings)))
@@ -127,7 +127,7 @@ def _parse(file: Path):
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     try:
         proto.ParseFromString(content)
-    except Exception as error:  # of a class that not every version of protobuf can be asked for
+    except Exception as error:  # its class is not public in every version of protobuf
         raise CheckpointError(f"{file} is not a sentencepiece model: give a folder with a tokenizer.json") from error
     return proto
 
@@ -147,7 +147,7 @@ def _merges(pieces) -> list[tuple[str, str]]:
 def _special_tokens(trainer, settings: dict[str, Any]) -> dict[str, Any]:
     """Those that the settings name, else the file's own; as arguments of a tokenizer of transformers."""
     special: dict[str, Any] = {}
-    added = {token["content"]: token for token in settings.get("added_tokens_decoder", {}).values()}
+    added = {token["content"]: token for token in (settings.get("added_tokens_decoder") or {}).values()}
     for name in NAMES:
         own = getattr(trainer, f"{name}_piece", None) if getattr(trainer, f"{name}_id", -1) >= 0 else None
         token = settings.get(f"{name}_token") or own
@@ -158,13 +158,13 @@ def _special_tokens(trainer, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _extra(settings: dict[str, Any]) -> list[str | dict[str, Any]]:
-    """Special tokens without a part of their own, under the name of transformers 5 or 4."""
+    """Special tokens beside those of NAMES, under their key of transformers 5 or 4."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     return list(extra.values()) if isinstance(extra, dict) else extra
 
 
 def _added(token: str | dict[str, Any], special: bool) -> AddedToken:
-    """A token that is looked for in the text as it is given, as transformers' slow tokenizers do."""
+    """A token that is matched in the text before it is normalised, as by transformers' slow tokenizers."""
     options = token if isinstance(token, dict) else {}
     strips = {key: bool(options.get(key)) for key in ("lstrip", "rstrip", "single_word")}
     return AddedToken(_content(token), normalized=False, special=special, **strips)

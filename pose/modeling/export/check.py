@@ -21,15 +21,15 @@ from pose.modeling.weights import places
 
 VERIFY_LEN = 64  # tokens
 LONGEST_TEXT = 8192 + VERIFY_LEN  # tokens; fp32 attention over more would take its memory squared
-CPU_FLOPS = 2.5e12  # that a check on the CPU may take; half a minute on two cores
+CPU_FLOPS = 2.5e12  # the most that a check on the CPU may take: half a minute on two cores
 # Largest difference of a logit, as a share of the logits' standard deviation: ten times what rounding makes of it.
 # Where the trained model computes in 16 bits, it is the root of the mean square: the largest of millions is noise.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-ABSURD_LOSS = 100.0  # nats per token of a random text, which costs who guesses ln V, about 10, and sound models some 15
+ABSURD_LOSS = 100.0  # nats per token of random text: a uniform guess costs ln V, about 10, and sound models some 15
 
 
 class Probe(NamedTuple):
-    """What two models are asked to compare them.
+    """An input on which two models are compared.
 
     Attributes:
         name: what it covers, for messages.
@@ -43,7 +43,7 @@ class Probe(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the trained model makes of the probes.
+    """The trained model's logits for the probes.
 
     Attributes:
         probes: all of them.
@@ -57,7 +57,7 @@ class Answers(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """What a comparison has found.
+    """The result of a comparison.
 
     Attributes:
         probes: the names of those that both models were asked.
@@ -77,7 +77,7 @@ class Agreement(NamedTuple):
 
 
 def ask(model: PreTrainedModel, progress: bool = False) -> Answers:
-    """Random tokens at positions up to the end of the new window, and what the trained model makes of them.
+    """Random tokens at positions up to the end of the new window, with the trained model's logits for them.
 
     Every process must call this, since each may hold a part of the weights.
 

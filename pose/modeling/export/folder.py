@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from pose.errors import GuardError
+from pose.errors import GuardError, first_line
 from pose.files import atomic_folder, replace_folder
 from pose.modeling.export.check import ask, compare
 from pose.modeling.export.weights import Weights
@@ -45,6 +45,8 @@ def export_model(
         TrainingError: weights or logits of the model are not finite, or absurd; every process raises it.
         GuardError: what was written does not load, or gives other logits than the model. It is kept
             beside the folder's name, with `.rejected` added; a folder that was there before stays.
+        MemoryError, torch.OutOfMemoryError, RuntimeError: memory ran out while it was compared, as it was raised. It is
+            kept as well, with `.unchecked` added.
     """
     begin, folder = time.perf_counter(), Path(folder)
     answers = ask(model, progress and is_writer)
@@ -64,12 +66,23 @@ def export_model(
         try:
             agreement = compare(partial, answers, dtype, progress)
         except Exception as error:
+            if _is_out_of_memory(error):
+                unchecked = folder.with_name(folder.name + ".unchecked")
+                replace_folder(partial, unchecked)
+                log.warning(f"Memory ran out while the model was checked: it is kept, unchecked, as {unchecked}")
+                raise
             rejected = folder.with_name(folder.name + ".rejected")
             replace_folder(partial, rejected)
             message = str(error).replace(str(partial), str(rejected))
             raise GuardError(f"{message}. It is kept there for inspection, and nothing was put at {folder}.") from error
     seconds = time.perf_counter() - begin
     log.info(f"Checked     {folder}, loaded by transformers alone: {agreement} ({seconds:.0f} s)")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # as torch says it on a CPU
+    )
 
 
 def verify_export(model: PreTrainedModel, folder: str | Path, dtype: torch.dtype = torch.float32):
@@ -109,8 +122,7 @@ def _savable(generation: GenerationConfig) -> GenerationConfig:
         generation.validate(strict=True)
         return copy.deepcopy(generation)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        log.warning(f"The generation config contradicts itself ({reason}): only its token ids are exported")
+        log.warning(f"The generation config contradicts itself ({first_line(error)}): only its token ids are exported")
         return GenerationConfig(
             **{name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         )

@@ -153,7 +153,7 @@ class Stored:
 
 
 def broken(what: str) -> TrainingError:
-    """The error of a model that training has made useless; every process raises it alike."""
+    """The error for a model that training has made useless; every process raises the same."""
     error = TrainingError(
         f"the training has broken the model, and nothing is exported: {what}. Start anew with a lower finetune.lr, and "
         "with trainer.precision=bf16-mixed or 32-true where it has 16 bits",

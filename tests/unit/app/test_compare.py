@@ -81,11 +81,6 @@ def test_what_cannot_run_here_is_named_at_once(tmp_path, override, message):
         plan(tmp_path, "ckpt=assets/tiny", "eval=passkey", override)
 
 
-def test_threads_are_at_least_one(tmp_path):
-    with pytest.raises(ConfigError, match=r"num_threads=0 is not accepted: give an integer of at least 1"):
-        runtime.set_up(composed(tmp_path, "ckpt=assets/tiny", "num_threads=0"))
-
-
 def test_outcomes_belong_to_the_weights_wherever_they_lie(tmp_path, longer):
     """Replaced in a subfolder, and behind a link, they are measured anew."""
     stored = tmp_path / "stored" / "a.safetensors"
@@ -148,7 +143,7 @@ def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path, monkeypatch, reuse):
 def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeypatch):
     """Of one checkpoint in a list too, and while others are still to come; the plots have all windows marked once."""
     windows = []
-    monkeypatch.setattr(compare, "plot_results", lambda results, png, *marks: windows.append((marks[0], marks[2])))
+    monkeypatch.setattr(compare, "plot_measured", lambda results, folder, *marks: windows.append(marks[:2]))
     cfg = composed(tmp_path, "ckpt=[b,a]", "eval=passkey", "eval.trials=7")
     (tmp_path / "provenance.json").write_text('{"commit": "c0"}')
     candidates, results, took = [], {}, {}
@@ -253,3 +248,20 @@ def test_what_is_refused_says_so_before_any_model_is_loaded(tmp_path, overrides,
         plan(tmp_path, *overrides)
     for word in words:
         assert word in str(error.value)
+
+
+def test_text_that_is_not_ones_own_is_named(tmp_path, longer, capsys):
+    own = tmp_path / "own.txt"
+    own.write_text("The grass is green. " * 300)
+    words = (
+        "Perplexity is measured on assets/corpora/books.heldout.jsonl.gz, which comes with this repository. Your own"
+    )
+    common = ("eval.lengths=[256]", "eval.max_documents=1")
+    for overrides, is_said in (
+        ((f"ckpt={longer}",), True),
+        (("ckpt=assets/tiny",), False),
+        ((f"ckpt={longer}", f"eval.documents={own}"), False),
+        ((f"ckpt={longer}", "eval.tasks=[passkey]"), False),
+    ):
+        plan(tmp_path, *common, *overrides)
+        assert (words in " ".join(capsys.readouterr().out.split())) == is_said

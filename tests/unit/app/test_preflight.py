@@ -22,7 +22,8 @@ def plan(tmp_path):
 
     def plan_(*overrides, name="train"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose(name, [f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", *overrides])
+            cfg = compose(name, ["trainer.accelerator=cpu", *overrides])
+        plan_.cfg = cfg
         return preflight.plan_training(cfg, tmp_path)
 
     return plan_
@@ -73,11 +74,21 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["+pose.num_chunk=3"], ConfigError, ["pose.num_chunk", "num_chunks"]),
         (["+rope.beta=3"], ConfigError, ["rope.beta", "beta_fast"]),
         (["+strategy.stage=3"], ConfigError, ["strategy.stage", "name alone"]),
+        (["strategy.name=null"], ConfigError, ["strategy.name=None", "auto", "ddp"]),
+        (["~strategy.name"], ConfigError, ["strategy.name=None", "auto", "ddp"]),
+        (["strategy.name=ddp_spawn"], ConfigError, ["strategy.name='ddp_spawn'", "ddp"]),
+        (["logger.name=comet"], ConfigError, ["logger.name='comet'", "csv", "wandb"]),
         (["+logger.project=x"], ConfigError, ["logger.project", "csv"]),
         (["+data.synthetic.riddle=0.1"], ConfigError, ["data.synthetic.riddle is no key"]),
         (["finetune.betas=[0.9]"], ConfigError, ["finetune.betas=[0.9]"]),
         (["trainer.log_every_n_steps=0"], ConfigError, ["trainer.log_every_n_steps=0"]),
         (["data.curriculum=[5]"], ConfigError, ["data.curriculum", "5"]),
+        (["data.curriculum=[[a,128]]"], ConfigError, ["data.curriculum", "['a', 128]"]),
+        (
+            ["experiment=pretrain_tiny", "model.init.hidden_size=65"],
+            ConfigError,
+            ["model.init={", "is not a model's config"],
+        ),
         (["finetune.lr=0"], ConfigError, ["finetune.lr=0"]),
         (["finetune=lora", "finetune.lora.rank=0"], ConfigError, ["finetune.lora.rank=0", "at least 1"]),
         (["finetune=lora", "finetune.lora.target_modules=[q]"], ConfigError, ["lora.target_modules", "q_proj"]),
@@ -134,18 +145,21 @@ def test_gradient_accumulation_is_worked_out(plan, documents, global_batch, micr
         f"trainer.global_batch={global_batch}", f"trainer.micro_batch={micro_batch}",
     )  # fmt: skip
     assert planned.trainer.accumulate_grad_batches == accumulate
+    assert plan.cfg.trainer.micro_batch == global_batch // accumulate, "what is used stands in config.yaml"
     assert planned.data.micro_batch * accumulate == global_batch
     assert len(planned.data.dataset) == global_batch * planned.trainer.max_steps
 
 
-def test_the_model_trains_in_train_mode(plan, documents, tmp_path):
+def test_the_model_trains_in_train_mode(plan, documents, tmp_path, capsys):
     """transformers recomputes activations, and drops out, only then."""
     overrides = ["eval=none", "data=jsonl", documents(LONG), "model.gradient_checkpointing=true"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides)
     run = Run(cfg, tmp_path)
     run.plan = plan(*overrides)
+    capsys.readouterr()
     model = run.load_for_training(run.plan.trainer.strategy)
+    assert capsys.readouterr().out.startswith("Reading the weights of ")
     assert model.training and model.is_gradient_checkpointing
 
 
@@ -236,11 +250,64 @@ def test_of_ones_own_data_whole_documents_are_set_aside(plan, tmp_path, capsys):
     assert len(whole.data.dataset.documents) == 20, "nothing is measured on documents"
 
 
+def test_a_run_on_own_data_is_watched_on_own_documents_that_it_does_not_train_on(plan, tmp_path):
+    file = lines(tmp_path, 20)
+    planned = plan(
+        "data=jsonl", f"data.documents={file}", "trainer.max_steps=1", "eval=none", "watch.every_n_steps=1",
+        "watch.tasks=[perplexity]", "watch.windows=1", "data.heldout_share=0.2",
+    )  # fmt: skip
+    trained = {planned.data.dataset.documents[i].id for i in range(len(planned.data.dataset.documents))}
+    watched = set(planned.watch.suite.document_ids)
+    own = {f"own.jsonl{i}" for i in range(20)}
+    assert len(watched) == 4 and watched | trained == own and not watched & trained
+    assert set(planned.watch.short.document_ids) == watched
+
+
 def test_a_single_document_cannot_be_set_aside(plan, tmp_path):
-    with pytest.raises(DataError, match=r"1 of the 1 documents .*data\.heldout.*eval=none"):
-        plan("data=jsonl", f"data.documents={lines(tmp_path, 1)}", "eval=perplexity")
+    single = f"data.documents={lines(tmp_path, 1)}"
+    with pytest.raises(DataError, match=r"1 of the 1 documents .*data\.heldout.*\(eval\.tasks=\[passkey\]\)"):
+        plan("data=jsonl", single, "eval=perplexity")
+    with pytest.raises(DataError, match=r"1 of the 1 documents .*\(watch\.tasks=\[passkey\]\)"):
+        plan("data=jsonl", single, "eval=none", "watch.every_n_steps=1")
     with pytest.raises(ConfigError, match=r"eval\.documents is not set"):
         plan("data=jsonl", f"data.documents={lines(tmp_path, 3)}", "eval=perplexity", "data.heldout_share=0")
+
+
+def test_what_is_set_aside_is_long_enough_for_all_who_measure_on_it(plan, tmp_path):
+    """The longest window of eval and watch, and min_tokens of either."""
+    file = f"data.documents={lines(tmp_path, 6)}"
+    common = ["data=jsonl", file, "trainer.max_steps=1", "eval=perplexity", "eval.windows=1", "watch.every_n_steps=1"]
+    for overrides, length, key in (
+        (["eval.lengths=[256]", "watch.lengths=[512]"], 512, "watch.lengths"),
+        (["eval.lengths=[512]", "watch.lengths=[256]"], 512, "eval.lengths"),
+        (["eval.lengths=[512]", "watch.lengths=[256]", "watch.min_tokens=600"], 600, "watch.min_tokens"),
+        (["eval.lengths=[512]", "eval.min_tokens=700", "watch.lengths=[600]"], 700, "eval.min_tokens"),
+        (["eval.lengths=[512]", "watch.tasks=[passkey]", "watch.lengths=[600]"], 512, "eval.lengths"),
+    ):
+        aside = plan(*common, *overrides).data.set_aside
+        assert (aside.long_enough, aside.asked_by) == (length, key)
+    with pytest.raises(DataError, match=r"0 of the 6 documents .* have 900,000 tokens \(watch\.min_tokens\)"):
+        plan(*common, "eval.lengths=[512]", "watch.min_tokens=900000")
+
+
+def test_the_keys_of_the_training_data_stay_those_of_data(plan, documents):
+    """Where a watch opens it first."""
+    short = documents('{"text": "It was."}')
+    common = ["data=jsonl", short, "eval=none", "watch.every_n_steps=1"]
+    with pytest.raises(DataError, match=r"no document of at least 100000 tokens \(data\.min_tokens\)"):
+        plan(*common, "data.min_tokens=100000")
+    with pytest.raises(DataError, match=r"choose one with data\.text_field, or data\.documents=\{path"):
+        plan(*common, "data.text_field=body", "watch.text_field=text")
+
+
+def test_errors_of_evaluated_documents_name_the_keys_of_their_group(plan, documents, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"body": "x"}')
+    for group, overrides in (("eval", ["eval=perplexity"]), ("watch", ["eval=none", "watch.every_n_steps=1"])):
+        given = ["data=jsonl", documents(LONG), *overrides, f"{group}.documents={tmp_path}/other.jsonl"]
+        with pytest.raises(DataError, match=rf"choose one with {group}\.text_field, or {group}\.documents=\{{path"):
+            plan(*given)
+        with pytest.raises(DataError, match=rf"\({group}\.lengths\)"):
+            plan(*given, f"{group}.text_field=body")
 
 
 def test_documents_that_are_given_for_evaluation_are_taken(plan, tmp_path):
@@ -303,3 +370,16 @@ def test_an_empty_value_inside_another_is_refused(plan):
     ):
         with pytest.raises(ConfigError, match=f"{key} is empty"):
             plan(override)
+
+
+@pytest.mark.parametrize("key", ["data.add_bos", "eval.add_bos", "watch.add_bos"])
+def test_a_bos_that_the_tokenizer_has_not_is_refused_by_the_key_that_asks_for_it(plan, tmp_path, key):
+    shutil.copytree(CONF.parent / "assets" / "tiny", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"bos_token": None}))
+    with pytest.raises(ConfigError, match=rf"^{key} is true, but this tokenizer has no BOS token"):
+        plan(
+            "eval.tasks=[passkey]", "eval.lengths=[256]", "watch.every_n_steps=1", "watch.tasks=[passkey]",
+            f"model.tokenizer={tmp_path}/tokenizer", f"{key}=true",
+        )  # fmt: skip

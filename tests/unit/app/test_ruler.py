@@ -1,13 +1,15 @@
 """The command that writes RULER's prompts: its arguments, what it refuses, and the file."""
 
+import importlib
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pose.app.ruler import Command, parse, write_prompts
+from pose.app.ruler import main, write_prompts
 from pose.errors import ConfigError
 from pose.tasks.ruler import RulerPrompts
 
@@ -22,8 +24,7 @@ def shipped():
 
 
 def write(out, task="niah_single_2", length=900, num=3, **options):
-    command = Command(tokenizer="t", task=task, length=length, num=num, out=str(out), **options)
-    write_prompts(command, shipped(), HAYSTACK)
+    write_prompts(out, shipped(), HAYSTACK, task=task, length=length, num=num, **options)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -42,54 +43,73 @@ def test_prompts_are_written_out(tmp_path):
     with pytest.raises(ConfigError, match="30 tokens is not possible"):
         write(out, length=30)
     for place in (tmp_path, out / "more"):
-        with pytest.raises(ConfigError, match=rf"out={place} cannot be written.*give a file"):
+        with pytest.raises(ConfigError, match=rf"^{place} cannot be written.*give a file"):
             write(place, task="vt")
     assert out.read_text() == before and list(out.parent.iterdir()) == [out]
 
 
-WHOLE = ["tokenizer=t", "task=vt", "length=900", "num=3", "out=o.jsonl"]
-
-
-def test_arguments_of_the_command():
-    assert parse(WHOLE) == Command(
-        tokenizer="t", task="vt", length=900, num=3, out="o.jsonl", seed=0, depth=None,
-        haystack="assets/corpora/books.heldout.jsonl.gz", add_bos=False,
-    )  # fmt: skip
-    given = parse([*WHOLE, "task=niah_single_1", "depth=0.25", "seed=7", "add_bos=true", "haystack=a=b.txt"])
-    assert (given.depth, given.seed, given.add_bos, given.haystack) == (0.25, 7, True, "a=b.txt")
-    assert parse([*WHOLE, "depth=null"]).depth is None
+WHOLE = [str(TINY), "o.jsonl", "--task", "vt", "--length", "900", "--num", "3"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (WHOLE[:-1], r"out must be given too, as in\npython -m pose\.evaluation\.ruler tokenizer=FOLDER"),
-        ([], "length, num, out, task, tokenizer must be given too"),
-        ([*WHOLE, "lenght=3"], r"'lenght=3' is not known: give key=value, as in\npython -m"),
-        ([*WHOLE, "900"], "'900' is not known"),
-        ([*WHOLE, "length=1e3"], "length=1e3 is not accepted: .*Integer"),
-        ([*WHOLE, "length=null"], "length=null is not accepted: .*not Optional"),
-        ([*WHOLE, "num=0"], "num=0 is not accepted: give an integer of at least 1"),
-        ([*WHOLE, "seed=-1"], "seed=-1 is not accepted: give an integer of at least 0"),
-        ([*WHOLE, "depth=1.5"], "depth=1.5 is not accepted: give a place from 0 to 1"),
-        ([*WHOLE, "depth=nan"], "depth=nan is not accepted"),
-        ([*WHOLE, "depth=deep"], "depth=deep is not accepted"),
-        ([*WHOLE, "depth=0.5"], "depth=0.5 does not go with task=vt, which has no needles"),
-        ([*WHOLE, "add_bos=maybe"], "add_bos=maybe is not accepted: .*not a valid bool"),
-        ([*WHOLE, "haystack="], "haystack is empty"),
-        ([*WHOLE, "out="], "out is empty"),
+        (WHOLE[:-2], "required: --num"),
+        ([], "required: tokenizer, out, --task, --length, --num"),
+        ([*WHOLE, "--lenght", "3"], "unrecognized arguments: --lenght 3"),
+        ([*WHOLE, "--length", "1e3"], "argument --length: invalid int value"),
+        ([*WHOLE, "--num", "0"], "--num=0 is not accepted: give an integer of at least 1"),
+        ([*WHOLE, "--seed", "-1"], "--seed=-1 is not accepted: give an integer of at least 0"),
+        ([*WHOLE, "--depth", "1.5"], "--depth=1.5 is not accepted: give a place from 0 to 1"),
+        ([*WHOLE, "--depth", "nan"], "--depth=nan is not accepted"),
+        ([*WHOLE, "--depth", "0.5"], "--depth=0.5 does not go with --task=vt, which has no needles"),
+        ([*WHOLE, "--task", "qa_1"], "argument --task: invalid choice: 'qa_1'"),
+        ([*WHOLE, "--haystack", ""], "argument --haystack: the path is empty"),
     ],
 )
-def test_what_the_command_refuses(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        parse(arguments)
+def test_what_the_command_refuses(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ruler", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code in (1, 2) and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ruler", "legacy", "gguf", "tokenizer"])
+@pytest.mark.parametrize("paths", [["", "x"], ["x", " "]])
+def test_no_command_takes_an_empty_path(name, paths, monkeypatch, capsys):
+    """As of a shell variable that is not set."""
+    monkeypatch.setattr(sys, "argv", [name, *paths])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"pose.app.{name}").main()
+    assert caught.value.code == 2 and "the path is empty" in capsys.readouterr().err
+
+
+def test_a_bos_that_the_tokenizer_has_not_is_refused_by_its_argument(tmp_path, monkeypatch, capsys):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(
+        sys, "argv", ["ruler", str(tmp_path / "tokenizer"), str(tmp_path / "o"), *WHOLE[2:], "--add-bos"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.startswith("ConfigError: --add-bos is true, but this tokenizer has no BOS token")
 
 
 def test_the_command(tmp_path, script):
     out = tmp_path / "p.jsonl"
-    arguments = ("tokenizer=assets/tiny", "task=niah_single_1", "length=4096", "num=2", f"out={out}")
-    result = script("-m", "pose.evaluation.ruler", *arguments)
+    arguments = ("--task", "niah_single_1", "--length", "4096", "--num", "2")
+    result = script("-m", "pose.evaluation.ruler", "assets/tiny", out, *arguments)
     assert result.returncode == 0, result.stderr
+    assert result.stdout == f"2 prompts of ruler/niah_single_1 with 4096 tokens each in {out}\n"
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     sizes = [len(shipped().encode(line["prompt"], add_special_tokens=False)) for line in lines]
     assert sizes == [4096, 4096] == [line["length"] for line in lines]
+
+
+def test_errors_of_the_prompts_name_the_command_s_keys(tmp_path):
+    with pytest.raises(ConfigError, match=r"^task: ruler has no task 'niah', choose from niah_single_1"):
+        write(tmp_path / "a.jsonl", task="niah")
+    with pytest.raises(ConfigError, match=r"^haystack is empty: give a text"):
+        write_prompts(tmp_path / "a.jsonl", shipped(), "\n", task="niah_single_2", length=900, num=1)

@@ -1,15 +1,19 @@
 """A run of train.py: what it measures once, for itself and for others."""
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from pose.app import compare, run, schema
 from pose.app.preflight import plan_training
 from pose.errors import TrainingError
+from pose.evaluation.task import Estimate
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 COMMON = ("eval.tasks=[passkey]", "eval.lengths=[256]", "eval.trials=2")
@@ -90,3 +94,53 @@ def test_memory_that_runs_out_names_what_helps(tmp_path):
         run.runtime.explained_memory_errors(cfg),
     ):
         raise torch.OutOfMemoryError("out of memory")
+
+
+ESTIMATES = {"passkey@8": Estimate(0.0, 0.0, 0.25, 20), "tail_ppl@8": Estimate(3.0, 2.5, 3.5, 4)}
+REMARK = "passkey: 0 at every length inside the model's own window of 8 tokens"
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A run whose results are there, and what its plots are given."""
+    drawn = []
+    monkeypatch.setattr(run, "plot_measured", lambda *given: drawn.append(given))
+    monkeypatch.setattr(run, "plot_training", lambda *_: None)
+    monkeypatch.setattr(run.Run, "write_card", lambda _: None)
+    suite = SimpleNamespace(document_ids=["a book"], metrics=dict)
+    one = run.Run(OmegaConf.create({"watch": {"max_short_increase": 0.05}}), tmp_path)
+    one.plan = SimpleNamespace(
+        geometry=SimpleNamespace(window=8), config=SimpleNamespace(max_position_embeddings=32), suite=suite, watch=None,
+        scaling=SimpleNamespace(name="yarn"), sampler=SimpleNamespace(name="pose", target_len=32),
+        trainer=SimpleNamespace(loggers=[], callback_metrics={}, global_step=5),
+    )  # fmt: skip
+    one.results = {"untuned": ESTIMATES, "extended": ESTIMATES | {"passkey@8": Estimate(1.0)}}
+    return one, drawn
+
+
+def test_intervals_window_and_target_reach_the_plots(finished, tmp_path):
+    one, drawn = finished
+    one.report()
+    ((results, folder, window, target),) = drawn
+    assert results["untuned"]["tail_ppl@8"] == Estimate(3.0, 2.5, 3.5, 4), "with its interval"
+    assert (folder, window, target) == (tmp_path / "plots", 8, 32)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["passkey@8"] == 1.0 and metrics["untuned"]["tail_ppl@8"] == 3.0 and metrics["train/steps"] == 5
+
+
+def test_a_task_that_the_untuned_model_cannot_do_is_remarked_on(finished, capsys):
+    one, _ = finished
+    one.print_results()
+    said = capsys.readouterr().out
+    assert f"The untuned model: {REMARK}" in said and "3.0" in said and f"Run folder  {one.folder}" in said
+    one.results["untuned"] = one.results["extended"]
+    one.print_results()
+    assert REMARK not in capsys.readouterr().out
+
+
+def test_an_evaluation_remarks_on_a_task_that_a_model_cannot_do(tmp_path, capsys):
+    suite = SimpleNamespace(document_ids=["a book"], metrics=dict)
+    candidates = [SimpleNamespace(name=name, window=8, suite=suite) for name in ("mine", "base")]
+    compare.show(tmp_path, candidates, {"mine": ESTIMATES | {"passkey@8": Estimate(1.0)}, "base": ESTIMATES})
+    said = capsys.readouterr().out
+    assert f"base: {REMARK}" in said and f"mine: {REMARK}" not in said and f"{tmp_path}/results.csv" in said

@@ -20,7 +20,7 @@ from pose import files as memo
 from pose.data import cache as cache_module
 from pose.data import tokenise
 from pose.data.cache import TokenCache
-from pose.data.documents import Files
+from pose.data.documents import Files, Keys
 from pose.data.tokenise import Tokeniser
 from pose.errors import ConfigError, DataError
 
@@ -763,3 +763,27 @@ def test_files_with_their_own_field_are_documents(tmp_path):
     documents = [tmp_path / "a.jsonl", {"path": str(tmp_path / "a.jsonl"), "text_field": "body"}]
     cache = TokenCache.build(documents, word_tokenizer(9), tmp_path / "cache")
     assert [row.tolist() for row in cache] == [[2], [1]]
+
+
+def test_advice_when_memory_runs_out_is_of_keys_that_are_there(tmp_path, monkeypatch):
+    def no_memory(*args):
+        raise MemoryError
+        yield
+
+    monkeypatch.setattr(Files, "read", no_memory)
+    path = tmp_path / "a.txt"
+    path.write_text("a b")
+    with pytest.raises(DataError, match=r"Split long ones, or refuse them with a lower data\.max_document_chars"):
+        TokenCache.build(path, word_tokenizer(9), tmp_path / "cache")
+    with pytest.raises(DataError, match=r"Split long ones$"):
+        TokenCache.build(
+            path, word_tokenizer(9), tmp_path / "cache", keys=Keys("eval.documents", max_document_chars=None)
+        )
+
+
+def test_a_name_with_control_characters_does_not_reach_the_terminal(tmp_path, capsys):
+    path = tmp_path / "a\x1b[2Jb\nc.txt"
+    path.write_text("a b")
+    TokenCache.build(path, word_tokenizer(9), tmp_path / "cache")
+    said = capsys.readouterr()
+    assert "Tokenising a[2Jb c" in said.err and "\x1b[2J" not in said.err + said.out

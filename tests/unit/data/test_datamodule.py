@@ -197,7 +197,7 @@ def test_bos_as_the_tokenizer_does():
     wanted |= {(adding, None): 5000, (adding, True): 5000, (adding, False): None}
     wanted |= {(TOKENIZER, None): None, (TOKENIZER, False): None}
     for (tokenizer, add_bos), expected in wanted.items():
-        assert bos_id(tokenizer, add_bos) == expected
+        assert bos_id(tokenizer, add_bos, "data.add_bos") == expected
 
 
 def test_bos_stands_before_every_document(make):
@@ -209,7 +209,7 @@ def test_bos_stands_before_every_document(make):
 
 
 def test_bos_of_a_tokenizer_without_one(make):
-    with pytest.raises(ConfigError, match=r"add_bos is true.*no BOS"):
+    with pytest.raises(ConfigError, match=r"^data\.add_bos is true.*no BOS"):
         make(add_bos=True)
 
 
@@ -223,6 +223,14 @@ BAD = {
     "phase to the end": ({"curriculum": [(1.0, 8)]}, r"\[1.0, 8\].*below 1"),
     "phase of nothing": ({"curriculum": [(0, 8)]}, r"\[0, 8\].*above 0"),
     "phase length": ({"curriculum": [(0.5, 7)]}, r"\[0.5, 7\].*divisor of 16"),
+    "phase of a name": ({"curriculum": [("a", 8)]}, r"data\.curriculum has the phase \['a', 8\]: give"),
+    "phase of no number": ({"curriculum": [(0.5, "8")]}, r"data\.curriculum has the phase \[0.5, '8'\]: give"),
+    "phase of a share": ({"curriculum": [(0.5, 8.0)]}, r"data\.curriculum has the phase \[0.5, 8.0\]: give"),
+    "phase of one token": ({"curriculum": [(0.5, 1)]}, r"data\.curriculum has the phase \[0.5, 1\], and PoSE does not"),
+    "phase too short": (
+        {"curriculum": [(0.5, 4)], "sampler": PoSE(16, 64, 8)},
+        r"phase \[0.5, 4\], and PoSE does not take its length: pose\.num_chunks=8",
+    ),
     "phase too long": ({"curriculum": [(0.5, 32)]}, r"\[0.5, 32\].*divisor of 16"),
 }
 

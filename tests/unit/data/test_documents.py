@@ -463,3 +463,36 @@ def test_a_file_is_the_one_that_was_digested(tmp_path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was read: start again"):
         next(files.read(Broken()))
+
+
+def test_advice_is_of_the_keys_that_are_asked(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines({"body": "x" * 11}))
+    own = r"\(choose one with eval\.text_field, or eval\.documents=\{path: FILE, text_field: FIELD\}\)$"
+    keys = module.Keys("eval.documents", "eval.text_field", max_document_chars=None)
+    with pytest.raises(DataError, match=own):
+        list(read_documents(path, keys=keys))
+    with pytest.raises(DataError, match=r"more than 10 characters: split it$"):
+        list(Files([path], "x", "body").read(Broken(max_document_chars=10, keys=keys)))
+    with pytest.raises(DataError, match=r"split it, or allow more with data\.max_document_chars$"):
+        list(Files([path], "x", "body").read(Broken(max_document_chars=10)))
+
+
+@pytest.mark.parametrize("kind", ["beyond the years", "an unknown time zone"])
+def test_an_id_that_python_cannot_hold_is_broken(tmp_path, kind):
+    unit, zone = ("s", None) if kind == "beyond the years" else ("us", "No/Where")
+    ids = pyarrow.array([2**50 if unit == "s" else 0, None], pyarrow.timestamp(unit, zone))
+    table = pyarrow.table({"text": ["a", "b"], "id": ids})
+    parquet.write_table(table, tmp_path / "a.parquet", store_schema=True)
+    documents, broken = skipped(tmp_path / "a.parquet")
+    assert [document.text for document in documents] == ["b"]
+    assert [re.sub(r"\(.*", "", place) for place in broken.first] == [
+        f"{tmp_path}/a.parquet, row 1: the id cannot be read "
+    ]
+
+
+def test_a_column_whose_name_is_not_utf8_breaks_its_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"], "nameXY": ["b"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"nameXY", b"name\xff\xfe"))
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read past row 0: .*utf-8"):
+        list(read_documents(path))

@@ -8,16 +8,16 @@ import datasets
 import huggingface_hub
 import pyarrow
 import pytest
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from omegaconf import OmegaConf
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pose.app.build import find_documents
+from pose.app.documents import find_documents
 from pose.data import hub
 from pose.data.cache import TokenCache
-from pose.data.documents import Broken
+from pose.data.documents import Broken, Keys
 from pose.data.hub import HubDataset
 from pose.errors import ConfigError, DataError
 from pose.files import Memo
@@ -243,6 +243,13 @@ def test_the_commit_is_pinned_and_remembered_for_when_the_hub_is_away(
         ({"path": "a/b", "data_files": "hf://datasets/c/d/x"}, "globs inside"),
         ({"path": "a/b", "trust_remote_code": True}, r"\['trust_remote_code'\].*its fields are path"),
         ({"name": "x"}, "without a path"),
+        ({"path": "a/b", "name": 2023}, r"name=2023 of the dataset a/b is not accepted: give a string"),
+        ({"path": "a/b", "revision": 1234567}, "revision=1234567 of the dataset a/b is not accepted"),
+        ({"path": "a/b", "split": ["train"]}, r"split=\['train'\] of the dataset a/b is not accepted"),
+        ({"path": "a/b", "format": ["json"]}, r"format=\['json'\] of the dataset a/b is not accepted"),
+        ({"path": "a/b", "text_field": 5}, "text_field=5 of the dataset a/b is not accepted"),
+        ({"path": "a/b", "data_files": 5}, "data_files=5 .* give a file or glob in it, or a list"),
+        ({"path": "a/b", "data_files": {"train": "x"}}, "data_files={'train': 'x'} .* give a file or glob"),
     ],
 )
 def test_fields_that_cannot_be_meant(fields, message, tokenizer, tmp_path):
@@ -341,3 +348,26 @@ def test_a_remembered_commit_that_is_none_is_not_taken(monkeypatch, tmp_path, kn
     memo.set(["commit", "owner/x", None], known)
     with pytest.raises(DataError, match="does not answer"):
         HubDataset("owner/x").commit(memo)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403])
+def test_a_token_that_is_refused_names_the_dataset_and_the_remedy(monkeypatch, tmp_path, status):
+    response = type("Response", (), {"status_code": status, "headers": {}, "request": None})()
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(Api, "answer", HfHubHTTPError(f"{status} Client Error", response=response))
+    with pytest.raises(DataError, match=rf"refuses the dataset owner/x \({status} Client Error\).*hf auth login"):
+        HubDataset("owner/x").commit(Memo(tmp_path))
+
+
+def test_a_line_longer_than_a_block_of_the_reader(tmp_path):
+    """`datasets` reads JSON in blocks of 10 MiB."""
+    rows = [json.dumps({"text": "w1" + " w2" * 5_500_000}), json.dumps({"text": "w3"})]
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode(), 1))
+    documents = list(HubDataset(str(tmp_path)).read(Broken()))
+    assert [len(document.text) for document in documents] == [2 + 3 * 5_500_000, 2]
+
+
+def test_what_cannot_be_read_names_the_key_that_asks(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "w1"}\n{broken\n')
+    with pytest.raises(DataError, match=r"eval\.documents=FOLDER$"):
+        list(HubDataset(str(tmp_path)).read(Broken(keys=Keys("eval.documents"))))

@@ -385,7 +385,7 @@ def test_a_group_has_the_score_of_all_its_questions(harness, model):
 def test_of_a_perplexity_the_lower_is_better_and_it_is_no_percentage(harness, model):
     task = harness("rolling", limit=2)
     assert task.metrics() == {"harness/rolling": Metric("rolling", False, ".3f")}
-    watch = Watch(SimpleNamespace(tasks=[task]), 1, best=task.name)
+    watch = Watch(SimpleNamespace(tasks=[task], metrics=task.metrics), 1, best=task.name)
     value = task.summarise({"rolling": task.measure(Scorer(model, 512), "rolling")})[task.name].value
     watch.found = {"value": value}
     assert value > 1
@@ -723,7 +723,7 @@ def test_a_text_before_which_nothing_stands_is_refused_where_it_comes_up(model, 
             lm.loglikelihood(each)
     with pytest.raises(ConfigError, match="harness/mine scores texts from their first token on"):
         lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("the sea",), 0)])
-    with pytest.raises(ConfigError, match="harness/mine asks for what follows an empty text"):
+    with pytest.raises(ConfigError, match="harness/mine has an empty prompt, and this tokenizer puts no BOS"):
         lm.generate_until([Instance("generate_until", {}, ("", {"max_gen_toks": 4}), 0)])
     with pytest.raises(ConfigError, match="harness/mine has an empty answer"):
         lm.loglikelihood(requests([("the sea", "")]))
@@ -789,3 +789,28 @@ def test_files_that_cannot_be_read_are_named(tasks, tokenizer, tmp_path, monkeyp
 )  # fmt: skip
 def test_definitions_of_any_shape_name_no_files_they_do_not_have(config):
     assert harness_module._local_data([config]) == harness_module._local_data([])
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_a_token_without_a_row_is_named_before_anything_is_computed(model, monkeypatch, kind):
+    """A token that was added to the tokenizer, and not to the model, in the last question."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_tokens(["<|tool|>"])
+    rows = model.get_input_embeddings().weight.shape[0]
+    token = tokenizer.convert_tokens_to_ids("<|tool|>")
+    assert token >= rows
+    lm = ScorerLM(Scorer(model, 512), tokenizer, MAX_LENGTH, "mine")
+
+    def compute(*args, **kwargs):
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr(ScorerLM, "_model_call", compute)
+    monkeypatch.setattr(ScorerLM, "_model_generate", compute)
+    rest = {"loglikelihood": (" the sea",), "loglikelihood_rolling": (), "generate_until": ({"max_gen_toks": 4},)}[kind]
+    asked = [Instance(kind, {}, (text, *rest), i) for i, text in enumerate(("Anne saw", "Anne <|tool|> saw"))]
+    expected = rf"harness/mine has the token '<\|tool\|>' of id {token}, .* has {rows} rows"
+    with pytest.raises(DataError, match=expected):
+        getattr(lm, kind)(asked)
+    if kind == "loglikelihood":
+        with pytest.raises(DataError, match=expected):
+            lm.loglikelihood(requests([("Anne saw", " <|tool|>")]))

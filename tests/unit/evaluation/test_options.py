@@ -106,3 +106,22 @@ def test_a_haystack_may_be_several_files_each_with_its_own_key(tmp_path):
     assert read_haystack(sources[:1]) == read_haystack(tmp_path / "a.txt") == "One."
     with pytest.raises(DataError, match="no text under 'text'"):
         read_haystack(tmp_path / "b.jsonl")
+
+
+def test_errors_of_a_haystack_name_what_helps_there(tmp_path, monkeypatch):
+    (tmp_path / "b.jsonl").write_text('{"body": "Two."}')
+    with pytest.raises(
+        DataError, match=r"\(choose one with eval\.haystack=\{path: FILE, text_field: FIELD\}\)$"
+    ) as error:
+        read_haystack(tmp_path / "b.jsonl")
+    assert "(choose one with watch.haystack={" in str(error.value.under("watch"))
+    with pytest.raises(DataError, match=r"\(give text under that name\)$"):
+        read_haystack(tmp_path / "b.jsonl", group="")
+    (tmp_path / "a.txt").write_text("One. " * 4)
+
+    def no_memory(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("pose.data.documents._join", no_memory)
+    with pytest.raises(DataError, match=r"memory ran out while eval\.haystack was read: give a shorter text"):
+        read_haystack(tmp_path / "a.txt")

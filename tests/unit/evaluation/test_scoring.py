@@ -23,7 +23,7 @@ from pose.modeling import attention
 from pose.modeling.layers import cache_width
 from pose.modeling.load import build_model, scale_config
 from pose.modeling.long import feed_forward_in_chunks, takes_cache
-from pose.modeling.prefix import can_share, groups_that_share
+from pose.modeling.prefix import PrefixCache, can_share, groups_that_share
 from pose.rope import Dynamic, Yarn
 
 VOCAB = 97
@@ -295,3 +295,18 @@ def test_a_sliding_window_needs_no_longer_cache(monkeypatch, windows):
 def test_batches_are_smaller_on_a_cpu(windows):
     model, _ = models("mha")
     assert Scorer(model).batch_tokens == 1024 and Scorer(model, 7).batch_tokens == 7
+
+
+def test_a_group_that_shares_nothing_after_one_that_does():
+    model, _ = models("gqa")
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(VOCAB, size=(2, 20)), rng.integers(VOCAB, size=(2, 20))
+    first[1, :12] = first[0, :12]
+    second[:, 0] = [first[0, 0] + 1, first[0, 0] + 2]
+    prefix = PrefixCache(model, 7)
+    with torch.no_grad():
+        prefix.states(first, 4)
+        assert len(prefix.tokens) == 12
+        got = prefix.states(second, 4)
+        expected = PrefixCache(model, 7).states(second, 4)
+    torch.testing.assert_close(got, expected)

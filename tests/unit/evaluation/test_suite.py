@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from pose.data.heldout import SetAside
 from pose.data.tokenizer import train_tokenizer
 from pose.errors import ConfigError, DataError
 from pose.evaluation.memo import Outcomes
@@ -422,3 +423,13 @@ def test_a_token_beyond_the_models_embedding_is_found_before_it_is_loaded(tokeni
     message = rf"{where} has the token '\[NEW\]' of id {size}, and the model's embedding has {size} rows"
     with pytest.raises(DataError, match=message):
         build(size)
+
+
+def test_the_longest_is_that_of_the_documents_that_are_set_aside(tokenizer, documents, token_lengths, tmp_path):
+    class OneAside(SetAside):
+        def of(self, cache):
+            return [0]
+
+    aside = OneAside(str(documents), 0.5, 2, tmp_path / "cache")
+    with pytest.raises(DataError, match=rf"none of the 1 documents .*the longest has {token_lengths[0]}$"):
+        Suite(EvalOptions(tasks=["perplexity"], lengths=[token_lengths[0] + 1]), tokenizer, aside, tmp_path / "cache")

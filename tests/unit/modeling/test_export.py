@@ -467,6 +467,27 @@ def test_a_wrong_export_never_has_the_name(tmp_path, tokenizer, monkeypatch, fau
         assert contents(folder) == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[...] can't allocate memory: you tried"),
+    ],
+    ids=str,
+)
+def test_memory_that_runs_out_in_the_check_is_no_fault_of_the_export(tmp_path, tokenizer, monkeypatch, capsys, error):
+    def no_room(*args):
+        raise error
+
+    monkeypatch.setattr("pose.modeling.export.folder.compare", no_room)
+    with pytest.raises(type(error)) as caught:
+        export_model(make_model(Linear()), tokenizer, tmp_path / "model")
+    assert caught.value is error
+    assert os.listdir(tmp_path) == ["model.unchecked"] and (tmp_path / "model.unchecked" / "config.json").is_file()
+    assert f"it is kept, unchecked, as {tmp_path}/model.unchecked" in capsys.readouterr().out
+
+
 def test_only_the_writer_writes(tmp_path, tokenizer):
     export_model(make_model(Linear()), tokenizer, tmp_path / "model", is_writer=False)
     assert os.listdir(tmp_path) == []

@@ -43,7 +43,7 @@ def test_a_gguf_file_becomes_the_folder_it_converts_to(find, tmp_path, capsys):
 def test_the_package_stands_in_for_a_silent_hub(find, tmp_path, capsys):
     assert find(HUB_ID, "some-package==0.1") == f"{tmp_path}/gguf/m"
     out = capsys.readouterr().out
-    assert f"{HUB_ID} is not in its local cache: its GGUF from the package some-package==0.1 takes its place" in out
+    assert f"{HUB_ID} is not in its local cache: the GGUF of the package some-package==0.1 is used instead" in out
     assert "m.gguf (weights Q4_1, dequantised)" in out
 
 

@@ -7,7 +7,16 @@ from PIL import Image
 
 import pose.reporting.plots
 from pose.evaluation.task import Estimate
-from pose.reporting.plots import COLORS, PANELS, label_of, plot_needle, plot_results, plot_ruler, plot_training
+from pose.reporting.plots import (
+    COLORS,
+    PANELS,
+    label_of,
+    plot_measured,
+    plot_needle,
+    plot_results,
+    plot_ruler,
+    plot_training,
+)
 
 METRICS = {
     "ppl@512": 9.0, "ppl@256": 12.25, "tail_ppl@256": 20.06, "tail_ppl@2048": 5.0, "sliding_ppl@256": 7.0,
@@ -75,6 +84,21 @@ def test_plot_results_leaves_out_what_was_not_measured(tmp_path, drawn):
     assert [panel["title"] for panel in drawn["one.png"]] == ["passkey accuracy"]
     plot_results({"pose": {"ppl@256": 3.0}}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_all_plots_of_what_was_measured(tmp_path, drawn):
+    """Those that a training always has, those of its tasks, and heatmaps where there are any."""
+    plot_measured({"a": {"passkey@256": 1.0, "ppl@256": 3.0}}, tmp_path / "default")
+    assert [panel["title"] for panel in drawn["evaluation.png"]] == ["passkey accuracy"]
+    assert [file.name for file in (tmp_path / "default").iterdir()] == ["evaluation.png"]
+    other = {"ppl@256": 3.0, "needle@256": 0.5, "needle@256/0.5": 0.5, "ruler/vt@256": 0.25}
+    plot_measured({"a": other}, tmp_path / "other")
+    assert [panel["title"] for panel in drawn["evaluation.png"]] == [
+        "perplexity", "needle accuracy", "RULER, mean of its tasks"
+    ]  # fmt: skip
+    assert {file.name for file in (tmp_path / "other").iterdir()} == {"evaluation.png", "needle.png", "ruler.png"}
+    plot_measured({"a": {}}, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_plot_training_reads_lightnings_csv(tmp_path, drawn):

@@ -43,6 +43,13 @@ def test_sweep_table_joins_the_jobs(tmp_path, capsys):
         assert text in printed
 
 
+def test_a_sweep_of_other_tasks_shows_what_was_measured(tmp_path, capsys):
+    job(tmp_path / "0", ["rope=ntk"], {"needle@256": 0.375, "train/loss": 2.0})
+    SweepTable().on_multirun_end(config(tmp_path))
+    printed = capsys.readouterr().out
+    assert "needle" in printed and "@256" in printed and "38%" in printed
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", "", "\\x80", '{"ppl@256": "a"}'])
 def test_a_job_that_cannot_be_read_is_left_out_and_named(tmp_path, capsys, damage):
     """Its folder may be of a full disk: the table of the others comes all the same."""

@@ -59,6 +59,32 @@ def test_results_table_of_nothing_measured():
     assert cells(results_table({"base": {}}, "Results", ("ppl", "passkey"))) == [[""], ["base"]]
 
 
+@pytest.mark.parametrize(
+    ("measured", "header"),
+    [
+        (
+            {"tail_ppl@8": 3.0, "ppl@8": 4.0, "passkey@8": 1.0, "train/loss": 2.0},
+            ["perplexity of the last tokens\n@8", "passkey\n@8"],
+        ),
+        ({"ppl@8": 4.0, "bits_per_byte@8": 1.0, "position_ppl@0-4": 3.0}, ["perplexity\n@8"]),  # eval.tail=null
+        ({"needle@8": 0.5, "needle@8/0.5": 0.5, "needle@16": 0.25, "train/loss": 2.0}, ["needle\n@8", "\n@16"]),
+        ({"ruler/vt@8": 0.5, "ruler/cwe@8": 1.0}, ["RULER\n@8"]),
+        ({"harness/boolq": 0.625, "harness/piqa": 0.5}, ["boolq", "piqa"]),
+    ],
+)
+def test_results_table_shows_what_was_measured(measured, header):
+    for results in ({"a": measured}, {"a": [measured, measured]}):
+        first, row = cells(results_table(results, "Results"))
+        assert first == ["", *header] and len(row) == len(first) and all(row)
+
+
+def test_results_table_has_the_mean_of_rulers_tasks():
+    table = results_table(
+        {"a": {"ruler/vt@8": 0.5, "ruler/cwe@8": Estimate(1.0)}, "b": {"ruler/vt@16": 0.0}}, "Results"
+    )
+    assert cells(table) == [["", "RULER\n@8", "\n@16"], ["a", "75%", ""], ["b", "", "0%"]]
+
+
 def test_results_table_takes_estimates_as_numbers():
     found = {"a": {"ppl@8": Estimate(9.0, 8.0, 10.0)}, "b": [{"ppl@8": Estimate(5.0)}, {"ppl@8": 7.0}]}
     assert cells(results_table(found, "Results", ("ppl",)))[1:] == [["a", "9.0"], ["b", "6.0 (5.0-7.0)"]]

@@ -295,7 +295,7 @@ def test_what_is_of_another_run_is_passed_over_and_neither_replaced_nor_removed(
     folder = fit(2)
     (tmp_path / ".run").write_text("0" * 32)
     assert find_checkpoint(folder).step == 2 and find_checkpoint(folder, tmp_path) is None
-    assert "step-2 is of another run: it is passed over" in capsys.readouterr().out
+    assert "step-2 is of another run: it is skipped" in capsys.readouterr().out
     with pytest.raises(TrainingError, match=r"step-2 is one of another run. Move it away"):
         fit(2)
     fit(9, every_n_steps=3, keep=1)

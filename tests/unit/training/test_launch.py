@@ -461,7 +461,7 @@ def test_a_worker_of_joblib_ends_its_job_and_begins_no_other(job, monkeypatch, c
     signals.asked[signal.SIGINT] = 0.0
     with readable_errors():
         begun.append(launch.join(Path("x/1")))
-    assert len(begun) == 3 and "not begun: the sweep was asked to stop" in capsys.readouterr().err
+    assert len(begun) == 3 and "not started: the sweep was asked to stop" in capsys.readouterr().err
     job("hydra.mode=MULTIRUN", "hydra.sweep.dir=x")
     with pytest.raises(SystemExit) as caught, readable_errors():
         launch.join(Path("x/1"))
@@ -480,7 +480,7 @@ def test_a_sweep_of_joblib_waits_for_its_workers(job, terminal, monkeypatch, cap
         workers.on_multirun_end(cfg)
     assert caught.value.code == 130
     said = capsys.readouterr()
-    assert "Ctrl-C: waiting for the jobs that are at work" in said.out
+    assert "Ctrl-C: waiting for the running jobs" in said.out
     assert said.err.endswith("To go on: python train.py -m seed=0,1 hydra.sweep.dir=x resume=auto\n")
     monkeypatch.setattr(signals, "AGAIN", 0.0)
     with pytest.raises(SystemExit):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from omegaconf import OmegaConf
 
 from pose.errors import TrainingError
 from pose.training import loggers
@@ -16,8 +15,8 @@ wandb = pytest.importorskip("wandb")
 
 
 def build(run_dir: Path, resume=None, name="wandb", **options):
-    logger = {"name": name, "project": "pose", "offline": True} | options
-    return loggers.build_loggers(OmegaConf.create({"logger": logger, "resume": resume}), run_dir)
+    options = {"project": "pose", "offline": True} | options
+    return loggers.build_loggers(name, run_dir, goes_on=resume is not None, options=options)
 
 
 @pytest.fixture(autouse=True)

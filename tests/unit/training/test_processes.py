@@ -98,7 +98,7 @@ def test_a_process_zero_that_is_gone_is_not_waited_for_without_end(job, tmp_path
     """Killed while it measures, or on a machine that does not share the folder."""
     _, error = job(lambda: None, lambda: processes.from_rank_zero(tmp_path, "untuned", lambda: 1))
     assert isinstance(error, TrainingError)
-    for words in ("process 1 waits", "(untuned)", "has not heard of it", "for 1 s"):
+    for words in ("process 1 waits", "(untuned)", "has had no sign of it", "for 1 s"):
         assert words in str(error)
     assert ("share that folder?" in str(error)) == (job.store is None)
 

@@ -34,7 +34,6 @@ def config(**keys):
             "trainer": {"max_steps": 9},
             "eval": {"tasks": ["passkey"]},
             "model": {"path": "a"},
-            "logger": {"name": "tensorboard"},
         }
         | keys
     )
@@ -121,8 +120,8 @@ def test_what_another_run_wrote_is_unpickled_only_where_it_is_asked_for(tmp_path
 
 
 def test_tensorboard_drops_what_was_logged_beyond_the_step(tmp_path):
-    assert loggers.build_loggers(config(), tmp_path, 7)[1]._kwargs["purge_step"] == 7
-    assert loggers.build_loggers(config(), tmp_path)[1]._kwargs["purge_step"] is None
+    assert loggers.build_loggers("tensorboard", tmp_path, 7)[1]._kwargs["purge_step"] == 7
+    assert loggers.build_loggers("tensorboard", tmp_path)[1]._kwargs["purge_step"] is None
 
 
 # Where paths lead, not how they are spelt
@@ -215,7 +214,7 @@ def test_a_memory_of_the_wrong_shape_is_none(tmp_path, steps):
 def test_a_provenance_of_the_wrong_shape_stops_nothing(tmp_path, content, capsys):
     (tmp_path / "provenance.json").write_text(content)
     check_finished({"seed": 0}, tmp_path)
-    assert ("does not say what the run was" in capsys.readouterr().out) == ("settings" in content)
+    assert ("does not record the run's settings" in capsys.readouterr().out) == ("settings" in content)
     (tmp_path / "provenance.json").write_text('{"settings": {"seed": 1}}')
     with pytest.raises(ConfigError, match="seed=0, which was 1"):
         check_finished({"seed": 0}, tmp_path)

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -105,3 +107,16 @@ def test_a_checkpoint_of_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no/such/folder"):
         fingerprint("no/such/folder", None, Memo(tmp_path))
+
+
+def test_a_long_reading_is_announced_once(model, print_of, monkeypatch, capsys):
+    """Of files that are remembered nothing is read again."""
+    print_of()
+    assert capsys.readouterr().out == "", "a small model takes no time"
+    monkeypatch.setattr(module, "MANY_BYTES", 1000)
+    monkeypatch.setattr("pose.files.BYTES_TO_REMEMBER", 1)
+    monkeypatch.setattr("pose.files.time", SimpleNamespace(time=lambda: time.time() + 60))  # the copies are old
+    print_of()
+    assert f"GB of {model} to identify its weights" in capsys.readouterr().out
+    print_of()
+    assert capsys.readouterr().out == ""

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import struct
 import sys
 import time
 
@@ -286,6 +287,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         ("tokenizer.ggml.token_type", "x", "a list of int"),
         ("tokenizer.ggml.bos_token_id", 400, "the id of one of 400 tokens"),
         ("tokenizer.chat_template", 7, "a text"),
+        ("tokenizer.ggml.pre", ["smollm"], "a text"),
+        ("tokenizer.ggml.model", ["gpt2"], "a text"),
         ("general.license", 7, "a text"),
         ("general.architecture", "bert", "only 'llama' is read"),
     ],
@@ -344,8 +347,8 @@ def test_a_license_is_text_and_nothing_else(tmp_path):
     license = "mit\x1b[2J\n---\n# <script>\nlicense: other"
     convert(write_gguf(tmp_path / "m.gguf", make_model(), **{"general.license": license}), tmp_path / "out")
     head, content, rest = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
-    assert head == rest == "" and yaml.safe_load(content) == {"license": "mit[2J---# <script>license: other"}
-    assert license_of(tmp_path / "out") == "mit[2J---# <script>license: other"
+    assert head == rest == "" and yaml.safe_load(content) == {"license": "mit[2J --- # <script> license: other"}
+    assert license_of(tmp_path / "out") == "mit[2J --- # <script> license: other"
     named = (tmp_path / "m.gguf").rename(tmp_path / "m\x1b[2J.gguf")
     assert describe(named) == "m[2J.gguf (weights F32, dequantised)"
 
@@ -367,3 +370,18 @@ def test_smollm2_reads_a_book():
     assert tokenizer.decode(ids[0]) == text[: len(tokenizer.decode(ids[0]))]
     with torch.no_grad():
         assert 10 < math.exp(model(ids, labels=ids).loss) < 40
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused(tmp_path):
+    changes = {"llama.embedding_length": 65, "llama.attention.key_length": 16}
+    file = write_gguf(tmp_path / "m.gguf", make_model(), **changes)
+    with pytest.raises(CheckpointError, match=rf"{file} has a config that LLaMA cannot have: .*65"):
+        convert(file, tmp_path / "out")
+
+
+def test_an_array_of_arrays_without_end_is_refused(tmp_path):
+    file = tmp_path / "m.gguf"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
+    file.write_bytes(head + struct.pack("<IQ", 9, 1) * 5000 + struct.pack("<IQI", 4, 1, 0))
+    with pytest.raises(CheckpointError, match=r"m\.gguf is not a GGUF file"):
+        convert(file, tmp_path / "out")

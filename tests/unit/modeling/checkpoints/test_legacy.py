@@ -226,6 +226,8 @@ def test_a_base_of_its_own_and_llama3_are_kept():
         (raw({"type": "su", "long_factor": [1] * 7}), {}, "rope.long_factor has 7 numbers, and this model needs 8"),
         (raw(None, model_type="baichuan"), {}, "baichuan"),
         (raw({"type": "linear", "factor": 8.0}, model_type="gptj"), {}, "a gptj folder cannot be imported"),
+        (raw(None, model_type=["llama"]), {}, "config.json has model_type=['llama'], where a string is expected"),
+        ({"model_type": "bloom", "hidden_size": 64, "n_head": 4}, {}, "a bloom model has no max_position_embeddings"),
         (raw(None, rope_parameters={"rope_theta": 1e4}), {}, "of transformers 5 already"),
     ],
 )
@@ -312,6 +314,22 @@ def test_folders_that_cannot_be_imported_are_named_and_nothing_is_left(tmp_path)
     with pytest.raises(CheckpointError, match="it has none of model"):  # training_args.bin is none
         import_folder(old, tmp_path / "new", "revised")
     assert [f.name for f in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_the_system_refuses_is_named(tmp_path, monkeypatch):
+    old, _ = old_folder(tmp_path / "old", YARN)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=rf"cannot be imported to {tmp_path}/file/new: .*{tmp_path}/file"):
+        import_folder(old, tmp_path / "file" / "new", "revised")
+
+    def refused(*args):
+        raise PermissionError(13, "Permission denied", "old/merges.txt")
+
+    (old / "merges.txt").write_text("")
+    monkeypatch.setattr("pose.modeling.checkpoints.legacy.shutil.copy", refused)
+    with pytest.raises(CheckpointError, match=r"Permission denied \(old/merges\.txt\)"):
+        import_folder(old, tmp_path / "new", "revised")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "old"]
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):

@@ -231,3 +231,22 @@ def test_a_model_that_cannot_be_read_is_named_as_that(tmp_path):
     (tmp_path / "tokenizer.model").mkdir()
     with pytest.raises(CheckpointError, match=r"tokenizer\.model cannot be read: Is a directory"):
         load_spm_tokenizer(tmp_path / "tokenizer.model", {})
+
+
+def test_a_damaged_table_of_characters_is_an_error_when_it_is_loaded(tmp_path, lines):
+    train(lines, tmp_path, **KEEP | {"normalization_rule_name": "nmt_nfkc"})
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    proto.ParseFromString((tmp_path / "tokenizer.model").read_bytes())
+    table = proto.normalizer_spec.precompiled_charsmap
+    size = int.from_bytes(table[:4], "little")
+    proto.normalizer_spec.precompiled_charsmap = table[:4] + b"\xff" * size + table[4 + size :]
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    write_beside(tmp_path, LLAMA)
+    with pytest.raises(CheckpointError, match=rf"the tokenizer of {tmp_path} cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_added_tokens_beside_settings_that_say_null_are_read(tmp_path, lines):
+    train(lines, tmp_path, **KEEP)
+    write_beside(tmp_path, LLAMA | {"added_tokens_decoder": None}, added=ADDED)
+    assert load_tokenizer(str(tmp_path)).convert_tokens_to_ids("<|im_start|>") == 600
