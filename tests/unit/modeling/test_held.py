@@ -1,6 +1,8 @@
 """Weights held in fewer bits than they are computed with: exact where nothing is lost, and never lost in an export."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,6 +284,28 @@ def test_trained_weights_of_bf16_have_gradients_of_fp32(checkpoint):
     before = {name: gradient.clone() for name, gradient in first.items()}
     twice = gradients_of(model)[1]
     assert all(torch.equal(gradient, 2 * before[name]) for name, gradient in twice.items()), "they add up"
+
+
+def test_the_table_of_the_docs_is_the_formula():
+    hidden, inner, layers, vocab, rank = 4096, 11008, 32, 32000, 8  # LLaMA-7B
+    linear = layers * (4 * hidden**2 + 3 * hidden * inner)
+    ends, norms = 2 * vocab * hidden, (2 * layers + 1) * hidden
+    moments = 2 * (1 + 4 / 256)  # codes, and an fp32 scale for 256 elements
+    four_bits = 0.5 + 1 / 64 + 4 / (64 * 256)  # and a code of the scale for 64, with an fp32 scale for 256 of these
+    wanted = {
+        "finetune=full": 16 * (linear + ends + norms),
+        "finetune=full, adamw8bit, fp32 weights": (8 + moments) * (linear + ends) + 16 * norms,
+        "finetune=full, adamw8bit, bf16 weights": (6 + moments) * (linear + ends) + 16 * norms,
+        "finetune=lora": 2 * (linear + ends) + 4 * norms,
+        "finetune=qlora": four_bits * linear + 2 * ends + 4 * norms,
+    }
+    text = (Path(__file__).resolve().parents[3] / "docs" / "STRATEGIES.md").read_text()
+    for name, num_bytes in wanted.items():
+        cell = re.search(rf"^\| {re.escape(name)} \|[^|]*\| ([\d.]+) \|", text, re.MULTILINE)
+        assert float(cell[1]) == pytest.approx(num_bytes / 2**30, abs=0.06), name
+    adapters = 16 * layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
+    said = re.search(r"adapters of rank 8 add ([\d.]+) GiB", text)
+    assert float(said[1]) == pytest.approx(adapters / 2**30, abs=0.06)
 
 
 @needs_bitsandbytes
