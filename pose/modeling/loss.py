@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pose.data.examples import IGNORE, Targets, scored_tokens
+from pose.modeling.held import HeldLinear
 
 CHUNK_LEN = 1024  # tokens whose logits exist at one time
 
@@ -67,11 +68,11 @@ def weighted_nll(
     Returns:
         The sum, fp32 scalar, and without gradients the cross-entropy of each token, fp32 [n], in nats.
     """
-    if not _is_plain(head):
-        nll = token_nll(hidden, head, targets, chunk_len)
-        return nll @ weights, nll.detach()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if not _is_plain(head, dtype):
+        nll = token_nll(hidden, head, targets, chunk_len)
+        return nll @ weights, nll.detach()
     with torch.autocast(device, enabled=False):
         # Cast out here, so that their gradients are cast back
         states, weight = hidden.to(dtype), head.weight.to(dtype)
@@ -79,11 +80,14 @@ def weighted_nll(
         return _WeightedNLL.apply(states, weight, bias, targets, weights, chunk_len, torch.is_grad_enabled())
 
 
-def _is_plain(head: nn.Module) -> bool:
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+def _is_plain(head: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a head is x W^T + b and nothing else, with a W that is whole and need not be widened."""
+    if type(head) not in (nn.Linear, HeldLinear) or head._forward_hooks or head._forward_pre_hooks:
         return False
     weight = head.weight
-    return type(weight) in (torch.Tensor, nn.Parameter) and weight.shape == (head.out_features, head.in_features)
+    if type(weight) not in (torch.Tensor, nn.Parameter) or weight.shape != (head.out_features, head.in_features):
+        return False
+    return weight.dtype in (torch.float32, dtype)
 
 
 class _WeightedNLL(torch.autograd.Function):

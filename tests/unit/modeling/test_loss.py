@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pose.data.examples import IGNORE, scored_tokens
+from pose.modeling.held import HeldLinear
 from pose.modeling.loss import causal_lm_loss, loss_and_example_losses, token_nll, weighted_nll
 
 NUM_TOKENS, HIDDEN, VOCAB = 37, 16, 29
@@ -102,6 +103,21 @@ def test_logits_are_computed_once_and_not_kept(hidden, monkeypatch):
     loss.backward()
     assert calls == [10, 10, 10, 7]
     assert not [shape for shape in kept if shape[-1:] == (VOCAB,) and len(shape) == 2]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_frozen_head_of_16_bits(hidden, autocast):
+    """Read as it is where layers compute in its bits; where they do not, it widens itself."""
+    torch.manual_seed(0)
+    head = HeldLinear(HIDDEN, VOCAB, bias=False)
+    head.weight = nn.Parameter(head.weight.detach().bfloat16(), requires_grad=False)
+    targets, weights = torch.zeros(NUM_TOKENS, dtype=torch.int64), torch.ones(NUM_TOKENS) / NUM_TOKENS
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, _ = weighted_nll(hidden, head, targets, weights, 10)
+        wanted = F.cross_entropy(head(hidden).float(), targets)
+    torch.testing.assert_close(loss, wanted, rtol=1e-3 if autocast else 1e-6, atol=0)
+    pair = [torch.autograd.grad(one, hidden)[0] for one in (loss, wanted)]
+    assert (pair[0] - pair[1]).norm() < (0.02 if autocast else 1e-6) * pair[1].norm()
 
 
 def test_its_gradients_are_given_once(hidden, head):
