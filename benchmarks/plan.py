@@ -14,10 +14,11 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks import report
-from pose.modeling.compat import recompute_activations
+from pose.data.examples import scored_tokens
+from pose.modeling import speed
 from pose.modeling.load import build_model
 from pose.modeling.lora import add_lora
-from pose.modeling.loss import causal_lm_loss
+from pose.modeling.loss import loss_and_example_losses
 from pose.modeling.options import LoraOptions
 from pose.plan import Shape, Training
 
@@ -42,7 +43,7 @@ def compare(
     *,
     model_type: str = "llama",
     attention: str = "sdpa",
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
     precision: str = "32-true",
     rank: int | None = None,
     device: str = "cpu",
@@ -54,7 +55,7 @@ def compare(
         sizes: as in SHAPES.
         model_type: a class that `pose.plan` knows.
         attention: sdpa or eager.
-        checkpointing: whether layers are computed again.
+        checkpointing: which activations of layers are made again, as of `pose.modeling.speed.recompute`.
         precision: 32-true or bf16-mixed.
         rank: of adapters on every matrix of a layer; None trains all weights.
         device: cpu or cuda.
@@ -65,17 +66,18 @@ def compare(
     settings = AutoConfig.for_model(model_type, **{**own, **config})
     prepare = None if rank is None else lambda model: add_lora(model, LoraOptions(rank=rank))
     model = build_model(settings, None, attention, prepare=prepare).to(device).train()  # type: ignore[arg-type]
-    if checkpointing:
-        recompute_activations(model)
+    speed.recompute(model, checkpointing)
+    speed.residuals_as_computed(model)
     input_ids = torch.randint(numbers[-1], (num_examples, length), device=device)
     position_ids = torch.arange(length, device=device).expand(num_examples, length)
+    scored = scored_tokens(input_ids)
     mixed = torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
 
     def loss():
         with mixed:
             body = model.base_model
             hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            return causal_lm_loss(hidden, model.get_output_embeddings(), input_ids)
+            return loss_and_example_losses(hidden, model.get_output_embeddings(), input_ids, scored)[0]
 
     def step():
         loss().backward()
@@ -136,8 +138,8 @@ def main():
         for name, _ in shapes
         for attention in attentions
         for rank in (None, 8)
-        for checkpointing in (False, True)
-        if rank is None or attention == "sdpa"
+        for checkpointing in (False, True, "selective")
+        if attention == "sdpa" or (rank is None and checkpointing != "selective")
     ]
     results = []
     for name, options in cases:
@@ -145,7 +147,7 @@ def main():
         ratio = planned / measured
         results.append({"shape": name, **options, "planned": planned, "measured": measured, "ratio": ratio})
         what = f"{name}, {options['attention']}" + (f", rank {options['rank']}" if options["rank"] else "")
-        again = ", layers computed again" if options["checkpointing"] else ""
+        again = {False: "", True: ", layers computed again", "selective": ", selective"}[options["checkpointing"]]
         print(
             f"{what + again:58} planned {planned / 2**20:9.2f} MiB, measured {measured / 2**20:9.2f} MiB, {ratio:.3f}"
         )

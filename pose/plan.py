@@ -314,6 +314,19 @@ class Training:
         return frozenset(target.rsplit(".", 1)[-1] for target in self.targets)
 
     @property
+    def products(self) -> list[tuple[int, int]]:
+        """A layer's matrix products in the order in which they are computed, adapters' two after their matrix's.
+
+        Inputs, outputs of each.
+        """
+        found = []
+        for name, (num_in, num_out) in self.shape.matrices.items():
+            found.append((num_in, num_out))
+            if self.rank is not None and name in self.trained_matrices:
+                found += [(num_in, self.rank), (self.rank, num_out)]
+        return found
+
+    @property
     def adapters(self) -> int:
         """Weights of all adapters: rank x (inputs + outputs) of each target."""
         if self.rank is None:
@@ -380,13 +393,14 @@ class Training:
     def recomputed_flops_per_token(self) -> float:
         """What is computed again: with checkpointing the forward pass of the layers, 2 N and a third of attention.
 
-        Selective: every second matrix.
+        Selective: every second product, and of attention what eager computes.
         """
         if not self.gradient_checkpointing:
             return 0.0
         if self.gradient_checkpointing == "selective":
-            again = list(self.shape.matrices.values())[1::2]
-            return 2.0 * self.shape.num_layers * sum(num_in * num_out for num_in, num_out in again)
+            again = sum(num_in * num_out for num_in, num_out in self.products[1::2])
+            scores = self.attention_flops / 3 if self.attention == "eager" else 0.0
+            return 2.0 * self.shape.num_layers * again + scores
         layers = self.shape.num_layers * self.shape.layer_matrices + self.adapters
         return 2.0 * layers + self.attention_flops / 3
 
@@ -460,10 +474,11 @@ class Training:
     def gathered(self, forward: bool = False) -> float:
         """Bytes of weights that exist for the time that they compute, and of buckets of gradients on their way.
 
-        ddp: in mixed precision autocast's copies of the matrices in 2 bytes. They wait for the backward pass, unless
-        layers are computed again: then one layer's are there. Those of trained ones, autocast keeps to the end of the
-        forward pass. Where there are several devices, a bucket for each gradient. fsdp: two layers, embedding and head,
-        and as much of gradients where they train. ZeRO: two buckets; stage 3 up to 1e9 weights.
+        ddp: in mixed precision autocast's copies of the layers' matrices in 2 bytes. They wait for the backward pass,
+        unless layers are computed again: then one layer's are there. Those of trained ones, autocast keeps to the end
+        of the forward pass. The loss has a copy of the head. Where there are several devices, a bucket for each
+        gradient. fsdp: two layers, embedding and head, and as much of gradients where they train. ZeRO: two buckets;
+        stage 3 up to 1e9 weights.
 
         Args:
             forward: at the end of the forward pass; else in the backward pass.
@@ -474,9 +489,12 @@ class Training:
             buckets = MASTER * self.num_trained if self.devices > 1 else 0
             if c == MASTER:
                 return buckets
-            goes = self.gradient_checkpointing and not (forward and self.rank is None)
-            kept = 1 if goes else shape.num_layers
-            return buckets + c * (kept * shape.layer_matrices + shape.embedding + self.adapters)
+            matrices, adapters = shape.num_layers * shape.layer_matrices, float(self.adapters)
+            if self.gradient_checkpointing and not forward:
+                matrices, adapters = shape.layer_matrices, adapters / shape.num_layers
+            elif self.gradient_checkpointing and self.rank is not None:
+                matrices = 0
+            return buckets + c * (matrices + adapters + (shape.embedding if forward else 0))
         if self.strategy == "fsdp":
             layers = 2 * shape.layer_matrices + ends
             return c * layers * (2 if self.rank is None else 1)
@@ -496,8 +514,9 @@ class Training:
         * The residual sums: nothing. MLP: gate, act(gate), up, and their product: 4 F.
 
         With r = 2 the norm's input is an fp32 copy, the normalised one and the output are in 2 bytes. Under autocast
-        (c = 2) each matrix casts the norm's output, which is fp32, for itself, and keeps its own copy. A frozen matrix keeps no
-        input, a frozen norm does not keep what is normalised; each adapter keeps its inputs and `rank` numbers.
+        (c = 2) the output is in fp32, as the norm's weight; each matrix casts it for itself, and keeps its own copy. A
+        frozen matrix keeps no input, a frozen norm does not keep what is normalised; each adapter keeps its inputs and
+        `rank` numbers.
         """
         shape, c, r = self.shape, self.compute_bytes, self.residual_bytes
         hidden, inner, query, key = shape.hidden_size, shape.intermediate_size, shape.query_width, shape.key_width
@@ -539,26 +558,47 @@ class Training:
         return {"attention": attention, "mlp": mlp}
 
     @property
+    def _outputs_kept(self) -> tuple[float, float]:
+        """Bytes that selective recomputation keeps of a token in one layer, beside its input, and of the last product.
+
+        The outputs of every second product, and of attention (not eager's, which is many operations) with the log of
+        each head's sum. In the backward pass of a layer each is taken in place of its computation, but for the last
+        product: nothing in the layer waits for its output, so it is not come to, and stays.
+        """
+        if self.gradient_checkpointing != "selective":
+            return 0.0, 0.0
+        c, products = self.compute_bytes, self.products
+        attention = 0 if self.attention == "eager" else c * self.shape.query_width + MASTER * self.shape.num_heads
+        last = c * products[-1][1] if len(products) % 2 else 0
+        return float(attention + c * sum(num_out for _, num_out in products[::2])), float(last)
+
+    @property
     def _kept(self) -> float:
-        """Bytes that wait for the backward pass through the last layer, all layers together, and its own saved ones."""
+        """Bytes that wait for the backward pass through the last layer, all layers together, and its own saved ones.
+
+        Where layers are computed again, their inputs. The first one's is made a leaf if the embedding is frozen, which
+        stays in fp32 beside what it is cast to.
+        """
         shape, tokens = self.shape, self.micro_batch * self.train_len
         layer = sum(self._layer_saved.values()) * tokens
         cos_sin = 2 * shape.head_dim * tokens * self.residual_bytes
         if not self.gradient_checkpointing:
             return shape.num_layers * layer + cos_sin
-        inputs = self.residual_bytes * shape.hidden_size * tokens
-        if self.gradient_checkpointing == "selective":
-            kept = [num_out for _, num_out in list(shape.matrices.values())[0::2]]
-            inputs += tokens * (self.compute_bytes * (sum(kept) + shape.query_width) + MASTER * shape.num_heads)
-        return shape.num_layers * inputs + cos_sin
+        inputs = self.residual_bytes * shape.hidden_size * tokens + self._outputs_kept[0] * tokens
+        is_leaf = self.is_autocast and self.residual_bytes < MASTER and not self.trains_embedding
+        leaf = MASTER * shape.hidden_size * tokens if is_leaf else 0
+        return shape.num_layers * inputs + leaf + cos_sin
 
     @property
     def layers_peak(self) -> float:
         """Bytes at the highest point of the backward pass through the last layer, or at its end.
 
-        What is kept, with checkpointing the last layer made again (its input is there already where r = 4), and on top
-        the gradient of the residual stream, and
+        What is kept, with checkpointing the last layer made again (its input is there already where r = 4, and outputs
+        that were kept), and on top the gradient of the residual stream, and
 
+        * with checkpointing, when it has been made again and nothing of it has gone: the residual (where r = 2), under
+          autocast the norm's output, and where the down matrix has an adapter, the outputs' gradient by that, the
+          matrix's own output, and the adapter's input in fp32;
         * in the MLP the gradient of the down matrix's input and either those of both factors (less the product, which
           has gone, if it was kept) or that of the matrix;
         * in attention, when what the MLP has kept is gone, the gradients of output, queries, keys and values; with
@@ -570,13 +610,20 @@ class Training:
         """
         shape, c, r = self.shape, self.compute_bytes, self.residual_bytes
         tokens, saved = self.micro_batch * self.train_len, self._layer_saved
-        again = sum(saved.values()) * tokens if self.gradient_checkpointing else 0.0
-        if again and r == MASTER:
-            again -= MASTER * shape.hidden_size * tokens
+        down = shape.kind.names[-1] in self.trained_matrices
+        again = made = 0.0
+        if self.gradient_checkpointing:
+            outputs, last = self._outputs_kept
+            again = (sum(saved.values()) - (outputs - last)) * tokens
+            again -= MASTER * shape.hidden_size * tokens if r == MASTER else 0
+            made += r * shape.hidden_size if r < MASTER else 0
+            made += MASTER * shape.hidden_size if self.is_autocast else 0
+            if self.rank is not None and down:
+                made += 2 * c * shape.hidden_size
+                made += (MASTER + c) * shape.intermediate_size if self.is_autocast else 0
         waits = MASTER * shape.embedding if shape.tied and self.trains_head else 0
         inner = c * shape.intermediate_size * tokens
         matrix = shape.hidden_size * shape.intermediate_size * (MASTER if c == MASTER else MASTER + c)
-        down = shape.kind.names[-1] in self.trained_matrices
         factors = 2 * inner if shape.kind.gated or shape.gelu_new else inner
         in_mlp = inner + max(factors - (inner if down else 0), matrix if self.rank is None else 0)
         if self.rank is not None and down and self.is_autocast:  # the adapter's own, and cast
@@ -586,7 +633,7 @@ class Training:
             scores = MASTER * shape.num_heads * self.train_len * tokens
             in_attention = max(2 * scores - c * tokens * shape.query_width, scores + 2 * c * tokens * shape.query_width)
         in_attention -= saved["mlp"] * tokens
-        through = again + r * shape.hidden_size * tokens + max(in_mlp, in_attention)
+        through = again + r * shape.hidden_size * tokens + max(made * tokens, in_mlp, in_attention)
         through = self._kept + max(through, 6 * MASTER * shape.hidden_size * tokens)
         at_the_end = MASTER * (shape.embedding + tokens * shape.hidden_size) if self.trains_embedding else 0
         return waits + max(through, at_the_end)
@@ -602,22 +649,36 @@ class Training:
 def loss_working(training: Training) -> tuple[float, float]:
     """Bytes of `pose.modeling.loss` beside all that waits for the backward pass: at the end of the forward, backward.
 
-    The states of all scored tokens and their gradient. The gradient of the head, 4 V H, from the forward pass on. Of a
-    chunk of C = 1,024 tokens the logits in fp32, 4 C V, which become their own gradient; where layers compute in 16
-    bits, that in 16 bits too, and the head's gradient by the chunk. In the backward pass no logits are there.
+    Forward: the last norm's output, of it the states of scored tokens (under autocast also cast), their gradient, and
+    that of the head, 4 V H. The logits of a chunk of C = 1,024 tokens in fp32, which become their own gradient, 4 C V,
+    and where layers compute in 16 bits that cast, c C V. Those of the chunk before are there until the next are made:
+    with several chunks, twice that. Then, in 16 bits, the head's gradient by the chunk, c V H. (A CPU makes an fp32
+    copy of that to add it, which is not counted.)
+
+    Backward: both gradients, the head's cast to what it is computed in; then the states' and that of the norm's output.
+
+    With ZeRO-3 the head is in parts: logits and their log-probabilities, in fp32, 8 C V. They are made again in the
+    backward pass: the log-probabilities and the gradients by them and by the logits, 12 C V; then beside the logits'
+    gradient that of the head, 4 V H; with several chunks its sum too, all the time.
 
     All that is known here of the loss is in this function.
     """
     shape, tokens = training.shape, training.micro_batch * (training.train_len - 1)
     chunk, c = min(CHUNK_LEN, tokens), training.compute_bytes
-    in_half = c < MASTER
-    logits = (4.0 + c * in_half) * chunk * shape.vocab_size
-    head = 4.0 * shape.embedding if training.trains_head else 0.0
-    of_chunk = 1.0 * c * shape.embedding if training.trains_head and in_half else 0.0
     r = MASTER if training.is_autocast else training.residual_bytes  # the last norm's weight is fp32
-    states, grads = 1.0 * r * tokens * shape.hidden_size, 1.0 * c * tokens * shape.hidden_size
-    cast = grads if training.is_autocast else 0.0
-    return states + cast + grads + head + logits + of_chunk, grads + 2 * states + head
+    output = float(r * training.micro_batch * training.train_len * shape.hidden_size)
+    states, gradients = float(r * tokens * shape.hidden_size), float(c * tokens * shape.hidden_size)
+    logits = 4.0 * chunk * shape.vocab_size
+    head = 4.0 * shape.embedding if training.trains_head else 0.0
+    if training.strategy == "zero3":
+        total = head if tokens > chunk else 0.0
+        return output + states + 2 * logits, states + total + max(3 * logits, logits + head)
+    in_half = c < MASTER
+    cast = c * head / MASTER if in_half else 0.0
+    by_token = (MASTER + c * in_half) * shape.vocab_size
+    forward = output + states + gradients + (gradients if training.is_autocast else 0.0) + head
+    forward += max(by_token * min(2 * chunk, tokens), by_token * chunk + cast)
+    return forward, max(gradients + head + cast, states + output)
 
 
 # ----- what to change -----
@@ -648,7 +709,7 @@ def _changes(training: Training) -> list[tuple[tuple[str, ...], dict[str, Any]]]
     found: list[tuple[tuple[str, ...], dict[str, Any]]] = []
     if training.micro_batch > 1:
         found.append((("trainer.micro_batch=1",), {"micro_batch": 1}))
-    if not training.gradient_checkpointing:
+    if training.gradient_checkpointing is not True:
         found.append((("model.gradient_checkpointing=true",), {"gradient_checkpointing": True}))
     if training.attention == "eager":
         found.append((("model.attention=sdpa",), {"attention": "sdpa"}))

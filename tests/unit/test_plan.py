@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from benchmarks.plan import SHAPES, compare
 from benchmarks.plan import main as benchmark
 from pose.errors import ConfigError
+from pose.modeling import speed
 from pose.modeling.load import build_model
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.options import LoraOptions
@@ -116,6 +117,25 @@ def test_hours():
     assert again.mfu(0.4) == pytest.approx(0.4 / ratio)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_flops_of_selective_recomputation_are_those_that_torch_counts(rank):
+    """Eager attention is computed again, and counted whole: twice the causal half."""
+    length, counts = 16, []
+    for how in (False, "selective"):
+        model, shape = model_and_shape("llama", None if rank is None else LoraOptions(rank=rank), "eager")
+        model.train()
+        model.enable_input_require_grads()  # of a frozen embedding's too, which recomputation needs
+        speed.recompute(model, how)
+        tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+        with FlopCounterMode(display=False) as counted:
+            model(input_ids=tokens, position_ids=tokens, use_cache=False).logits.sum().backward()
+        counts.append(counted.get_total_flops() / length)
+    training = Training(shape, length, 2 * length, attention="eager", rank=rank, gradient_checkpointing="selective")
+    assert counts[1] - counts[0] == training.recomputed_flops_per_token + training.attention_flops / 3
+    without_attention = replace(training, attention="sdpa").recomputed_flops_per_token
+    assert without_attention == training.recomputed_flops_per_token - training.attention_flops / 3
+
+
 # ----- memory -----
 
 
@@ -177,7 +197,24 @@ def test_memory_of_other_models_is_what_is_measured(options, checkpointing):
     assert planned == pytest.approx(measured, rel=0.08)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attention": "eager"},
+        {"precision": "bf16-mixed"},
+        {"rank": 8, "precision": "bf16-mixed"},
+        {"model_type": "phi3", "pad_token_id": 0, "eos_token_id": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_memory_of_selective_recomputation_is_what_is_measured(options):
+    planned, measured = compare(SHAPES["deep"], checkpointing="selective", **options)
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_memory_of_a_small_shape_is_what_is_measured(checkpointing):
     planned, measured = compare((64, 3, 4, 2, 176, 256, 256, 1), checkpointing=checkpointing)
     assert planned == pytest.approx(measured, rel=0.1)
@@ -189,7 +226,7 @@ def test_the_benchmark_compares_them(monkeypatch, capsys, tmp_path):
     benchmark()
     *lines, last = capsys.readouterr().out.splitlines()
     cases = json.loads(last)["cases"]
-    assert len(cases) == 4 and len(lines) == 5  # all weights and adapters, kept and computed again; and the range
+    assert len(cases) == 6 and len(lines) == 7  # all weights and adapters; kept, made again, selective; the range
     assert all(case["ratio"] == case["planned"] / case["measured"] for case in cases)
     assert json.loads((tmp_path / "plan.json").read_text())["cases"] == cases
 
@@ -200,7 +237,9 @@ def test_total_is_the_sum_and_grows_with_the_length(strategy):
     assert training.memory["total"] == pytest.approx(sum(training.memory[part] for part in PARTS))
     assert training.full_length().memory["total"] > training.memory["total"]
     checkpointed = replace(training, gradient_checkpointing=True)
-    assert checkpointed.memory["activations"] < training.memory["activations"]
+    selective = replace(training, gradient_checkpointing="selective")
+    needs = [one.memory["activations"] for one in (checkpointed, selective, training)]
+    assert needs[0] < needs[1] < needs[2]
 
 
 # ----- what to change -----
