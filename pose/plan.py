@@ -32,8 +32,8 @@ CHUNK_LEN = 1024  # tokens whose logits exist at one time: pose.modeling.loss
 GATHERED_MAX = 10**9  # weights that ZeRO-3 holds together at most (stage3_max_live_parameters of DeepSpeed)
 BUCKET = 2 * 10**8  # elements of a bucket of DeepSpeed's reductions
 MASTER = 4  # bytes of an fp32 weight or gradient
-FROZEN_BYTES = 4  # of a weight that does not train, outside DeepSpeed
-OPTIMIZER_BYTES = {"adamw": 8}  # for each trained weight: two fp32 moments
+NF4_BYTES = 0.516  # of a weight in 4 bits, with its scales (QLoRA's double quantisation)
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2.03}  # for each trained weight: two moments, in 8 bits with their scales
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,8 @@ class Training:
         targets: the matrices that get an adapter, by the end of their name; None: all of a layer.
         train_embeddings_and_norms: beside adapters.
         optimizer: one of OPTIMIZER_BYTES.
+        weight_bytes: of a matrix's weight that trains, outside DeepSpeed: 4, or 2 with adamw8bit.
+        frozen_bytes: of one that does not: 4, 2, or NF4_BYTES in the matrices of layers, and 2 in embedding and head.
 
     Raises:
         ConfigError: a value that is not accepted, or a batch that cannot be dealt out.
@@ -269,6 +271,8 @@ class Training:
     targets: tuple[str, ...] | None = None
     train_embeddings_and_norms: bool = False
     optimizer: str = "adamw"
+    weight_bytes: float = MASTER
+    frozen_bytes: float = MASTER
 
     def __post_init__(self):
         require_choice("strategy", self.strategy, STRATEGIES)
@@ -448,7 +452,8 @@ class Training:
     def states(self) -> dict[str, float]:
         """Bytes of weights, gradients and optimizer of one of W processes, wherever they lie: docs/STRATEGIES.md.
 
-        With P weights of which Q train: ddp 4 P, 4 Q, 8 Q; fsdp the same over W. DeepSpeed has weights in what it
+        With P weights of which Q train: ddp 4 P, 4 Q, 8 Q, with fewer for what is held in fewer bits (STRATEGIES.md: adapters
+        count as matrices); fsdp the same over W. DeepSpeed has weights in what it
         computes in, c P (over W in stage 3), and fp32 ones with the optimizer, (4 + 8) Q / W. Its gradients: in the
         first stage c Q, and in mixed precision 4 Q of sums beside them; from the second on 4 Q / W, offloaded 8 Q / W.
         """
@@ -456,8 +461,10 @@ class Training:
         moments = OPTIMIZER_BYTES[self.optimizer]
         if self.strategy in ("ddp", "fsdp"):
             share = share if self.strategy == "fsdp" else 1.0
+            matrices = self.shape.num_layers * self.shape.layer_matrices if self.rank is not None else 0
+            held = self.frozen_bytes * matrices + max(self.frozen_bytes, 2) * (frozen - matrices)
             return {
-                "weights": (MASTER * trained + FROZEN_BYTES * frozen) * share,
+                "weights": (self.weight_bytes * trained + held) * share,
                 "gradients": MASTER * trained * share,
                 "optimizer": moments * trained * share,
             }
@@ -489,7 +496,10 @@ class Training:
             buckets = MASTER * self.num_trained if self.devices > 1 else 0
             if c == MASTER:
                 return buckets
+            held = self.weight_bytes if self.rank is None else self.frozen_bytes
             matrices, adapters = shape.num_layers * shape.layer_matrices, float(self.adapters)
+            if held == c:  # nothing is cast
+                return buckets + c * (adapters if forward or not self.gradient_checkpointing else 0)
             if self.gradient_checkpointing and not forward:
                 matrices, adapters = shape.layer_matrices, adapters / shape.num_layers
             elif self.gradient_checkpointing and self.rank is not None:
@@ -718,8 +728,16 @@ def _changes(training: Training) -> list[tuple[tuple[str, ...], dict[str, Any]]]
     keep = {"offload_optimizer": False, "offload_parameters": False}
     if training.devices > 1 and training.strategy not in ("fsdp", "zero3"):
         found.append((("strategy=fsdp",), keep | {"strategy": "fsdp"}))
+    single = training.strategy == "ddp" and training.precision == "bf16-mixed"
+    if training.rank is None and single and training.devices == 1 and training.optimizer == "adamw":
+        found.append((("finetune.optimizer=adamw8bit",), {"optimizer": "adamw8bit", "weight_bytes": 2}))
     if training.rank is None:
-        found.append((("finetune=lora",), {"rank": 8}))
+        lora = {"rank": 8, "optimizer": "adamw", "weight_bytes": MASTER, "frozen_bytes": 2}
+        found.append((("finetune=lora",), lora))
+        if single:
+            found.append((("finetune=qlora",), lora | {"frozen_bytes": NF4_BYTES}))
+    elif single and training.frozen_bytes > 1:
+        found.append((("finetune.lora.frozen_dtype=nf4",), {"frozen_bytes": NF4_BYTES}))
     for devices in (2, 4, 8, 16, 32):
         if devices > training.devices and training.global_batch % (devices * training.micro_batch) == 0:
             sharded = keep | {"strategy": "fsdp", "devices": devices}

@@ -15,7 +15,10 @@ from pose.app import schema
 from pose.app.shapes import SHAPES
 from pose.errors import ConfigError, PoseError, require_number
 from pose.files import CONF, locate
-from pose.plan import GPUS, MFU, PARTS, Shape, Training, advise, as_json, duration, fits, gib, summary
+from pose.modeling.options import NF4
+from pose.plan import (
+    GPUS, MASTER, MFU, NF4_BYTES, PARTS, Shape, Training, advise, as_json, duration, fits, gib, summary,
+)  # fmt: skip
 
 if TYPE_CHECKING:  # torch and the like are imported when the options stand
     from rich.table import Table
@@ -99,10 +102,23 @@ def plan(cfg: DictConfig) -> Training:
         precision = "32-true" if trainer.accelerator == "cpu" else "bf16-mixed"
     shape = Shape.of(config, cfg.model.path or "model.init")
     micro_batch = min(trainer.micro_batch, max(trainer.global_batch // devices, 1))
-    return of_config(cfg, shape, sampler, devices=devices, precision=precision, micro_batch=micro_batch)
+    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return of_config(
+        cfg, shape, sampler, devices=devices, precision=precision, micro_batch=micro_batch, stored=str(stored)
+    )
 
 
-def of_config(cfg: DictConfig, shape: Shape, sampler, *, devices: int, precision: str, micro_batch: int) -> Training:
+def frozen_bytes(choice: str, stored: str) -> float:
+    """Of a frozen weight, by finetune.lora.frozen_dtype and the dtype of the checkpoint."""
+    if choice == NF4:
+        return NF4_BYTES
+    in_half = choice == "bfloat16" or (choice == "auto" and "float16" in stored)
+    return 2 if in_half else MASTER
+
+
+def of_config(
+    cfg: DictConfig, shape: Shape, sampler, *, devices: int, precision: str, micro_batch: int, stored: str
+) -> Training:
     """The Training of a checked config.
 
     Args:
@@ -112,8 +128,13 @@ def of_config(cfg: DictConfig, shape: Shape, sampler, *, devices: int, precision
         devices: over all machines.
         precision: of Lightning, by its long name.
         micro_batch: examples at a time on one device.
+        stored: the dtype of the checkpoint's weights, where its config says; ready models are in 16 bits.
     """
-    lora = schema_options(cfg, "finetune", schema.FinetuneConfig).lora
+    tune = schema_options(cfg, "finetune", schema.FinetuneConfig)
+    lora, strategy = tune.lora, strategy_options(cfg.strategy)
+    is_alone = devices == 1 and strategy["strategy"] == "ddp" and precision == "bf16-mixed"
+    rounded = tune.optimizer == "adamw8bit" and lora.rank is None
+    in_half = rounded and (tune.weights_dtype == "bfloat16" or (tune.weights_dtype == "auto" and is_alone))
     return Training(
         shape,
         train_len=sampler.example_len,
@@ -128,7 +149,10 @@ def of_config(cfg: DictConfig, shape: Shape, sampler, *, devices: int, precision
         rank=lora.rank,
         targets=None if lora.target_modules is None else tuple(lora.target_modules),
         train_embeddings_and_norms=lora.train_embeddings_and_norms,
-        **strategy_options(cfg.strategy),
+        optimizer=tune.optimizer,
+        weight_bytes=2 if in_half else MASTER,
+        frozen_bytes=frozen_bytes(lora.frozen_dtype, stored),
+        **strategy,
     )
 
 
@@ -216,6 +240,7 @@ def say(cfg: DictConfig, plan: "Plan"):
             devices=trainer.world_size,
             precision=str(trainer.precision),
             micro_batch=cfg.trainer.global_batch // (trainer.world_size * trainer.accumulate_grad_batches),
+            stored=str(plan.config.dtype),
         )
     except PoseError as error:
         log.debug(f"No plan: {error}")
