@@ -452,10 +452,9 @@ class Training:
     def states(self) -> dict[str, float]:
         """Bytes of weights, gradients and optimizer of one of W processes, wherever they lie: docs/STRATEGIES.md.
 
-        With P weights of which Q train: ddp 4 P, 4 Q, 8 Q, with fewer for what is held in fewer bits (STRATEGIES.md: adapters
-        count as matrices); fsdp the same over W. DeepSpeed has weights in what it
-        computes in, c P (over W in stage 3), and fp32 ones with the optimizer, (4 + 8) Q / W. Its gradients: in the
-        first stage c Q, and in mixed precision 4 Q of sums beside them; from the second on 4 Q / W, offloaded 8 Q / W.
+        With P weights of which Q train: ddp 4 P, 4 Q, 8 Q; fsdp the same over W; less where they are held in fewer bits.
+        DeepSpeed has weights in what it computes in, c P (over W in stage 3), and fp32 ones with the optimizer,
+        (4 + 8) Q / W. Its gradients: in the first stage c Q, and in mixed precision 4 Q of sums beside them; from the second on 4 Q / W, offloaded 8 Q / W.
         """
         trained, frozen, share = self.num_trained, self.num_frozen, 1 / self.devices
         moments = OPTIMIZER_BYTES[self.optimizer]

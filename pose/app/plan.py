@@ -17,7 +17,19 @@ from pose.errors import ConfigError, PoseError, require_number
 from pose.files import CONF, locate
 from pose.modeling.options import NF4
 from pose.plan import (
-    GPUS, MASTER, MFU, NF4_BYTES, PARTS, Shape, Training, advise, as_json, duration, fits, gib, summary,
+    GPUS,
+    MASTER,
+    MFU,
+    NF4_BYTES,
+    PARTS,
+    Shape,
+    Training,
+    advise,
+    as_json,
+    duration,
+    fits,
+    gib,
+    summary,
 )  # fmt: skip
 
 if TYPE_CHECKING:  # torch and the like are imported when the options stand
