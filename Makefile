@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test checks unit install clean
+.PHONY: demo test suite checks unit install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,7 +25,11 @@ install: $(INSTALLED)
 demo: $(INSTALLED)
 	$(RUN) train.py
 
-test: checks
+# The type check takes one core for most of a minute: it runs beside the tests.
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory -j 2 checks suite
+
+suite: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: $(INSTALLED)

@@ -452,9 +452,10 @@ class Training:
     def states(self) -> dict[str, float]:
         """Bytes of weights, gradients and optimizer of one of W processes, wherever they lie: docs/STRATEGIES.md.
 
-        With P weights of which Q train: ddp 4 P, 4 Q, 8 Q; fsdp the same over W; less where they are held in fewer bits.
+        With P weights of which Q train: ddp 4 P, 4 Q, 8 Q; fsdp the same over W; less if they are held in fewer bits.
         DeepSpeed has weights in what it computes in, c P (over W in stage 3), and fp32 ones with the optimizer,
-        (4 + 8) Q / W. Its gradients: in the first stage c Q, and in mixed precision 4 Q of sums beside them; from the second on 4 Q / W, offloaded 8 Q / W.
+        (4 + 8) Q / W. Its gradients: in the first stage c Q, and in mixed precision 4 Q of sums beside them; from the
+        second on 4 Q / W, offloaded 8 Q / W.
         """
         trained, frozen, share = self.num_trained, self.num_frozen, 1 / self.devices
         moments = OPTIMIZER_BYTES[self.optimizer]
@@ -660,9 +661,8 @@ def loss_working(training: Training) -> tuple[float, float]:
 
     Forward: the last norm's output, of it the states of scored tokens (under autocast also cast), their gradient, and
     that of the head, 4 V H. The logits of a chunk of C = 1,024 tokens in fp32, which become their own gradient, 4 C V,
-    and where layers compute in 16 bits that cast, c C V. Those of the chunk before are there until the next are made:
-    with several chunks, twice that. Then, in 16 bits, the head's gradient by the chunk, c V H. (A CPU makes an fp32
-    copy of that to add it, which is not counted.)
+    and where layers compute in 16 bits that cast, c C V, and the head's gradient by the chunk, c V H. (A CPU makes an
+    fp32 copy of that to add it, which is not counted.)
 
     Backward: both gradients, the head's cast to what it is computed in; then the states' and that of the norm's output.
 
@@ -686,7 +686,7 @@ def loss_working(training: Training) -> tuple[float, float]:
     cast = c * head / MASTER if in_half else 0.0
     by_token = (MASTER + c * in_half) * shape.vocab_size
     forward = output + states + gradients + (gradients if training.is_autocast else 0.0) + head
-    forward += max(by_token * min(2 * chunk, tokens), by_token * chunk + cast)
+    forward += by_token * chunk + cast
     return forward, max(gradients + head + cast, states + output)
 
 

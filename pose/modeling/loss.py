@@ -123,6 +123,7 @@ class _WeightedNLL(torch.autograd.Function):
                     weight_grad.addmm_(gradient.T, states)
                 else:
                     weight_grad += gradient.T @ states
+            del logits, gradient  # or they would be there while the next chunk's are made
         ctx.grads, ctx.dtypes = (hidden_grad, weight_grad, bias_grad), (hidden.dtype, weight.dtype, weight.dtype)
         ctx.mark_non_differentiable(nll)
         return nll @ weights, nll

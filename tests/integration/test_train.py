@@ -114,13 +114,9 @@ def test_samplers_that_are_more_than_positions_train(script, tmp_path, pose):
     train(script, tmp_path, *FAST, f"pose={pose}", "trainer.max_steps=1", "data=reports")
 
 
-def test_text_alone(script, tmp_path):
+def test_text_alone_and_tensorboard(script, tmp_path):
     shares = [f"data.synthetic.{name}=0" for name in ("passkey", "copy", "key_value")]
-    train(script, tmp_path, *FAST, *shares, "trainer.max_steps=2")
-
-
-def test_tensorboard(script, tmp_path):
-    train(script, tmp_path, *FAST, "logger=tensorboard", "trainer.max_steps=2")
+    train(script, tmp_path, *FAST, *shares, "logger=tensorboard", "trainer.max_steps=2")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"train/lr", "train/grad_norm", "train/loss", "train/loss_text"} <= set(events.Tags()["scalars"])
     assert events.Scalars("train/lr")[-1].value > 0
