@@ -13,7 +13,7 @@ import torch
 from benchmarks import report, spread
 from benchmarks.training import SHAPES, Setting, default_device, on
 from pose.modeling.options import RECOMPUTE
-from pose.plan import GPUS, Shape, Training
+from pose.plan import Shape, Training, peak_flops
 
 
 def flops_per_token(setting: Setting) -> float:
@@ -22,14 +22,6 @@ def flops_per_token(setting: Setting) -> float:
     return Training(
         shape, setting.train_len, setting.target_len, micro_batch=1, global_batch=1, max_steps=1, rank=setting.rank
     ).flops_per_token
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Of bf16 on the GPU, by its name; None for one that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device).lower()
-    return next((gpu.half for gpu in GPUS if gpu.name.lower().replace("rtx ", "") in name), None)
 
 
 def main():
@@ -61,7 +53,7 @@ def main():
         losses = [trainee.step() for _ in range(args.warmup)]
         seconds = [trainee.seconds(args.steps) for _ in range(args.repeats)]
     rates = spread([setting.tokens / one for one in seconds])
-    peak = peak_flops(device)
+    peak = peak_flops(torch.cuda.get_device_name(device), "bf16-mixed") if device.type == "cuda" else None
     mfu = None if peak is None else spread([rate * flops_per_token(setting) / peak for rate in _each(rates)])
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     line = f"speed: {args.shape}, {rates['median']:,.0f} ({rates['min']:,.0f} to {rates['max']:,.0f}) tokens/s"

@@ -62,6 +62,13 @@ GPUS = (
 )
 
 
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Of a GPU by the name that its driver gives, in what a precision computes in; None for one that is not known."""
+    name = device_name.lower().replace("h200", "h100")  # which differ in memory alone
+    gpu = next((one for one in GPUS if one.name.lower() in name), None)
+    return None if gpu is None else gpu.half if precision in MIXED else gpu.single
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a model class's layer is, beside its sizes.

@@ -241,8 +241,8 @@ def strategy_options(node: DictConfig) -> dict[str, Any]:
     raise ConfigError(f"strategy={target or name}: no plan is made of it: choose auto, ddp, fsdp, zero1, zero2, zero3")
 
 
-def say(cfg: DictConfig, plan: "Plan"):
-    """Logs the two lines that train.py begins with; nothing of a model whose shape has no plan."""
+def say(cfg: DictConfig, plan: "Plan") -> Training | None:
+    """Logs the two lines that train.py begins with, and returns what they are of; None for a shape without a plan."""
     trainer = plan.trainer
     try:
         training = of_config(
@@ -256,8 +256,9 @@ def say(cfg: DictConfig, plan: "Plan"):
         )
     except PoseError as error:
         log.debug(f"No plan: {error}")
-        return
+        return None
     log.info(summary(training))
+    return training
 
 
 def show(training: Training, cfg: DictConfig, mfu: float):

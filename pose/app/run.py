@@ -34,6 +34,7 @@ from pose.reporting.metrics_csv import logged_rows
 from pose.reporting.plots import plot_measured, plot_training
 from pose.reporting.tables import print_table, results_table
 from pose.training import faults, launch, memory
+from pose.training.callbacks import Throughput
 from pose.training.folder import alone_in
 from pose.training.loggers import closing
 from pose.training.module import PoseModule
@@ -88,7 +89,10 @@ class Run:
             checkpoint = self.plan.checkpoint
             launch.run(self.plan.trainer.num_devices, self.folder, None if checkpoint is None else checkpoint.folder)
             return
-        plan.say(self.cfg, self.plan)
+        training = plan.say(self.cfg, self.plan)
+        for callback in self.plan.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput) and training is not None:
+                callback.flops_per_token = training.flops_per_token
         runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step)
         with closing(self.plan.trainer.loggers):
             if self.plan.trainer.is_global_zero:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from pose.modeling.export import export_model
+from pose.plan import peak_flops
 from pose.training.module import PoseModule
 
 
@@ -50,13 +51,29 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer, pl_module):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
+        for callback in trainer.callbacks:
+            if isinstance(callback, Throughput):
+                items |= {name: f"{value:,.0f}" if value > 1 else f"{value:.0%}" for name, value in callback.shown.items()}
         return items
 
 
 class Throughput(L.Callback):
-    """Logs train/tokens_per_second over all devices, train/step_seconds, and on a GPU the peak memory in GiB."""
+    """Logs how fast training is, over all devices, since it was logged last; what is measured in between is left out.
+
+    train/tokens_per_second; train/step_seconds, of it train/data_seconds (waiting for a batch) and
+    train/optimizer_seconds, each of one optimizer step. On a GPU train/peak_memory_gib; on one whose peak is known
+    train/mfu, the model FLOPs utilisation: 6 N + 6 n_layer n_head d_head L FLOPs a token (causal; `pose.plan`) over the
+    peak.
+
+    Attributes:
+        flops_per_token: of the training; None logs no MFU.
+    """
 
     def __init__(self):
+        self.flops_per_token: float | None = None
+        self.peak_flops: float | None = None
+        self.shown: dict[str, float] = {}  # of what was logged last, for the bar
+        self.waited = self.optimizing = self.ended = 0.0
         self.seconds_before = 0.0  # of the same run, up to the checkpoint it goes on from
         self.begin = self.start = 0.0  # of the training; of what is logged next
         self.tokens = self.step = self.peak = 0
@@ -78,13 +95,19 @@ class Throughput(L.Callback):
             seconds = time.perf_counter() - begin
             self.start += seconds
             self.begin += seconds
+            self.ended += seconds
 
     def on_train_start(self, trainer, pl_module):
         self.device = pl_module.device
         self.peak = 0
         self._forget_peak()  # what was measured before
-        self.begin = time.perf_counter()
+        if self.device.type == "cuda":
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device), str(trainer.precision))
+        self.begin = self.ended = time.perf_counter()
         self._count_from(trainer.global_step)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.waited += time.perf_counter() - self.ended
 
     def state_dict(self):
         return {"seconds": self.seconds}
@@ -97,11 +120,24 @@ class Throughput(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.tokens += batch["input_ids"].numel() * trainer.world_size
-        step = trainer.global_step
+        step, self.ended = trainer.global_step, time.perf_counter()
+        since = getattr(pl_module, "stepping_since", None)
+        if since is not None:  # the last batch of a step
+            self.optimizing += self.ended - since
+            pl_module.stepping_since = None
         if step == self.step or step % trainer.log_every_n_steps:  # once, at the last batch of a step
             return
-        seconds = time.perf_counter() - self.start
-        metrics = {"train/tokens_per_second": self.tokens / seconds, "train/step_seconds": seconds / (step - self.step)}
+        seconds, steps = self.ended - self.start, step - self.step
+        metrics = {
+            "train/tokens_per_second": self.tokens / seconds,
+            "train/step_seconds": seconds / steps,
+            "train/data_seconds": self.waited / steps,
+            "train/optimizer_seconds": self.optimizing / steps,
+        }
+        self.shown = {"tokens/s": metrics["train/tokens_per_second"]}
+        if self.flops_per_token is not None and self.peak_flops is not None:
+            peak = self.peak_flops * trainer.world_size
+            metrics["train/mfu"] = self.shown["MFU"] = self.flops_per_token * self.tokens / seconds / peak
         if self.device.type == "cuda":
             self.peak = max(self.peak, self._peak_memory())
             metrics["train/peak_memory_gib"] = self.peak / 2**30
@@ -110,6 +146,7 @@ class Throughput(L.Callback):
 
     def _count_from(self, step: int):
         self.tokens, self.step, self.start = 0, step, time.perf_counter()
+        self.waited = self.optimizing = 0.0
 
     def _peak_memory(self) -> int:
         """Bytes, since they were last forgotten."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,6 +88,7 @@ class PoseModule(L.LightningModule):
         self._rate: float | None = None  # of the step
         self._gradient_norm: torch.Tensor | float | None = None
         self._logged_step = 0
+        self.stepping_since: float | None = None  # when the optimizer began a step, once its gradients were there
 
     def configure_model(self):
         if self.model is None:
@@ -132,6 +134,7 @@ class PoseModule(L.LightningModule):
         broken = bool(looked_at) and not torch.cat([part.float() for part in looked_at]).isfinite().all()
         if not self.trainer.strategy.reduce_boolean_decision(broken, all=False):
             self._num_skipped_in_a_row = 0
+            self.stepping_since = time.perf_counter()
             return
         step = self.trainer.global_step + 1
         data = getattr(self.trainer, "datamodule", None)

@@ -16,7 +16,20 @@ from pose.modeling import speed
 from pose.modeling.load import build_model
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.options import LoraOptions
-from pose.plan import GIB, GPUS, PARTS, STRATEGIES, Shape, Training, advise, as_json, duration, fits, summary
+from pose.plan import (
+    GIB,
+    GPUS,
+    PARTS,
+    STRATEGIES,
+    Shape,
+    Training,
+    advise,
+    as_json,
+    duration,
+    fits,
+    peak_flops,
+    summary,
+)
 
 LLAMA_7B = Shape(4096, 32, 32, 32, 128, 11008, 32000)
 PAPER = Training(LLAMA_7B, train_len=2048, target_len=32768)
@@ -307,3 +320,17 @@ def test_values_that_cannot_be_are_errors(change, words):
 def test_configs_without_a_plan_are_errors(config, word):
     with pytest.raises(ConfigError, match=word):
         Shape.of(config, "FOLDER")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989e12),
+        ("NVIDIA H200", "bf16-mixed", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "16-mixed", 312e12),
+        ("NVIDIA GeForce RTX 4090", "32-true", 82.6e12),
+        ("NVIDIA L4", "bf16-mixed", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name(name, precision, expected):
+    assert peak_flops(name, precision) == expected

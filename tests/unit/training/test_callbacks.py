@@ -105,19 +105,52 @@ def test_each_is_logged_once_a_step(monkeypatch):
 
     monkeypatch.setattr(L.LightningModule, "log_dict", counted)
     fit(Throughput(), steps=4, log_every=2, accumulate=3)
-    assert calls == [(step, ["train/step_seconds", "train/tokens_per_second"]) for step in (2, 4)]
+    speed = ["data_seconds", "optimizer_seconds", "step_seconds", "tokens_per_second"]
+    assert calls == [(step, [f"train/{name}" for name in speed]) for step in (2, 4)]
+
+
+def test_a_step_is_split_into_what_it_waits_for_and_computes(monkeypatch):
+    """Of two batches a step: a second of waiting and four of computing each, then two of the optimizer."""
+    now, logged = [0.0], []
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    throughput = Throughput()
+    throughput.flops_per_token, throughput.peak_flops = 3.0, 12.0
+    module = SimpleNamespace(device=torch.device("cpu"), log_dict=logged.append, stepping_since=None)
+    trainer = SimpleNamespace(global_step=0, world_size=1, log_every_n_steps=2)
+    batch = {"input_ids": torch.ones(2, 12)}
+    throughput.on_train_start(trainer, module)
+    for batch_idx in range(8):
+        now[0] += 1
+        throughput.on_train_batch_start(trainer, module, batch, batch_idx)
+        now[0] += 4
+        if batch_idx % 2:
+            module.stepping_since = now[0]
+            now[0] += 2
+            trainer.global_step += 1
+        throughput.on_train_batch_end(trainer, module, None, batch, batch_idx)
+        if batch_idx == 3:
+            with throughput.paused():
+                now[0] += 100
+    assert len(logged) == 2
+    for metrics in logged:
+        assert metrics == {
+            "train/tokens_per_second": 4.0, "train/step_seconds": 12.0, "train/data_seconds": 2.0,
+            "train/optimizer_seconds": 2.0, "train/mfu": 1.0,
+        }  # fmt: skip
+    assert throughput.shown == {"tokens/s": 4.0, "MFU": 1.0}
 
 
 def test_peak_memory_is_of_training_alone(monkeypatch):
     """Not of what was measured before it, nor of what is measured in between."""
     peak = [9 * 2**30]
     memory = SimpleNamespace(
-        max_memory_allocated=lambda device: peak[0], reset_peak_memory_stats=lambda device: peak.__setitem__(0, 2**30)
+        max_memory_allocated=lambda device: peak[0], reset_peak_memory_stats=lambda device: peak.__setitem__(0, 2**30),
+        get_device_name=lambda device: "NVIDIA H100 80GB HBM3",
     )
     monkeypatch.setattr(callbacks.torch, "cuda", memory)
     throughput, logged = Throughput(), []
     module = SimpleNamespace(device=torch.device("cuda"), log_dict=logged.append)
-    trainer = SimpleNamespace(global_step=0, world_size=1, log_every_n_steps=1)
+    trainer = SimpleNamespace(global_step=0, world_size=1, log_every_n_steps=1, precision="bf16-mixed")
     batch = {"input_ids": torch.ones(2, 4)}
 
     def step(bytes_needed):
@@ -133,6 +166,7 @@ def test_peak_memory_is_of_training_alone(monkeypatch):
     with throughput.paused():
         peak[0] = 20 * 2**30
     assert step(4 * 2**30) == 5, "the largest of the whole training"
+    assert throughput.peak_flops == 989e12
 
 
 def test_the_seconds_of_a_run_add_up_over_its_starts():
