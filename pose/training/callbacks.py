@@ -51,9 +51,13 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer, pl_module):
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
+        if (loss := getattr(pl_module, "shown_loss", None)) is not None:
+            items["loss"] = f"{loss:.3f}"
         for callback in trainer.callbacks:
             if isinstance(callback, Throughput):
-                items |= {name: f"{value:,.0f}" if value > 1 else f"{value:.0%}" for name, value in callback.shown.items()}
+                items |= {
+                    name: f"{value:,.0f}" if value > 1 else f"{value:.0%}" for name, value in callback.shown.items()
+                }
         return items
 
 
@@ -141,7 +145,7 @@ class Throughput(L.Callback):
         if self.device.type == "cuda":
             self.peak = max(self.peak, self._peak_memory())
             metrics["train/peak_memory_gib"] = self.peak / 2**30
-        pl_module.log_dict(metrics)
+        pl_module.log_dict({name: torch.tensor(value) for name, value in metrics.items()})
         self._count_from(step)
 
     def _count_from(self, step: int):

@@ -87,6 +87,8 @@ class PoseModule(L.LightningModule):
         self._has_warned = False
         self._rate: float | None = None  # of the step
         self._gradient_norm: torch.Tensor | float | None = None
+        self._numbers: list[float] | None = None  # of `_reduce_recent`, where the step is logged
+        self.shown_loss: float | None = None  # of the last step, of this process
         self._logged_step = 0
         self.stepping_since: float | None = None  # when the optimizer began a step, once its gradients were there
 
@@ -112,7 +114,6 @@ class PoseModule(L.LightningModule):
         self._recent_by_kind.append(_by_kind(by_example, batch["labels"]))
         least = self._recent_losses[-1] if self._least_loss is None else self._least_loss
         self._least_loss = torch.fmin(least, self._recent_losses[-1])
-        self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
     def _losses(self, batch):
@@ -121,17 +122,25 @@ class PoseModule(L.LightningModule):
         return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"], scored)
 
     def on_before_optimizer_step(self, optimizer):
-        # One look at the device for each optimizer step, by all processes together.
-        self._rate, self._gradient_norm = optimizer.param_groups[0]["lr"], None
+        # The device is waited for once in an optimizer step: here, for all that is checked, shown and logged of it.
+        self._rate, self._gradient_norm, self._numbers = optimizer.param_groups[0]["lr"], None, None
         losses, self._unchecked = self._unchecked, {}
-        looked_at = [torch.cat(list(losses.values()))] if losses else []
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if gradients and (self._fused or self._is_logged(self.trainer.global_step + 1)):
+        asked = {"losses": torch.cat(list(losses.values()))} if losses else {}
+        gradients, is_logged = [p.grad for p in self.parameters() if p.grad is not None], self._is_next_logged
+        if gradients and (self._fused or is_logged):
             norm = torch.nn.utils.get_total_norm(gradients)
-            self._gradient_norm = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            if self._fused:  # with a scaler, infinite ones are its business
-                looked_at.append(norm[None])
-        broken = bool(looked_at) and not torch.cat([part.float() for part in looked_at]).isfinite().all()
+            asked["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm)[None]
+        if is_logged and self._recent_losses:
+            asked["numbers"] = self._reduce_recent()
+        found = _to_host(asked)
+        self._numbers = found.get("numbers")
+        if found.get("losses"):
+            self.shown_loss = sum(found["losses"]) / len(found["losses"])
+        if found.get("norm"):
+            self._gradient_norm = found["norm"][0]
+        # With a scaler, infinite gradients are its business
+        checked = found.get("losses", []) + (found.get("norm", []) if self._fused else [])
+        broken = not all(map(math.isfinite, checked))
         if not self.trainer.strategy.reduce_boolean_decision(broken, all=False):
             self._num_skipped_in_a_row = 0
             self.stepping_since = time.perf_counter()
@@ -139,15 +148,15 @@ class PoseModule(L.LightningModule):
         step = self.trainer.global_step + 1
         data = getattr(self.trainer, "datamodule", None)
         describe = getattr(data, "describe", lambda batch, row: f"row {row} of batch {batch}")
-        found = [
+        which = [
             f"{describe(batch_idx, row)} (loss {by_example[row]:g})"
             for batch_idx, by_example in losses.items()
             for row in range(len(by_example))
             if not by_example[row].isfinite()
         ]
-        found = [line for lines in gather(found) for line in lines]
-        what = f"the loss of step {step} is not finite: {'; '.join(found)}"
-        if not found:
+        which = [line for lines in gather(which) for line in lines]
+        what = f"the loss of step {step} is not finite: {'; '.join(which)}"
+        if not which:
             what = f"the gradient of step {step} is not finite, though its losses are"
         self._num_skipped_in_a_row += 1
         if self.on_nonfinite == "stop" or self._num_skipped_in_a_row == SKIPS_IN_A_ROW:
@@ -173,6 +182,10 @@ class PoseModule(L.LightningModule):
             self._recent_losses.clear()
             self._recent_by_kind.clear()
 
+    @property
+    def _is_next_logged(self) -> bool:
+        return self._is_logged(self.trainer.global_step + 1)
+
     def _is_logged(self, step: int) -> bool:
         return step > 0 and (step % self._log_every == 0 or step == self.trainer.max_steps)
 
@@ -183,12 +196,10 @@ class PoseModule(L.LightningModule):
     def _log_step(self, step: int):
         """Means over all processes since the last ones logged; of the step its rate and the norm of its gradient."""
         forget_logged(self.trainer, SOMETIMES)
-        reduce = self.trainer.strategy.reduce
-        assert self._least_loss is not None
-        loss = reduce(torch.stack(self._recent_losses).nanmean(), reduce_op="mean")
-        self._check_loss(step, float(loss), float(reduce(self._least_loss.clone(), reduce_op="min")))
-        metrics = {"train/loss": loss}
-        by_kind = reduce(torch.stack(self._recent_by_kind).sum(0), reduce_op="sum").tolist()
+        numbers = self._reduce_recent().tolist() if self._numbers is None else self._numbers
+        loss, least, *by_kind = numbers
+        self._check_loss(step, loss, least)
+        metrics: dict[str, float] = {"train/loss": loss}
         sums = dict(zip(KINDS, zip(by_kind[: len(KINDS)], by_kind[len(KINDS) :], strict=True), strict=True))
         self._has_retrieval |= sums["retrieval"][1] > 0
         if self._has_retrieval:  # or the two would be one curve
@@ -202,7 +213,17 @@ class PoseModule(L.LightningModule):
             metrics["train/lr"] = self._rate
         if self.num_skipped:
             metrics["train/skipped_steps"] = float(self.num_skipped)
-        self.log_dict(metrics)
+        # As tensors of the CPU: of numbers Lightning would make some of the device, and wait for it to read them
+        self.log_dict({name: torch.tensor(float(value)) for name, value in metrics.items()})
+
+    def _reduce_recent(self) -> torch.Tensor:
+        """Over all processes, since it was logged last: mean loss, least loss, and the sums of `_by_kind`; [6]."""
+        reduce = self.trainer.strategy.reduce
+        assert self._least_loss is not None
+        loss = reduce(torch.stack(self._recent_losses).nanmean(), reduce_op="mean")
+        least = reduce(self._least_loss.clone(), reduce_op="min")
+        by_kind = reduce(torch.stack(self._recent_by_kind).sum(0), reduce_op="sum")
+        return torch.cat([loss[None], least[None], by_kind])
 
     def _check_loss(self, step: int, loss: float, least: float):
         """Whether the training has diverged: its loss is about that of guessing among all tokens, and was lower before.
@@ -297,6 +318,14 @@ class PoseModule(L.LightningModule):
         optimizer = make_optimizer(self.optimizer, groups, self.lr, (first, second), fused=self._fused)
         scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _to_host(tensors: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Vectors of a device as numbers, in one transfer."""
+    if not tensors:
+        return {}
+    numbers = iter(torch.cat([tensor.float() for tensor in tensors.values()]).tolist())
+    return {name: [next(numbers) for _ in range(len(tensor))] for name, tensor in tensors.items()}
 
 
 def _by_kind(by_example: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

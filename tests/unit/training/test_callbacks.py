@@ -133,7 +133,7 @@ def test_a_step_is_split_into_what_it_waits_for_and_computes(monkeypatch):
                 now[0] += 100
     assert len(logged) == 2
     for metrics in logged:
-        assert metrics == {
+        assert {name: value.item() for name, value in metrics.items()} == {
             "train/tokens_per_second": 4.0, "train/step_seconds": 12.0, "train/data_seconds": 2.0,
             "train/optimizer_seconds": 2.0, "train/mfu": 1.0,
         }  # fmt: skip
@@ -144,7 +144,8 @@ def test_peak_memory_is_of_training_alone(monkeypatch):
     """Not of what was measured before it, nor of what is measured in between."""
     peak = [9 * 2**30]
     memory = SimpleNamespace(
-        max_memory_allocated=lambda device: peak[0], reset_peak_memory_stats=lambda device: peak.__setitem__(0, 2**30),
+        max_memory_allocated=lambda device: peak[0],
+        reset_peak_memory_stats=lambda device: peak.__setitem__(0, 2**30),
         get_device_name=lambda device: "NVIDIA H100 80GB HBM3",
     )
     monkeypatch.setattr(callbacks.torch, "cuda", memory)

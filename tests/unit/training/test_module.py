@@ -198,6 +198,22 @@ def test_the_logged_loss_is_the_mean_since_the_last(data, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_the_device_is_waited_for_once_a_step(data, monkeypatch, log_every):
+    """All that is checked, shown and logged of a step comes in one transfer; what is logged is on the CPU by then."""
+    transfers, logged, to_host = [], [], pose_module._to_host
+    monkeypatch.setattr(pose_module, "_to_host", lambda tensors: transfers.append(set(tensors)) or to_host(tensors))
+    reduced, reduce = [], PoseModule._reduce_recent
+    monkeypatch.setattr(PoseModule, "_reduce_recent", lambda self: reduced.append(1) or reduce(self))
+    monkeypatch.setattr(PoseModule, "log_dict", lambda self, metrics: logged.append(metrics))
+    module, _ = fit(data, steps=12, log_every=log_every, logger=Recorder())
+    assert len(transfers) == 12 and len(reduced) == len(logged) == 12 // log_every
+    at = [step for step, names in enumerate(transfers, 1) if "numbers" in names]
+    assert at == [step for step in range(1, 13) if step % log_every == 0]
+    assert all(value.device.type == "cpu" and value.dim() == 0 for metrics in logged for value in metrics.values())
+    assert module.shown_loss == pytest.approx(logged[-1]["train/loss"].item(), rel=0.5)
+
+
 # What is logged
 
 
@@ -287,7 +303,7 @@ def test_between_logged_steps_nothing_is_reduced(data, monkeypatch):
 
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", counted)
     fit(data, log_every=5)
-    assert [step for step in calls if step] == [5] * 3 + [10] * 3 + [15] * 3
+    assert [step for step in calls if step] == [4] * 3 + [9] * 3 + [14] * 3
 
 
 @pytest.mark.parametrize("stop", [7, 8])
