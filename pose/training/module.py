@@ -86,7 +86,7 @@ class PoseModule(L.LightningModule):
         self._least_loss: torch.Tensor | None = None
         self._has_warned = False
         self._rate: float | None = None  # of the step
-        self._gradient_norm: torch.Tensor | float | None = None
+        self._gradient_norm: float | None = None
         self._numbers: list[float] | None = None  # of `_reduce_recent`, where the step is logged
         self.shown_loss: float | None = None  # of the last step, of this process
         self._logged_step = 0
@@ -208,7 +208,7 @@ class PoseModule(L.LightningModule):
         if isinstance(strategy, DeepSpeedStrategy):
             norm = deepspeed_gradient_norm(strategy)
         if norm is not None and math.isfinite(norm):  # not of a step that a scaler has skipped
-            metrics["train/grad_norm"] = norm
+            metrics["train/grad_norm"] = float(norm)
         if self._rate is not None:
             metrics["train/lr"] = self._rate
         if self.num_skipped:
