@@ -89,7 +89,7 @@ class _Ending:
     def __init__(self, advice: Callable[[], str]):
         self.advice = advice
         self.end: SystemExit | None = None
-        self._since, self._number, self._is_dropped = 0.0, 0, False
+        self._since, self._is_dropped = 0.0, False
 
     def __call__(self, number: int, frame):
         if self._is_dropped and self.end is not None:
@@ -100,7 +100,7 @@ class _Ending:
         if number == signal.SIGINT and before is not None and now - before < AGAIN:
             return  # the same Ctrl-C, which a training may have noted
         if self.end is None:
-            self._since, self._number = now, number
+            self._since = now
             try:
                 end_now(number)
             except SystemExit as end:
@@ -110,10 +110,11 @@ class _Ending:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def raise_again(self):
+    def raise_again(self, end: SystemExit):
         """Soon, when whatever Python has dropped it in is over."""
-        self._is_dropped = True
-        timer = threading.Timer(SOON, os.kill, (os.getpid(), self._number))
+        self.end, self._is_dropped = end, True
+        signal.signal(signal.SIGTERM, self)
+        timer = threading.Timer(SOON, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
 
@@ -158,8 +159,8 @@ def ending(advice: Callable[[], str]) -> Iterator[None]:
 
     def not_dropped(unraisable):
         """Python drops what is raised in a finalizer or in a weak reference's callback: an end is raised once more."""
-        if handler.end is not None and unraisable.exc_value is handler.end:
-            handler.raise_again()
+        if isinstance(unraisable.exc_value, SystemExit) and threading.current_thread() is threading.main_thread():
+            handler.raise_again(unraisable.exc_value)
         else:
             show(unraisable)
 

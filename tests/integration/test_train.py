@@ -118,7 +118,8 @@ def test_text_alone_and_tensorboard(script, tmp_path):
     shares = [f"data.synthetic.{name}=0" for name in ("passkey", "copy", "key_value")]
     train(script, tmp_path, *FAST, *shares, "logger=tensorboard", "trainer.max_steps=2")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"train/lr", "train/grad_norm", "train/loss", "train/loss_text"} <= set(events.Tags()["scalars"])
+    assert {"train/lr", "train/grad_norm", "train/loss"} <= set(events.Tags()["scalars"])
+    assert "train/loss_text" not in events.Tags()["scalars"], "the same curve twice"
     assert events.Scalars("train/lr")[-1].value > 0
 
 

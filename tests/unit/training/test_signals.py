@@ -92,6 +92,28 @@ def test_a_signal_that_arrives_in_a_finalizer_is_not_lost(capsys):
     assert capsys.readouterr().err == "Stopped by SIGTERM. To go on: this\n"
 
 
+def test_a_second_interrupt_of_a_training_is_not_lost_in_a_finalizer_either(monkeypatch, capsys):
+    monkeypatch.setattr(signals, "AGAIN", 0.0)
+    requests = signals.Requests(again=lambda: signals.end_now(signal.SIGINT, "Stopped at once"))
+
+    class Fails:
+        def __del__(self):
+            send(signal.SIGINT)
+            time.sleep(0.01)
+
+    with pytest.raises(SystemExit) as caught, signals.ending(lambda: "To go on: this"):
+        before = signals.install(requests)
+        try:
+            send(signal.SIGINT)
+            thing = Fails()
+            del thing
+            time.sleep(10)
+        finally:
+            signals.restore(before)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "Stopped at once by Ctrl-C. To go on: this\n"
+
+
 def test_an_interrupt_that_a_training_has_noted_is_not_another_when_it_is_passed_on():
     requests = signals.Requests()
     with signals.ending(str):
