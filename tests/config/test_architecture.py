@@ -81,8 +81,13 @@ def test_the_way_from_config_to_objects_is_short():
     assert len((POSE / "app" / "build.py").read_text().splitlines()) <= 250
 
 
+PRINTS = {"app/plan.py"}  # one line of JSON, for a script to read: no message
+
+
 def test_nothing_prints():
     for file in MODULES:
+        if str(file.relative_to(POSE)) in PRINTS:
+            continue
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         lines = [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
         assert not lines, f"{file.relative_to(POSE)} prints at lines {lines}: its log file would not have it"

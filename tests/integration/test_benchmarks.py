@@ -47,7 +47,7 @@ def test_fits(script):
     line, content = run(script, "benchmarks.fits", *arguments)
     assert line.startswith("fits: ") and list(content["ways"]) == ["lora_fp32", "lora"]
     wide, narrow = (way["training_bytes"] / content["weights_bytes"] for way in content["ways"].values())
-    assert 0.9 < narrow < wide - 0.8
+    assert 0.9 < narrow < wide - 0.5  # 1 less for the weights; a head that widens makes its logits again
     assert content["ways"]["lora"]["training"] == narrow and content["ways"]["lora"]["seconds_per_step"] > 0
 
 
