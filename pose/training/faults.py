@@ -33,7 +33,7 @@ def explained(run_dir: Path) -> Iterator[None]:
         TrainingError: in place of an error of the system: a full disk, a folder that is gone or read-only, a process
             that reads and was killed, too few file handles.
     """
-    with signals.ending(lambda: _way_on(run_dir, sweep=True)):
+    with signals.ending(lambda: _way_on(run_dir, sweep=True), is_child=launch.PARENT in os.environ):
         try:
             yield
         except PoseError as error:

@@ -149,11 +149,13 @@ def is_foreign(handler: Any) -> bool:
 
 
 @contextlib.contextmanager
-def ending(advice: Callable[[], str]) -> Iterator[None]:
+def ending(advice: Callable[[], str], is_child: bool = False) -> Iterator[None]:
     """While it lasts, a request to stop ends the process with its status, and one line in place of a traceback.
 
     Args:
         advice: what to say then, such as the command that goes on; asked when it is needed.
+        is_child: of a process that passes its signals on. A Ctrl-C that it passes on when this one is past its end, and
+            takes itself apart, is ignored: the terminal has sent it before.
     """
     handler, show = _Ending(advice), sys.unraisablehook
 
@@ -173,6 +175,8 @@ def ending(advice: Callable[[], str]) -> Iterator[None]:
         sys.unraisablehook = show
         _active.remove(handler)
         restore(before)
+        if is_child and signal.SIGINT in asked and signal.SIGINT in before:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_again(before: Handlers):

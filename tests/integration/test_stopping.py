@@ -212,7 +212,8 @@ def test_a_job_of_two_processes_is_interrupted_once(start, tmp_path):
     assert process.end(120) == 130, process.said()[-3000:]
     said = process.said()
     assert "Interrupted: asked to stop at step" in said and "Interrupted: stopped by Ctrl-C" in said
-    assert "Traceback" not in said and len(steps(run)) == 1
+    assert "Traceback" not in said, said
+    assert len(steps(run)) == 1
     assert not any(psutil.pid_exists(pid) for pid in ours)
     again = start(*process.command())
     assert again.end() == 0, again.said()[-3000:]

@@ -1,5 +1,6 @@
 """Requests to stop, outside of a training: one line, a status, no traceback. In one: test_checkpoints.py."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -112,6 +113,19 @@ def test_a_second_interrupt_of_a_training_is_not_lost_in_a_finalizer_either(monk
             signals.restore(before)
     assert caught.value.code == 130
     assert capsys.readouterr().err == "Stopped at once by Ctrl-C. To go on: this\n"
+
+
+@pytest.mark.parametrize(
+    ("is_child", "is_asked", "ignores"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_a_child_that_was_asked_to_stop_ignores_what_its_parent_passes_on(is_child, is_asked, ignores):
+    """While Python takes the process apart, when it would be a KeyboardInterrupt in a finalizer."""
+    before = signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(SystemExit), signals.ending(str, is_child):
+        if is_asked:
+            send(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == ignores
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_that_a_training_has_noted_is_not_another_when_it_is_passed_on():
