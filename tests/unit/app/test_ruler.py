@@ -3,24 +3,14 @@
 import importlib
 import json
 import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
+from ruler_texts import HAYSTACK, TINY, shipped
 from transformers import PreTrainedTokenizerFast
 
 from pose.app.ruler import main, write_prompts
 from pose.errors import ConfigError
 from pose.tasks.ruler import RulerPrompts
-
-TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
-PLACES = ["north", "the old mill", "a river", "nowhere at all", "the sea and its islands", "unbelievable heights"]
-HAYSTACK = "\n\n".join(f"Sentence {i} speaks of {PLACES[i % 6]}. Has it an end? Yes!" for i in range(120))
-
-
-@cache
-def shipped():
-    return PreTrainedTokenizerFast.from_pretrained(TINY)
 
 
 def write(out, task="niah_single_2", length=900, num=3, **options):

@@ -2,27 +2,17 @@
 
 import json
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
+from ruler_texts import HAYSTACK, shipped
 
 from pose.errors import ConfigError
 from pose.evaluation import generation
 from pose.evaluation.ruler import Ruler, score
 from pose.evaluation.task import wilson
 from pose.tasks.ruler import NEEDLES, TASKS, RulerPrompts
-
-TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
-PLACES = ["north", "the old mill", "a river", "nowhere at all", "the sea and its islands", "unbelievable heights"]
-HAYSTACK = "\n\n".join(f"Sentence {i} speaks of {PLACES[i % 6]}. Has it an end? Yes!" for i in range(120))
-
-
-@cache
-def shipped():
-    return PreTrainedTokenizerFast.from_pretrained(TINY)
 
 
 @cache

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ruler_texts import HAYSTACK, shipped
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,15 +19,6 @@ from pose.errors import ConfigError
 from pose.tasks import ruler as made
 from pose.tasks.haystack import NOISE, ExactTexts, split_sentences, word_list
 from pose.tasks.ruler import NEEDLES, TASKS, RulerPrompts
-
-TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
-PLACES = ["north", "the old mill", "a river", "nowhere at all", "the sea and its islands", "unbelievable heights"]
-HAYSTACK = "\n\n".join(f"Sentence {i} speaks of {PLACES[i % 6]}. Has it an end? Yes!" for i in range(120))
-
-
-@cache
-def shipped():
-    return PreTrainedTokenizerFast.from_pretrained(TINY)
 
 
 @cache
