@@ -12,10 +12,12 @@ import multiprocessing
 import re
 import resource
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import lightning as L
@@ -268,6 +270,13 @@ def _follow_the_trainer(worker: int):
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    sys.excepthook = _unless_the_trainer_left
+
+
+def _unless_the_trainer_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+    """Prints an error of a reader's thread; that a trainer which stops drops its connections is none."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_readers():

@@ -1,7 +1,12 @@
 """The processes that read: what they need, and which signals are not for them."""
 
+import multiprocessing
+import os
 import resource
 import signal
+import socket
+import sys
+from multiprocessing import reduction, resource_sharer
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +63,7 @@ def test_requests_to_stop_are_not_for_those_that_read(monkeypatch):
     before, asked = {number: signal.getsignal(number) for number in numbers}, []
     libc = SimpleNamespace(prctl=lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(datamodule.ctypes, "CDLL", lambda name: libc)  # it is not this process that is to end
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     try:
         datamodule._follow_the_trainer(0)
         assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 4
@@ -65,3 +71,30 @@ def test_requests_to_stop_are_not_for_those_that_read(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def lends_a_file(pipe):
+    """What a reader does: its thread hands open files over to whom they are lent."""
+    datamodule._follow_the_trainer(0)
+    lent = resource_sharer.DupFd(0)
+    pipe.send((resource_sharer._resource_sharer._address, reduction.ForkingPickler.dumps(lent).tobytes()))
+    pipe.recv()
+    sys.excepthook(ValueError, ValueError("what else happens is said"), None)
+
+
+def test_a_trainer_that_stops_amid_a_batch_is_no_error_of_a_reader(capfd):
+    """One that was told of another reader's death drops the connection it had just opened."""
+    here, there = multiprocessing.Pipe()
+    reader = multiprocessing.get_context("fork").Process(target=lends_a_file, args=(there,))
+    reader.start()
+    address, lent = here.recv()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        connection.recv(1)  # the reader's challenge has come, and most of it is not read: closing resets
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)  # and one that closes in order
+    os.close(reduction.ForkingPickler.loads(lent).detach())  # the thread goes on
+    here.send("end")
+    reader.join(30)
+    assert reader.exitcode == 0
+    assert capfd.readouterr().err == "ValueError: what else happens is said\n"
