@@ -16,9 +16,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pose.data.examples import IGNORE, Targets, scored_tokens
+from pose.modeling.compat import is_partitioned
 from pose.modeling.held import HeldLinear
 
 CHUNK_LEN = 1024  # tokens whose logits exist at one time
+GIVEN_AWAY = "the gradients of this loss have been given away: backward goes through it once"
 
 
 def token_nll(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chunk_len: int = CHUNK_LEN) -> torch.Tensor:
@@ -59,8 +61,9 @@ def weighted_nll(
 
     Args:
         hidden: [n, H], the states that predict the targets.
-        head: the output layer, H -> V. A plain linear layer whose weight is whole is read by itself; any other (with
-            adapters, in 4 bits, in parts) is called, and called again in the backward pass (`token_nll`).
+        head: the output layer, H -> V. A plain linear layer whose weight is whole is read by itself, one that does not
+            train is called once for each chunk; any other (with adapters, in parts) is called again in the backward
+            pass (`token_nll`).
         targets: int64 [n].
         weights: fp32 [n].
         chunk_len: C.
@@ -71,8 +74,10 @@ def weighted_nll(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if not _is_plain(head, dtype):
+        if all(not (p.requires_grad or is_partitioned(p)) for p in head.parameters()):
+            return _FrozenWeightedNLL.apply(hidden, head, targets, weights, chunk_len, torch.is_grad_enabled())
         nll = token_nll(hidden, head, targets, chunk_len)
-        return nll @ weights, nll.detach()
+        return (nll * weights).sum(), nll.detach()
     with torch.autocast(device, enabled=False):
         # Cast out here, so that their gradients are cast back
         states, weight = hidden.to(dtype), head.weight.to(dtype)
@@ -105,14 +110,11 @@ class _WeightedNLL(torch.autograd.Function):
             part = slice(begin, begin + chunk_len)
             states, target = hidden[part], targets[part, None]
             logits = F.linear(states, weight, bias).float()
-            of_target, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
-            # In place: from here on `logits` are what they are not called any more
-            total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            nll[part] = (total.log() + largest - of_target).squeeze(1)
-            if not (of_hidden or of_weight or of_bias):
+            scale = weights[part, None] if of_hidden or of_weight or of_bias else None
+            nll[part] = _turn(logits, target, scale)
+            if scale is None:
+                del logits
                 continue
-            scale = weights[part, None]
-            logits.mul_(scale / total).scatter_add_(1, target, -scale)
             if bias_grad is not None:
                 bias_grad += logits.sum(0)
             gradient = logits.to(weight.dtype)
@@ -126,13 +128,13 @@ class _WeightedNLL(torch.autograd.Function):
             del logits, gradient  # or they would be there while the next chunk's are made
         ctx.grads, ctx.dtypes = (hidden_grad, weight_grad, bias_grad), (hidden.dtype, weight.dtype, weight.dtype)
         ctx.mark_non_differentiable(nll)
-        return nll @ weights, nll
+        return (nll * weights).sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_loss, of_nll):
         if ctx.grads is None:
-            raise RuntimeError("the gradients of this loss have been given away: backward goes through it once")
+            raise RuntimeError(GIVEN_AWAY)
         # Scaled in place and given away, so that there is never a second copy of the head's
         grads, ctx.grads = ctx.grads, None
         scaled = [
@@ -140,6 +142,55 @@ class _WeightedNLL(torch.autograd.Function):
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None)
+
+
+class _FrozenWeightedNLL(torch.autograd.Function):
+    """The same with a head that does not train, whatever it is made of: autograd knows the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, head, targets, weights, chunk_len, has_gradients):
+        has_gradients = has_gradients and ctx.needs_input_grad[0]
+        hidden_grad = torch.empty_like(hidden) if has_gradients else None
+        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for begin in range(0, len(targets), chunk_len):
+            part = slice(begin, begin + chunk_len)
+            states = hidden[part].detach().requires_grad_(has_gradients)
+            with torch.set_grad_enabled(has_gradients):
+                output = head(states)
+            logits = output.detach().float()
+            nll[part] = _turn(logits, targets[part, None], weights[part, None] if has_gradients else None)
+            if hidden_grad is not None:
+                (hidden_grad[part],) = torch.autograd.grad(output, states, logits.to(output.dtype))
+            del output, logits
+        ctx.hidden_grad = hidden_grad
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_loss, of_nll):
+        if ctx.hidden_grad is None:
+            raise RuntimeError(GIVEN_AWAY)
+        hidden_grad, ctx.hidden_grad = ctx.hidden_grad, None
+        return hidden_grad.mul_(of_loss), None, None, None, None, None
+
+
+def _turn(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Turns logits into the gradient of the loss by them, in place.
+
+    Args:
+        logits: fp32 [C, V].
+        target: int64 [C, 1].
+        scale: fp32 [C, 1], the weight of each token; None leaves no gradient behind.
+
+    Returns:
+        The cross-entropy of each token, fp32 [C].
+    """
+    of_target, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    if scale is not None:
+        logits.mul_(scale / total).scatter_add_(1, target, -scale)
+    return (total.log() + largest - of_target).squeeze(1)
 
 
 def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:

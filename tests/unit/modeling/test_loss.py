@@ -127,21 +127,38 @@ def test_its_gradients_are_given_once(hidden, head):
         loss.backward()
 
 
-def test_a_head_with_something_in_it_is_called(hidden, targets):
-    """An adapter or a hook has its say."""
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_head_with_something_in_it_is_called(hidden, targets, frozen, autocast):
+    """An adapter or a hook has its say; where nothing of it trains, once for each chunk."""
+    calls = []
 
     class Doubled(nn.Linear):
         def forward(self, x):
+            calls.append(len(x))
             return 2 * super().forward(x)
 
     torch.manual_seed(0)
     head, hooked = Doubled(HIDDEN, VOCAB), nn.Linear(HIDDEN, VOCAB)
     hooked.load_state_dict(head.state_dict())
     hooked.register_forward_hook(lambda module, arguments, output: 2 * output)
-    targets, weights = targets.clamp(min=0), torch.ones(NUM_TOKENS)
-    wanted = F.cross_entropy(head(hidden), targets, reduction="sum")
+    targets, weights = targets.clamp(min=0), torch.linspace(-1, 2, NUM_TOKENS)
     for one in (head, hooked):
-        torch.testing.assert_close(weighted_nll(hidden, one, targets, weights, 10)[0], wanted)
+        one.requires_grad_(not frozen)
+        leaves = [hidden, *(p for p in one.parameters() if p.requires_grad)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            wanted = F.cross_entropy(one(hidden).float(), targets, reduction="none").mul(weights).sum()
+            calls.clear()
+            got, nll = weighted_nll(hidden, one, targets, weights, 10)
+        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close((nll * weights).sum(), wanted.detach())
+        pairs = zip(torch.autograd.grad(2 * got, leaves), torch.autograd.grad(2 * wanted, leaves), strict=True)
+        assert all((a - b).norm() < (0.02 if autocast else 1e-6) * b.norm() for a, b in pairs)
+        assert one is hooked or sorted(calls) == sorted([10, 10, 10, 7] * (1 if frozen else 2))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                weighted_nll(hidden, one, targets, weights, 10)[0], got.detach(), rtol=0.01, atol=0.1
+            )
 
 
 def test_what_is_scored_is_what_carries_a_label(targets):
