@@ -180,11 +180,17 @@ class Targets(NamedTuple):
 
     Attributes:
         at: int64 [n], of the states that predict them, in the batch's B * L.
-        weights: fp32 [n], of each in the loss; those of a row with a target add up to 1 / B.
+        divisors: int64 [n], B times the number of scored tokens in the row of each. Not its reciprocal, which a strategy
+            that casts a batch to bf16 would round.
     """
 
     at: torch.Tensor
-    weights: torch.Tensor
+    divisors: torch.Tensor
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """fp32 [n], of each in the loss; those of a row with a target add up to 1 / B."""
+        return self.divisors.float().reciprocal()
 
 
 def scored_tokens(labels: torch.Tensor) -> Targets:
@@ -195,8 +201,7 @@ def scored_tokens(labels: torch.Tensor) -> Targets:
     """
     is_scored = labels[:, 1:] != IGNORE
     row, column = is_scored.nonzero(as_tuple=True)
-    weights = 1 / (is_scored.sum(1).clamp(min=1) * len(labels))
-    return Targets(row * labels.shape[1] + column, weights[row].float())
+    return Targets(row * labels.shape[1] + column, (is_scored.sum(1) * len(labels))[row])
 
 
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -205,7 +210,7 @@ def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def collate_scored(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """As `collate`, with the fields of its `Targets` as scored_at and scored_weights."""
+    """As `collate`, with the fields of its `Targets` as scored_at and scored_divisors."""
     batch = collate(items)
     return batch | {f"scored_{name}": value for name, value in scored_tokens(batch["labels"])._asdict().items()}
 

@@ -118,7 +118,7 @@ class PoseModule(L.LightningModule):
 
     def _losses(self, batch):
         hidden = self(batch["input_ids"], batch["position_ids"])
-        scored = Targets(batch["scored_at"], batch["scored_weights"]) if "scored_at" in batch else None
+        scored = Targets(batch["scored_at"], batch["scored_divisors"]) if "scored_at" in batch else None
         return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"], scored)
 
     def on_before_optimizer_step(self, optimizer):

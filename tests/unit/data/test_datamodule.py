@@ -76,12 +76,11 @@ def test_batches(make):
     batches = list(module.train_dataloader())
     assert len(batches) == 12
     for batch in batches:
-        index, weights = batch.pop("scored_at"), batch.pop("scored_weights")
+        assert not any(tensor.is_floating_point() for tensor in batch.values()), "DeepSpeed would round them to bf16"
+        index, divisors = batch.pop("scored_at"), batch.pop("scored_divisors")
         assert set(batch) == {"input_ids", "labels", "position_ids"}
         assert all(tensor.shape == (4, 16) and tensor.dtype == torch.int64 for tensor in batch.values())
-        assert index.tolist() == [i for i in range(64) if i % 16 < 15] and weights.tolist() == pytest.approx(
-            [1 / 60] * 60
-        )
+        assert index.tolist() == [i for i in range(64) if i % 16 < 15] and divisors.tolist() == [60] * 60
     rows = torch.cat([batch["input_ids"] for batch in batches])
     assert torch.equal(rows, torch.stack([module.dataset[i]["input_ids"] for i in range(48)]))
     assert seen_documents(module) == {0: 16, 1: 16, 2: 16}
