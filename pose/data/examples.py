@@ -180,8 +180,8 @@ class Targets(NamedTuple):
 
     Attributes:
         at: int64 [n], of the states that predict them, in the batch's B * L.
-        divisors: int64 [n], B times the number of scored tokens in the row of each. Not its reciprocal, which a strategy
-            that casts a batch to bf16 would round.
+        divisors: int64 [n], B times the number of scored tokens in the row of each. Not its reciprocal: a strategy that
+            casts a batch to bf16 would round it.
     """
 
     at: torch.Tensor
