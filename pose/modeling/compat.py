@@ -38,6 +38,7 @@ from transformers.utils.hub import cached_file, cached_files
 
 from pose.errors import ConfigError
 
+SELECTIVE = "torch._higher_order_ops.wrap"  # the logger of what traces recomputation
 RECOMPILATIONS = "torch._dynamo.guards.__recompiles"  # the logger of its artifact "recompiles"
 ROPE_TYPES = frozenset({"default", *ROPE_INIT_FUNCTIONS})  # that transformers can build
 
@@ -252,6 +253,8 @@ def warn_of_recompilations(log: logging.Logger):
     torch._logging.set_logs(recompiles=True)
     logger = logging.getLogger(RECOMPILATIONS)
     logger.handlers[:], logger.propagate = [_Recompilation(log)], False
+    # "Please make sure the checkpointed region does not contain in-place ops": layers have none
+    logging.getLogger(SELECTIVE).addFilter(lambda record: "context_fn is passed" not in record.getMessage())
 
 
 class _Recompilation(logging.Handler):

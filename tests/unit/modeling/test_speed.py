@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from pose.errors import ConfigError
-from pose.modeling import speed
+from pose.modeling import compat, speed
 from pose.modeling.load import build_model
 from pose.modeling.lora import add_lora
 from pose.modeling.loss import causal_lm_loss
@@ -74,14 +74,19 @@ def test_twenty_compiled_steps_end_as_eager_ones(caplog):
 
 @pytest.mark.parametrize("how", [False, True, "selective"])
 @pytest.mark.parametrize(("attention", "lora"), [("sdpa", False), ("eager", False), ("sdpa", True)])
-def test_compiled_with_everything_else(monkeypatch, attention, lora, how):
+def test_compiled_with_everything_else(monkeypatch, caplog, attention, lora, how):
     """Traced and differentiated, but not turned into code, which would take long."""
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: torch_compile(function, backend="aot_eager"))
     eager, compiled = make(attention, lora), make(attention, lora)
     speed.recompute(compiled, how)
     speed.compile_layers(compiled)
+    warned = logging.getLogger(compat.SELECTIVE)
+    warned.addHandler(caplog.handler)
+    torch._logging.warning_once.cache_clear()
     assert train(compiled, 3) == pytest.approx(train(eager, 3), abs=1e-5)
+    warned.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_compiling_again_is_a_warning_with_its_cause(monkeypatch, caplog):
