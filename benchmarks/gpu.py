@@ -102,7 +102,7 @@ def strategy(name: str, tells: str, *needs: str) -> Stage:
 LORA = ("--shape", "7b", "--rank", "16", "--micro-batch", "2")
 STAGES = (
     tests("tests", "not zero"),
-    speed("speed-135m-compiled", "135M, compiled", "--shape", "135m", "--compiled"),
+    speed("speed-135m-compiled", "135M, compiled", "--shape", "135m", "--compiled", "--micro-batch", "16"),
     speed("speed-1b-compiled", "1B, compiled", "--shape", "1b", "--compiled", "--micro-batch", "4"),
     speed("speed-7b-lora-compiled", "7B LoRA, compiled", *LORA, "--compiled", "--steps", "5", needs=("peft",)),
     efficiency("efficiency-135m", "135m"),
@@ -110,7 +110,7 @@ STAGES = (
     speed("speed-7b-adamw8bit-compiled", "7B, all weights, adamw8bit, compiled, recomputation", "--shape", "7b",
           "--compiled", "--optimizer", "adamw8bit", "--micro-batch", "2", "--recompute", "true", "--steps", "3",
           needs=("bitsandbytes",)),
-    speed("speed-135m", "135M, eager", "--shape", "135m"),
+    speed("speed-135m", "135M, eager", "--shape", "135m", "--micro-batch", "16"),
     speed("speed-1b", "1B, eager", "--shape", "1b", "--micro-batch", "4"),
     speed("speed-7b-lora", "7B LoRA, eager", *LORA, "--steps", "5", needs=("peft",)),
     strategy("ddp", "DDP over NCCL"),
