@@ -13,7 +13,28 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import report, spread
+from benchmarks import Options, report, spread, table, whole, words
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("data", __doc__, quick={"repeats": 5, "examples": 2000})
+    parser.add_argument("--repeats", type=whole(1), default=7)
+    parser.add_argument("--examples", type=whole(1), default=8000, help="in one repeat")
+    parser.add_argument("--micro-batch", type=whole(1), default=16)
+    parser.add_argument("--train-len", type=whole(2), default=2048, help="tokens in an example")
+    parser.add_argument("--target-len", type=whole(2), default=16384, help="tokens in the stretch it is drawn from")
+    args = parser.read()
+    if args.target_len < args.train_len:
+        parser.error(f"--target-len {args.target_len} is below --train-len {args.train_len}")
+    if args.examples < args.micro_batch:
+        parser.error(f"--examples {args.examples} is below --micro-batch {args.micro_batch}")
+    return args
+
+
+if __name__ == "__main__":
+    options()
+
 from pose.app.runtime import quiet_libraries
 from pose.data.datamodule import PoseDataModule
 from pose.files import locate
@@ -70,23 +91,17 @@ def loader_speed(data: PoseDataModule, args: argparse.Namespace) -> list[float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--examples", type=int, default=8000, help="in one repeat")
-    parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--train-len", type=int, default=2048, help="tokens in an example")
-    parser.add_argument("--target-len", type=int, default=16384, help="tokens in the stretch it is drawn from")
-    args = parser.parse_args()
+    args = options()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as cache_dir:
         dataset = spread(dataset_speed(build_data(args, cache_dir, num_workers=0), args))
         loader = spread(loader_speed(build_data(args, cache_dir, num_workers=1), args))
-    here, there = (f"{r['median']:,.0f} ({r['min']:,.0f} to {r['max']:,.0f})" for r in (dataset, loader))
+    rows = [("one process", words(dataset, ",.0f")), ("DataLoader, one worker", words(loader, ",.0f"))]
+    title = f"data: examples of {args.train_len:,} tokens, {args.repeats} repeats"
     report(
-        f"data: {here} examples/s of {args.train_len} tokens in one process; {there} through a DataLoader "
-        f"with one worker; median and range of {args.repeats} repeats",
+        table(title, ["", "examples/s"], rows),
         "data",
-        vars(args),
+        args,
         {"examples_per_second": {"dataset": dataset, "loader_1_worker": loader}},
     )
 

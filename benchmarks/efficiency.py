@@ -1,25 +1,50 @@
 """PoSE against full-length training, side by side: python -m benchmarks.efficiency [--quick] [--json FILE] [--plot PNG]
 
-Equal numbers of sequences (and so of steps): PoSE trains windows of --train-len tokens whose positions reach the
-target, full-length training trains every token of the target. For each target: how many times as long full-length
-training takes, how much more memory, and the measured ratio of times by that of FLOPs (pose.plan): 1 is where PoSE is
-as efficient as its longer rival, below 1 where short windows use the hardware less.
+Equal numbers of sequences, and of optimizer steps (--batch sequences each): PoSE trains windows of --train-len tokens
+whose positions reach the target, full-length training trains every token of the target. For each target: how many times
+as long full-length training takes, how much more memory, and the measured ratio of times by that of FLOPs (pose.plan):
+1 is where PoSE is as efficient as its longer rival, below 1 where short windows use the hardware less.
 
-Random weights. On a GPU bf16 autocast, compiled layers, activations recomputed with --recompute; on a CPU fp32, one
-thread. Memory is the peak above weights and optimizer states; on a CPU each way has a process of its own.
+Random weights. On a GPU bf16 autocast and compiled layers, on a CPU fp32 and one thread; activations recomputed with
+--recompute. Full-length training computes a sequence at a time, PoSE --micro-batch of them. Memory is what one sequence
+at a time takes at its peak above weights and optimizer states, in both; on a CPU each way has a process of its own.
 """
 
 import argparse
 import multiprocessing
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+from benchmarks import Options, in_turn, memory, ratio, report, save_part, spread, table, whole, words
+from benchmarks.shapes import SHAPES
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("efficiency", __doc__, quick={"targets": [1024, 2048], "repeats": 3})
+    parser.add_argument("--shape", default="small", choices=SHAPES)
+    parser.add_argument("--train-len", type=whole(2), default=512)
+    parser.add_argument("--targets", type=whole(2), nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--batch", type=whole(1), default=1, help="sequences in an optimizer step, both ways")
+    parser.add_argument("--micro-batch", type=whole(1), default=1, help="sequences of PoSE at one time")
+    parser.add_argument("--repeats", type=whole(1), default=5)
+    parser.add_argument("--steps", type=whole(1), default=5, help="of PoSE in a row, for one time")
+    parser.add_argument("--recompute", action="store_true", help="activations, in both ways")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="a plot of the ratios")
+    args = parser.read()
+    if min(args.targets) <= args.train_len:
+        parser.error(f"--targets {min(args.targets)} is not beyond --train-len {args.train_len}")
+    if args.batch % args.micro_batch:
+        parser.error(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
+    return args
+
+
+if __name__ == "__main__":
+    options()
 
 import torch
 
-from benchmarks import report, spread
-from benchmarks.memory import peak_above
-from benchmarks.training import SHAPES, Setting, default_device, on
+from benchmarks.training import Setting, Trainee, default_device, on
 from pose.plan import Shape, Training
 
 
@@ -30,63 +55,80 @@ def flops(setting: Setting) -> float:
     return training.flops_per_token * setting.train_len
 
 
-def memory(setting: Setting, device: torch.device) -> int:
-    """Bytes that a step takes above what is there between two steps."""
-    if device.type == "cpu":
-        with multiprocessing.get_context("fork").Pool(1) as pool:
-            return pool.apply(_memory, (setting,))
-    with on(setting, device) as trainee:
-        trainee.step()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        trainee.step()
-        return torch.cuda.max_memory_allocated() - before
+def cpu_memory(setting: Setting) -> int:
+    """Bytes that a step of one sequence takes above what is there between two steps."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_cpu_memory, (replace(setting, micro_batch=1, accumulate=1),))
 
 
-def _memory(setting: Setting) -> int:
+def _cpu_memory(setting: Setting) -> int:
     torch.set_num_threads(1)
     with on(setting, torch.device("cpu")) as trainee:
         trainee.step()
-        return peak_above(trainee.step)
+        return memory.peak_above(trainee.step)
 
 
-def compare(args, target: int, device: torch.device) -> dict:
-    """Both ways of one target."""
-    is_compiled = device.type == "cuda"
-    short, full = (
-        Setting(args.shape, length, target, recompute=args.recompute, compiled=is_compiled)
-        for length in (args.train_len, target)
-    )
-    bytes_of = {name: memory(setting, device) for name, setting in (("pose", short), ("full", full))}
-    seconds: dict[str, list[float]] = {"pose": [], "full": []}
+def gpu_memory(trainee: Trainee) -> int:
+    """The same, of a trainee that has taken a step; its optimizer steps in place and takes nothing of that size."""
+    trainee.backward(1)  # compiles this shape
+    trainee.optimizer.zero_grad()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainee.backward(1)
+    trainee.optimizer.zero_grad()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compare(args: argparse.Namespace, target: int, device: torch.device, bytes_of: dict, so_far: list[dict]) -> dict:
+    """Both ways of one target; saved after each repeat, with what was found `so_far` of others."""
+    short, full = settings_of(args, target, device)
+    by_flops = flops(full) / flops(short)
+
+    def result(seconds: dict[str, list[float]]) -> dict:
+        times = ratio(seconds["full"], seconds["pose"])
+        return {
+            "target_len": target,
+            "seconds_per_sequence": {name: spread(values) for name, values in seconds.items()},
+            "times_as_long": times,
+            "flop_ratio": by_flops,
+            "measured_by_flops": times["median"] / by_flops,
+            "memory_mib": {name: found / 2**20 for name, found in bytes_of.items()},
+            "memory_ratio": bytes_of["full"] / bytes_of["pose"],
+            "settings": {"pose": asdict(short), "full": asdict(full)},
+        }
+
+    def save(seconds: dict[str, list[float]]):
+        save_part("efficiency", args, {"targets": [*so_far, result(seconds)]})
+
     with on(short, device) as pose, on(full, device) as rival:
         pose.step()
         rival.step()
-        for _ in range(args.repeats):
-            seconds["pose"].append(pose.seconds(args.steps))
-            seconds["full"].append(rival.seconds(1))
-    ratio_of_flops = flops(full) / flops(short)
-    times = spread([b / a for a, b in zip(seconds["pose"], seconds["full"], strict=True)])
-    return {
-        "target_len": target,
-        "seconds_per_sequence": {name: spread(values) for name, values in seconds.items()},
-        "times_as_long": times,
-        "flop_ratio": ratio_of_flops,
-        "measured_by_flops": times["median"] / ratio_of_flops,
-        "memory_mib": {name: found / 2**20 for name, found in bytes_of.items()},
-        "memory_ratio": bytes_of["full"] / bytes_of["pose"],
-        "settings": {"pose": asdict(short), "full": asdict(full)},
-    }
+        if device.type == "cuda":
+            bytes_of = {"pose": gpu_memory(pose), "full": gpu_memory(rival)}
+        ways = {
+            "pose": lambda: pose.seconds(args.steps) / args.batch,
+            "full": lambda: rival.seconds() / args.batch,
+        }
+        return result(in_turn(ways, args.repeats, after=save))
+
+
+def settings_of(args: argparse.Namespace, target: int, device: torch.device) -> tuple[Setting, Setting]:
+    """PoSE and full-length training of one target."""
+    common = {"recompute": args.recompute, "compiled": device.type == "cuda"}
+    micro = args.micro_batch
+    short = Setting(args.shape, args.train_len, target, micro, args.batch // micro, **common)
+    return short, Setting(args.shape, target, target, 1, args.batch, **common)
 
 
 def plot(found: list[dict], train_len: int, file: Path):
     """Ratios over the target, measured and by FLOPs."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from pose.reporting.plots import save_figure
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     targets = [one["target_len"] for one in found]
     medians = [one["times_as_long"]["median"] for one in found]
     spans = [
@@ -107,41 +149,37 @@ def plot(found: list[dict], train_len: int, file: Path):
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="small", choices=SHAPES)
-    parser.add_argument("--train-len", type=int, default=512)
-    parser.add_argument("--targets", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=5, help="of PoSE in a row, for one time")
-    parser.add_argument("--recompute", action="store_true", help="activations, in both ways")
-    parser.add_argument("--quick", action="store_true", help="the first two targets, 3 repeats")
-    parser.add_argument("--json", type=Path, help="the last line goes into this file too")
-    parser.add_argument("--plot", type=Path, help="a PNG of the ratios")
-    args = parser.parse_args()
-    if min(args.targets) <= args.train_len or args.repeats < 1 or args.steps < 1:
-        parser.error("give targets beyond --train-len, and at least 1 repeat and step")
+    args = options()
     device = default_device()
-    if device.type == "cpu" and sys.platform != "linux":
-        parser.error("peak memory is read from /proc, which only Linux has")
-    if args.quick:
-        args.targets, args.repeats = args.targets[:2], min(args.repeats, 3)
     torch.set_num_threads(1)
-    found = [compare(args, target, device) for target in args.targets]
+    bytes_of: dict[int, dict] = {}
+    if device.type == "cpu":
+        if not memory.is_known():
+            raise SystemExit("peak memory is read from /proc, which only Linux has")
+        for target in args.targets:  # before anything runs here: what a run leaves to the allocator would serve
+            short, full = settings_of(args, target, device)
+            bytes_of[target] = {"pose": cpu_memory(short), "full": cpu_memory(full)}
+    else:
+        torch._dynamo.config.automatic_dynamic_shapes = False  # else the second length gets kernels for any length
+    found: list[dict] = []
+    for target in args.targets:
+        found.append(compare(args, target, device, bytes_of.get(target, {}), found))
     if args.plot is not None:
         plot(found, args.train_len, args.plot)
     rows = [
-        f"{one['target_len']:8,}  {one['times_as_long']['median']:6.1f} ({one['times_as_long']['min']:.1f} to "
-        f"{one['times_as_long']['max']:.1f}) times as long, {one['memory_ratio']:5.1f} times the memory; FLOPs "
-        f"{one['flop_ratio']:.1f} times; measured by FLOPs {one['measured_by_flops']:.2f}"
+        (
+            f"{one['target_len']:,}", words(one["times_as_long"], ".1f"), f"{one['memory_ratio']:.1f}",
+            f"{one['flop_ratio']:.1f}", f"{one['measured_by_flops']:.2f}",
+        )
         for one in found
-    ]
-    heading = f"efficiency: full-length against PoSE of {args.train_len} tokens, {args.shape}, {device.type}"
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report("\n".join([heading, *rows]), "efficiency", settings, {"targets": found}, args.json)
+    ]  # fmt: skip
+    title = f"efficiency: full-length over PoSE of {args.train_len:,} tokens, {args.shape}, {device.type}"
+    head = ["target", "time", "memory", "FLOPs", "time by FLOPs"]
+    report(table(title, head, rows), "efficiency", args, {"targets": found})
 
 
 if __name__ == "__main__":

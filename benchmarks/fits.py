@@ -18,36 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import lightning as L
-import torch
-from hydra import compose, initialize_config_dir
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from benchmarks import report
-from pose.app import schema
-from pose.app.preflight import plan_training
-from pose.app.run import Run
-from pose.app.runtime import quiet_libraries
+from benchmarks import Options, memory, report, save_part, table, whole
+from benchmarks.shapes import SHAPES
 from pose.files import CONF, REPOSITORY
-from pose.training.callbacks import Export
 
-SHAPES = {
-    "1B": {  # Llama-3.2-1B
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "quick": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
+OF_156M = {  # parameters
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
 }
 WAYS = {
     "lora_fp32": ["finetune=lora", "finetune.lora.frozen_dtype=float32"],
@@ -61,6 +42,42 @@ WINDOW, TARGET_LEN = 256, 2048
 TOKENIZER = REPOSITORY / "assets" / "tiny"
 
 
+SHAPES = SHAPES | {"156m": OF_156M}
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("fits", __doc__, quick={"shape": "156m"})
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["lora", "qlora"])
+    parser.add_argument("--steps", type=whole(1), default=2)
+    parser.add_argument("--length", type=whole(2), default=WINDOW, help="tokens of an example")
+    parser.add_argument("--precision", default="32-true", choices=["bf16-mixed", "32-true"])
+    parser.add_argument("--checkpointing", action="store_true", help="activations are made again")
+    parser.add_argument("--child", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.read()
+    if not memory.is_known():
+        parser.error("peak memory is read from /proc, which only Linux has")
+    if args.length > WINDOW:
+        parser.error(f"--length {args.length} is beyond the window of {WINDOW} tokens")
+    return args
+
+
+if __name__ == "__main__":
+    options()
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from pose.app import schema
+from pose.app.preflight import plan_training
+from pose.app.run import Run
+from pose.app.runtime import quiet_libraries
+from pose.training.callbacks import Export
+
+
 class Peaks(L.Callback):
     """Peaks of resident memory, in bytes, before and after the first step began; the seconds of each step."""
 
@@ -69,28 +86,21 @@ class Peaks(L.Callback):
         self.begins: list[float] = []
 
     def on_train_start(self, *_):
-        self.loading = peak_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self.loading = memory.resident("VmHWM")
+        memory.forget_peak()
 
     def on_train_batch_start(self, *_):
         self.begins.append(time.perf_counter())
 
     def on_train_end(self, *_):
         self.begins.append(time.perf_counter())
-        self.training = peak_memory()
-
-
-def peak_memory(key: str = "VmHWM") -> int:
-    """Bytes of resident memory of this process; VmRSS is those of now."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(key))) * 1024
+        self.training = memory.resident("VmHWM")
 
 
 def write_checkpoint(shape: str, folder: Path):
     """Random weights in bf16."""
-    config = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=WINDOW, tie_word_embeddings=True, rope_theta=5e5, pad_token_id=None
-    )
+    sizes = {"tie_word_embeddings": True} | SHAPES[shape]
+    config = LlamaConfig(**sizes, max_position_embeddings=WINDOW, rope_theta=5e5, pad_token_id=None)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -116,7 +126,7 @@ def train(way: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
         run.plan = plan_training(cfg, Path(run_dir))
         trainer, peaks = run.plan.trainer, Peaks()
         trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, Export)] + [peaks]
-        before = peak_memory("VmRSS")
+        before = memory.resident("VmRSS")
         run.train()
     seconds = [end - begin for begin, end in zip(peaks.begins, peaks.begins[1:], strict=False)]
     return {
@@ -137,42 +147,31 @@ def in_a_process(*arguments: str) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller shape (156 million parameters)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["lora", "qlora"])
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--length", type=int, default=256, help="tokens of an example")
-    parser.add_argument("--precision", default="32-true", choices=["bf16-mixed", "32-true"])
-    parser.add_argument("--checkpointing", action="store_true", help="activations are made again")
-    parser.add_argument("--child", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = options()
     quiet_libraries()
-    shape = "quick" if args.quick else "1B"
     if args.child is not None:
         way, folder = args.child
         if way == "write":
-            write_checkpoint(shape, Path(folder))
+            write_checkpoint(args.shape, Path(folder))
         else:
             print(json.dumps(train(way, Path(folder), args)))
         return
-
+    del args.child
+    found: dict[str, dict] = {}
     with tempfile.TemporaryDirectory(prefix="pose-fits-") as folder:
         in_a_process(*sys.argv[1:], "--child", "write", folder)
         weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        ways = {}
         for way in args.ways:
-            found = json.loads(in_a_process(*sys.argv[1:], "--child", way, folder).splitlines()[-1])
-            found |= {phase: found[f"{phase}_bytes"] / weights for phase in ("loading", "training")}
-            ways[way] = found
-    line = ", ".join(
-        f"{way} {found['training']:.2f} (loading {found['loading']:.2f}; {found['seconds_per_step']:.1f} s a step)"
-        for way, found in ways.items()
-    )
-    settings = {key: value for key, value in vars(args).items() if key != "child"} | {"shape": shape}
-    report(
-        f"fits: peak memory of training over {weights / 1e9:.2f} GB of bf16 weights: {line}", "fits", settings,
-        {"weights_bytes": weights, "ways": ways},
-    )  # fmt: skip
+            one = json.loads(in_a_process(*sys.argv[1:], "--child", way, folder).splitlines()[-1])
+            one |= {phase: one[f"{phase}_bytes"] / weights for phase in ("loading", "training")}
+            found[way] = one
+            save_part("fits", args, {"weights_bytes": weights, "ways": found})
+    rows = [
+        (way, *(f"{one[key]:.2f}" for key in ("loading", "training", "seconds_per_step"))) for way, one in found.items()
+    ]
+    title = f"fits: peak memory over {weights / 1e9:.2f} GB of bf16 weights, {args.shape}"
+    text = table(title, ["way", "loading", "training", "seconds a step"], rows)
+    report(text, "fits", args, {"weights_bytes": weights, "ways": found})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """Everything that waits for a GPU, in stages: python -m benchmarks.gpu [--only A B] [--skip C] [--minutes M]
 
 Stages stand in order of worth, take at most two minutes each, and save what they found as they end in --out (NAME.json,
-NAME.log, summary.json), so that a machine that is taken away leaves results. A stage that fails or takes too long is
-noted, and the next begins. A call with the same folder does what is missing.
+NAME.log; summary.json holds all, with the end of each log), so that a machine that is taken away leaves results. A
+stage that fails, takes too long or lacks a package is noted, and the next begins. A call with the same folder does
+what is missing.
 
 --rehearse runs the same commands with small shapes, on a CPU too. --write puts what a folder holds into docs/SPEED.md.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,14 +23,16 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import torch
-
-from benchmarks import machine
+from benchmarks import Options, commit, report, words
 from pose.files import REPOSITORY, atomic_file, read_json, write_json
 
-LIMIT = 120  # seconds of a stage
+LIMIT, GRACE = 120, 5  # seconds of a stage, and from the signal that asks it to end to the one that ends it
+LOG_END = 4000  # characters of a log that the summary keeps
 BEGIN, END = "<!-- from python -m benchmarks.gpu -->", "<!-- until here -->"
 DOC = REPOSITORY / "docs" / "SPEED.md"
+REAL = "smollm2_32k"  # the experiment of the real-model run
+# No look-ups in a network that may not be there; a stage that is ended has written its log
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,19 @@ class Stage:
 
     Attributes:
         name: of the stage and its files.
-        command: arguments of python; {out} is the folder.
-        rehearsal: what is put behind them, or in their place, for small shapes.
+        command: arguments of python; {out} is the folder, {name} the stage.
+        rehearsal: what is put behind them for small shapes; what comes last holds.
         tells: what it is about, for the table.
+        needs: packages, by the names they are imported under.
+        only_on_gpu: whether a rehearsal without a GPU leaves it out.
     """
 
     name: str
     command: tuple[str, ...]
-    rehearsal: tuple[str, ...] = ()
-    tells: str = ""
+    rehearsal: tuple[str, ...]
+    tells: str
+    needs: tuple[str, ...] = ()
+    only_on_gpu: bool = False
 
     def arguments(self, out: Path, rehearse: bool) -> list[str]:
         """The whole command line after `python`."""
@@ -51,116 +61,221 @@ class Stage:
         return [part.replace("{out}", str(out)).replace("{name}", self.name) for part in command]
 
 
-def speed(name: str, tells: str, *arguments: str) -> Stage:
+def tests(name: str, selected: str, *needs: str) -> Stage:
+    """Those of tests/gpu that a -k selects; each that ends is a line of the log."""
+    command = ("-m", "pytest", "tests/gpu", "-vv", "-p", "no:cacheprovider", "--durations=0", "-k", selected)
+    return Stage(name, command, (), f"tests/gpu, {selected}", ("pytest", "hydra", "lightning", *needs))
+
+
+def speed(name: str, tells: str, *arguments: str, needs: tuple[str, ...] = ()) -> Stage:
     """A stage of `benchmarks.speed`."""
-    small = ("--shape", "rehearsal", "--train-len", "64", "--target-len", "256", "--micro-batch", "2", "--quick")
-    return Stage(name, ("-m", "benchmarks.speed", *arguments, "--json", "{out}/{name}.json"), small, tells)
+    small = ("--shape", "rehearsal", "--train-len", "64", "--target-len", "256", "--micro-batch", "2",
+             "--warmup", "1", "--steps", "2", "--repeats", "2")  # fmt: skip
+    command = ("-m", "benchmarks.speed", *arguments, "--json", "{out}/{name}.json")
+    return Stage(name, command, small, tells, needs)
 
 
-def efficiency(name: str, shape: str, *arguments: str) -> Stage:
-    """A stage of `benchmarks.efficiency` at 16,384 tokens."""
+def efficiency(name: str, shape: str) -> Stage:
+    """A stage of `benchmarks.efficiency` at 16,384 tokens: eight sequences a step, which PoSE computes at one time."""
     command = (
         "-m", "benchmarks.efficiency", "--shape", shape, "--train-len", "2048", "--targets", "16384", "--recompute",
-        *arguments, "--json", "{out}/{name}.json",
+        "--batch", "8", "--micro-batch", "8", "--steps", "4", "--json", "{out}/{name}.json",
     )  # fmt: skip
-    small = ("--shape", "rehearsal", "--train-len", "64", "--targets", "128", "--repeats", "2", "--steps", "2")
+    small = ("--shape", "rehearsal", "--train-len", "64", "--targets", "128", "--batch", "2", "--micro-batch", "2",
+             "--repeats", "2", "--steps", "2")  # fmt: skip
     return Stage(name, command, small, f"PoSE against full-length at 16,384, {shape}")
 
 
-def strategy(name: str) -> Stage:
-    """A short run of the shipped model under a strategy on one GPU."""
+def strategy(name: str, tells: str, *needs: str) -> Stage:
+    """A short run of the shipped model under a strategy on one device."""
     command = (
         "train.py", "experiment=smoke", f"strategy={name}", "trainer.devices=1", "eval=none",
-        f"hydra.run.dir={{out}}/run-{name}",
+        "hydra.run.dir={out}/run-{name}",
     )  # fmt: skip
-    return Stage(f"strategy-{name}", command, ("trainer.max_steps=1",), f"experiment=smoke, strategy={name}")
+    needs = ("hydra", "lightning", *needs)
+    # DeepSpeed's own kernels and communication are for a GPU
+    return Stage(
+        f"strategy-{name}", command, ("trainer.max_steps=1",), f"experiment=smoke, {tells}", needs, "deepspeed" in needs
+    )
 
 
+LORA = ("--shape", "7b", "--rank", "16", "--micro-batch", "2")
 STAGES = (
-    Stage("tests", ("-m", "pytest", "tests/gpu", "-q", "-x"), (), "tests/gpu"),
-    speed("speed-135m", "135M, eager", "--shape", "135m"),
-    speed("speed-135m-compiled", "135M, compiled", "--shape", "135m", "--compiled"),
+    tests("tests", "not zero"),
+    speed("speed-135m-compiled", "135M, compiled", "--shape", "135m", "--compiled", "--micro-batch", "16"),
     speed("speed-1b-compiled", "1B, compiled", "--shape", "1b", "--compiled", "--micro-batch", "4"),
-    speed("speed-7b-lora-compiled", "7B LoRA, compiled, selective recomputation", "--shape", "7b", "--compiled",
-          "--rank", "16", "--micro-batch", "2", "--recompute", "selective"),
+    speed("speed-7b-lora-compiled", "7B LoRA, compiled", *LORA, "--compiled", "--steps", "5", needs=("peft",)),
     efficiency("efficiency-135m", "135m"),
     efficiency("efficiency-1b", "1b"),
-    speed("speed-7b-adamw8bit", "7B, all weights, adamw8bit, compiled, recomputation", "--shape", "7b", "--compiled",
-          "--optimizer", "adamw8bit", "--micro-batch", "1", "--recompute", "true"),
+    speed("speed-7b-adamw8bit-compiled", "7B, all weights, adamw8bit, compiled, recomputation", "--shape", "7b",
+          "--compiled", "--optimizer", "adamw8bit", "--micro-batch", "2", "--recompute", "true", "--steps", "3",
+          needs=("bitsandbytes",)),
+    speed("speed-135m", "135M, eager", "--shape", "135m", "--micro-batch", "16"),
     speed("speed-1b", "1B, eager", "--shape", "1b", "--micro-batch", "4"),
-    speed("speed-7b-lora", "7B LoRA, eager, recomputation", "--shape", "7b", "--rank", "16", "--micro-batch", "2",
-          "--recompute", "true"),
-    *(strategy(name) for name in ("auto", "fsdp", "zero3", "zero3_offload")),
-    Stage("real", ("train.py", "experiment=smollm2_32k", "hydra.run.dir={out}/run-real"), (), "experiment=smollm2_32k"),
+    speed("speed-7b-lora", "7B LoRA, eager", *LORA, "--steps", "5", needs=("peft",)),
+    strategy("ddp", "DDP over NCCL"),
+    strategy("fsdp", "FSDP2"),
+    strategy("zero3", "ZeRO-3", "deepspeed"),
+    strategy("zero3_offload", "ZeRO-3, offload", "deepspeed"),
+    Stage("real", ("train.py", f"experiment={REAL}", "hydra.run.dir={out}/run-{name}"), ("trainer.max_steps=1",),
+          f"experiment={REAL}", ("hydra", "lightning")),
+    speed("speed-7b-adamw8bit", "7B, all weights, adamw8bit, eager, recomputation", "--shape", "7b", "--optimizer",
+          "adamw8bit", "--micro-batch", "2", "--recompute", "true", "--steps", "3", needs=("bitsandbytes",)),
+    Stage("plan", ("-m", "benchmarks.plan", "--device", "cuda", "--json", "{out}/{name}.json"),
+          ("--device", "cpu", "--quick"), "memory of a step, planned over measured", ("peft",)),
+    tests("tests-zero", "zero", "deepspeed"),
 )  # fmt: skip
 
 
-def run(stage: Stage, out: Path, rehearse: bool, limit: float) -> dict:
-    """Runs a stage; what came of it."""
-    if stage.name == "real" and not (REPOSITORY / "conf" / "experiment" / "smollm2_32k.yaml").exists():
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    names = [stage.name for stage in STAGES]
+    parser = Options("gpu", __doc__, quick={"rehearse": True, "minutes": 5})
+    parser.add_argument("--only", nargs="+", default=[], choices=names, metavar="STAGE", help=", ".join(names))
+    parser.add_argument("--skip", nargs="+", default=[], choices=names, metavar="STAGE")
+    parser.add_argument("--minutes", type=float, default=12, help="no stage runs beyond them")
+    parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of the results")
+    parser.add_argument("--rehearse", action="store_true", help="small shapes, on a CPU too")
+    parser.add_argument("--write", action="store_true", help="put what --out has into docs/SPEED.md, and nothing else")
+    args = parser.read()
+    args.out = args.out.resolve()  # stages run in the repository
+    if not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes} is not accepted: give a number above 0")
+    if not set(names) - set(args.skip) & set(args.only or names):
+        parser.error("--only and --skip leave no stage")
+    if args.write and not (args.out / "summary.json").is_file():
+        parser.error(f"--out {args.out} holds no results (summary.json)")
+    return args
+
+
+if __name__ == "__main__":
+    options()
+
+
+def seen() -> dict:
+    """Versions and hardware; in a process of its own, since one that has asked a GPU holds some of its memory."""
+    code = "import json, benchmarks; print(json.dumps([benchmarks.versions(), benchmarks.hardware()]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"torch cannot be asked for a GPU:\n{done.stderr[-LOG_END:]}")
+    versions, hardware = json.loads(done.stdout.splitlines()[-1])
+    return {"versions": versions, "hardware": hardware, "card": hardware["gpu"] or "cpu"}
+
+
+def _environment() -> dict[str, str]:
+    """Of a stage: the package is found without being installed."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return os.environ | ENVIRONMENT | {"PYTHONPATH": path}
+
+
+def run(stage: Stage, out: Path, rehearse: bool, has_gpu: bool, limit: float) -> dict:
+    """Runs a stage; what came of it.
+
+    Args:
+        stage: to run.
+        out: folder of its files.
+        rehearse: whether with small shapes.
+        has_gpu: whether there is a GPU.
+        limit: in seconds.
+    """
+    if stage.name == "real" and not (REPOSITORY / "conf" / "experiment" / f"{REAL}.yaml").exists():
         return {"status": "not there yet"}
-    if stage.name.startswith("strategy-") and not torch.cuda.is_available() and "zero" in stage.name:
+    if stage.only_on_gpu and not has_gpu:
         return {"status": "needs a GPU"}
+    if missing := [package for package in stage.needs if importlib.util.find_spec(package) is None]:
+        return {"status": f"not installed: {', '.join(missing)}"}
+    file, log, folder = out / f"{stage.name}.json", out / f"{stage.name}.log", out / f"run-{stage.name}"
+    file.unlink(missing_ok=True)  # of a call before, which was ended
+    shutil.rmtree(folder, ignore_errors=True)
     arguments, start = stage.arguments(out, rehearse), time.monotonic()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    with open(out / f"{stage.name}.log", "w") as log:
-        try:
-            done = subprocess.run(
-                [sys.executable, *arguments], cwd=REPOSITORY, stdout=log, stderr=log, timeout=limit, check=False,
-                env=environment,
-            )  # fmt: skip
-            status = "done" if done.returncode == 0 else f"failed with status {done.returncode}"
-        except subprocess.TimeoutExpired:
-            status = f"took more than {limit:.0f} s"
+    with open(log, "wb") as output:
+        status = _run_within(limit, [sys.executable, *arguments], output)
     found = {"status": status, "seconds": round(time.monotonic() - start, 1), "command": " ".join(arguments)}
-    file = out / f"{stage.name}.json"
+    text = log.read_text(errors="replace")
+    if stage.name.startswith("tests"):
+        names = ("passed", "failed", "skipped", "error")
+        write_json(file, {name: len(re.findall(rf"^\S+::.* {name.upper()}\b", text, re.M)) for name in names})
+    elif (metrics := folder / "metrics.json").exists():
+        write_json(file, read_json(metrics))
     if file.exists():
         found["result"] = read_json(file)
-    shutil.rmtree(out / f"run-{stage.name.removeprefix('strategy-')}", ignore_errors=True)
+    if status != "done":
+        found["log"] = text[-LOG_END:]
+    shutil.rmtree(folder, ignore_errors=True)  # models
     return found
 
 
-def go_through(args) -> dict:
-    """All stages that are asked for and not done yet; the summary."""
-    out = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "summary.json"
-    summary = read_json(file) if file.exists() else {"stages": {}}
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    summary |= {"card": card, "date": date.today().isoformat(), "commit": _commit(), "rehearsal": args.rehearse,
-                "machine": machine()}  # fmt: skip
+def _run_within(limit: float, command: list[str], output) -> str:
+    """Runs a command and all that it starts for so many seconds at most; how it ended."""
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=_environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        process_group=0,
+    )  # fmt: skip
+    try:
+        code = process.wait(limit)
+        return "done" if code == 0 else f"failed with status {code}"
+    except subprocess.TimeoutExpired:
+        return f"ended after {limit:.0f} s"
+    finally:  # the whole group, which may outlive its leader; also when this program is ended itself
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+
+
+def go_through(args: argparse.Namespace) -> dict:
+    """All stages that are asked for and not done yet; the summary.
+
+    Raises:
+        SystemExit: there is no GPU, or the folder holds results of other hardware.
+    """
+    facts = seen()
+    if facts["card"] == "cpu" and not args.rehearse:
+        raise SystemExit("there is no GPU here: --rehearse runs the same commands with small shapes")
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "summary.json"
+    facts["rehearsal"] = args.rehearse
+    summary = read_json(file)
+    for key in ("card", "rehearsal", "versions"):
+        if summary and summary.get(key) != facts[key]:
+            raise SystemExit(
+                f"{args.out} holds results of {key} {summary.get(key)}, and now it is {facts[key]}: give another --out"
+            )
+    summary = facts | {"stages": summary.get("stages", {})}
+    write_json(file, summary)
     end = time.monotonic() + 60 * args.minutes
     for stage in STAGES:
         if (args.only and stage.name not in args.only) or stage.name in args.skip:
             continue
         if summary["stages"].get(stage.name, {}).get("status") == "done":
             continue
-        left = end - time.monotonic()
-        if left < 10:
+        left = end - time.monotonic() - 2 * GRACE
+        if left < 2 * GRACE:
             print(f"{stage.name}: no time left", flush=True)
             break
         print(f"{stage.name} ...", end=" ", flush=True)
-        found = run(stage, out, args.rehearse, min(LIMIT, left))
-        summary["stages"][stage.name] = found
+        try:
+            found = run(stage, args.out, args.rehearse, facts["card"] != "cpu", min(LIMIT, left))
+        except Exception as error:  # one stage is not to take the others with it
+            found = {"status": f"failed: {type(error).__name__}: {error}"}
+        summary["stages"][stage.name] = found | {"commit": commit(), "date": date.today().isoformat()}
         write_json(file, summary)
         print(f"{found['status']} ({found.get('seconds', 0):.0f} s)", flush=True)
     return summary
 
 
-def _commit() -> str:
-    try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)  # noqa: PLW1510
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-def table(summary: dict) -> str:
+def as_table(summary: dict) -> str:
     """What a folder holds, for docs/SPEED.md."""
-    versions = summary["machine"]["packages"]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in summary["versions"].items() if version and name != "tokenizers"
+    )
+    stages = summary["stages"].values()
+    days, commits = (", ".join(sorted({one[key] or "unknown" for one in stages})) for key in ("date", "commit"))
     lines = [
-        f"{summary['card']}, {summary['date']}, commit {summary['commit']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}:",
+        f"{summary['card']}, {days}, commit {commits}; {versions}. Medians and ranges.",
         "",
         "| stage | what | result |",
         "|---|---|---|",
@@ -173,20 +288,33 @@ def table(summary: dict) -> str:
 
 
 def _in_words(found: dict) -> str:
-    result = found.get("result")
-    if found["status"] != "done" or result is None:
-        return f"{found['status']} ({found['seconds']:.0f} s)" if "seconds" in found else found["status"]
-    if result["benchmark"] == "efficiency":
+    result, status = found.get("result", {}), found["status"].replace("|", "/").replace("\n", " ")
+    how = f"{status} ({found['seconds']:.0f} s)" if "seconds" in found else status
+    if "targets" in result:
         (one,) = result["targets"]
-        times = one["times_as_long"]
-        return (
-            f"full-length takes {times['median']:.1f} ({times['min']:.1f} to {times['max']:.1f}) times as long, "
-            f"{one['memory_ratio']:.1f} times the memory; measured by FLOPs {one['measured_by_flops']:.2f}"
+        told = (
+            f"full-length takes {words(one['times_as_long'], '.1f')} times as long, {one['memory_ratio']:.1f} times "
+            f"the memory; measured by FLOPs {one['measured_by_flops']:.2f}"
         )
-    rates, mfu = result["tokens_per_second"], result["mfu"]
-    words = f"{rates['median']:,.0f} ({rates['min']:,.0f} to {rates['max']:,.0f}) tokens/s"
-    words += f", MFU {mfu['median']:.1%}" if mfu else ""
-    return words + (f", {result['peak_memory_gib']:.1f} GiB" if result["peak_memory_gib"] else "")
+    elif "tokens_per_second" in result:
+        told = f"{words(result['tokens_per_second'], ',.0f')} tokens/s"
+        told += f", MFU {words(result['mfu'], '.1%')}" if result["mfu"] else ""
+        told += f", {result['peak_memory_gib']:.1f} GiB" if result["peak_memory_gib"] else ""
+        told += f", micro-batch {result['setting']['micro_batch']}" if result["out_of_memory_at"] else ""
+    elif "warmup_seconds" in result:
+        told = f"{len(result['warmup_seconds'])} steps of the warm-up"
+    elif "cases" in result:
+        ratios = [case["ratio"] for case in result["cases"]]
+        told = f"{min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cases"
+    elif "passed" in result:
+        told = ", ".join(f"{number} {name}" for name, number in result.items() if number) or "none ended"
+    elif "train/loss" in result:
+        told = f"loss {result['train/loss']:.3f}"
+        if peak := result.get("train/peak_memory_gib"):
+            told += f", {peak:.2f} GiB"
+    else:
+        return how
+    return told if status == "done" else f"{told}; {how}"
 
 
 def write(folder: Path, doc: Path = DOC):
@@ -196,39 +324,27 @@ def write(folder: Path, doc: Path = DOC):
         SystemExit: it was a rehearsal, or the document has no marks.
     """
     summary = read_json(folder / "summary.json")
-    if summary["rehearsal"]:
+    if summary.get("rehearsal", True):
         raise SystemExit(f"{folder} holds a rehearsal, whose figures say nothing of a GPU: not written")
     text = doc.read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{doc} has no place for it: put {BEGIN} and {END} there")
-    new = re.sub(
-        f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{table(summary)}\n{END}", text, flags=re.S
-    )
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
     with atomic_file(doc) as file:
-        file.write(new)
+        file.write(f"{before}{BEGIN}\n{as_table(summary)}\n{END}{after}")
 
 
 def main():
-    names = [stage.name for stage in STAGES]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], choices=names, metavar="STAGE", help=", ".join(names))
-    parser.add_argument("--skip", nargs="+", default=[], choices=names, metavar="STAGE")
-    parser.add_argument("--minutes", type=float, default=12, help="no stage runs beyond them")
-    parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of the results")
-    parser.add_argument("--rehearse", action="store_true", help="small shapes, on a CPU too")
-    parser.add_argument(
-        "--write", action="store_true", help="put what --out holds into docs/SPEED.md, and nothing else"
-    )
-    args = parser.parse_args()
+    args = options()
     if args.write:
         write(args.out)
         return
-    if not torch.cuda.is_available() and not args.rehearse:
-        parser.error("there is no GPU here: --rehearse runs the same commands with small shapes")
+    # Ended from outside, it ends its stage first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     summary = go_through(args)
     done = sum(found["status"] == "done" for found in summary["stages"].values())
-    print(table(summary))
-    print(json.dumps({"benchmark": "gpu", "done": done, "out": str(args.out), "machine": summary["machine"]}))
+    report(as_table(summary), "gpu", args, {"done": done, "stages": summary["stages"], "card": summary["card"]})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,29 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from benchmarks import Options, in_turn, ratio, report, spread, table, whole, words
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("loop", __doc__, quick={"repeats": 5, "steps": 10, "batch": 8})
+    parser.add_argument("--repeats", type=whole(1), default=7, help="pairs of runs")
+    parser.add_argument("--steps", type=whole(2), default=30, help="in a run; the first is not timed")
+    parser.add_argument("--batch", type=whole(1), default=16)
+    parser.add_argument("--length", type=whole(2), default=256)
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
+    args = parser.read()
+    if args.length >= TARGET_LEN:
+        parser.error(f"--length {args.length} is not below the window of {TARGET_LEN} tokens")
+    return args
+
+
+TARGET_LEN = 2048
+if __name__ == "__main__":
+    options()
 
 import lightning as L
 import torch
@@ -20,7 +41,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from transformers import LlamaConfig, PreTrainedModel, get_scheduler
 
-from benchmarks import report, spread
 from pose.app import schema
 from pose.app.build import build_trainer
 from pose.app.runtime import quiet_libraries
@@ -29,7 +49,6 @@ from pose.modeling.load import build_model
 from pose.modeling.loss import causal_lm_loss
 from pose.training.module import PoseModule
 
-TARGET_LEN = 2048
 OPTIMIZER = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.1}
 SCHEDULE, WARMUP_STEPS = "linear", 10
 
@@ -137,42 +156,40 @@ def compose_config(steps: int, precision: str) -> DictConfig:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
-    parser.add_argument("--steps", type=int, default=30, help="in a run; the first is not timed")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
-    args = parser.parse_args()
-    if args.steps < 2 or args.repeats < 1:
-        parser.error("give at least 2 steps and 1 repeat")
+    args = options()
     quiet_libraries()
     cfg = compose_config(args.steps, args.precision)
     batches = Batches(args.steps, args.batch, args.length, vocab_size=4096)
+    reference: list[torch.Tensor] = []  # weights after the first run, which all others must end with
+    are_same: list[bool] = []
 
-    loops = {
-        "bare": lambda model: bare_loop(model, batches, args.precision == "bf16-mixed"),
-        "lightning": lambda model: lightning_loop(model, batches, cfg),
+    def run(loop: Callable[[PreTrainedModel], list[float]]) -> float:
+        model = tiny_model()
+        seconds = seconds_per_step(loop(model))
+        weights = [parameter.detach() for parameter in model.parameters()]
+        reference.extend([] if reference else weights)
+        are_same.append(all(torch.equal(a, b) for a, b in zip(weights, reference, strict=True)))
+        return seconds
+
+    ways = {
+        "bare": lambda: run(lambda model: bare_loop(model, batches, args.precision == "bf16-mixed")),
+        "lightning": lambda: run(lambda model: lightning_loop(model, batches, cfg)),
     }
-    seconds = {name: [] for name in loops}
-    same_weights = True
-    for repeat in range(args.repeats):
-        models = {name: tiny_model() for name in loops}
-        for name in sorted(loops, reverse=repeat % 2 == 1):  # each goes first in turn: a drift cancels
-            seconds[name].append(seconds_per_step(loops[name](models[name])))
-        pairs = zip(models["bare"].parameters(), models["lightning"].parameters(), strict=True)
-        same_weights &= all(torch.equal(a, b) for a, b in pairs)
-
-    ratio = spread([ours / bare for ours, bare in zip(seconds["lightning"], seconds["bare"], strict=True)])
-    results = {"ratio": ratio, "seconds_per_step": {name: spread(values) for name, values in seconds.items()}}
+    seconds = in_turn(ways, args.repeats)
+    over = ratio(seconds["lightning"], seconds["bare"])
+    by_loop = {name: spread(values) for name, values in seconds.items()}
+    rows = [
+        ("bare", words(by_loop["bare"], ".4f"), ""),
+        ("lightning", words(by_loop["lightning"], ".4f"), words(over, ".3f")),
+    ]
+    is_same = all(are_same)
+    end = "the same" if is_same else "DIFFER: the loops do not do the same work"
+    title = f"loop: {args.repeats} pairs of {args.steps} steps; final weights {end}"
     report(
-        f"loop: a step takes Lightning {ratio['median']:.3f} times the bare loop's time ({ratio['min']:.3f} to "
-        f"{ratio['max']:.3f}, {args.repeats} pairs): {results['seconds_per_step']['lightning']['median']:.4f} s and "
-        f"{results['seconds_per_step']['bare']['median']:.4f} s; final weights "
-        f"{'the same' if same_weights else 'DIFFER: the loops do not do the same work'}",
+        table(title, ["loop", "seconds a step", "times as long"], rows),
         "loop",
-        vars(args),
-        results | {"same_weights": same_weights},
+        args,
+        {"ratio": over, "seconds_per_step": by_loop, "same_weights": is_same},
     )
 
 

@@ -7,13 +7,25 @@ CPU the peak is that of torch's own allocator, event by event (torch.profiler); 
 
 import argparse
 import contextlib
-import json
-from pathlib import Path
+
+from benchmarks import Options, report, save_part, spread, table
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("plan", __doc__, quick={"cases": "few"})
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    help = "few: the first three shapes, with SDPA"
+    parser.add_argument("--cases", choices=("all", "few"), default="all", help=help)
+    return parser.read()
+
+
+if __name__ == "__main__":
+    options()
 
 import torch
 from transformers import AutoConfig
 
-from benchmarks import report
 from pose.data.examples import scored_tokens
 from pose.modeling import speed
 from pose.modeling.load import build_model
@@ -123,40 +135,40 @@ def cuda_peak(step) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the first three shapes, with SDPA")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="file to write the JSON line to as well")
-    args = parser.parse_args()
+    args = options()
     torch.manual_seed(0)
     on_gpu = args.device == "cuda"
-    shapes = list((GPU_SHAPES if on_gpu else SHAPES).items())[: 3 if args.quick else None]
-    attentions = ("sdpa",) if args.quick or on_gpu else ("sdpa", "eager")
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no GPU here")
+    few = args.cases == "few"
+    shapes = dict(list((GPU_SHAPES if on_gpu else SHAPES).items())[: 3 if few else None])
+    attentions = ("sdpa",) if few or on_gpu else ("sdpa", "eager")
     precision = "bf16-mixed" if on_gpu else "32-true"
     cases = [
         (name, {"attention": attention, "checkpointing": checkpointing, "rank": rank})
-        for name, _ in shapes
+        for name in shapes
         for attention in attentions
         for rank in (None, 8)
         for checkpointing in (False, True, "selective")
         if attention == "sdpa" or (rank is None and checkpointing != "selective")
     ]
-    results = []
-    for name, options in cases:
-        planned, measured = compare(dict(shapes)[name], precision=precision, device=args.device, **options)
-        ratio = planned / measured
-        results.append({"shape": name, **options, "planned": planned, "measured": measured, "ratio": ratio})
-        what = f"{name}, {options['attention']}" + (f", rank {options['rank']}" if options["rank"] else "")
-        again = {False: "", True: ", layers computed again", "selective": ", selective"}[options["checkpointing"]]
-        print(
-            f"{what + again:58} planned {planned / 2**20:9.2f} MiB, measured {measured / 2**20:9.2f} MiB, {ratio:.3f}"
+    results: list[dict] = []
+    for name, case in cases:
+        planned, measured = compare(shapes[name], precision=precision, device=args.device, **case)
+        over = planned / measured
+        results.append({"shape": name, **case, "planned": planned, "measured": measured, "ratio": over})
+        save_part("plan", args, {"cases": results})
+    rows = []
+    for one in results:
+        what = f"{one['shape']}, {one['attention']}" + (f", rank {one['rank']}" if one["rank"] else "")
+        again = {False: "", True: ", layers computed again", "selective": ", selective"}[one["checkpointing"]]
+        rows.append(
+            (what + again, *(f"{one[key] / 2**20:.2f}" for key in ("planned", "measured")), f"{one['ratio']:.3f}")
         )
-    ratios = [result["ratio"] for result in results]
-    settings = {"device": args.device, "precision": precision, "shapes": dict(shapes)}
-    line = f"plan: planned over measured {min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cases"
-    report(line, "plan", settings, {"cases": results})
-    if args.json is not None:
-        args.json.write_text(json.dumps({"benchmark": "plan", "settings": settings, "cases": results}))
+    ratios = spread([one["ratio"] for one in results])
+    title = f"plan: planned over measured {ratios['min']:.3f} to {ratios['max']:.3f} in {len(results)} cases"
+    results_of = {"precision": precision, "shapes": shapes, "cases": results, "ratio": ratios}
+    report(table(title, ["case", "planned MiB", "measured MiB", "ratio"], rows), "plan", args, results_of)
 
 
 if __name__ == "__main__":

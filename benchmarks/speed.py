@@ -1,18 +1,49 @@
 """Tokens a second, model FLOPs utilisation and peak memory of one setting: python -m benchmarks.speed --shape 135m ...
 
 Random weights of a published shape; a step is forward, backward and optimizer, with its batch drawn and sent. MFU is
-causal: 6 N + 6 n_layer n_head d_head L FLOPs a token (pose.plan), over the peak of a known GPU; elsewhere none.
+causal: 6 N + 6 n_layer n_head d_head L FLOPs a token (pose.plan), over the peak of a known GPU; elsewhere none. Steps
+that warm up and compile are timed by themselves. Where a GPU's memory does not do, the micro-batch is halved.
 """
 
 import argparse
-from dataclasses import asdict
-from pathlib import Path
+import sys
+import time
+from dataclasses import asdict, replace
+
+from benchmarks import Options, report, save_part, spread, table, whole, words
+from benchmarks.shapes import SHAPES
+from pose.modeling.options import RECOMPUTE
+
+RECOMPUTE_NAMES = {str(how).lower(): how for how in RECOMPUTE}
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("speed", __doc__, quick={"warmup": 1, "steps": 2, "repeats": 2})
+    parser.add_argument("--shape", default="small", choices=SHAPES)
+    parser.add_argument("--train-len", type=whole(2), default=2048)
+    parser.add_argument("--target-len", type=whole(2), default=16384)
+    parser.add_argument("--micro-batch", type=whole(1), default=8)
+    parser.add_argument("--recompute", default="false", choices=RECOMPUTE_NAMES)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--rank", type=whole(1), help="of LoRA; without it all weights train")
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "adamw8bit"])
+    parser.add_argument("--attention", default="auto", choices=["auto", "sdpa", "eager", "flash_attention_2"])
+    parser.add_argument("--warmup", type=whole(1), default=5, help="steps that are no part of the speed")
+    parser.add_argument("--steps", type=whole(1), default=10, help="of one time")
+    parser.add_argument("--repeats", type=whole(1), default=5)
+    args = parser.read()
+    if args.target_len < args.train_len:
+        parser.error(f"--target-len {args.target_len} is below --train-len {args.train_len}")
+    return args
+
+
+if __name__ == "__main__":
+    options()
 
 import torch
 
-from benchmarks import report, spread
-from benchmarks.training import SHAPES, Setting, default_device, on
-from pose.modeling.options import RECOMPUTE
+from benchmarks.training import Setting, default_device, on
 from pose.plan import Shape, Training, peak_flops
 
 
@@ -24,50 +55,68 @@ def flops_per_token(setting: Setting) -> float:
     ).flops_per_token
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="small", choices=SHAPES)
-    parser.add_argument("--train-len", type=int, default=2048)
-    parser.add_argument("--target-len", type=int, default=16384)
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--recompute", default="false", choices=[str(how).lower() for how in RECOMPUTE])
-    parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--rank", type=int, help="of LoRA; without it all weights train")
-    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "adamw8bit"])
-    parser.add_argument("--attention", default="auto")
-    parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed")
-    parser.add_argument("--steps", type=int, default=10, help="of one time")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="2 steps, 2 repeats")
-    parser.add_argument("--json", type=Path, help="the last line goes into this file too")
-    args = parser.parse_args()
-    if args.quick:
-        args.warmup, args.steps, args.repeats = 1, 2, 2
-    device = default_device()
-    recompute = {"false": False, "true": True}.get(args.recompute, args.recompute)
-    setting = Setting(
-        args.shape, args.train_len, args.target_len, args.micro_batch, recompute, args.compiled, args.rank,
-        args.optimizer, args.attention,
-    )  # fmt: skip
+def measure(setting: Setting, args: argparse.Namespace, device: torch.device, tried: list[int]) -> dict:
+    """What a setting does; what is known so far is saved after the warm-up and each repeat.
+
+    Raises:
+        torch.OutOfMemoryError: there is too little memory.
+    """
+    on_gpu = device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(device), "bf16-mixed") if on_gpu else None
+    found = {"setting": asdict(setting), "device": device.type, "out_of_memory_at": tried}
+    start = time.perf_counter()
     with on(setting, device) as trainee:
-        losses = [trainee.step() for _ in range(args.warmup)]
-        seconds = [trainee.seconds(args.steps) for _ in range(args.repeats)]
-    rates = spread([setting.tokens / one for one in seconds])
-    peak = peak_flops(torch.cuda.get_device_name(device), "bf16-mixed") if device.type == "cuda" else None
-    mfu = None if peak is None else spread([rate * flops_per_token(setting) / peak for rate in _each(rates)])
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    line = f"speed: {args.shape}, {rates['median']:,.0f} ({rates['min']:,.0f} to {rates['max']:,.0f}) tokens/s"
-    line += "" if mfu is None else f", MFU {mfu['median']:.1%}"
-    line += "" if memory is None else f", {memory:.1f} GiB at most"
-    results = {
-        "tokens_per_second": rates, "mfu": mfu, "peak_memory_gib": memory, "first_losses": losses,
-        "setting": asdict(setting), "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-    }  # fmt: skip
-    report(line, "speed", vars(args) | {"json": None if args.json is None else str(args.json)}, results, args.json)
+        found["seconds_to_build"] = time.perf_counter() - start
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()  # of training alone
+        losses, warmup = [], []
+        for _ in range(args.warmup):
+            begin = time.perf_counter()
+            losses.append(trainee.step().item())
+            warmup.append(time.perf_counter() - begin)
+            found |= {"first_losses": losses, "warmup_seconds": warmup}
+            save_part("speed", args, found)
+        rates: list[float] = []
+        for _ in range(args.repeats):
+            rates.append(setting.tokens / trainee.seconds(args.steps))
+            per_token = None if peak is None else flops_per_token(setting) / peak
+            found |= {
+                "tokens_per_second": spread(rates),
+                "mfu": None if per_token is None else spread([rate * per_token for rate in rates]),
+                "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+                "reserved_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
+            }
+            save_part("speed", args, found)
+    return found
 
 
-def _each(rates: dict) -> list[float]:
-    return [rates["min"], rates["median"], rates["max"]]
+def main():
+    args = options()
+    device = default_device()
+    setting = Setting(
+        args.shape, args.train_len, args.target_len, args.micro_batch, recompute=RECOMPUTE_NAMES[args.recompute],
+        compiled=args.compiled, rank=args.rank, optimizer=args.optimizer, attention=args.attention,
+    )  # fmt: skip
+    tried: list[int] = []
+    while True:
+        try:
+            found = measure(setting, args, device, tried)
+            break
+        except torch.OutOfMemoryError:
+            if setting.micro_batch == 1:
+                raise
+        # Out here the error, and with it what its frames held, is gone
+        tried.append(setting.micro_batch)
+        setting = replace(setting, micro_batch=setting.micro_batch // 2)
+        print(f"out of memory: again with a micro-batch of {setting.micro_batch}", file=sys.stderr, flush=True)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+    rows = [("tokens/s", words(found["tokens_per_second"], ",.0f"))]
+    rows += [("MFU", words(found["mfu"], ".1%"))] if found["mfu"] else []
+    rows += [("GiB at most", f"{found['peak_memory_gib']:.1f}")] if found["peak_memory_gib"] else []
+    rows += [("seconds of the first step", f"{found['warmup_seconds'][0]:.1f}")]
+    title = f"speed: {args.shape}, {setting.micro_batch} examples of {args.train_len:,} tokens, {device.type}"
+    report(table(title, ["", f"{args.repeats} repeats"], rows), "speed", args, found)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,55 @@
-"""A training step, lever by lever, side by side: python -m benchmarks.step head|model [--quick] [--json FILE]
+"""A training step, lever by lever, side by side: python -m benchmarks.step [head] [model] [--quick] [--json FILE]
 
 head: the output layer and the loss alone, forward and backward. The plain way (all logits) against the loss of this
 package, chunks under activation checkpointing, and torch's linear_cross_entropy where the version has it.
 model: a step of a small Llama (the width and vocabulary of SmolLM2-135M, 4 layers) with AdamW. transformers' own loss
-against this package's, and that with each lever alone and all together: recomputed activations, compiled layers, bf16
-residuals (under bf16 autocast only).
+against this package's; that with each other lever alone: attention, recomputed activations (all, selective), compiled
+layers, bf16 residuals (under bf16 autocast only); and all together. In fp32 and under bf16 autocast.
 
 Time is CPU seconds of one thread, taken in turn; memory is the peak above what was there before (the inputs; weights
-and optimizer states), each way in a process of its own. Ratios are to the first way.
+and optimizer states), each way in a process of its own. Ratios are to the first way, and in `model` to the loss alone.
 """
 
 import argparse
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from benchmarks import Options, in_turn, memory, ratio, report, save_part, spread, table, timed, whole, words
+
+PRECISIONS = ["32-true", "bf16-mixed"]
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("step", __doc__, quick={"tokens": 256, "repeats": 3})
+    parser.add_argument("parts", nargs="*", metavar="PART", help="head, model; both without it")
+    parser.add_argument("--tokens", type=whole(2), default=2048)
+    parser.add_argument("--repeats", type=whole(1), default=7)
+    parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS, help="of `model`")
+    args = parser.read()
+    args.parts = args.parts or ["head", "model"]
+    if unknown := set(args.parts) - {"head", "model"}:
+        parser.error(f"{unknown.pop()!r} is no part: choose from head, model")
+    if not memory.is_known():
+        parser.error("peak memory is read from /proc, which only Linux has")
+    return args
+
+
+if __name__ == "__main__":
+    options()
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import report, spread
-from benchmarks.memory import peak_above
 from pose.modeling import speed
 from pose.modeling.load import build_model
 from pose.modeling.loss import CHUNK_LEN, causal_lm_loss, token_nll, weighted_nll
 
 HIDDEN, VOCAB, LAYERS = 576, 49152, 4
-PLAIN = "materialised"
+STOCK, LOSS = "transformers' loss", "loss"
 
 
 def head_ways(tokens: int) -> dict[str, Callable[[], None]]:
@@ -46,7 +66,7 @@ def head_ways(tokens: int) -> dict[str, Callable[[], None]]:
         return run
 
     losses = {
-        PLAIN: lambda: F.cross_entropy(head(hidden), targets, reduction="none") @ weights,
+        "materialised": lambda: F.cross_entropy(head(hidden), targets, reduction="none") @ weights,
         "pose": lambda: weighted_nll(hidden, head, targets, weights)[0],
         "checkpointed chunks": lambda: token_nll(hidden, head, targets) @ weights,
     }
@@ -73,7 +93,7 @@ def model_ways(tokens: int, precision: str) -> dict[str, Callable[[], None]]:
             if "stock" in levers:
                 model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
             else:
-                model = build_model(config, None, "sdpa")
+                model = build_model(config, None, "eager" if "eager" in levers else "sdpa")
             speed.recompute(model, "selective" if "selective" in levers else "recompute" in levers)
             if "residuals" in levers:
                 speed.residuals_as_computed(model)
@@ -98,87 +118,85 @@ def model_ways(tokens: int, precision: str) -> dict[str, Callable[[], None]]:
         return run
 
     ways = {
-        "transformers' loss": way("stock"),
-        "pose": way(),
-        "pose, recomputed": way("recompute"),
-        "pose, selective": way("selective"),
-        "pose, compiled": way("compile"),
+        STOCK: way("stock"),
+        LOSS: way(),
+        "loss, eager attention": way("eager"),
+        "loss, recomputed": way("recompute"),
+        "loss, selective": way("selective"),
+        "loss, compiled": way("compile"),
     }
     if precision == "bf16-mixed":
-        ways["pose, bf16 residuals"] = way("residuals")
+        ways["loss, bf16 residuals"] = way("residuals")
     every = ("selective", "compile", *(["residuals"] if precision == "bf16-mixed" else []))
-    return ways | {"pose, all": way(*every)}
+    return ways | {"all": way(*every)}
 
 
-def ways_of(args) -> dict[str, Callable[[], None]]:
-    return head_ways(args.tokens) if args.part == "head" else model_ways(args.tokens, args.precision)
+def ways_of(part: str, tokens: int) -> dict[str, Callable[[], None]]:
+    """Of a part: head, or model with a precision."""
+    name, _, precision = part.partition(" ")
+    return head_ways(tokens) if name == "head" else model_ways(tokens, precision)
 
 
-def memory(args, name: str) -> int:
+def memory_of(part: str, tokens: int, name: str) -> int:
     """Bytes that a run of one way takes above what is there before it: in a process that has not run any other."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(_memory, (args, name))
+        return pool.apply(_memory_of, (part, tokens, name))
 
 
-def _memory(args, name: str) -> int:
+def _memory_of(part: str, tokens: int, name: str) -> int:
     torch.set_num_threads(1)
-    run = ways_of(args)[name]
-    if args.part == "model":
+    run = ways_of(part, tokens)[name]
+    if part != "head":
         run()  # the optimizer's states, and what is compiled
-    return peak_above(run)
+    return memory.peak_above(run)
 
 
-def measure(args) -> dict:
-    """Seconds and bytes of each way, and both as ratios to the first."""
-    torch.set_num_threads(1)
-    ways = ways_of(args)
-    names = list(ways)
-    taken = {name: memory(args, name) for name in names}  # first: what a run here leaves to the allocator would serve
+def measure(part: str, tokens: int, repeats: int, taken: dict[str, int]) -> dict:
+    """Seconds of each way, and its bytes, as ratios to the first; of a model also to the loss alone."""
+    ways = ways_of(part, tokens)
     for run in ways.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(args.repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:  # each goes first in turn
-            start = time.process_time()
-            ways[name]()
-            seconds[name].append(time.process_time() - start)
-    first = names[0]
-    return {
-        name: {
-            "seconds": spread(seconds[name]),
-            "times_as_long": spread([a / b for a, b in zip(seconds[name], seconds[first], strict=True)]),
-            "memory_mib": taken[name] / 2**20,
-            "memory_ratio": taken[name] / taken[first],
-        }
-        for name in names
-    }
+    seconds = in_turn({name: timed(run, time.process_time) for name, run in ways.items()}, repeats)
+    found = {}
+    for name in ways:
+        found[name] = {"seconds": spread(seconds[name]), "memory_mib": taken[name] / 2**20}
+        for base, suffix in ((next(iter(ways)), ""), (LOSS, "_of_loss")):
+            if base in ways:
+                found[name] |= {
+                    f"times_as_long{suffix}": ratio(seconds[name], seconds[base]),
+                    f"memory_ratio{suffix}": taken[name] / taken[base],
+                }
+    return found
+
+
+def as_table(part: str, ways: dict, args: argparse.Namespace) -> str:
+    """What was measured of a part, to be read."""
+    head = [next(iter(ways)) + " = 1", "seconds", "times as long", "memory", "MiB"]
+    if LOSS in ways:
+        head += ["loss = 1: times as long", "memory"]
+    rows = []
+    for name, one in ways.items():
+        row = [name, f"{one['seconds']['median']:.3f}", words(one["times_as_long"])]
+        row += [f"{one['memory_ratio']:.2f}", f"{one['memory_mib']:,.0f}"]
+        if LOSS in ways:
+            row += [words(one["times_as_long_of_loss"]), f"{one['memory_ratio_of_loss']:.2f}"]
+        rows.append(row)
+    return table(f"step {part}: {args.tokens:,} tokens, {args.repeats} repeats", head, rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["head", "model"])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"], help="of `model`")
-    parser.add_argument("--quick", action="store_true", help="512 tokens, 3 repeats")
-    parser.add_argument("--json", type=Path, help="the last line goes into this file too")
-    args = parser.parse_args()
-    if args.tokens < 2 or args.repeats < 1:
-        parser.error("give at least 2 tokens and 1 repeat")
-    if args.quick:
-        args.tokens, args.repeats = min(args.tokens, 512), min(args.repeats, 3)
-    if sys.platform != "linux":
-        parser.error("peak memory is read from /proc, which only Linux has")
-    found = measure(args)
-    rows = [
-        f"{name:24} {one['times_as_long']['median']:5.2f} ({one['times_as_long']['min']:.2f} to "
-        f"{one['times_as_long']['max']:.2f}) times as long, {one['memory_ratio']:.2f} of the memory "
-        f"({one['memory_mib']:,.0f} MiB)"
-        for name, one in found.items()
-    ]
-    settings = vars(args) | {"json": None if args.json is None else str(args.json)}
-    report("\n".join([f"step {args.part}: {args.tokens} tokens, {args.repeats} repeats", *rows]), "step", settings,
-           {"ways": found}, args.json)  # fmt: skip
+    args = options()
+    torch.set_num_threads(1)
+    parts = ["head"] if "head" in args.parts else []
+    parts += [f"model {precision}" for precision in args.precision if "model" in args.parts]
+    # Before anything runs here: what a run leaves to the allocator would serve the forks
+    taken = {part: {name: memory_of(part, args.tokens, name) for name in ways_of(part, args.tokens)} for part in parts}
+    found: dict[str, dict] = {}
+    for part in parts:
+        found[part] = measure(part, args.tokens, args.repeats, taken[part])
+        save_part("step", args, {"parts": found})
+    text = "\n\n".join(as_table(part, ways, args) for part, ways in found.items())
+    report(text, "step", args, {"parts": found})
 
 
 if __name__ == "__main__":

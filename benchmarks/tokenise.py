@@ -1,6 +1,7 @@
-"""Speed and memory of tokenising a file into the token cache: python -m benchmarks.tokenise FILE [--tokenizer FOLDER]
+"""Speed and memory of tokenising a file into the token cache: python -m benchmarks.tokenise [FILE] [--tokenizer FOLDER]
 
-Memory is the most that the process holds for itself (RssAnon of /proc, every 20 ms) above what it held before.
+Memory is the most that the process holds for itself (RssAnon of /proc, every 20 ms) above what it held before. Without
+a file: the shipped books. Linux.
 """
 
 import argparse
@@ -11,17 +12,32 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import Options, memory, report, spread, table, whole, words
+from pose.files import locate
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("tokenise", __doc__, quick={"repeats": 1})
+    books = "assets/corpora/books.train.jsonl.gz"
+    parser.add_argument("file", nargs="?", default=books, help="documents, as data.documents takes them")
+    parser.add_argument("--tokenizer", default="assets/tiny", help="folder")
+    parser.add_argument("--repeats", type=whole(1), default=1)
+    args = parser.read()
+    for path in (args.file, args.tokenizer):
+        if not Path(locate(path)).exists():
+            parser.error(f"{path} is not there")
+    if not memory.is_known():
+        parser.error("memory is read from /proc, which only Linux has")
+    return args
+
+
+if __name__ == "__main__":
+    options()
+
 from pose.app.runtime import quiet_libraries
 from pose.data.cache import TokenCache
-from pose.files import locate
 from pose.modeling.load import load_tokenizer
-
-
-def memory_mib() -> float:
-    """Anonymous memory of this process, on Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 
 
 class Peak(threading.Thread):
@@ -29,36 +45,44 @@ class Peak(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.peak, self.stopped = memory_mib(), threading.Event()
+        self.peak, self.stopped = memory.resident("RssAnon"), threading.Event()
 
     def run(self):
         while not self.stopped.wait(0.02):
-            self.peak = max(self.peak, memory_mib())
+            self.peak = max(self.peak, memory.resident("RssAnon"))
+
+
+def tokenise(file: str, tokenizer) -> tuple[float, float, dict[str, int]]:
+    """Seconds, and MiB above those of before, of making a cache; and what is in it."""
+    before, watch = memory.resident("RssAnon"), Peak()
+    watch.start()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        start = time.perf_counter()
+        cache = TokenCache.build(file, tokenizer, folder)
+        seconds = time.perf_counter() - start
+        content = {"documents": len(cache), "tokens": int(cache.lengths.sum())}
+    watch.stopped.set()
+    watch.join()
+    return seconds, (watch.peak - before) / 2**20, content
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="documents, as data.documents takes them")
-    parser.add_argument("--tokenizer", default="assets/tiny", help="folder")
-    args = parser.parse_args()
+    args = options()
     quiet_libraries()
-    tokenizer = load_tokenizer(locate(args.tokenizer))
+    tokenizer, file = load_tokenizer(locate(args.tokenizer)), locate(args.file)
     tokenizer("warm")
-    before, watch = memory_mib(), Peak()
-    watch.start()
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        cache = TokenCache.build(locate(args.file), tokenizer, folder)
-        seconds, tokens, documents = time.perf_counter() - start, int(cache.lengths.sum()), len(cache)
-    watch.stopped.set()
-    watch.join()
-    megabytes = Path(locate(args.file)).stat().st_size / 1e6
-    peak = watch.peak - before
-    line = (
-        f"tokenise: {megabytes:,.1f} MB at {megabytes / seconds:.1f} MB/s, {peak:.0f} MiB above what the process held"
-    )
-    results = {"megabytes": megabytes, "seconds": seconds, "documents": documents, "tokens": tokens, "peak_mib": peak}
-    report(line, "tokenise", vars(args), results)
+    seconds, peaks = [], []
+    for _ in range(args.repeats):
+        took, peak, content = tokenise(file, tokenizer)
+        seconds.append(took)
+        peaks.append(peak)
+    megabytes = Path(file).stat().st_size / 1e6
+    speed, peak = spread([megabytes / one for one in seconds]), spread(peaks)
+    title = f"tokenise: {megabytes:,.1f} MB, {content['documents']:,} documents, {content['tokens']:,} tokens"
+    rows = [("MB/s", words(speed, ".1f")), ("MiB above what the process held", words(peak, ".0f"))]
+    results = {"megabytes": megabytes, **content, "seconds": spread(seconds)}
+    results |= {"megabytes_per_second": speed, "peak_mib": peak}
+    report(table(title, ["", f"{args.repeats} repeats"], rows), "tokenise", args, results)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,26 @@
 """Training steps of random models of known shapes, for benchmarks: on a GPU or a CPU, data and optimizer included."""
 
 import contextlib
+import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.shapes import SHAPES
 from pose.data.examples import PoseDataset, Targets, collate_scored
 from pose.modeling import speed
-from pose.modeling.load import build_model, rope_geometry, scale_config
+from pose.modeling.held import hold
+from pose.modeling.load import build_model, scale_config
 from pose.modeling.lora import add_lora
 from pose.modeling.loss import loss_and_example_losses
 from pose.modeling.options import LoraOptions
 from pose.positions import Full, PoSE
 from pose.rope import Linear
-
-# Sizes of published models; weights are random.
-SHAPES = {
-    "rehearsal": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                  "num_attention_heads": 4, "num_key_value_heads": 2},
-    "small": {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-              "num_attention_heads": 4, "num_key_value_heads": 4},
-    "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-             "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},  # SmolLM2-135M
-    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-           "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},  # Llama-3.2-1B
-    "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 32},  # LLaMA-7B
-}  # fmt: skip
+from pose.training.optimizers import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -41,11 +31,12 @@ class Setting:
         shape: one of SHAPES.
         train_len: tokens of an example.
         target_len: of the window; equal to train_len, every position is trained (full-length).
-        micro_batch: examples of a step.
+        micro_batch: examples that are computed at one time.
+        accumulate: micro-batches of an optimizer step.
         recompute: activations, as of `pose.modeling.speed.recompute`.
         compiled: whether layers are compiled.
         rank: of LoRA, over bf16 weights; None trains all weights.
-        optimizer: makes one from parameters.
+        optimizer: one of `pose.training.optimizers`; adamw8bit steps on bf16 weights, as a run with one GPU does.
         attention: a backend.
     """
 
@@ -53,6 +44,7 @@ class Setting:
     train_len: int
     target_len: int
     micro_batch: int = 1
+    accumulate: int = 1
     recompute: bool | str = False
     compiled: bool = False
     rank: int | None = None
@@ -61,8 +53,8 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
-        return self.micro_batch * self.train_len
+        """Of an optimizer step."""
+        return self.accumulate * self.micro_batch * self.train_len
 
 
 class Trainee:
@@ -70,7 +62,7 @@ class Trainee:
 
     Args:
         setting: what is trained.
-        device: to train on.
+        device: to train on. The weights are made there: 7B on a CPU would take minutes.
         in_bf16: autocast; None is on a GPU alone.
     """
 
@@ -79,49 +71,61 @@ class Trainee:
         self.in_bf16 = device.type == "cuda" if in_bf16 is None else in_bf16
         window = min(setting.train_len, setting.target_len)
         config = LlamaConfig(max_position_embeddings=window, **SHAPES[setting.shape])
-        self.geometry = rope_geometry(config)
         scale_config(config, Linear(), setting.target_len)
         torch.manual_seed(0)
-        options = LoraOptions(rank=setting.rank) if setting.rank is not None else None
-        dtype = torch.bfloat16 if options is not None else torch.float32
-        with device:  # 7B in fp32 would be made on the CPU for minutes
+        options = None if setting.rank is None else LoraOptions(rank=setting.rank)
+        is_narrow = options is not None or setting.optimizer == "adamw8bit"
+        dtype = torch.bfloat16 if is_narrow else torch.float32
+        with device:
             prepare = None if options is None else lambda model: add_lora(model, options)
             model = build_model(config, None, setting.attention, dtype, prepare=prepare)
         self.model = model.to(device).train()
-        for parameter in self.model.parameters():
-            if options is not None and parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        if is_narrow:
+            _widen(self.model, trained=torch.float32 if options is not None else torch.bfloat16)
         speed.recompute(self.model, setting.recompute)
         speed.residuals_as_computed(self.model)
         if setting.compiled:
             speed.compile_layers(self.model)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(setting.optimizer, trained)
-        self.batches = self._batches()
+        trained = [{"params": [p for p in self.model.parameters() if p.requires_grad], "weight_decay": 0.0}]
+        self.optimizer = make_optimizer(setting.optimizer, trained, 1e-5, (0.9, 0.999), fused=True)
+        self._examples = self._drawn()
 
-    def step(self) -> float:
-        """One optimizer step; its loss, when the device is done."""
-        batch = next(self.batches)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
+    def backward(self, num_examples: int) -> torch.Tensor:
+        """Forward and backward of so many examples at one time; their loss, fp32 scalar."""
+        batch = collate_scored([next(self._examples) for _ in range(num_examples)])
+        batch = {name: self._sent(value) for name, value in batch.items()}
+        # Casts are not kept for a second layer that shares a weight, as in Lightning: there would be two of all weights
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16, cache_enabled=False):
             body = self.model.base_model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
             )
             scored = Targets(batch["scored_at"], batch["scored_divisors"])
             head = self.model.get_output_embeddings()
             loss, _ = loss_and_example_losses(body.last_hidden_state, head, batch["labels"], scored)
-        loss.backward()
+        (loss / self.setting.accumulate).backward()
+        return loss.detach()
+
+    def step(self) -> torch.Tensor:
+        """One optimizer step; the loss of its last micro-batch, which a GPU may still be at work on."""
+        for _ in range(self.setting.accumulate):
+            loss = self.backward(self.setting.micro_batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return loss
 
-    def seconds(self, steps: int) -> float:
-        """Of one step, the mean of several in a row."""
+    def seconds(self, steps: int = 1) -> float:
+        """Of one step, the mean of several in a row, until the device is done."""
         start = time.perf_counter()
         for _ in range(steps):
-            self.step()
+            loss = self.step()
+        loss.item()
         return (time.perf_counter() - start) / steps
 
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _sent(self, value: torch.Tensor) -> torch.Tensor:
+        on_gpu = self.device.type == "cuda"
+        return value.pin_memory().to(self.device, non_blocking=True) if on_gpu else value
+
+    def _drawn(self) -> Iterator[dict]:
         setting = self.setting
         lengths = {"train_len": setting.train_len, "target_len": setting.target_len}
         is_full = setting.train_len == setting.target_len
@@ -131,18 +135,23 @@ class Trainee:
         dataset = PoseDataset(documents, sampler, num_examples=1 << 30, seed=0)
         item = 0
         while True:
-            batch = collate_scored([dataset[item + i] for i in range(setting.micro_batch)])
-            item += setting.micro_batch
-            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            yield dataset[item]
+            item += 1
 
 
-def _optimizer(name: str, parameters: list) -> torch.optim.Optimizer:
-    made: dict[str, Callable] = {"adamw": lambda: torch.optim.AdamW(parameters, 1e-5, fused=True)}
-    if name == "adamw8bit":
-        from pose.training.optimizers import make_optimizer
+def _widen(model, trained: torch.dtype):
+    """Makes the dtypes of a model in bf16 those of a run (`pose.modeling.held.Held`).
 
-        return make_optimizer(name, [{"params": parameters}], 1e-5, (0.9, 0.999), fused=True)
-    return made[name]()
+    Args:
+        model: in place. Matrices that do not train stay bf16, and whatever is no matrix becomes fp32.
+        trained: of matrices that train, whose gradients are fp32.
+    """
+    matrices = hold(model)
+    for parameter in model.parameters():
+        if id(parameter) not in matrices or (parameter.requires_grad and trained == torch.float32):
+            parameter.data = parameter.data.float()
+        elif parameter.requires_grad:
+            parameter.grad_dtype = torch.float32
 
 
 @contextlib.contextmanager
@@ -152,7 +161,8 @@ def on(setting: Setting, device: torch.device, in_bf16: bool | None = None) -> I
     try:
         yield trainee
     finally:
-        del trainee
+        trainee.__dict__.clear()  # whoever got it still has the name
+        gc.collect()  # a compiled layer and its forward hold each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

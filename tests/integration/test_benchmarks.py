@@ -1,21 +1,35 @@
-"""The benchmarks run, print one line to read and one of JSON, and measure what they say."""
+"""The benchmarks keep one contract: a table, a last line of JSON, options read at once; and measure what they say."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
+import benchmarks
+from benchmarks import gpu
+
 pytestmark = pytest.mark.slow
+FOLDER = Path(benchmarks.__file__).parent
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if "def options(" in file.read_text())
 
 
-def run(script, *arguments) -> tuple[str, dict]:
-    """The line to read and the JSON line: all there is on stdout."""
-    result = script("-m", *arguments)
+def run(script, name, *arguments) -> tuple[str, dict]:
+    """The table and the JSON line: all there is on stdout."""
+    result = script("-m", f"benchmarks.{name}", *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
-    line, content = result.stdout.splitlines()
-    content = json.loads(content)
-    assert content["machine"]["cpu_count"] >= 1
-    assert content["machine"]["packages"]["torch"]
-    return line, content
+    *lines, last = result.stdout.splitlines()
+    content = json.loads(last)
+    assert content["benchmark"] == name and content["complete"] is True
+    assert content["hardware"]["cpu"] and content["hardware"]["threads"] >= content["hardware"]["cores"] >= 1
+    assert content["hardware"]["gpu"] is None or content["hardware"]["gpu_memory_gib"] > 1
+    assert all(content["versions"][package] for package in ("python", "torch", "transformers", "lightning"))
+    return "\n".join(lines), content
 
 
 def check_spread(values, repeats):
@@ -23,29 +37,106 @@ def check_spread(values, repeats):
     assert values["repeats"] == repeats
 
 
-def test_data(script):
-    arguments = ("--repeats", "2", "--examples", "64", "--train-len", "64", "--target-len", "512")
-    line, content = run(script, "benchmarks.data", *arguments)
-    assert line.startswith("data: ")
-    assert content["benchmark"] == "data"
-    assert (content["settings"]["train_len"], content["settings"]["target_len"]) == (64, 512)
+# ----- the contract -----
+
+
+def test_options_are_read_before_torch_is_imported(script):
+    """Of every benchmark: help, and a file that cannot be written."""
+    code = """
+import contextlib, io, json, runpy, sys
+found = {}
+for name in sys.argv[1:]:
+    for arguments in (["--help"], ["--json", "/no/such/folder/x.json"]):
+        sys.argv = [name, *arguments]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+            runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        found[name] = found.get(name, "") + out.getvalue() + err.getvalue()
+        assert "torch" not in sys.modules, (name, arguments)
+print(json.dumps(found))
+"""
+    result = script("-c", code, *NAMES, fresh=True)
+    assert result.returncode == 0, result.stderr
+    for name, printed in json.loads(result.stdout).items():
+        assert "--quick" in printed and "--json FILE" in printed, name
+        assert "'/no/such/folder/x.json' is not accepted" in printed, name
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("data", ["--examples", "none"], "--examples: 'none' is not accepted: give a whole number of at least 1"),
+        ("loop", ["--steps", "1"], "--steps: '1' is not accepted: give a whole number of at least 2"),
+        ("step", ["feet"], "'feet' is no part"),
+        ("evaluation", ["--lengths", "64"], "--lengths is of one part"),
+        ("evaluation", ["sweep", "--tokens", "300"], "--tokens 300 is below the longest of --lengths, 2048"),
+        ("efficiency", ["--targets", "512"], "--targets 512 is not beyond --train-len 512"),
+        ("efficiency", ["--micro-batch", "2"], "--batch 1 is not a multiple of --micro-batch 2"),
+        ("speed", ["--target-len", "5"], "--target-len 5 is below --train-len 2048"),
+        ("tokenise", ["no/such/file"], "no/such/file is not there"),
+        ("fits", ["--length", "5000"], "--length 5000 is beyond the window"),
+        ("plan", ["--cases", "none"], "invalid choice: 'none'"),
+        ("gpu", ["--minutes", "0"], "--minutes 0.0 is not accepted"),
+        ("gpu", ["--only", "real", "--skip", "real"], "leave no stage"),
+        ("gpu", ["--write", "--out", "no/such"], "holds no results"),
+    ],
+)
+def test_bad_options(script, name, arguments, message):
+    result = script("-m", f"benchmarks.{name}", *arguments)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_quick_leaves_what_was_given(monkeypatch):
+    parser = benchmarks.Options("x", "doc", quick={"repeats": 2, "tokens": 10})
+    parser.add_argument("--repeats", type=benchmarks.whole(1), default=7)
+    parser.add_argument("--tokens", type=benchmarks.whole(1), default=99)
+    for arguments, expected in (([], (7, 99)), (["--quick"], (2, 10)), (["--quick", "--repeats", "3"], (3, 10))):
+        monkeypatch.setattr("sys.argv", ["x", *arguments])
+        args = parser.read()
+        assert (args.repeats, args.tokens) == expected
+
+
+def test_each_way_goes_first_in_turn():
+    order, so_far = [], []
+    ways = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    found = benchmarks.in_turn(ways, 4, after=lambda seconds: so_far.append(len(seconds["a"])))
+    assert "".join(order) == "abc" "bca" "cab" "abc" and so_far == [1, 2, 3, 4]  # fmt: skip
+    assert found == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+    assert benchmarks.ratio(found["b"], found["a"])["max"] == 2
+
+
+def test_readme_lists_them():
+    text = (FOLDER / "README.md").read_text()
+    assert [name for name in NAMES if f"| `{name}" not in text] == []
+
+
+# ----- each -----
+
+
+def test_data(script, tmp_path):
+    file = tmp_path / "data.json"
+    arguments = ("--repeats", "2", "--examples", "64", "--train-len", "64", "--target-len", "512", "--json", file)
+    table, content = run(script, "data", *arguments)
+    assert (content["options"]["train_len"], content["options"]["target_len"]) == (64, 512)
     assert set(content["examples_per_second"]) == {"dataset", "loader_1_worker"}
     for name, speed in content["examples_per_second"].items():
         check_spread(speed, 2)
-        assert f"{speed['median']:,.0f}" in line, name
+        assert f"{speed['median']:,.0f}" in table, name
+    assert json.loads(file.read_text()) == content
 
 
 def test_tokenise(script):
-    line, content = run(script, "benchmarks.tokenise", "assets/corpora/books.heldout.jsonl.gz")
-    assert line.startswith("tokenise: ") and content["documents"] > 0 and content["peak_mib"] > 0
-    assert content["tokens"] > 1e5 and content["seconds"] > 0
+    _, content = run(script, "tokenise", "assets/corpora/books.heldout.jsonl.gz")
+    assert content["documents"] > 0 and content["tokens"] > 1e5
+    for name in ("seconds", "megabytes_per_second", "peak_mib"):
+        check_spread(content[name], 1)
 
 
 def test_fits(script):
     """Frozen weights in bf16 take less than in fp32, in a process of their own each."""
     arguments = ("--quick", "--steps", "1", "--length", "32", "--ways", "lora_fp32", "lora")
-    line, content = run(script, "benchmarks.fits", *arguments)
-    assert line.startswith("fits: ") and list(content["ways"]) == ["lora_fp32", "lora"]
+    _, content = run(script, "fits", *arguments)
+    assert list(content["ways"]) == ["lora_fp32", "lora"]
     wide, narrow = (way["training_bytes"] / content["weights_bytes"] for way in content["ways"].values())
     assert 0.9 < narrow < wide - 0.5  # 1 less for the weights; a head that widens makes its logits again
     assert content["ways"]["lora"]["training"] == narrow and content["ways"]["lora"]["seconds_per_step"] > 0
@@ -53,73 +144,252 @@ def test_fits(script):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_loop(script, precision):
-    """Both loops end with the same weights: they did the same work."""
-    arguments = ("--repeats", "1", "--steps", "3", "--batch", "8", "--length", "160", "--precision", precision)
-    line, content = run(script, "benchmarks.loop", *arguments)
-    assert line.startswith("loop: ")
-    assert content["benchmark"] == "loop"
+    """Both loops end with the same weights, in each repeat: they did the same work."""
+    arguments = ("--repeats", "2", "--steps", "3", "--batch", "4", "--length", "96", "--precision", precision)
+    _, content = run(script, "loop", *arguments)
     assert content["same_weights"] is True
     seconds = content["seconds_per_step"]
     for values in (content["ratio"], *seconds.values()):
-        check_spread(values, 1)
-    assert content["ratio"]["median"] == pytest.approx(seconds["lightning"]["median"] / seconds["bare"]["median"])
+        check_spread(values, 2)
 
 
-@pytest.mark.parametrize(
-    ("part", "arguments", "others"),
-    [
-        ("sweep", ("--lengths", "32", "64", "128", "--tokens", "300"), ["a pass per length", "plain"]),
-        ("sliding", ("--lengths", "32", "64", "--tokens", "200", "--stride", "24"), ["plain"]),
-        ("passkey", ("--lengths", "128", "--trials", "2"), ["decoded in batches", "decoded one at a time"]),
-    ],
-)
-def test_evaluation(script, part, arguments, others):
-    """Both ways give the same losses or verdicts, or the benchmark fails."""
-    line, content = run(script, "benchmarks.evaluation", part, "--repeats", "1", *arguments)
-    assert line.startswith(f"{part}: ") and content["benchmark"] == "evaluation"
-    assert list(content["ratios"]) == others
-    for values in (*content["seconds"].values(), *content["ratios"].values()):
-        check_spread(values, 1)
+def test_evaluation(script):
+    """All ways give the same losses or verdicts, or the benchmark fails."""
+    table, content = run(script, "evaluation", "--quick", "--repeats", "1", "--trials", "2", "--tokens", "1100")
+    assert {part: list(found["ratios"]) for part, found in content["parts"].items()} == {
+        "sweep": ["a pass per length", "plain"],
+        "sliding": ["plain"],
+        "passkey": ["decoded in batches", "decoded one at a time"],
+    }
+    for found in content["parts"].values():
+        for values in (*found["seconds"].values(), *found["ratios"].values()):
+            check_spread(values, 1)
+    assert table.count("the losses are equal to 1e-5") == 2 and "of 2 keys found) are equal" in table
 
 
 def test_evaluation_of_a_long_window(script):
-    line, content = run(script, "benchmarks.evaluation", "long", "--lengths", "512", "4500")
-    assert line.startswith("long: 4,500 tokens") and content["peak_gib"] >= content["before_gib"] > 0
+    table, content = run(script, "evaluation", "long", "--lengths", "512", "4500")
+    assert table.startswith("long: 4,500 tokens") and content["peak_gib"] >= content["before_gib"] > 0
     assert 3000 < content["ppl@4500"] < 6000, "of random weights: about the vocabulary"
 
 
-def test_step(script):
-    """The loss of this package is that of all logits, in less memory; its cost is a share of theirs."""
-    arguments = ("benchmarks.step", "head", "--tokens", "1024", "--repeats", "1")
-    result = script("-m", *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
-    content = json.loads(result.stdout.splitlines()[-1])
-    ways = content["ways"]
+def test_step_of_the_head(script):
+    """The loss of this package is that of all logits, in less memory."""
+    _, content = run(script, "step", "head", "--tokens", "1024", "--repeats", "1")
+    (ways,) = content["parts"].values()
     assert list(ways)[:3] == ["materialised", "pose", "checkpointed chunks"]
     assert ways["materialised"]["memory_ratio"] == ways["materialised"]["times_as_long"]["median"] == 1
     assert 0 < ways["pose"]["memory_ratio"] < 1 and 0.2 < ways["pose"]["times_as_long"]["median"] < 5
 
 
-def test_the_gpu_programme_is_rehearsed(script, tmp_path):
-    """Stage by stage, each of which saves what it found; given again, what is done is not done again."""
-    stages = ("speed-135m", "efficiency-135m", "real")
-    arguments = ("-m", "benchmarks.gpu", "--rehearse", "--out", tmp_path, "--only", *stages)
-    result = script(*arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert {name: found["status"] for name, found in summary["stages"].items()} == {
-        "speed-135m": "done", "efficiency-135m": "done", "real": "not there yet"
-    }  # fmt: skip
-    speed = summary["stages"]["speed-135m"]["result"]
+def test_step_of_a_model(script):
+    """Each lever alone and all together, against transformers' loss and against the loss alone."""
+    table, content = run(script, "step", "model", "--tokens", "64", "--repeats", "1", "--precision", "bf16-mixed")
+    ways = content["parts"]["model bf16-mixed"]
+    assert list(ways) == [
+        "transformers' loss", "loss", "loss, eager attention", "loss, recomputed", "loss, selective", "loss, compiled",
+        "loss, bf16 residuals", "all",
+    ]  # fmt: skip
+    loss = ways["loss"]
+    for name, way in ways.items():
+        assert name in table and way["memory_mib"] > 0
+        check_spread(way["seconds"], 1)
+        for key in ("times_as_long", "times_as_long_of_loss"):
+            check_spread(way[key], 1)
+        of_loss = way["times_as_long_of_loss"]["median"]
+        assert of_loss == pytest.approx(way["times_as_long"]["median"] / loss["times_as_long"]["median"])
+        assert way["memory_ratio_of_loss"] == pytest.approx(way["memory_ratio"] / loss["memory_ratio"])
+
+
+def test_efficiency(script, tmp_path):
+    """Full-length training of 4 times the length takes longer and more memory; both take the same steps."""
+    arguments = ("--shape", "rehearsal", "--train-len", "64", "--targets", "128", "256", "--repeats", "2")
+    arguments += ("--steps", "2", "--batch", "4", "--micro-batch", "2", "--plot", tmp_path / "plots" / "efficiency.png")
+    table, content = run(script, "efficiency", *arguments)
+    assert [one["target_len"] for one in content["targets"]] == [128, 256] and "time by FLOPs" in table
+    for one in content["targets"]:
+        check_spread(one["times_as_long"], 2)
+        assert one["flop_ratio"] > one["target_len"] / 64, "attention grows with the square"
+        assert one["measured_by_flops"] == one["times_as_long"]["median"] / one["flop_ratio"]
+        assert one["memory_ratio"] == one["memory_mib"]["full"] / one["memory_mib"]["pose"]
+        sequences = [way["micro_batch"] * way["accumulate"] for way in one["settings"].values()]
+        assert sequences == [4, 4]
+    assert content["targets"][1]["times_as_long"]["median"] > 1 < content["targets"][1]["memory_ratio"]
+    assert (tmp_path / "plots" / "efficiency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_are_held_as_in_a_run():
+    """Matrices that do not train in bf16, under 8-bit AdamW all of them; gradients and all else in fp32."""
+    import torch
+
+    from benchmarks.training import Setting, Trainee
+
+    for options in ({"rank": 4}, {"optimizer": "adamw8bit"}):
+        trainee = Trainee(Setting("rehearsal", 32, 128, 2, 2, **options), torch.device("cpu"), in_bf16=True)
+        assert 5 < trainee.step().item() < 8, "about the logarithm of the vocabulary"
+        trainee.backward(1)
+        for name, parameter in trainee.model.named_parameters():
+            is_wide = "norm" in name or "lora_" in name
+            assert parameter.dtype == (torch.float32 if is_wide else torch.bfloat16), name
+            assert parameter.requires_grad == ("rank" not in options or "lora_" in name), name
+            assert parameter.grad is None or parameter.grad.dtype == torch.float32, name
+
+
+# ----- the GPU programme -----
+
+REHEARSED = (
+    "tests", "speed-135m-compiled", "speed-7b-lora", "speed-7b-adamw8bit", "efficiency-135m", "strategy-ddp",
+    "strategy-zero3", "real",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rehearsal(script, tmp_path_factory):
+    """One stage of each kind, as on a GPU but for the sizes."""
+    out = tmp_path_factory.mktemp("gpu")
+    return out, run(script, "gpu", "--rehearse", "--out", out, "--only", *REHEARSED)
+
+
+def test_the_gpu_programme_is_rehearsed(rehearsal):
+    out, (table, content) = rehearsal
+    stages = content["stages"]
+    assert {name: found["status"] for name, found in stages.items()} == dict.fromkeys(REHEARSED, "done") | {
+        "strategy-zero3": "needs a GPU", "real": "not there yet"
+    }, [found.get("log") for found in stages.values()]  # fmt: skip
+    assert json.loads((out / "summary.json").read_text())["stages"] == stages
+    for name in REHEARSED[:-2]:
+        assert json.loads((out / f"{name}.json").read_text()) == stages[name]["result"]
+        assert (out / f"{name}.log").exists()
+    assert stages["tests"]["result"]["skipped"] > 40 and stages["tests"]["result"]["failed"] == 0
+    assert stages["strategy-ddp"]["result"]["train/loss"] > 0
+    speed = stages["speed-7b-lora"]["result"]
     check_spread(speed["tokens_per_second"], 2)
-    assert speed["setting"]["train_len"] == 64 and speed["mfu"] is None
-    (one,) = summary["stages"]["efficiency-135m"]["result"]["targets"]
-    assert one["flop_ratio"] > 2 and one["measured_by_flops"] == pytest.approx(
-        one["times_as_long"]["median"] / one["flop_ratio"]
-    )
-    assert "tokens/s" in result.stdout and "measured by FLOPs" in result.stdout
-    before = summary["stages"]["speed-135m"]
-    assert script(*arguments).returncode == 0
-    assert json.loads((tmp_path / "summary.json").read_text())["stages"]["speed-135m"] == before
-    refused = script("-m", "benchmarks.gpu", "--write", "--out", tmp_path)
+    assert speed["setting"]["rank"] == 16 and speed["mfu"] is None and speed["seconds_to_build"] > 0
+    compiled = stages["speed-135m-compiled"]["result"]
+    first, later = compiled["warmup_seconds"][0], 128 / compiled["tokens_per_second"]["median"]
+    assert first > 10 * later, "it compiles, which is no part of the speed"
+    assert "tokens/s" in table and "measured by FLOPs" in table and "45 skipped" in table
+    assert list(out.glob("run-*")) == []
+
+
+def test_what_is_done_is_not_done_again(script, rehearsal):
+    out, _ = rehearsal
+    before = json.loads((out / "summary.json").read_text())
+    _, content = run(script, "gpu", "--rehearse", "--out", out, "--only", "speed-7b-lora", "real")
+    assert content["stages"] == before["stages"]
+
+
+def test_a_rehearsal_is_not_written(script, rehearsal):
+    refused = script("-m", "benchmarks.gpu", "--write", "--out", rehearsal[0])
     assert refused.returncode == 1 and "a rehearsal" in refused.stderr
+
+
+def test_results_go_into_the_document(rehearsal, tmp_path):
+    """Those of a card stand between the marks, and nothing else changes."""
+    out, _ = rehearsal
+    summary = json.loads((out / "summary.json").read_text()) | {"rehearsal": False, "card": "NVIDIA H100"}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    doc = tmp_path / "doc.md"
+    doc.write_text(f"above\n{gpu.BEGIN}\nold\n{gpu.END}\nbelow\n")
+    gpu.write(tmp_path, doc)
+    text = doc.read_text()
+    assert text.startswith(f"above\n{gpu.BEGIN}\nNVIDIA H100, 2") and text.endswith(f"{gpu.END}\nbelow\n")
+    assert "old" not in text and summary["versions"]["torch"] in text and "| speed-7b-lora | 7B LoRA, eager | " in text
+    gpu.write(tmp_path, doc)
+    assert doc.read_text() == text
+    doc.write_text("no marks")
+    with pytest.raises(SystemExit, match="has no place for it"):
+        gpu.write(tmp_path, doc)
+
+
+def fake(name, code, **options):
+    return gpu.Stage(name, ("-c", code), (), name, **options)
+
+
+def go_through(monkeypatch, out, *stages, limit=10, card="cpu", minutes=5):
+    facts = {"card": card, "versions": {"torch": "2"}, "hardware": {}}
+    monkeypatch.setattr(gpu, "seen", lambda: dict(facts))
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    monkeypatch.setattr(gpu, "LIMIT", limit)
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    return gpu.go_through(Namespace(out=out, rehearse=True, only=[], skip=[], minutes=minutes))["stages"]
+
+
+def test_a_stage_that_fails_takes_no_other_with_it(monkeypatch, tmp_path):
+    stages = (
+        fake("breaks", "print('began', flush=True); raise ValueError('so it is')"),
+        fake("lacks", "pass", needs=("json", "no_such_package")),
+        fake("fine", "print('well')"),
+    )
+    found = go_through(monkeypatch, tmp_path, *stages)
+    assert found["breaks"]["status"] == "failed with status 1"
+    assert "began" in found["breaks"]["log"] and "ValueError: so it is" in found["breaks"]["log"]
+    assert found["lacks"]["status"] == "not installed: no_such_package"
+    assert found["fine"]["status"] == "done" and (tmp_path / "fine.log").read_text() == "well\n"
+
+
+def test_a_stage_that_takes_too_long_is_ended_with_all_it_started(monkeypatch, tmp_path):
+    """What it had found is kept; a process of its own that ignores SIGTERM is ended too."""
+    code = f"""
+import json, signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+process.stdout.readline()
+open({str(tmp_path / "pid")!r}, "w").write(str(process.pid))
+json.dump({{"warmup_seconds": [1.0]}}, open({str(tmp_path / "slow.json")!r}, "w"))
+print("at work", flush=True)
+time.sleep(60)
+"""
+    found = go_through(monkeypatch, tmp_path, fake("slow", code), limit=3)["slow"]
+    assert found["status"] == "ended after 3 s" and "at work" in found["log"]
+    assert found["result"] == {"warmup_seconds": [1.0]} and found["seconds"] < 15
+    assert is_gone(int((tmp_path / "pid").read_text()))
+    assert gpu._in_words(found).startswith("1 steps of the warm-up; ended after 3 s")
+
+
+def is_gone(pid: int) -> bool:
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_programme_that_is_ended_ends_its_stage(tmp_path):
+    code = f"""
+import sys
+from benchmarks import gpu
+stage = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+gpu.STAGES = (gpu.Stage("slow", ("-c", stage), (), "slow"),)
+gpu.seen = lambda: {{"card": "cpu", "versions": {{}}, "hardware": {{}}}}
+sys.argv = ["gpu", "--rehearse", "--out", {str(tmp_path)!r}]
+gpu.main()
+"""
+    programme = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(FOLDER.parent)})
+    try:
+        for _ in range(300):
+            if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+                break
+            time.sleep(0.1)
+        pid = int((tmp_path / "pid").read_text())
+        programme.send_signal(signal.SIGTERM)
+        assert programme.wait(20) == 128 + signal.SIGTERM
+    finally:
+        programme.kill()
+    assert is_gone(pid)
+
+
+def test_results_of_two_cards_are_not_mixed(monkeypatch, tmp_path):
+    go_through(monkeypatch, tmp_path, fake("fine", "pass"), card="one card")
+    with pytest.raises(SystemExit, match="holds results of card one card, and now it is another: give another --out"):
+        go_through(monkeypatch, tmp_path, fake("fine", "pass"), card="another")
+
+
+def test_the_time_left_ends_the_programme(monkeypatch, tmp_path, capsys):
+    stages = (fake("first", "import time; time.sleep(3)"), fake("second", "pass"))
+    assert list(go_through(monkeypatch, tmp_path, *stages, minutes=0.1)) == ["first"]
+    assert "second: no time left" in capsys.readouterr().out
