@@ -117,6 +117,7 @@ def quiet_libraries():
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch.utilities.rank_zero", "compilers.C.base"):  # DeepSpeed looks for its libraries
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it would like a kernel of the hub
     for message in (
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

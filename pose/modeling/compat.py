@@ -36,8 +36,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file, cached_files
 
-from pose.errors import ConfigError
-
 SELECTIVE = "torch._higher_order_ops.wrap"  # the logger of what traces recomputation
 RECOMPILATIONS = "torch._dynamo.guards.__recompiles"  # the logger of its artifact "recompiles"
 ROPE_TYPES = frozenset({"default", *ROPE_INIT_FUNCTIONS})  # that transformers can build
@@ -229,23 +227,6 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.to_local()
     return getattr(parameter, "ds_tensor", parameter)
-
-
-def recompute_activations(model: PreTrainedModel, **options):
-    """Keeps no activations inside a model's layers: the backward pass recomputes them.
-
-    Args:
-        model: in place.
-        options: of torch's checkpoint, such as context_fn.
-
-    Raises:
-        ConfigError: the model's class cannot.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise ConfigError(f"model.gradient_checkpointing=true is not supported by {type(model).__name__}: take false")
-    # The name that releases have after 5.17, where the older one warns
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, **options})
 
 
 def warn_of_recompilations(log: logging.Logger):

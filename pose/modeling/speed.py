@@ -4,11 +4,15 @@ None of it changes what is computed beyond rounding.
 """
 
 import logging
+from collections.abc import Callable
+from functools import wraps
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from pose.errors import ConfigError
 from pose.modeling import compat
 from pose.modeling.layers import decoder_layers
 from pose.modeling.options import RECOMPUTE
@@ -35,6 +39,12 @@ def compile_layers(model: PreTrainedModel):
     compat.warn_of_recompilations(log)
     for layer in decoder_layers(model):
         layer.forward = torch.compile(layer.forward)
+    model.get_input_embeddings().register_forward_hook(_as_of_a_layer)
+
+
+def _as_of_a_layer(module, args, output: torch.Tensor) -> torch.Tensor:
+    """Frozen embeddings give what needs a gradient too, or the first layer would be compiled apart from the others."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def recompute(model: PreTrainedModel, how: bool | str):
@@ -49,10 +59,31 @@ def recompute(model: PreTrainedModel, how: bool | str):
         ConfigError: the model's class cannot.
     """
     assert how in RECOMPUTE
-    if how == "selective":
-        compat.recompute_activations(model, context_fn=_selective)
-    elif how:
-        compat.recompute_activations(model)
+    if not how:
+        return
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"model.gradient_checkpointing={str(how).lower()} is not supported by {type(model).__name__}: take false"
+        )
+    options = {"context_fn": _selective} if how == "selective" else {}
+    for layer in decoder_layers(model):
+        layer.forward = _recomputed(layer, layer.forward, options)
+
+
+def _recomputed(layer: nn.Module, forward: Callable, options: dict) -> Callable:
+    """What a layer computes, under activation checkpointing.
+
+    Not by transformers' own switch: where it stands outside of `forward` (5.17), what is compiled inside of selective
+    checkpointing silently runs uncompiled (pytorch issue 161889), and FSDP2's hooks run again in the backward pass.
+    """
+
+    @wraps(forward)
+    def again(*args, **kwargs):
+        if not (layer.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return again
 
 
 def _selective():

@@ -3,7 +3,6 @@ version that the requirements allow."""
 
 import copy
 import inspect
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,6 @@ from transformers import (
     T5Config,
 )
 
-from pose.errors import ConfigError
 from pose.modeling import compat
 from pose.modeling.lora import LoraOptions, add_lora
 
@@ -150,29 +148,6 @@ def test_files_of_a_folder_and_what_a_tokenizer_says(tmp_path):
 def test_files_of_the_hub_that_are_missing_are_errors(tmp_path):
     with pytest.raises(OSError):
         compat.find_files("some-owner/some-model", ["a.json"], cache_dir=tmp_path, local_files_only=True)
-
-
-def test_activations_are_made_again_without_a_warning():
-    """In every layer, and without the reentrant form."""
-    model = AutoModelForCausalLM.from_config(small()).train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compat.recompute_activations(model)
-    assert model.is_gradient_checkpointing
-    runs = []
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
-    assert len(runs) == 2 and model.model.layers[0].mlp.up_proj.weight.grad is not None
-    model.supports_gradient_checkpointing = False
-    with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing=true .*LlamaForCausalLM: take false"):
-        compat.recompute_activations(model)
-
-
-def test_older_releases_have_the_older_name():
-    asked = []
-    old = SimpleNamespace(supports_gradient_checkpointing=True, gradient_checkpointing_enable=asked.append)
-    compat.recompute_activations(old)
-    assert asked == [{"use_reentrant": False}]
 
 
 ROPE = {"rope_theta": 1e4, "factor": 4.0}

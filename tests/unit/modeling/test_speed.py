@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
@@ -79,6 +80,7 @@ def test_compiled_with_everything_else(monkeypatch, caplog, attention, lora, how
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: torch_compile(function, backend="aot_eager"))
     eager, compiled = make(attention, lora), make(attention, lora)
+    counters["stats"].clear()
     speed.recompute(compiled, how)
     speed.compile_layers(compiled)
     warned = logging.getLogger(compat.SELECTIVE)
@@ -87,6 +89,7 @@ def test_compiled_with_everything_else(monkeypatch, caplog, attention, lora, how
     assert train(compiled, 3) == pytest.approx(train(eager, 3), abs=1e-5)
     warned.removeHandler(caplog.handler)
     assert not [record for record in caplog.records if record.name == compat.SELECTIVE]
+    assert counters["stats"]["unique_graphs"] == 1, "all layers are one"
 
 
 def test_compiling_again_is_a_warning_with_its_cause(monkeypatch, caplog):
@@ -128,6 +131,26 @@ def test_what_is_recomputed(how, again):
         counts.append(products.count)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert counts[1] - counts[0] == again * CONFIG.num_hidden_layers
+
+
+def test_only_what_trains_is_recomputed():
+    """Not what is measured in between, whose activations nobody keeps."""
+    model, runs = make(), []
+    speed.recompute(model, True)
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    loss_of(model, *batch(0)).backward()
+    with torch.no_grad():
+        loss_of(model, *batch(0))
+    loss_of(model.eval(), *batch(0)).backward()
+    assert runs == [True, True, False, True]
+
+
+def test_a_class_that_does_not_allow_it_is_refused():
+    model = make()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing=true .*LlamaForCausalLM: take false"):
+        speed.recompute(model, True)
+    speed.recompute(model, False)
 
 
 @pytest.mark.parametrize(
