@@ -107,7 +107,7 @@ class PoseModule(L.LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(source).generate_state(1)[0]))
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss, by_example = with_root(self.model, self._losses, batch)
+        loss, by_example = with_root(self.model, self.losses, batch)
         self._unchecked[batch_idx] = by_example
         # The logged losses are means since the last ones logged: examples differ too much for one batch to tell.
         self._recent_losses.append(torch.where(loss.isfinite(), loss.detach(), torch.nan))
@@ -116,7 +116,8 @@ class PoseModule(L.LightningModule):
         self._least_loss = torch.fmin(least, self._recent_losses[-1])
         return loss
 
-    def _losses(self, batch):
+    def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch, and without gradients those of its examples, fp32 [B]; call it by `with_root`."""
         hidden = self(batch["input_ids"], batch["position_ids"])
         scored = Targets(batch["scored_at"], batch["scored_weights"]) if "scored_at" in batch else None
         return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"], scored)
