@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from pose.data.examples import PoseDataset, Targets, collate_scored
 from pose.modeling import speed
+from pose.modeling.attention import preferred_kernels
 from pose.modeling.load import build_model, rope_geometry, scale_config
 from pose.modeling.lora import add_lora
 from pose.modeling.loss import loss_and_example_losses
@@ -150,7 +151,8 @@ def on(setting: Setting, device: torch.device, in_bf16: bool | None = None) -> I
     """A trainee whose memory is free afterwards."""
     trainee = Trainee(setting, device, in_bf16)
     try:
-        yield trainee
+        with preferred_kernels(device):
+            yield trainee
     finally:
         del trainee
         if device.type == "cuda":

@@ -144,15 +144,15 @@ def rehearse(trainer: L.Trainer, module: PoseModule, batch: dict[str, torch.Tens
         loss.backward()
         del loss, moved
     for optimizer in trainer.optimizers:
-        kept = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] = group["weight_decay"] = 0.0
+            group["lr"] = 0.0  # by which the weight decay is multiplied, too
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.zero_()
         optimizer.step()
-        for group, (rate, decay) in zip(optimizer.param_groups, kept, strict=True):
-            group["lr"], group["weight_decay"] = rate, decay
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _peak(

@@ -138,7 +138,7 @@ def fit(data, number, steps=3, optimizer="adamw", compiled=False, dropout=0.2):
         speed.compile_layers(model)
     module = PoseModule(
         lambda strategy: model.train(), expected=None, target_len=64, betas=(0.9, 0.99), weight_decay=0.1,
-        warmup_steps=1, max_steps=steps, schedule="linear", lr=1e-2, optimizer=optimizer,
+        warmup_steps=0, max_steps=steps, schedule="linear", lr=1e-2, optimizer=optimizer,
     )  # fmt: skip
     notes, is_found = Weights(), isinstance(number, MicroBatch)
     trainer = L.Trainer(
@@ -159,6 +159,7 @@ def out_of_memory_above(monkeypatch):
 
         def rehearse_(trainer, module, batch, passes):
             tried.append((len(batch["input_ids"]), passes))
+            assert all(p.grad is None for p in module.parameters()), "or they would count in the next one's memory"
             if len(batch["input_ids"]) > limit:
                 honest(trainer, module, longest(trainer.datamodule.dataset, 1), 1)
                 module.losses(batch)[0].backward()
