@@ -131,6 +131,11 @@ class PoseModule(L.LightningModule):
         if gradients and (self._fused or is_logged):
             norm = torch.nn.utils.get_total_norm(gradients)
             asked["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm)[None]
+        # With a scaler, infinite gradients are its business
+        checked = [asked[name] for name in ("losses", *(("norm",) if self._fused else ())) if name in asked]
+        if checked:
+            is_broken = ~torch.cat([tensor.float() for tensor in checked]).isfinite().all()
+            asked["is_broken"] = self.trainer.strategy.reduce(is_broken.float()[None], reduce_op="max")
         if is_logged and self._recent_losses:
             asked["numbers"] = self._reduce_recent()
         found = _to_host(asked)
@@ -139,10 +144,7 @@ class PoseModule(L.LightningModule):
             self.shown_loss = sum(found["losses"]) / len(found["losses"])
         if found.get("norm"):
             self._gradient_norm = found["norm"][0]
-        # With a scaler, infinite gradients are its business
-        checked = found.get("losses", []) + (found.get("norm", []) if self._fused else [])
-        broken = not all(map(math.isfinite, checked))
-        if not self.trainer.strategy.reduce_boolean_decision(broken, all=False):
+        if not any(found.get("is_broken", [])):
             self._num_skipped_in_a_row = 0
             self.stepping_since = time.perf_counter()
             return

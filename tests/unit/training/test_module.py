@@ -173,13 +173,15 @@ def test_a_gradient_that_is_not_finite_counts_too(data):
 def test_what_another_process_finds_counts_here(data, monkeypatch):
     asked = []
 
-    def reduce_boolean_decision(self, decision, all=True):
-        asked.append((decision, all))
-        return len(asked) == 4
+    def reduce(self, tensor, reduce_op):
+        if reduce_op != "max":
+            return tensor
+        asked.append(tensor.item())
+        return torch.full_like(tensor, len(asked) == 4)
 
-    monkeypatch.setattr("lightning.pytorch.strategies.Strategy.reduce_boolean_decision", reduce_boolean_decision)
+    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.reduce", reduce)
     module, trainer = fit(data, on_nonfinite="skip")
-    assert module.num_skipped == 1 and asked == [(False, False)] * 15
+    assert module.num_skipped == 1 and asked == [0.0] * 15
     before = next(callback.before for callback in trainer.callbacks if isinstance(callback, Weights))
     assert [step for step in range(14) if torch.equal(before[step], before[step + 1])] == [3]
 
