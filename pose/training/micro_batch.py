@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,14 +55,14 @@ class MicroBatch(L.Callback):
     def __init__(self, global_batch: int, found: Callable[[int], None]):
         self.global_batch, self.found = global_batch, found
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: PoseModule):
+    def on_fit_start(self, trainer, pl_module):
         """The model is on its device, wrapped; optimizer states and a checkpoint's come later."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         share = self.global_batch // trainer.world_size
         # Under FSDP2 a process that ran out of memory would leave the others waiting, and its layers in parts
         careful = isinstance(trainer.strategy, ModelParallelStrategy)
 
-        def peak_of(number: int) -> float | None:
+        def peak_of(number: int) -> float:
             batch, can_fail = longest(data.dataset, number), number > 1 and not careful
             return _everywhere(_peak(trainer, pl_module, batch, share // number, can_fail))
 
@@ -81,7 +83,7 @@ class MicroBatch(L.Callback):
 
 def largest(
     candidates: Sequence[int],
-    peak_of: Callable[[int], float | None],
+    peak_of: Callable[[int], float],
     at_rest: float,
     budget: float,
     careful: bool = False,
@@ -94,7 +96,7 @@ def largest(
 
     Args:
         candidates: examples of a micro-batch, ascending, from 1, which has to fit.
-        peak_of: bytes at the highest point of a step with so many examples; None where memory ran out.
+        peak_of: bytes at the highest point of a step with so many examples; infinite where memory ran out.
         at_rest: bytes between the steps.
         budget: bytes that may be used.
         careful: never tries what may not fit, for all that is known: it may take fewer than fit.
@@ -102,9 +104,7 @@ def largest(
     Returns:
         The candidate, and its peak in bytes.
     """
-    peak = peak_of(1)
-    assert peak is not None
-    fitting, left = [(0, at_rest), (1, peak)], list(candidates[1:])
+    fitting, left = [(0, at_rest), (1, peak_of(1))], list(candidates[1:])
     while left:
         (before, low), (last, high) = fitting[0 if careful else -2], fitting[-1]
         slope = (high - low) / (last - before)
@@ -113,7 +113,7 @@ def largest(
             break
         tried = expected[-1] if expected else left[0]
         found = peak_of(tried)
-        if found is None or found > budget:
+        if found > budget:
             left = [one for one in left if one < tried]
         else:
             fitting.append((tried, found))
@@ -157,8 +157,8 @@ def rehearse(trainer: L.Trainer, module: PoseModule, batch: dict[str, torch.Tens
 
 def _peak(
     trainer: L.Trainer, module: PoseModule, batch: dict[str, torch.Tensor], accumulated: int, can_fail: bool
-) -> float | None:
-    """Bytes at the highest point of a step; None where memory ran out, if it `can_fail`."""
+) -> float:
+    """Bytes at the highest point of a step; infinite where memory ran out, if it `can_fail`."""
     device = module.device
     torch.compiler.reset()  # or another number of examples would be compiled for any number, as no run is
     if device.type == "cuda":
@@ -169,7 +169,7 @@ def _peak(
     except torch.OutOfMemoryError:
         if not can_fail:
             raise
-        return None
+        return math.inf
     finally:
         _free(module)
 
@@ -189,12 +189,11 @@ def _allocated(device: torch.device) -> float:
 def _budget(device: torch.device) -> float:
     """Bytes that tensors may take."""
     if device.type != "cuda":
-        return float("inf")
+        return sys.maxsize
     free, _ = torch.cuda.mem_get_info(device)
     return USABLE * (free + torch.cuda.memory_reserved(device))
 
 
-def _everywhere(value: float | None) -> float | None:
-    """The largest of all processes; None where it is None in one."""
-    values = gather(value)
-    return None if None in values else max(values)
+def _everywhere(value: float) -> float:
+    """The largest of all processes."""
+    return max(gather(value))
