@@ -294,18 +294,18 @@ def test_what_is_logged_changes_no_weight(data):
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
-def test_between_logged_steps_nothing_is_reduced(data, monkeypatch):
-    """A reduction over all processes is one for each logged row, not one for each batch."""
-    calls = []
+def test_between_logged_steps_nothing_that_is_logged_is_reduced(data, monkeypatch):
+    """A reduction over all processes is one for each logged row, not for each batch; of a flag it is one a step."""
+    calls, flags = [], []
     reduce = SingleDeviceStrategy.reduce
 
     def counted(self, tensor, *arguments, **options):
-        calls.append(self.lightning_module.global_step)
+        (flags if options.get("reduce_op") == "max" else calls).append(self.lightning_module.global_step)
         return reduce(self, tensor, *arguments, **options)
 
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", counted)
     fit(data, log_every=5)
-    assert [step for step in calls if step] == [4] * 3 + [9] * 3 + [14] * 3
+    assert [step for step in calls if step] == [4] * 3 + [9] * 3 + [14] * 3 and flags == list(range(15))
 
 
 @pytest.mark.parametrize("stop", [7, 8])
@@ -499,7 +499,8 @@ def test_the_number_of_processes_does_not_change_a_global_batch(data):
     """What the loaders of W processes give, step by step, is what one gives."""
 
     def batches(rank, world, step=0):
-        data.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world)
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        data.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world, strategy=strategy)
         return [batch["input_ids"] for batch in data.train_dataloader()]
 
     alone = torch.cat(batches(0, 1)).reshape(15, 4, -1)
