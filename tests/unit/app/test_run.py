@@ -101,6 +101,9 @@ def test_memory_that_runs_out_names_what_helps(tmp_path):
 def test_the_micro_batch_that_is_found_stands_in_the_config_and_is_taken_again(tmp_path, monkeypatch, capsys):
     """The run and its continuation are those of the number given, to the bit; a run that goes on does not search."""
     monkeypatch.setattr(run.runtime, "provenance", dict)
+    around = []  # what each training is done under: the order of the kernels of attention
+    preferred_kernels = run.preferred_kernels
+    monkeypatch.setattr(run, "preferred_kernels", lambda device: around.append(device) or preferred_kernels(device))
 
     def train(name, *overrides):
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -143,6 +146,7 @@ def test_the_micro_batch_that_is_found_stands_in_the_config_and_is_taken_again(t
     original = load_file(CONF.parent / "assets" / "tiny" / "model.safetensors")
     assert not all(torch.equal(weights[name], original[name].float()) for name in wanted)
     assert train("copy", "trainer.micro_batch=4", "trainer.max_steps=3")[:2] == (4, 4), "what is given is taken"
+    assert around == [torch.device("cpu")] * 5
 
 
 ESTIMATES = {"passkey@8": Estimate(0.0, 0.0, 0.25, 20), "tail_ppl@8": Estimate(3.0, 2.5, 3.5, 4)}
