@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from benchmarks.shapes import SHAPES
 from pose.data.examples import PoseDataset, Targets, collate_scored
 from pose.modeling import speed
+from pose.modeling.attention import preferred_kernels
 from pose.modeling.held import hold
 from pose.modeling.load import build_model, scale_config
 from pose.modeling.lora import add_lora
@@ -159,7 +160,8 @@ def on(setting: Setting, device: torch.device, in_bf16: bool | None = None) -> I
     """A trainee whose memory is free afterwards."""
     trainee = Trainee(setting, device, in_bf16)
     try:
-        yield trainee
+        with preferred_kernels(device):
+            yield trainee
     finally:
         trainee.__dict__.clear()  # whoever got it still has the name
         gc.collect()  # a compiled layer and its forward hold each other

@@ -720,6 +720,17 @@ def fits(training: Training, gpu: GPU) -> bool:
     return training.memory["total"] <= USABLE * gpu.memory
 
 
+def divisors(number: int) -> list[int]:
+    """All of a number, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def largest_micro_batch(training: Training, gpu: GPU) -> int:
+    """The largest by which a training fits a GPU, of those that divide a device's share of the batch; 1 for none."""
+    sizes = divisors(training.global_batch // training.devices)
+    return max((n for n in sizes if fits(replace(training, micro_batch=n), gpu)), default=1)
+
+
 def _changes(training: Training) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
     """What may help, the cheapest first: overrides, and the same as changes of a Training."""
     found: list[tuple[tuple[str, ...], dict[str, Any]]] = []
@@ -824,6 +835,7 @@ def as_json(training: Training, mfu: float = MFU) -> dict[str, Any]:
         "parameters": {"total": training.shape.num_parameters, "trained": training.num_trained},
         "target_len": training.target_len,
         "devices": training.devices,
+        "micro_batch": training.micro_batch,
         "strategy": training.strategy,
         "precision": training.precision,
         **costs(training),

@@ -23,7 +23,7 @@ from pose.rope import RopeScaling
 from pose.training import launch
 from pose.training.callbacks import Export, ProgressBar, Throughput
 from pose.training.checkpoints import CheckpointIO
-from pose.training.compat import always_finish
+from pose.training.compat import always_finish, without_broadcasts
 from pose.training.loggers import build_loggers
 from pose.training.options import WatchOptions
 from pose.training.strategies import check_strategy, resolve_precision
@@ -81,6 +81,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
         )
         check_strategy(trainer.strategy, trainer.precision, t.on_nonfinite, t.compile)
         always_finish(trainer)
+        without_broadcasts(trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"the trainer cannot be built from {vars(t)}: {error}") from error
     return trainer

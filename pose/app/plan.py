@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from pose.plan import (
     duration,
     fits,
     gib,
+    largest_micro_batch,
     summary,
 )  # fmt: skip
 
@@ -113,11 +115,23 @@ def plan(cfg: DictConfig) -> Training:
     if precision == "auto":
         precision = "32-true" if trainer.accelerator == "cpu" else "bf16-mixed"
     shape = Shape.of(config, cfg.model.path or "model.init")
-    micro_batch = min(trainer.micro_batch, max(trainer.global_batch // devices, 1))
+    is_open = trainer.micro_batch == "auto"
+    micro_batch = 1 if is_open else min(trainer.micro_batch, max(trainer.global_batch // devices, 1))
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    return of_config(
+    training = of_config(
         cfg, shape, sampler, devices=devices, precision=precision, micro_batch=micro_batch, stored=str(stored)
     )
+    return choose_micro_batch(training) if is_open and trainer.accelerator != "cpu" else training
+
+
+def choose_micro_batch(training: Training) -> Training:
+    """The same with the largest micro-batch that by this estimate fits the first of GPUS; says what fits the others."""
+    found = {gpu.name: largest_micro_batch(training, gpu) for gpu in GPUS}
+    log.info(
+        f"trainer.micro_batch=auto: this plan is for {found[GPUS[0].name]}. By this estimate the largest that fits is "
+        f"{', '.join(f'{number} on {name}' for name, number in found.items())}; a run looks for it on its own GPU"
+    )
+    return replace(training, micro_batch=found[GPUS[0].name])
 
 
 def frozen_bytes(choice: str, stored: str) -> float:

@@ -13,9 +13,11 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
+from yaml import YAMLError
 
 from pose.app import build, models
 from pose.app.holding import check_holding
+from pose.app.runtime import write_config
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, PoseError, first_line, require_int
@@ -29,6 +31,7 @@ from pose.positions import PositionSampler
 from pose.rope import Frequencies, RopeGeometry, RopeScaling
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoint, Checkpoints
+from pose.training.micro_batch import AUTO, MicroBatch, is_searched
 from pose.training.resume import check_finished, check_resume, find_resume, finished_steps, resume_settings
 from pose.training.watch import Watch
 
@@ -160,8 +163,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     tokenizer = _tokenizer(cfg, base, config)
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     check_holding(cfg, config, trainer)
-    micro_batch = build.accumulate(trainer, cfg.trainer.micro_batch, cfg.trainer.global_batch)
-    cfg.trainer.micro_batch = micro_batch  # which a small global batch may have lowered
+    micro_batch = choose_micro_batch(cfg, trainer, checkpoint)
     data = build.build_data(cfg, tokenizer, sampler, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)
     suite = build.build_suite(to_options(cfg.eval, EvalOptions), *measured)
@@ -185,10 +187,50 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         *([] if watch is None else [watch]),
         export(run_dir / "model"),
     ]
+    if cfg.trainer.micro_batch == AUTO:
+        trainer.callbacks.append(MicroBatch(t.global_batch, partial(_save_micro_batch, cfg, run_dir)))  # type: ignore[attr-defined]
     return Plan(
         base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite, watch, settings, checkpoint,
         is_finished,
     )  # fmt: skip
+
+
+def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoint | None) -> int:
+    """The examples in a batch of one device, to begin with; the trainer accumulates the rest.
+
+    trainer.micro_batch is then what is used. It stays auto where that is found on the model (`MicroBatch`): on a GPU,
+    unless the run goes on, and takes what was found before.
+
+    Raises:
+        ConfigError: the global batch cannot be dealt out, or auto cannot be searched for.
+    """
+    t = cfg.trainer
+    if t.micro_batch == AUTO:
+        before = None if checkpoint is None else _micro_batch_of(checkpoint.folder.parents[1])
+        if before is not None and t.global_batch % (before * trainer.world_size) == 0:
+            t.micro_batch = before
+            log.info(f"Micro-batch {before}, as this run found it before (trainer.micro_batch=auto)")
+        elif not is_searched(trainer.strategy):
+            t.micro_batch = 1
+            log.info("Micro-batch 1: trainer.micro_batch=auto looks for the largest that fits on a GPU alone")
+    micro_batch = build.accumulate(trainer, 1 if t.micro_batch == AUTO else t.micro_batch, t.global_batch)
+    if t.micro_batch != AUTO:
+        t.micro_batch = micro_batch  # which a small global batch may have lowered
+    return micro_batch
+
+
+def _micro_batch_of(run_dir: Path) -> int | None:
+    """That of a run; None where it is not known."""
+    try:
+        value = OmegaConf.select(OmegaConf.load(run_dir / "config.yaml"), "trainer.micro_batch")
+    except (OSError, YAMLError):
+        return None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _save_micro_batch(cfg: DictConfig, run_dir: Path, number: int):
+    cfg.trainer.micro_batch = number
+    write_config(cfg, run_dir)
 
 
 def _tokenizer(cfg: DictConfig, base: PretrainedConfig, config: PretrainedConfig):

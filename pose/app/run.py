@@ -22,7 +22,7 @@ from pose.evaluation.suite import Suite, out_of_reach, values
 from pose.evaluation.task import Estimate
 from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_json
 from pose.modeling import speed
-from pose.modeling.attention import resolve_backend
+from pose.modeling.attention import preferred_kernels, resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
@@ -162,7 +162,8 @@ class Run:
             seed=cfg.seed,
             **options,
         )
-        plan.trainer.fit(module, plan.data, ckpt_path=plan.ckpt_path, weights_only=True)
+        with preferred_kernels(plan.trainer.strategy.root_device):
+            plan.trainer.fit(module, plan.data, ckpt_path=plan.ckpt_path, weights_only=True)
 
     def load_for_training(self, strategy: Strategy) -> PreTrainedModel:
         """The model of plan.config, with its adapters, in train mode; when the strategy is there."""

@@ -92,10 +92,15 @@ def _memory_change(cfg: DictConfig) -> tuple[str, ...]:
     """The cheapest help that a run can go on with, as overrides: the next smaller micro-batch divides the batch too."""
     if "trainer" not in cfg:
         return ()
-    batch = cfg.trainer.micro_batch
+    batch = _micro_batch(cfg)
     if batch > 1:
         return (f"trainer.micro_batch={next(n for n in range(batch // 2, 0, -1) if batch % n == 0)}",)
     return () if cfg.model.gradient_checkpointing else ("model.gradient_checkpointing=true",)
+
+
+def _micro_batch(cfg: DictConfig) -> int:
+    """The one that memory ran out with: 1 as long as a larger is looked for, whose failing is no error."""
+    return 1 if cfg.trainer.micro_batch == "auto" else cfg.trainer.micro_batch
 
 
 def _memory_advice(cfg: DictConfig) -> list[str]:
@@ -103,7 +108,7 @@ def _memory_advice(cfg: DictConfig) -> list[str]:
         tokens = cfg.eval.batch_tokens or "null, which is 1024 on a CPU and else 4096"
         advice = [f"eval.batch_tokens (it is {tokens}; a single window is the least)"]
         return [*advice, "dtype=bfloat16", f"shorter eval.lengths (they are {list(cfg.eval.lengths)})"]
-    batch, length = cfg.trainer.micro_batch, cfg.pose.train_len
+    batch, length = _micro_batch(cfg), cfg.pose.train_len
     advice = [f"trainer.micro_batch (it is {batch}; the global batch stays)"] if batch > 1 else []
     advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
     advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
@@ -165,6 +170,14 @@ def provenance() -> dict:
 
 
 @rank_zero_only
+def write_config(cfg: DictConfig, run_dir: Path):
+    """config.yaml of a run, as it was worked out so far."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_file(run_dir / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(cfg, resolve=True))
+
+
+@rank_zero_only
 def save_config(cfg: DictConfig, run_dir: Path, settings: dict | None = None, step: int = 0):
     """config.yaml and provenance.json, which keeps what it was at earlier starts with `resume`.
 
@@ -174,9 +187,7 @@ def save_config(cfg: DictConfig, run_dir: Path, settings: dict | None = None, st
         settings: that decide the weights.
         step: from which training goes on.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_file(run_dir / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(cfg, resolve=True))
+    write_config(cfg, run_dir)
     path, content = run_dir / "provenance.json", provenance() | {"settings": settings, "from_step": step}
     if cfg.get("resume") is not None and (before := read_json(path)):
         content["earlier"] = [*before.pop("earlier", []), before]

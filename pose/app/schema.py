@@ -38,7 +38,7 @@ class ModelConfig:
     revision: str | None = None  # of the hub repository
     tokenizer: str | None = None  # folder or hub id; null is the model's own
     init: dict[str, Any] | None = None  # config of a model that starts from random weights (path: null)
-    attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
+    attention: str = "auto"  # auto, sdpa, eager, flash_attention_2, flash_attention_3
     gradient_checkpointing: Any = False  # false, true, selective: recompute activations in the backward pass
     export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
 
@@ -118,7 +118,7 @@ class TrainerConfig:
 
     max_steps: int = 1000  # optimizer steps
     global_batch: int = 64  # examples in an optimizer step, over all devices
-    micro_batch: int = 1  # examples at a time on one device; the rest is gradient accumulation
+    micro_batch: Any = 1  # examples at a time on one device, the rest is accumulated; auto: the most that a GPU holds
     accelerator: str = "auto"  # of Lightning: auto, cpu, gpu
     devices: Any = "auto"  # of Lightning: auto, a number, a list
     num_nodes: int = 1  # machines
@@ -131,8 +131,10 @@ class TrainerConfig:
     on_nonfinite: str = "stop"  # stop or skip: a step in which a loss is infinite or NaN
 
     def __post_init__(self):
-        for name in ("max_steps", "global_batch", "micro_batch", "num_nodes", "log_every_n_steps", "keep_checkpoints"):
+        for name in ("max_steps", "global_batch", "num_nodes", "log_every_n_steps", "keep_checkpoints"):
             require_int(f"trainer.{name}", getattr(self, name), at_least=1)
+        if self.micro_batch != "auto":
+            require_int("trainer.micro_batch", self.micro_batch, at_least=1)
         require_int("trainer.checkpoint_every_n_steps", self.checkpoint_every_n_steps, at_least=1, optional=True)
         require_number("trainer.gradient_clip", self.gradient_clip, above=0, optional=True)
         require_choice("trainer.compile", self.compile, ("auto", True, False))
@@ -166,7 +168,7 @@ class EvaluateConfig:
 
     ckpt: Any = MISSING  # run folder, Hugging Face folder, .gguf file, or hub id; or a list of them
     revision: str | None = None  # of the hub repository
-    attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
+    attention: str = "auto"  # auto, sdpa, eager, flash_attention_2, flash_attention_3
     dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto is bfloat16 on a GPU, else float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...
     eval: EvalOptions = field(default_factory=EvalOptions)

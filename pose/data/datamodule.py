@@ -220,9 +220,11 @@ class PoseDataModule(L.LightningDataModule):
         return TokenCache.build(self.documents, self.tokenizer, self.cache_dir, self.text_field, **self.choice)
 
     def train_dataloader(self) -> DataLoader:
-        step, rank, world = 0, 0, 1
+        step, rank, world, pinned = 0, 0, 1, False
         if self.trainer is not None:  # a run that goes on begins its data at the step it has reached
             step, rank, world = self.trainer.global_step, self.trainer.global_rank, self.trainer.world_size
+            # So that a GPU is given a batch without anybody waiting: Lightning moves tensors with non_blocking=True
+            pinned = self.trainer.strategy.root_device.type == "cuda"
         assert self.dataset is not None, "setup comes first"
         self.order = InOrder(self.dataset, step * self.global_batch, rank, world)
         if self.num_workers:
@@ -231,6 +233,7 @@ class PoseDataModule(L.LightningDataModule):
         return DataLoader(
             self.dataset, self.micro_batch, sampler=self.order, num_workers=self.num_workers,
             collate_fn=collate_scored, persistent_workers=self.num_workers > 0, worker_init_fn=_follow_the_trainer,
+            pin_memory=pinned,
         )  # fmt: skip
 
     def describe(self, batch_idx: int, row: int) -> str:

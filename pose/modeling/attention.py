@@ -7,24 +7,40 @@ FlashAttention's wrapper in transformers cuts at position jumps as well, so it i
 
 One model computes in several precisions: it trains under autocast, and is measured and exported in fp32. So the kernel
 follows from the dtype and the device of each call (`compute_dtype`, `flash_kernel`): FlashAttention for half precision
-on a GPU, torch's SDPA for all else.
+on a GPU, torch's SDPA for all else, which takes its own kernels in the order of `preferred_kernels`.
 
 Shapes: B batch, H query heads, K key-value heads, Q query tokens, T key tokens, D head size.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from pose.errors import ConfigError
 
 # By the name it has in configs: the name it is registered under. transformers takes a name with "flash" in it for a
 # kernel to fetch from its hub.
-BACKENDS = {"sdpa": "pose_sdpa", "eager": "pose_eager", "flash_attention_2": "pose_fa2"}
+BACKENDS = {
+    "sdpa": "pose_sdpa",
+    "eager": "pose_eager",
+    "flash_attention_2": "pose_fa2",
+    "flash_attention_3": "pose_fa3",
+}
+# FlashAttention's packages, the faster first: the module that is imported, what is installed, and the GPUs that it is
+# for, by compute capability from and below
+FLASH = {
+    "flash_attention_3": ("flash_attn_interface", "flash_attn_3, compiled from its sources", (9, 0), (10, 0)),
+    "flash_attention_2": ("flash_attn", "flash-attn (pip install -r requirements-gpu.txt)", (8, 0), (99, 0)),
+}
 FLASH_DEVICES = ("cuda",)
+KERNELS = [  # of torch's SDPA, in order
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 MASK_QUERIES = 256  # queries that share one mask, and see no key after the last of them
 
 
@@ -32,26 +48,48 @@ def resolve_backend(name: str) -> str:
     """The name transformers knows a backend by, here.
 
     Args:
-        name: one of BACKENDS, or "auto": flash_attention_2 where it is installed and a GPU that it
-            runs on is there, sdpa elsewhere.
+        name: one of BACKENDS, or "auto": flash_attention_3, else flash_attention_2, where it is installed and a GPU
+            that it runs on is there, sdpa elsewhere.
 
     Raises:
         ConfigError: an unknown backend, or FlashAttention without its package or without such a GPU.
     """
-    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    flash = gpu and importlib.util.find_spec("flash_attn") is not None
     if name == "auto":
-        name = "flash_attention_2" if flash else "sdpa"
+        name = next((one for one in FLASH if can_run(one)), "sdpa")
     if name not in BACKENDS:
         raise ConfigError(
             f"attention={name!r} (in train.py model.attention) is unknown: choose auto, {', '.join(BACKENDS)}"
         )
-    if name == "flash_attention_2" and not flash:
+    if name in FLASH and not can_run(name):
+        _, package, least, _ = FLASH[name]
+        gpu = "Ampere or newer" if least < (9, 0) else "Hopper"
         raise ConfigError(
-            "attention=flash_attention_2 (in train.py model.attention) needs a GPU (Ampere or newer) and the package "
-            "flash-attn (pip install -r requirements-gpu.txt): use sdpa here"
+            f"attention={name} (in train.py model.attention) needs a GPU ({gpu}) and the package {package}: use sdpa "
+            "here"
         )
     return BACKENDS[name]
+
+
+def can_run(name: str) -> bool:
+    """Whether a FlashAttention is installed, on a machine with a GPU for it."""
+    module, _, least, below = FLASH[name]
+    gpu = torch.cuda.is_available() and least <= torch.cuda.get_device_capability() < below
+    return gpu and importlib.util.find_spec(module) is not None
+
+
+@contextlib.contextmanager
+def preferred_kernels(device: torch.device) -> Iterator[None]:
+    """Around a training: torch's SDPA takes cuDNN's kernel where that applies, else flash's, else one of the others.
+
+    Around all of it and not around each call: what is compiled would carry the order in its graph, and torch's cache
+    of graphs keeps none with it (pytorch issue 194007). Outside, torch's own order holds: a cache that grows token by
+    token would make cuDNN plan anew for each.
+
+    Args:
+        device: that it trains on; a CPU has one kernel.
+    """
+    with sdpa_kernel(KERNELS, set_priority=True) if device.type in FLASH_DEVICES else contextlib.nullcontext():
+        yield
 
 
 def compute_dtype(value: torch.Tensor) -> torch.dtype:
@@ -64,15 +102,21 @@ def compute_dtype(value: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
 
 
-def flash_kernel(dtype: torch.dtype, device: torch.device) -> Callable | None:
+def flash_kernel(name: str, dtype: torch.dtype, device: torch.device) -> Callable | None:
     """The function of FlashAttention for tensors of a dtype on a device; None where it takes none and SDPA serves.
 
     It alone decides that, for every call.
+
+    Args:
+        name: one of FLASH.
+        dtype, device: of the tensors.
     """
     if dtype not in (torch.float16, torch.bfloat16) or device.type not in FLASH_DEVICES:
         return None
-    from flash_attn import flash_attn_func
-
+    if name == "flash_attention_3":
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn import flash_attn_func
     return flash_attn_func
 
 
@@ -150,16 +194,32 @@ def flash_attention_2(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, 
     Args and Returns: as `sdpa`.
     """
     dtype = compute_dtype(value_BKTD)
-    kernel = flash_kernel(dtype, value_BKTD.device)
+    kernel = flash_kernel("flash_attention_2", dtype, value_BKTD.device)
     if kernel is None:
         return sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout, scaling, **kwargs)
+    q, k, v, causality = _for_flash(query_BHQD, key_BKTD, value_BKTD, dtype, kwargs)
+    return kernel(q, k, v, dropout, softmax_scale=scaling, **causality), None
+
+
+def flash_attention_3(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """As `flash_attention_2`, by FlashAttention-3, which has no dropout: with one, `sdpa`."""
+    dtype = compute_dtype(value_BKTD)
+    kernel = None if dropout else flash_kernel("flash_attention_3", dtype, value_BKTD.device)
+    if kernel is None:
+        return sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout, scaling, **kwargs)
+    q, k, v, causality = _for_flash(query_BHQD, key_BKTD, value_BKTD, dtype, kwargs)
+    output = kernel(q, k, v, softmax_scale=scaling, **causality)
+    return (output[0] if isinstance(output, tuple) else output), None  # its first versions gave log-sums beside it
+
+
+def _for_flash(query_BHQD, key_BKTD, value_BKTD, dtype, kwargs):
+    """As its kernels take them: queries [B, Q, H, D], keys, values, and who sees whom."""
     window = _sliding_window(kwargs, key_BKTD.shape[2])
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (query_BHQD, key_BKTD, value_BKTD))
-    window_size = (-1, -1) if window is None else (window - 1, 0)
-    return kernel(q, k, v, dropout, softmax_scale=scaling, causal=True, window_size=window_size), None
+    return q, k, v, {"causal": True, "window_size": (-1, -1) if window is None else (window - 1, 0)}
 
 
-for _function in (sdpa, eager, flash_attention_2):
+for _function in (sdpa, eager, flash_attention_2, flash_attention_3):
     AttentionInterface.register(BACKENDS[_function.__name__], _function)
 
 

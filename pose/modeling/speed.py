@@ -28,6 +28,7 @@ ATTENTION = (
     ops._scaled_dot_product_efficient_attention.default,
     ops._scaled_dot_product_cudnn_attention.default,
 )
+FLASH = ("flash_attn", "flash_attn_3")  # namespaces of the operators of FlashAttention's packages
 
 
 def compile_layers(model: PreTrainedModel):
@@ -101,7 +102,7 @@ class _Policy:
             self.seen[context.is_recompute] += 1
             kept = self.seen[context.is_recompute] % 2 == 1
         else:
-            kept = op in ATTENTION
+            kept = op in ATTENTION or getattr(op, "namespace", None) in FLASH
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -47,6 +47,14 @@ def loops_at(trainer: L.Trainer, step: int) -> dict[str, Any]:
     return loop
 
 
+def without_broadcasts(trainer: L.Trainer):
+    """Has the loop not ask process 0 before every batch whether SIGTERM came, which waits for the device twice.
+
+    `pose.training.checkpoints` takes the signal in its place, in any process, and asks once in a step.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
 def forget_logged(trainer: L.Trainer, names: Iterable[str]):
     """Has metrics of a step that are not logged again left out of the next row, where the old values would stand."""
     results: Any = trainer._results or {}

@@ -107,7 +107,7 @@ class PoseModule(L.LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(source).generate_state(1)[0]))
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss, by_example = with_root(self.model, self._losses, batch)
+        loss, by_example = with_root(self.model, self.losses, batch)
         self._unchecked[batch_idx] = by_example
         # The logged losses are means since the last ones logged: examples differ too much for one batch to tell.
         self._recent_losses.append(torch.where(loss.isfinite(), loss.detach(), torch.nan))
@@ -116,7 +116,8 @@ class PoseModule(L.LightningModule):
         self._least_loss = torch.fmin(least, self._recent_losses[-1])
         return loss
 
-    def _losses(self, batch):
+    def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch, and without gradients those of its examples, fp32 [B]; call it by `with_root`."""
         hidden = self(batch["input_ids"], batch["position_ids"])
         scored = Targets(batch["scored_at"], batch["scored_divisors"]) if "scored_at" in batch else None
         return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"], scored)
@@ -130,6 +131,11 @@ class PoseModule(L.LightningModule):
         if gradients and (self._fused or is_logged):
             norm = torch.nn.utils.get_total_norm(gradients)
             asked["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm)[None]
+        # With a scaler, infinite gradients are its business
+        checked = [asked[name] for name in ("losses", *(("norm",) if self._fused else ())) if name in asked]
+        if checked:
+            is_broken = ~torch.cat([tensor.float() for tensor in checked]).isfinite().all()
+            asked["is_broken"] = self.trainer.strategy.reduce(is_broken.float()[None], reduce_op="max")
         if is_logged and self._recent_losses:
             asked["numbers"] = self._reduce_recent()
         found = _to_host(asked)
@@ -138,10 +144,7 @@ class PoseModule(L.LightningModule):
             self.shown_loss = sum(found["losses"]) / len(found["losses"])
         if found.get("norm"):
             self._gradient_norm = found["norm"][0]
-        # With a scaler, infinite gradients are its business
-        checked = found.get("losses", []) + (found.get("norm", []) if self._fused else [])
-        broken = not all(map(math.isfinite, checked))
-        if not self.trainer.strategy.reduce_boolean_decision(broken, all=False):
+        if not any(found.get("is_broken", [])):
             self._num_skipped_in_a_row = 0
             self.stepping_since = time.perf_counter()
             return

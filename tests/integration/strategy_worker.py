@@ -22,6 +22,7 @@ from pose.app.run import Run
 from pose.files import CONF
 from pose.modeling.compat import local_part
 from pose.modeling.rotary import rotary_modules
+from pose.training import micro_batch
 
 schema.register()
 
@@ -100,6 +101,16 @@ def watch(layout, seen: dict):
     return layout
 
 
+def limit_memory(rank: int):
+    """Has trainer.micro_batch=auto search on the CPU as on a GPU, of which that of process 0 holds 2 examples."""
+    peak = micro_batch._peak
+    micro_batch.DEVICES = ("cpu",)
+    micro_batch._peak = lambda trainer, module, batch, accumulated, can_fail: (
+        peak(trainer, module, batch, accumulated, can_fail) or 10.0 * len(batch["input_ids"])
+    )
+    micro_batch._budget = lambda device: 25.0 if rank == 0 else 45.0
+
+
 def train(name: str, overrides: list[str], out: Path, rank: int = 0):
     """What train.py does of a case, but for measuring; the run folder is OUT/name."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -123,6 +134,7 @@ def train(name: str, overrides: list[str], out: Path, rank: int = 0):
 if __name__ == "__main__":
     runtime.quiet_libraries()
     torch.set_num_threads(1)
+    limit_memory(int(os.environ["RANK"]))
     gc.freeze()  # what was imported: looking through it takes as long as a training
     for name, overrides in json.loads(Path(sys.argv[1]).read_text()).items():
         train(name, overrides, Path(sys.argv[2]), int(os.environ["RANK"]))

@@ -126,6 +126,8 @@ def runs(tied, tmp_path_factory):
     }.items():
         for name in names:
             cases[f"{kind}/{name}"] = [*kinds[kind], *STRATEGIES[name], "trainer.devices=2"]
+    for name in ("ddp", "fsdp"):
+        cases[f"auto/{name}"] = [*cases[f"random/{name}"], "trainer.micro_batch=auto"]
     for name in ("ddp", "fsdp", "zero3"):
         resumed = [f"resume={out}/random/{name}/checkpoints/step-2", "trust_pickle=true"]
         cases[f"resumed/{name}"] = [*cases[f"random/{name}"], *resumed]
@@ -206,6 +208,16 @@ def test_a_global_batch_has_the_same_examples_and_the_same_learning_rate(runs, n
     # linear, of 4 steps with 2 of warm-up: 0, 1/2, 1, 1/2 of the peak
     for process in two:
         assert [process["lr"][str(step)] for step in range(4)] == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_processes_agree_on_the_largest_micro_batch(runs, name):
+    """That of the one with least memory; nothing else is left of the search: each process sees and ends the same."""
+    found, given = runs / "auto" / name, runs / "random" / name
+    assert "micro_batch: 2" in (found / "config.yaml").read_text()
+    for one, other in zip(seen(found), seen(given), strict=True):
+        assert one["batches"] == other["batches"] and one["lr"] == other["lr"]
+    assert largest_difference(weights(found), weights(given)) == 0
 
 
 @pytest.mark.parametrize("kind", ["random", "bf16"])

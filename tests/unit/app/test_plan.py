@@ -12,7 +12,7 @@ from benchmarks.plan import cpu_peak
 from pose.app import plan, preflight, schema
 from pose.app.run import Run
 from pose.app.shapes import SHAPES
-from pose.plan import GPUS, PARTS, advise
+from pose.plan import GPUS, PARTS, advise, fits
 
 ROOT = Path(__file__).resolve().parents[3]
 # What the repositories of the hub state
@@ -94,6 +94,24 @@ def test_the_command_prints_one_line_of_json(capsys):
     assert found["flops_per_token"] == training.flops_per_token
     assert set(found["memory_gib"]) == {*PARTS, "total"}
     assert found["hours"]["H100"] == pytest.approx(training.hours(GPUS[1], 0.5))
+
+
+def test_the_largest_micro_batch_is_planned(capsys):
+    """That of the first GPU; one more would not fit, by the same estimate."""
+    overrides = ("model=llama7b", "finetune=lora", "pose.target_len=16384", "trainer.global_batch=64")
+    training = planned(*overrides, "trainer.micro_batch=auto")
+    number, said = training.micro_batch, capsys.readouterr().out
+    assert f"trainer.micro_batch=auto: this plan is for {number}." in said and "on RTX 4090" in said
+    assert 1 < number < 64 and fits(training, GPUS[0])
+    assert not fits(planned(*overrides, f"trainer.micro_batch={2 * number}"), GPUS[0])
+    assert planned(*overrides, f"trainer.micro_batch={number}") == training
+    assert planned(*overrides, "trainer.micro_batch=auto", "trainer.accelerator=cpu").micro_batch == 1
+    full = planned("model=llama7b", "pose.target_len=16384", "trainer.micro_batch=auto")
+    assert full.micro_batch == 1 and not fits(full, GPUS[0]), "where none fits"
+    three = planned(*overrides[:3], "trainer.global_batch=12", "trainer.devices=4", "trainer.micro_batch=auto")
+    assert three.micro_batch == 3, "a divisor of what one device gets"
+    plan.main([*overrides, "trainer.micro_batch=auto", "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["micro_batch"] == number
 
 
 @pytest.mark.parametrize(

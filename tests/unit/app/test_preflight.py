@@ -3,14 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from pose.app import preflight, schema
 from pose.app.run import Run
 from pose.errors import CheckpointError, ConfigError, DataError, PoseError
-from pose.training import loggers
+from pose.training import loggers, micro_batch
+from pose.training.checkpoints import Checkpoint
+from pose.training.micro_batch import MicroBatch
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 schema.register()
@@ -56,6 +61,8 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["rope=linear", "rope.factor=0.5"], ConfigError, ["rope.factor=0.5", "at least 1"]),
         (["rope=none", "rope.factor=2"], ConfigError, ["rope.factor=2", "rope=none"]),
         (["trainer.global_batch=6", "trainer.micro_batch=4"], ConfigError, ["trainer.global_batch=6", "4"]),
+        (["trainer.micro_batch=all"], ConfigError, ["trainer.micro_batch='all'", "at least 1"]),
+        (["trainer.micro_batch=0"], ConfigError, ["trainer.micro_batch=0", "at least 1"]),
         (["trainer.max_steps=0"], ConfigError, ["trainer.max_steps=0"]),
         (["trainer.accelerator=abacus"], ConfigError, ["abacus"]),
         (["model.attention=quick"], ConfigError, ["model.attention", "'quick'", "sdpa"]),
@@ -383,3 +390,34 @@ def test_a_bos_that_the_tokenizer_has_not_is_refused_by_the_key_that_asks_for_it
             "eval.tasks=[passkey]", "eval.lengths=[256]", "watch.every_n_steps=1", "watch.tasks=[passkey]",
             f"model.tokenizer={tmp_path}/tokenizer", f"{key}=true",
         )  # fmt: skip
+
+
+def test_on_a_cpu_the_largest_micro_batch_is_1(plan, documents, capsys):
+    planned = plan("eval=none", "data=jsonl", documents(LONG), "trainer.global_batch=6", "trainer.micro_batch=auto")
+    assert plan.cfg.trainer.micro_batch == planned.data.micro_batch == 1
+    assert planned.trainer.accumulate_grad_batches == 6
+    assert "Micro-batch 1: trainer.micro_batch=auto" in capsys.readouterr().out
+    assert not any(isinstance(one, MicroBatch) for one in planned.trainer.callbacks)
+
+
+def test_where_it_is_searched_the_largest_micro_batch_stays_open(plan, documents, monkeypatch):
+    """Until the model is there; of a number that was found before and no longer divides the batch, too."""
+    monkeypatch.setattr(micro_batch, "DEVICES", ("cpu",))
+    planned = plan("eval=none", "data=jsonl", documents(LONG), "trainer.global_batch=6", "trainer.micro_batch=auto")
+    assert plan.cfg.trainer.micro_batch == "auto" and planned.trainer.accumulate_grad_batches == 6
+    assert [one.global_batch for one in planned.trainer.callbacks if isinstance(one, MicroBatch)] == [6]
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"), [("2", 2), ("4", "auto"), ("auto", "auto"), ("[", "auto"), (None, "auto")]
+)
+def test_a_run_that_goes_on_takes_the_micro_batch_it_found(tmp_path, monkeypatch, found, wanted):
+    monkeypatch.setattr(micro_batch, "DEVICES", ("cpu",))
+    if found is not None:
+        (tmp_path / "config.yaml").write_text(f"trainer:\n  micro_batch: {found}\n")
+    cfg = OmegaConf.create({"trainer": {"micro_batch": "auto", "global_batch": 6}})
+    trainer = SimpleNamespace(world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    checkpoint = Checkpoint(tmp_path / "checkpoints" / "step-1", 1, {})
+    number = preflight.choose_micro_batch(cfg, trainer, checkpoint)
+    assert cfg.trainer.micro_batch == wanted and number == (2 if wanted == 2 else 1)
+    assert trainer.accumulate_grad_batches == 6 // number

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from pose.app import compare, run, schema
 from pose.app.preflight import plan_training
 from pose.errors import TrainingError
 from pose.evaluation.task import Estimate
+from pose.training import micro_batch
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 COMMON = ("eval.tasks=[passkey]", "eval.lengths=[256]", "eval.trials=2")
@@ -77,7 +79,7 @@ def test_what_was_measured_belongs_to_the_weights_and_the_text(start, tmp_path):
     text.write_text("The sky is blue and the sun is yellow. " * 300)
     other_text, num = start("a", *overrides)
     assert num == 1 and other_text != before
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 0.5
@@ -94,6 +96,57 @@ def test_memory_that_runs_out_names_what_helps(tmp_path):
         run.runtime.explained_memory_errors(cfg),
     ):
         raise torch.OutOfMemoryError("out of memory")
+
+
+def test_the_micro_batch_that_is_found_stands_in_the_config_and_is_taken_again(tmp_path, monkeypatch, capsys):
+    """The run and its continuation are those of the number given, to the bit; a run that goes on does not search."""
+    monkeypatch.setattr(run.runtime, "provenance", dict)
+    around = []  # what each training is done under: the order of the kernels of attention
+    preferred_kernels = run.preferred_kernels
+    monkeypatch.setattr(run, "preferred_kernels", lambda device: around.append(device) or preferred_kernels(device))
+
+    def train(name, *overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(
+                "train",
+                [
+                    "experiment=smoke", "eval=none", f"cache_dir={tmp_path}/cache", "trainer.accelerator=cpu",
+                    "resume=auto", "trainer.precision=32-true", "trainer.checkpoint_every_n_steps=1", *overrides,
+                ],
+            )  # fmt: skip
+        one = run.Run(cfg, tmp_path / name)
+        one.plan = plan_training(cfg, one.folder)
+        run.plan.say(cfg, one.plan)
+        run.runtime.save_config(cfg, one.folder, one.plan.settings, one.plan.step)
+        before = OmegaConf.load(one.folder / "config.yaml").trainer.micro_batch
+        one.train()
+        after = OmegaConf.load(one.folder / "config.yaml").trainer.micro_batch
+        assert one.plan.trainer.accumulate_grad_batches == 4 // after
+        return before, after, load_file(one.folder / "model" / "model.safetensors")
+
+    def rehearse(trainer, module, batch, passes):
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        honest(trainer, module, batch, passes)
+
+    honest = micro_batch.rehearse
+    monkeypatch.setattr(micro_batch, "DEVICES", ("cpu",))
+    monkeypatch.setattr(micro_batch, "rehearse", rehearse)
+    auto = "trainer.micro_batch=auto"
+    assert train("found", auto, "trainer.max_steps=2")[:2] == ("auto", 2)
+    assert "Micro-batch 2, the largest divisor of 4 that fits" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "found", tmp_path / "copy")
+    monkeypatch.setattr(micro_batch, "rehearse", None)
+    train("given", "trainer.micro_batch=2", "trainer.max_steps=2")
+    capsys.readouterr()
+    before, after, weights = train("found", auto, "trainer.max_steps=4")
+    assert before == after == 2 and "Micro-batch 2, as this run found it before" in capsys.readouterr().out
+    wanted = train("given", "trainer.micro_batch=2", "trainer.max_steps=4")[2]
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    original = load_file(CONF.parent / "assets" / "tiny" / "model.safetensors")
+    assert not all(torch.equal(weights[name], original[name].float()) for name in wanted)
+    assert train("copy", "trainer.micro_batch=4", "trainer.max_steps=3")[:2] == (4, 4), "what is given is taken"
+    assert around == [torch.device("cpu")] * 5
 
 
 ESTIMATES = {"passkey@8": Estimate(0.0, 0.0, 0.25, 20), "tail_ppl@8": Estimate(3.0, 2.5, 3.5, 4)}

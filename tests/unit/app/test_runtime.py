@@ -59,6 +59,7 @@ def test_a_config_is_written_in_one_step(tmp_path, monkeypatch):
         (15, "trainer.micro_batch=5"),
         (7, "trainer.micro_batch=1"),
         (1, "model.gradient_checkpointing=true"),
+        ("auto", "model.gradient_checkpointing=true"),  # a larger one that does not fit is no error
     ],
 )
 def test_a_smaller_batch_that_divides_is_suggested(micro_batch, change):

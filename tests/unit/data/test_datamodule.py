@@ -8,10 +8,12 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -114,6 +116,30 @@ def test_text_field(make, files):
 def test_workers_give_the_same_batches(make):
     alone, worker = (list(ready(make(num_workers=n)).train_dataloader()) for n in (0, 1))
     assert all(torch.equal(a[name], b[name]) for a, b in zip(alone, worker, strict=True) for name in a)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", None])
+def test_batches_are_pinned_for_a_gpu_alone(make, device):
+    module = ready(make())
+    if device is not None:
+        strategy = SimpleNamespace(root_device=torch.device(device))
+        module.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, strategy=strategy)
+    assert module.train_dataloader().pin_memory is (device == "cuda")
+
+
+def test_every_part_of_a_batch_moves_without_anybody_waiting(make, monkeypatch):
+    """Lightning's way to a device that is no CPU, for which meta stands."""
+    (batch, *_), moved, to = ready(make()).train_dataloader(), [], torch.Tensor.to
+
+    def noted(tensor, *args, **kwargs):
+        moved.append((tensor, args, kwargs))
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    device = torch.device("meta")
+    assert {tensor.device for tensor in move_data_to_device(batch, device).values()} == {device}
+    assert {id(tensor) for tensor, _, _ in moved} == {id(tensor) for tensor in batch.values()} and len(batch) == 5
+    assert all(args == (device,) and kwargs == {"non_blocking": True} for _, args, kwargs in moved)
 
 
 def test_curriculum(make):

@@ -238,32 +238,62 @@ def fake_flash_attn(query, key, value, dropout_p=0.0, softmax_scale=None, causal
     return reference(q, k, v, softmax_scale, None if left == -1 else left + 1).to(query.dtype)
 
 
+def fake_flash_attn_3(query, key, value, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    """flash_attn_func of FlashAttention-3: the same without dropout."""
+    return fake_flash_attn(query, key, value, 0.0, softmax_scale, causal, window_size)
+
+
 @pytest.fixture
 def flash_calls(monkeypatch):
-    """The package flash-attn as if it were there and ran on the CPU; the dtype of each call of it."""
+    """FlashAttention's packages as if they were there and ran on the CPU; backend and dtype of each call of them."""
     calls = []
 
-    def flash_attn_func(query, *args, **kwargs):
-        calls.append(query.dtype)
-        return fake_flash_attn(query, *args, **kwargs)
+    def fake(module, backend, function):
+        def flash_attn_func(query, *args, **kwargs):
+            calls.append((backend, query.dtype))
+            return function(query, *args, **kwargs)
 
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=flash_attn_func))
+
+    fake("flash_attn", "flash_attention_2", fake_flash_attn)
+    fake("flash_attn_interface", "flash_attention_3", fake_flash_attn_3)
     monkeypatch.setattr(attention, "FLASH_DEVICES", ("cpu",))
     return calls
 
 
+@pytest.mark.parametrize("backend", attention.FLASH)
 @pytest.mark.parametrize(("num_query", "window"), [(9, None), (9, 3), (4, 3), (1, None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_flash_attention_is_called_with_the_right_arguments(flash_calls, num_query, window, dtype):
+def test_flash_attention_is_called_with_the_right_arguments(flash_calls, backend, num_query, window, dtype):
     """In half precision; fp32 goes to SDPA, and comes back as fp32."""
     query, key, value = (x.to(dtype) for x in random_qkv(num_query, 9, num_kv_heads=2))
-    output, _ = attention.flash_attention_2(None, query, key, value, None, scaling=0.3, sliding_window=window)
+    function = getattr(attention, backend)
+    output, _ = function(None, query, key, value, None, scaling=0.3, sliding_window=window)
     assert output.dtype == dtype
-    assert flash_calls == ([] if dtype == torch.float32 else [dtype])
+    assert flash_calls == ([] if dtype == torch.float32 else [(backend, dtype)])
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(
         output.double(), reference(query, key, value, 0.3, window), atol=tolerance, rtol=tolerance, check_stride=False
     )
+
+
+def test_flash_attention_3_of_before_gave_log_sums_beside_its_output(monkeypatch, flash_calls):
+    def earlier(*args, **kwargs):
+        return fake_flash_attn_3(*args, **kwargs), torch.zeros(1)
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=earlier))
+    query, key, value = (x.bfloat16() for x in random_qkv(9, 9))
+    output, _ = attention.flash_attention_3(None, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(output.double(), reference(query, key, value, 0.3), atol=0.03, rtol=0.03)
+
+
+def test_flash_attention_3_has_no_dropout(flash_calls):
+    query, key, value = (x.bfloat16() for x in random_qkv(9, 9))
+    torch.manual_seed(0)
+    output, _ = attention.flash_attention_3(None, query, key, value, None, dropout=0.5, scaling=0.3)
+    torch.manual_seed(0)
+    assert not flash_calls and torch.equal(output, attention.sdpa(None, query, key, value, None, 0.5, 0.3)[0])
+    assert not torch.equal(output, attention.sdpa(None, query, key, value, None, 0.0, 0.3)[0])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -285,7 +315,7 @@ def test_a_model_in_every_precision_with_every_backend(models, tokens, flash_cal
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
         logits = model(input_ids=tokens, use_cache=False).logits
     assert logits.dtype == dtype and seen == {dtype}
-    assert flash_calls == [dtype] * (2 if backend == "flash_attention_2" and precision != "fp32" else 0)
+    assert flash_calls == [(backend, dtype)] * (2 if backend in attention.FLASH and precision != "fp32" else 0)
     logits.float().logsumexp(-1).sum().backward()
     exact = copy.deepcopy(models[name]).train()
     wanted = exact(input_ids=tokens, use_cache=False).logits
@@ -316,27 +346,77 @@ def test_what_is_not_implemented_is_refused(backend, name):
         FUNCTIONS[backend](torch.nn.Module().eval(), query, key, value, None, **{name: 1.0})
 
 
-def fake_machine(monkeypatch, flash_installed, gpu):
-    """gpu: None, or its compute capability."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: object() if flash_installed else None)
+def fake_machine(monkeypatch, packages, gpu):
+    """packages: the modules of FlashAttention that are installed. gpu: None, or its compute capability."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in packages else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
 
 
-@pytest.mark.parametrize("flash_installed", [False, True])
-@pytest.mark.parametrize("gpu", [None, (7, 5), (8, 0), (9, 0)])
-def test_auto_takes_flash_attention_only_where_it_can_run(monkeypatch, flash_installed, gpu):
-    fake_machine(monkeypatch, flash_installed, gpu)
-    if flash_installed and gpu is not None and gpu[0] >= 8:
-        assert attention.resolve_backend("auto") == attention.resolve_backend("flash_attention_2")
-        return
-    assert attention.resolve_backend("auto") == "pose_sdpa"
-    with pytest.raises(ConfigError, match=r"flash-attn.*use sdpa"):
-        attention.resolve_backend("flash_attention_2")
+FA2, FA3 = "flash_attn", "flash_attn_interface"
+
+
+@pytest.mark.parametrize("packages", [[], [FA2], [FA3], [FA2, FA3]])
+@pytest.mark.parametrize("gpu", [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)])
+def test_auto_takes_flash_attention_only_where_it_can_run(monkeypatch, packages, gpu):
+    fake_machine(monkeypatch, packages, gpu)
+    fast = [name for name, runs in (
+        ("flash_attention_3", gpu == (9, 0) and FA3 in packages),
+        ("flash_attention_2", gpu is not None and gpu >= (8, 0) and FA2 in packages),
+    ) if runs]  # fmt: skip
+    names = [attention.resolve_backend(name) for name in fast]
+    assert attention.resolve_backend("auto") == (names or ["pose_sdpa"])[0]
+    for name, package in (("flash_attention_2", "flash-attn"), ("flash_attention_3", "flash_attn_3")):
+        if name not in fast:
+            with pytest.raises(ConfigError, match=rf"attention={name} .*{package}.*use sdpa"):
+                attention.resolve_backend(name)
+
+
+def test_every_backend_has_an_identity_of_its_own(monkeypatch):
+    """What is measured by one is not taken for another's."""
+    fake_machine(monkeypatch, [FA2, FA3], (9, 0))
+    assert len({attention.resolve_backend(name) for name in attention.BACKENDS}) == 4
+
+
+ORDER = [int(kernel) for kernel in attention.KERNELS]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_training_prefers_cudnns_kernel_then_flash(monkeypatch, compiled):
+    """Around the training, so that compiled layers hold nothing of it; every kernel may still be taken."""
+    monkeypatch.setattr(attention, "FLASH_DEVICES", ("cpu",))
+    before, seen = torch._C._get_sdp_priority_order(), []
+
+    def attend(query, key, value):
+        return attention.sdpa(None, query, key, value, None, scaling=0.3)[0]
+
+    def note(graph, inputs):
+        seen.append(torch._C._get_sdp_priority_order())
+        assert not [
+            node for node in graph.graph.nodes if "sdp" in str(node.target) and "scaled" not in str(node.target)
+        ]
+        return graph
+
+    query, key, value = random_qkv(9, 9, num_kv_heads=2)
+    function = torch.compile(attend, backend=note, fullgraph=True) if compiled else attend
+    with attention.preferred_kernels(torch.device("cpu")):
+        inside = torch._C._get_sdp_priority_order()
+        output = function(query, key, value)
+        enabled = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert inside[: len(ORDER)] == ORDER and all(enabled) and seen == [inside] * compiled
+    assert torch._C._get_sdp_priority_order() == before
+    torch.testing.assert_close(output.double(), reference(query, key, value, 0.3), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cpu_has_one_kernel():
+    before = torch._C._get_sdp_priority_order()
+    with attention.preferred_kernels(torch.device("cpu")):
+        assert torch._C._get_sdp_priority_order() == before
+    assert before[: len(ORDER)] != ORDER
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ConfigError, match=r"attention='flex' .*is unknown.*auto, sdpa, eager, flash_attention_2"):
+    with pytest.raises(ConfigError, match=r"attention='flex' .*is unknown.*auto, sdpa, eager, flash_attention_2, .*_3"):
         attention.resolve_backend("flex")
 
 
@@ -348,7 +428,7 @@ def test_transformers_takes_every_backend(monkeypatch, flash_calls, tokens, back
     For a name with "flash" in it, transformers would look for a kernel on its hub.
     """
     with monkeypatch.context() as patch:
-        fake_machine(patch, flash_installed=True, gpu=(8, 0))
+        fake_machine(patch, [FA2, FA3], (9, 0))
         name = attention.resolve_backend(backend)
     assert ALL_ATTENTION_FUNCTIONS[name] is getattr(attention, backend)
     config = copy.deepcopy(CONFIGS["gqa"])

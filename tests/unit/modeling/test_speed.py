@@ -1,11 +1,13 @@
 """Compiled layers, recomputed activations and bf16 residuals: the same training, by other means."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import LlamaConfig
 
 from pose.errors import ConfigError
@@ -151,6 +153,16 @@ def test_a_class_that_does_not_allow_it_is_refused():
     with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing=true .*LlamaForCausalLM: take false"):
         speed.recompute(model, True)
     speed.recompute(model, False)
+
+
+@pytest.mark.parametrize(("namespace", "kept"), [("flash_attn", True), ("flash_attn_3", True), ("pose_tests", False)])
+def test_attention_of_flash_attentions_packages_is_kept(namespace, kept):
+    """By the namespace of its operators, whose names differ from version to version."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define("pose_test(Tensor query) -> Tensor")
+    op = getattr(torch.ops, namespace).pose_test.default
+    policy = speed._Policy()(SimpleNamespace(is_recompute=False), op)
+    assert policy == (CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,27 @@ def test_a_run_that_goes_on_from_its_last_step_comes_to_its_end(tmp_path):
         assert module.seen == seen
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_loop_does_not_ask_process_0_before_every_batch(monkeypatch, kept):
+    """As Lightning's does where there are several processes."""
+    asked, several = Mock(), trainer(1)
+    monkeypatch.setattr(torch.distributed, "broadcast", asked)
+    if not kept:
+        compat.without_broadcasts(several)
+
+    class AsOneOfTwo(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(type(trainer), "world_size", 2)
+
+        def on_train_batch_start(self, *_):
+            monkeypatch.setattr(type(several), "world_size", 1)
+
+    several.callbacks.append(AsOneOfTwo())
+    several.fit(Line(), data())
+    assert asked.call_count == kept
+
+
 class FromStep(Line):
     """Goes on at the checkpoint's step, with data from its beginning."""
 

@@ -173,13 +173,15 @@ def test_a_gradient_that_is_not_finite_counts_too(data):
 def test_what_another_process_finds_counts_here(data, monkeypatch):
     asked = []
 
-    def reduce_boolean_decision(self, decision, all=True):
-        asked.append((decision, all))
-        return len(asked) == 4
+    def reduce(self, tensor, reduce_op):
+        if reduce_op != "max":
+            return tensor
+        asked.append(tensor.item())
+        return torch.full_like(tensor, len(asked) == 4)
 
-    monkeypatch.setattr("lightning.pytorch.strategies.Strategy.reduce_boolean_decision", reduce_boolean_decision)
+    monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.reduce", reduce)
     module, trainer = fit(data, on_nonfinite="skip")
-    assert module.num_skipped == 1 and asked == [(False, False)] * 15
+    assert module.num_skipped == 1 and asked == [0.0] * 15
     before = next(callback.before for callback in trainer.callbacks if isinstance(callback, Weights))
     assert [step for step in range(14) if torch.equal(before[step], before[step + 1])] == [3]
 
@@ -292,18 +294,18 @@ def test_what_is_logged_changes_no_weight(data):
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
-def test_between_logged_steps_nothing_is_reduced(data, monkeypatch):
-    """A reduction over all processes is one for each logged row, not one for each batch."""
-    calls = []
+def test_between_logged_steps_nothing_that_is_logged_is_reduced(data, monkeypatch):
+    """A reduction over all processes is one for each logged row, not for each batch; of a flag it is one a step."""
+    calls, flags = [], []
     reduce = SingleDeviceStrategy.reduce
 
     def counted(self, tensor, *arguments, **options):
-        calls.append(self.lightning_module.global_step)
+        (flags if options.get("reduce_op") == "max" else calls).append(self.lightning_module.global_step)
         return reduce(self, tensor, *arguments, **options)
 
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", counted)
     fit(data, log_every=5)
-    assert [step for step in calls if step] == [4] * 3 + [9] * 3 + [14] * 3
+    assert [step for step in calls if step] == [4] * 3 + [9] * 3 + [14] * 3 and flags == list(range(15))
 
 
 @pytest.mark.parametrize("stop", [7, 8])
@@ -497,7 +499,8 @@ def test_the_number_of_processes_does_not_change_a_global_batch(data):
     """What the loaders of W processes give, step by step, is what one gives."""
 
     def batches(rank, world, step=0):
-        data.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world)
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        data.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world, strategy=strategy)
         return [batch["input_ids"] for batch in data.train_dataloader()]
 
     alone = torch.cat(batches(0, 1)).reshape(15, 4, -1)
