@@ -47,7 +47,7 @@ class Fold:
         for layer in decoder_layers(model):
             for part, module in _parts(layer).items():
                 unit, weight = _unit(config, part, by), getattr(module, "weight", None)
-                shape = () if weight is None else full_shape(weight)
+                shape: tuple[int, ...] = () if weight is None else full_shape(weight)
                 if len(shape) != (1 if "norm" in part else 2) or shape[0] % len(unit):
                     raise LookupError(f"{names[id(module)]} is not of the form that is known of a {config.model_type}")
                 self._units[names[id(module)]] = unit

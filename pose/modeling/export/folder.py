@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from pose.errors import GuardError, first_line
 from pose.files import atomic_folder, load_json, replace_folder, write_json
 from pose.modeling.export.check import ask, compare
-from pose.modeling.export.rope import said, with_old_class, with_old_keys
+from pose.modeling.export.rope import for_old_tokenizers, said, with_old_keys
 from pose.modeling.export.weights import Weights
 from pose.modeling.rotary import target_len_of
 
@@ -124,7 +124,7 @@ def _write_rest(model: PreTrainedModel, config: PretrainedConfig, tokenizer, fol
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        write_json(settings, with_old_class(load_json(settings)))
+        write_json(settings, for_old_tokenizers(load_json(settings)))
 
 
 def _savable(generation: GenerationConfig) -> GenerationConfig:

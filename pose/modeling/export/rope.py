@@ -98,6 +98,8 @@ def with_old_keys(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return raw
     old = {key: rope[key] for key in ("rope_theta", SHARE) if key in rope}
+    if "num_local_experts" in raw:  # Qwen's name of before
+        old["num_experts"] = raw["num_local_experts"]
     if raw["model_type"] == "gpt_neox":
         old |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get(SHARE, 1.0)}
     if rope["rope_type"] != "default":
@@ -110,8 +112,15 @@ def with_old_keys(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | old
 
 
-def with_old_class(settings: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json whose class both major versions of transformers know."""
+def for_old_tokenizers(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that both major versions of transformers read alike.
+
+    Args:
+        settings: as transformers 5 writes it: with a class that 4 does not know, and a list where 4 wants names.
+    """
+    settings = dict(settings)
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        return settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     return settings
