@@ -112,6 +112,21 @@ def with_old_keys(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | old
 
 
+def where_the_factor_is(raw: dict[str, Any]) -> str | None:
+    """What a model card says of the attention factor; None where there is none.
+
+    Args:
+        raw: the config.json of an export.
+    """
+    noted, rope = raw.get("pose") or {}, raw.get("rope_parameters") or {}
+    factor, folded = f"{noted.get('attention_factor', 1.0):.6g}", noted.get("folded")
+    if folded is not None:
+        return f"{factor}: {folded:.6g} times are in the weights of queries and keys, where no engine overlooks it"
+    if "short_mscale" in rope or (rope.get("rope_type") == "yarn" and "attention_factor" in rope):
+        return f"{factor}, in config.json alone: an engine that overlooks it there serves another model"
+    return None if "attention_factor" not in noted else f"{factor}, which engines work out themselves"
+
+
 def for_old_tokenizers(settings: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json that both major versions of transformers read alike.
 

@@ -120,7 +120,7 @@ def test_plain_transformers_gives_the_same_logits(script, tmp_path, tokenizer):
     got = torch.load(tmp_path / "logits.pt")
     for name in METHODS:
         for a, b in zip(got[name], wanted[name], strict=True):
-            folded = name in ("yarn_revised", "drope")  # rounded once more: tests/unit/modeling/test_export_fold.py
+            folded = name in ("yarn_revised", "drope")  # rounded once more: export/test_fold.py
             assert (a - b).abs().max() < (5e-5 if folded else 1e-5), name
     for name in METHODS:  # and the methods are not all the same to these models
         others = [wanted[other][0] for other in METHODS if other != name]
@@ -138,7 +138,7 @@ def test_config_and_tokenizer_name_the_window(tmp_path, tokenizer, name):
     assert "auto_map" not in config
     assert "pose_" not in (tmp_path / "model" / "config.json").read_text()
     assert rope_geometry(load_config(str(tmp_path / "model"))).window == (TARGET_LEN if name == "none" else WINDOW)
-    if parameters["rope_type"] in SAYS_WINDOW:  # that of equal lists: tests/unit/modeling/test_export_rope.py
+    if parameters["rope_type"] in SAYS_WINDOW:  # that of equal lists: export/test_rope.py
         assert parameters["original_max_position_embeddings"] == (TARGET_LEN if name == "yarn_revised" else WINDOW)
     if name in ("linear", "yarn", "dynamic", "llama3", "ntk_by_parts"):
         assert parameters["factor"] == TARGET_LEN / WINDOW

@@ -18,6 +18,7 @@ from transformers import (
 
 from pose.modeling.compat import rotary_modules
 from pose.modeling.export import export_model
+from pose.modeling.export.rope import where_the_factor_is
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
 from pose.rope import (
     NTK,
@@ -169,6 +170,24 @@ def test_engines_that_read_no_attention_factor_work_the_same_one_out(tmp_path, t
         factor = config["max_position_embeddings"] / window
         worked_out = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(window))
     assert worked_out == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "fold", "said"),
+    [
+        ("linear", True, None),
+        ("yarn", True, "1.20794, which engines work out themselves"),
+        ("yarn without a factor", True, "1: 0.827853 times are in the weights"),
+        ("yarn without a factor", False, "1, in config.json alone"),
+        ("drope with a factor", True, "1.2: 1.2 times are in the weights"),
+        ("drope with a factor", False, "1.2, in config.json alone"),
+        ("linear with a factor", False, "1.2, in config.json alone"),
+    ],
+)
+def test_the_card_says_where_the_factor_is(tmp_path, tokenizer, name, fold, said):
+    config = exported(make_model(SAID[name][0])[0], tokenizer, tmp_path / "model", fold=fold)
+    found = where_the_factor_is(config)
+    assert found is None if said is None else found.startswith(said)
 
 
 def test_phi3_has_the_three_keys_that_transformers_4_accepts(tmp_path, tokenizer):
