@@ -274,3 +274,6 @@ def test_a_folded_folder_is_trained_on_as_what_it_is(tmp_path, tokenizer, scalin
     export_model(model, tokenizer, tmp_path / "further")
     further = load_config(str(tmp_path / "further"))
     assert further.max_position_embeddings == 2 * TARGET_LEN and rope_geometry(further) == geometry
+    (rotary,) = rotary_modules(build_model(further, str(tmp_path / "further"), "sdpa"))
+    whole = rotary.attention_scaling * further.pose.get("folded", 1.0)
+    assert whole == pytest.approx(further.pose.get("attention_factor", 1.0), rel=1e-9)
