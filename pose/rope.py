@@ -20,6 +20,7 @@ import torch
 from pose.errors import ConfigError, require_number
 
 T = TypeVar("T")
+DROPPED = 1e30  # the divisor of a frequency that is to be none
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,9 @@ class NTKByParts(RopeScaling):
     def inv_freq(self, geometry, seq_len=None):
         return _interpolate_by_turns(geometry, _known(self.factor), self.beta_slow, self.beta_fast)
 
+    def native(self, geometry):
+        return _llama3(geometry, _known(self.factor), self.beta_slow, self.beta_fast)
+
 
 @dataclass(frozen=True)
 class Yarn(RopeScaling):
@@ -387,14 +391,7 @@ class Llama3(RopeScaling):
         return _interpolate_by_turns(geometry, _known(self.factor), self.low_freq_factor, self.high_freq_factor)
 
     def native(self, geometry):
-        return {
-            "rope_type": "llama3",
-            "rope_theta": geometry.base,
-            "factor": self.factor,
-            "original_max_position_embeddings": geometry.window,
-            "low_freq_factor": self.low_freq_factor,
-            "high_freq_factor": self.high_freq_factor,
-        }
+        return _llama3(geometry, _known(self.factor), self.low_freq_factor, self.high_freq_factor)
 
 
 @dataclass(frozen=True)
@@ -502,10 +499,14 @@ class Drope(RopeScaling):
     """
 
     def inv_freq(self, geometry, seq_len=None):
-        return geometry.theta() / 1e30
+        return geometry.theta() / DROPPED
 
     def native(self, geometry):
-        divisors = [1e30] * (geometry.dim // 2)
+        # No dimension turns so often in a window, so that all are divided.
+        return _llama3(geometry, DROPPED, 1e6, 2e6)
+
+    def to_longrope(self, geometry):
+        divisors = [DROPPED] * (geometry.dim // 2)
         return self._longrope(geometry, divisors, divisors)
 
 
@@ -514,6 +515,18 @@ def _known(value: T | None) -> T:
     if value is None:
         raise ValueError("the scaling is not resolved: call resolve(geometry, target_len) first")
     return value
+
+
+def _llama3(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> dict[str, Any]:
+    """transformers' type `llama3`, which is `_interpolate_by_turns`."""
+    return {
+        "rope_type": "llama3",
+        "rope_theta": geometry.base,
+        "factor": factor,
+        "original_max_position_embeddings": geometry.window,
+        "low_freq_factor": slow,
+        "high_freq_factor": fast,
+    }
 
 
 def _interpolate_by_turns(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> torch.Tensor:

@@ -167,7 +167,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     data = build.build_data(cfg, tokenizer, sampler, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)
     suite = build.build_suite(to_options(cfg.eval, EvalOptions), *measured)
-    export = partial(Export, tokenizer, dtype=getattr(torch, cfg.model.export_dtype))
+    export = partial(Export, tokenizer, dtype=getattr(torch, cfg.model.export_dtype), fold=cfg.model.export_fold)
     throughput = next(one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
     watch = build.build_watch(cfg, *measured, export=export(run_dir / "best"), throughput=throughput)
     data.prepare_data()

@@ -24,6 +24,7 @@ from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_
 from pose.modeling import speed
 from pose.modeling.attention import preferred_kernels, resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
+from pose.modeling.export.rope import where_the_factor_is
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.options import NF4
@@ -271,6 +272,7 @@ class Run:
         synthetic = [f"{share:.0%} {name} examples" for name, share in cfg.data.synthetic.items() if share]
         documents = cfg.data.documents if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
         names = [f"{one.path} ({one.get('split', 'train')})" if OmegaConf.is_dict(one) else one for one in documents]
+        factor = where_the_factor_is(read_json(self.folder / "model" / "config.json"))
         Card(
             base=base,
             license=None if base is None else license_of(base),
@@ -288,7 +290,8 @@ class Run:
                 f"{tune.warmup_steps:,} warm-up steps, weight decay {tune.weight_decay:g}",
                 "Precision": f"{plan.trainer.precision} in training, {cfg.model.export_dtype} in this folder",
                 "Seed": f"{cfg.seed}",
-            },
+            }
+            | ({} if factor is None else {"Attention factor": factor}),
             results={name: values(found) for name, found in self.results.items()},
             measured_on=[] if plan.suite is None else plan.suite.document_ids,
             command=without_folders(shlex.join(["python", "train.py", *provenance["overrides"]])),

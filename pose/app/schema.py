@@ -41,6 +41,7 @@ class ModelConfig:
     attention: str = "auto"  # auto, sdpa, eager, flash_attention_2, flash_attention_3
     gradient_checkpointing: Any = False  # false, true, selective: recompute activations in the backward pass
     export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
+    export_fold: bool = True  # an attention factor goes into the weights of RUN/model, where no engine overlooks it
 
     def __post_init__(self):
         require_choice("model.export_dtype", self.export_dtype, DTYPES)

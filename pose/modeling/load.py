@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 
 # Checkpoints in a form of their own, by the model_type of their config.json: read as a class of transformers.
 FORMS: dict[str, type[GPTJ] | type[Baichuan]] = {"gptj": GPTJ, "baichuan": Baichuan}
+# In the note `pose` of a config: rope_parameters of the same frequencies in the type that has no place for the model's
+# attention factor. An export that puts it into the weights has no need of the other.
+FACTORLESS = "without_attention_factor"
 PROBE = "A text, № 1: ﬁne é 文"  # tokenised once when a tokenizer is loaded
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -188,8 +192,7 @@ def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
     rope_type = parameters.get("rope_type", "default")
     ours = getattr(config, "pose", None)  # what `scale_config` noted: linear and ntk leave no other trace of the window
     if isinstance(ours, dict):
-        window = ours["window"]
-        rope_type = ours["rope"] if rope_type == "default" else rope_type
+        window, rope_type = ours["window"], ours["rope"]
     return RopeGeometry(float(parameters["rope_theta"]), dim, window, rope_type)
 
 
@@ -231,15 +234,27 @@ def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int
         )
     scaling = scaling.resolve(geometry, target_len)
     target_len = max(target_len, target_len_of(config))
-    if scaling.name != "none":
-        config.pose = {"rope": scaling.name, "window": geometry.window, "factor": scaling.factor}
-        _write_rope(config, scaling.to_hf(geometry), geometry)
+    if scaling.name == "none":
+        set_target_len(config, target_len)
+        return scaling
+    config.pose = {"rope": scaling.name, "window": geometry.window, "factor": scaling.factor}
+    _write_scaling(config, scaling, geometry, target_len)
+    if scaling.attention_factor != 1.0:
+        same = copy.deepcopy(config)
+        _write_scaling(same, replace(scaling, attention_factor=1.0), geometry, target_len)
+        config.pose["attention_factor"] = scaling.attention_factor
+        if same.rope_parameters["rope_type"] != config.rope_parameters["rope_type"]:
+            config.pose[FACTORLESS] = same.rope_parameters
+    return scaling
+
+
+def _write_scaling(config: PretrainedConfig, scaling: RopeScaling, geometry: RopeGeometry, target_len: int):
+    _write_rope(config, scaling.to_hf(geometry), geometry)
     set_target_len(config, target_len)
     try:
         config.validate_rope()
     except ValueError:  # a model class that knows fewer types, such as phi3's
         _write_rope(config, scaling.to_longrope(geometry), geometry)
-    return scaling
 
 
 def _write_rope(config: PretrainedConfig, rope_parameters: dict[str, Any], geometry: RopeGeometry):

@@ -168,10 +168,11 @@ class Export(L.Callback):
         tokenizer: of the model.
         folder: to export to.
         dtype: of the saved weights.
+        fold: as of `export_model`.
     """
 
-    def __init__(self, tokenizer, folder: str | Path, dtype: torch.dtype):
-        self.tokenizer, self.folder, self.dtype = tokenizer, Path(folder), dtype
+    def __init__(self, tokenizer, folder: str | Path, dtype: torch.dtype, fold: bool = True):
+        self.tokenizer, self.folder, self.dtype, self.fold = tokenizer, Path(folder), dtype, fold
 
     def on_train_end(self, trainer, pl_module):
         self.save(trainer, pl_module)
@@ -179,4 +180,6 @@ class Export(L.Callback):
     def save(self, trainer: L.Trainer, pl_module: PoseModule):
         """Exports the model as it is now; every process must call this."""
         with torch.compiler.set_stance("force_eager"):  # it is asked with texts of other lengths
-            export_model(pl_module.model, self.tokenizer, self.folder, self.dtype, trainer.is_global_zero)
+            export_model(
+                pl_module.model, self.tokenizer, self.folder, self.dtype, trainer.is_global_zero, fold=self.fold
+            )

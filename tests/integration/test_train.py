@@ -50,6 +50,8 @@ def test_a_run_leaves_everything(smoke_run, load_json):
     config = load_json(smoke_run / "model" / "config.json")
     assert config["max_position_embeddings"] == 512
     assert config["rope_parameters"]["rope_type"] == "yarn" and config["rope_parameters"]["factor"] == 2.0
+    card = (smoke_run / "model" / "README.md").read_text()
+    assert "| Attention factor | 1.06931, which engines work out themselves |" in card
 
 
 def test_evaluate_measures_the_run_folder_as_training_did(smoke_run, script, load_json, tmp_path):

@@ -30,7 +30,7 @@ SHARES = dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (0.0, False, 1.0
 NUMBERS = BASES | SHARES
 # In rope_scaling and rope_parameters alone: elsewhere these names mean other things.
 ROPE_NUMBERS = NUMBERS | {"factor": (1.0, True, 1e30)}
-ROPE_NUMBERS |= dict.fromkeys(("mscale", "mscale_all_dim"), (0.0, True, 1e30))
+ROPE_NUMBERS |= dict.fromkeys(("mscale", "mscale_all_dim", "short_mscale", "long_mscale"), (0.0, True, 1e30))
 ROPE_NUMBERS |= dict.fromkeys(
     ("attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"), (0.0, False, 1e30)
 )
@@ -224,6 +224,9 @@ def _check_note(note: Any, file: str):
         if not fits(note.get(key)):
             raise _refused(file, f"pose.{key}", note.get(key), "what this package writes")
     _check(note, file, "target_len", kinds["window"], "a number of tokens", "pose.")
+    for key in ("attention_factor", "folded"):
+        _check(note, file, key, lambda value: is_number(value) and value > 0, "a number above 0", "pose.")
+    _check(note, file, "without_attention_factor", lambda value: isinstance(value, dict), "an object", "pose.")
 
 
 def _check_special(tokens: dict[str, Any], file: str):

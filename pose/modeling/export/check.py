@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pose.errors import GuardError
 from pose.modeling import compat
+from pose.modeling.export.fold import Fold
+from pose.modeling.export.rope import attention_factor
 from pose.modeling.export.weights import Stored, broken
 from pose.modeling.held import held_weight
 from pose.modeling.load import rope_geometry
@@ -154,6 +156,10 @@ def compare(folder: Path, answers: Answers, dtype: torch.dtype, progress: bool =
 def _round_alike(exported: PreTrainedModel, model: PreTrainedModel) -> bool:
     """Adds to exported weights what the trained model has lost of the checkpoint's; False where it is in parts."""
     stored, held, own = Stored(model), places(model), exported.state_dict()
+    if not stored.names:
+        return True
+    by = attention_factor(model) / attention_factor(exported)
+    fold = Fold(model, by) if by != 1.0 else lambda name, tensor: tensor
     if any(compat.local_part(held[name]) is not held[name] for name in stored.names):
         return False
     done: set[int] = set()
@@ -161,7 +167,7 @@ def _round_alike(exported: PreTrainedModel, model: PreTrainedModel) -> bool:
         if name in stored.names and id(held[name]) not in done:  # a tied one has two names
             done.add(id(held[name]))
             values = held_weight(held[name]).cpu()
-            own[name] += values - stored(name).float()
+            own[name] += fold(name, values - stored(name).float())
     return True
 
 

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from pose.errors import GuardError, first_line
-from pose.files import atomic_folder, replace_folder
+from pose.files import atomic_folder, load_json, replace_folder, write_json
 from pose.modeling.export.check import ask, compare
+from pose.modeling.export.rope import for_old_tokenizers, said, with_old_keys
 from pose.modeling.export.weights import Weights
 from pose.modeling.rotary import target_len_of
 
@@ -25,6 +26,7 @@ def export_model(
     dtype: torch.dtype = torch.float32,
     is_writer: bool = True,
     progress: bool = True,
+    fold: bool = True,
 ):
     """Saves model and tokenizer, loads them back as anybody would, and compares the logits.
 
@@ -34,12 +36,15 @@ def export_model(
     one of them writes, and holds no more of them at a time than a file has.
 
     Args:
-        model: built from a scaled config; its config is what is saved, so nothing can get lost.
+        model: built from a scaled config; its config is what is saved, so nothing can get lost, in the words that most
+            engines read right.
         tokenizer: its model_max_length becomes the new window.
         folder: replaced when it is there already.
         dtype: of the saved weights.
         is_writer: whether this process writes and compares.
         progress: whether it shows bars.
+        fold: whether an attention factor that engines may overlook is multiplied into the saved weights of queries and
+            keys (`pose.modeling.export.rope`); the model in memory stays as it is.
 
     Raises:
         TrainingError: weights or logits of the model are not finite, or absurd; every process raises it.
@@ -50,18 +55,21 @@ def export_model(
     """
     begin, folder = time.perf_counter(), Path(folder)
     answers = ask(model, progress and is_writer)
-    weights = Weights(model, dtype)
+    config, multiply, kept = said(model, fold)
+    weights = Weights(model, dtype, multiply)
     if not is_writer:
         weights.write(folder, is_writer=False)
         return
     for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a killed process
         if leftover.name != f".{folder.name}.old" or folder.exists():
             shutil.rmtree(leftover, ignore_errors=True)
+    if kept:
+        log.warning(kept)
     files = f" in {len(weights.files)} files" if len(weights.files) > 1 else ""
     log.info(f"Writing the model ({weights.num_bytes / 1e9:.3g} GB{files}, {_name(dtype)}) ...")
     with atomic_folder(folder, replace=True) as partial:
         weights.write(partial, is_writer=True)
-        _write_rest(model, tokenizer, partial, dtype)
+        _write_rest(model, config, tokenizer, partial, dtype)
         log.info("Checking the model that was written ...")
         try:
             agreement = compare(partial, answers, dtype, progress)
@@ -100,13 +108,13 @@ def verify_export(model: PreTrainedModel, folder: str | Path, dtype: torch.dtype
     compare(Path(folder), ask(model), dtype)
 
 
-def _write_rest(model: PreTrainedModel, tokenizer, folder: Path, dtype: torch.dtype):
+def _write_rest(model: PreTrainedModel, config: PretrainedConfig, tokenizer, folder: Path, dtype: torch.dtype):
     """Everything of the folder but the weights, as save_pretrained writes it, for the new window."""
     target_len = target_len_of(model.config)
-    config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # the class as `fully_shard` changes it
     config.dtype = _name(dtype)
     config.save_pretrained(folder)
+    write_json(folder / "config.json", with_old_keys(load_json(folder / "config.json")))
     if model.can_generate():
         generation = _savable(model.generation_config)
         if generation.max_length is not None:
@@ -114,6 +122,9 @@ def _write_rest(model: PreTrainedModel, tokenizer, folder: Path, dtype: torch.dt
         generation.save_pretrained(folder)
     tokenizer.model_max_length = target_len
     tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        write_json(settings, for_old_tokenizers(load_json(settings)))
 
 
 def _savable(generation: GenerationConfig) -> GenerationConfig:

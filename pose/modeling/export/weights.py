@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pose.errors import CheckpointError, TrainingError
 from pose.modeling import compat
+from pose.modeling.export.fold import Fold
 from pose.modeling.lora import adapters
 from pose.modeling.shard import full_shape, full_weight
 from pose.modeling.weights import matched, places
@@ -28,14 +29,15 @@ class Weights:
     Args:
         model: as it trains, under any strategy.
         dtype: of the saved weights; whole numbers keep theirs.
+        fold: what is multiplied into them before they are rounded; None: nothing.
 
     Attributes:
         files: names of the files with the tensors in each; those that `save_pretrained` would give for SHARD_SIZE.
         num_bytes, num_parameters: of all files together.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
-        self.model, self.dtype = model, dtype
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, fold: Fold | None = None):
+        self.model, self.dtype, self.fold = model, dtype, fold
         self._parameters = _saved_parameters(model)
         self._adapters = adapters(model)
         self._stored = Stored(model)
@@ -106,6 +108,8 @@ class Weights:
             down, up, scale = self._adapters[name]
             added = scale * (full_weight(up).float() @ full_weight(down).float())
             full = full.to(added.device).float() + added
+        if self.fold is not None:
+            full = self.fold(_plain(name), full)
         if full.is_floating_point() and not full.isfinite().all():
             raise broken(f"{_plain(name)} has values that are not finite")
         return full

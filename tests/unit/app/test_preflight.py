@@ -14,6 +14,7 @@ from pose.app import preflight, schema
 from pose.app.run import Run
 from pose.errors import CheckpointError, ConfigError, DataError, PoseError
 from pose.training import loggers, micro_batch
+from pose.training.callbacks import Export
 from pose.training.checkpoints import Checkpoint
 from pose.training.micro_batch import MicroBatch
 
@@ -130,6 +131,17 @@ def test_a_broken_line_is_named(plan, documents):
 def test_documents_that_are_too_short(plan, documents):
     with pytest.raises(DataError, match="none of the 1 documents is long enough"):
         plan("eval=none", "data=jsonl", documents('{"text": "short"}'))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_every_export_of_a_run_is_folded_or_none(plan, documents, fold):
+    planned = plan(
+        "data=jsonl", documents(LONG), "eval=none", f"model.export_fold={fold}", "watch.every_n_steps=1",
+        "watch.tasks=[passkey]", "watch.best=passkey@2048",
+    )  # fmt: skip
+    exports = [callback for callback in planned.trainer.callbacks if isinstance(callback, Export)]
+    exports.append(planned.watch.export)
+    assert len(exports) == 2 and all(export.fold is fold for export in exports)
 
 
 def test_a_scaled_checkpoint_is_not_scaled_again(plan, documents, tmp_path):

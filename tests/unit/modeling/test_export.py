@@ -120,7 +120,8 @@ def test_plain_transformers_gives_the_same_logits(script, tmp_path, tokenizer):
     got = torch.load(tmp_path / "logits.pt")
     for name in METHODS:
         for a, b in zip(got[name], wanted[name], strict=True):
-            assert (a - b).abs().max() < 1e-5, name
+            folded = name in ("yarn_revised", "drope")  # rounded once more: export/test_fold.py
+            assert (a - b).abs().max() < (5e-5 if folded else 1e-5), name
     for name in METHODS:  # and the methods are not all the same to these models
         others = [wanted[other][0] for other in METHODS if other != name]
         assert all((wanted[name][0] - other).abs().max() > 0.1 for other in others)
@@ -137,9 +138,9 @@ def test_config_and_tokenizer_name_the_window(tmp_path, tokenizer, name):
     assert "auto_map" not in config
     assert "pose_" not in (tmp_path / "model" / "config.json").read_text()
     assert rope_geometry(load_config(str(tmp_path / "model"))).window == (TARGET_LEN if name == "none" else WINDOW)
-    if parameters["rope_type"] in SAYS_WINDOW:
-        assert parameters["original_max_position_embeddings"] == WINDOW
-    if name in ("linear", "yarn", "yarn_revised", "dynamic", "llama3"):
+    if parameters["rope_type"] in SAYS_WINDOW:  # that of equal lists: export/test_rope.py
+        assert parameters["original_max_position_embeddings"] == (TARGET_LEN if name == "yarn_revised" else WINDOW)
+    if name in ("linear", "yarn", "dynamic", "llama3", "ntk_by_parts"):
         assert parameters["factor"] == TARGET_LEN / WINDOW
     if name == "ntk":  # b * s^(d/(d-2)), d = 16
         assert parameters["rope_theta"] == pytest.approx(10_000 * 8 ** (16 / 14))
@@ -384,14 +385,15 @@ def test_verify_catches_other_weights(exported):
     ],
 )
 def test_verify_looks_at_texts_on_both_sides_of_the_window(tmp_path, tokenizer, key, index, where):
-    model = make_model(YarnRevised())
+    model = make_model(LongRope(long_factor=DIVISORS))
     export_model(model, tokenizer, tmp_path / "model")
     config_file = tmp_path / "model" / "config.json"
     config = json.loads(config_file.read_text())
-    if index is None:
-        config["rope_parameters"][key] *= 1.02
-    else:
-        config["rope_parameters"][key][index] *= 1.5
+    for parameters in (config["rope_parameters"], config["rope_scaling"]):
+        if index is None:
+            parameters[key] *= 1.02
+        else:
+            parameters[key][index] *= 1.5
     config_file.write_text(json.dumps(config))
     with pytest.raises(GuardError, match=where):
         verify_export(model, tmp_path / "model")
@@ -421,7 +423,8 @@ def test_verify_catches_a_lost_scaling(tmp_path, tokenizer, name):
     export_model(model, tokenizer, tmp_path / "model")
     config_file = tmp_path / "model" / "config.json"
     config = json.loads(config_file.read_text())
-    del config["rope_parameters"]
+    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+        config.pop(key, None)
     config_file.write_text(json.dumps(config))
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(GuardError, match="gives other logits"):
