@@ -1,4 +1,4 @@
-"""The command `python -m pose.engines RUN ...`: what each serving engine makes of a model, beside what pose makes of it."""
+"""The command `python -m pose.engines RUN ...`: what each serving engine makes of a model."""
 
 import argparse
 import logging
@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,11 @@ class Verdict:
     version: str | None = None
     difference: dict[int, float] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """Its attributes; numbers that JSON has no word for are null."""
+        finite = {n: apart if math.isfinite(apart) else None for n, apart in self.difference.items()}
+        return vars(self) | {"difference": finite}
+
     def __str__(self) -> str:
         if self.outcome != "wrong":
             return f"{self.outcome}: {self.why}" if self.why else self.outcome
@@ -106,7 +111,7 @@ def main(arguments: list[str] | None = None):
             if not given.table:
                 _show(*found[-1])
         if given.json:
-            write_json(given.json, [{"run": label, "verdicts": list(map(asdict, of))} for label, of in found])
+            write_json(given.json, [{"run": label, "verdicts": [one.as_json() for one in of]} for label, of in found])
         if given.table:
             log.info(table(found))
 

@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pose.errors import ConfigError, require_choice, require_int, require_number
 from pose.evaluation.options import EvalOptions
-from pose.modeling.options import RECOMPUTE, LoraOptions
+from pose.modeling.options import ENGINES, RECOMPUTE, LoraOptions
 from pose.training.options import WatchOptions
 
 # Those of transformers' get_scheduler that need nothing but the steps.
@@ -41,10 +41,14 @@ class ModelConfig:
     attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
     gradient_checkpointing: Any = False  # false, true, selective: recompute activations in the backward pass
     export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
+    engine: str | None = (
+        None  # that has to serve RUN/model, or the run is refused: vllm, llama.cpp, ... docs/SERVING.md
+    )
 
     def __post_init__(self):
         require_choice("model.export_dtype", self.export_dtype, DTYPES)
         require_choice("model.gradient_checkpointing", self.gradient_checkpointing, RECOMPUTE)
+        require_choice("model.engine", self.engine, (None, *ENGINES))
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """An exported folder as a GGUF file, which llama.cpp and what is built on it (Ollama, LM Studio) serve.
 
-llama.cpp rotates dimension j by position / f_j * b^(-2j/d), with the base b in the file's head and the divisors f_j in a
-tensor, and multiplies cos and sin by a factor. So every method whose frequencies do not depend on the length of the
+llama.cpp rotates dimension j by position / f_j * b^(-2j/d), with the base b in the file's head and the divisors f_j in
+a tensor, and multiplies cos and sin by a factor. So every method whose frequencies do not depend on the length of the
 text has one form here, whatever transformers calls it: `rope_freqs.weight` are theta_j / inv_freq_j of the frequencies
 that transformers itself builds, and `rope.scaling.attn_factor` is the attention factor.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -10,10 +10,11 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pose.errors import CheckpointError, require_choice
@@ -41,9 +42,9 @@ def write_gguf(folder: str | Path, file: str | Path, dtype: str = "f16"):
         dtype: of the matrices: f16, f32, or q8_0 (8 bits, with an fp16 scale for every 32 weights).
 
     Raises:
-        CheckpointError: the model, its RoPE or its tokenizer has no form in which llama.cpp would serve it right; or a
-            weight is too large for f16.
-        ConfigError: another dtype.
+        CheckpointError: the model or its tokenizer has no form in which llama.cpp would serve it right; or a weight is
+            too large for f16; or the folder cannot be read.
+        ConfigError: its RoPE or architecture has none (`check_engine`); another dtype.
     """
     require_choice("dtype", dtype, DTYPES)
     gguf = _gguf()
@@ -119,11 +120,11 @@ def _write_head(writer, folder: Path, config: PretrainedConfig, vocabulary: Voca
     vocabulary.write(writer)
 
 
-def rope_divisors(config: LlamaConfig) -> tuple[np.ndarray | None, float]:
+def rope_divisors(config: PretrainedConfig) -> tuple[np.ndarray | None, float]:
     """The divisors f_j of llama.cpp, fp32 [d/2], None where all are 1; and the factor of cos and sin."""
-    rotary = LlamaRotaryEmbedding(config)
+    rotary: Any = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # `check_engine` has let it pass
     theta = rope_geometry(config).theta()
-    divisors = (theta / rotary.inv_freq.double()).numpy()  # type: ignore[operator]
+    divisors = (theta / rotary.inv_freq.double()).numpy()
     plain = np.allclose(divisors, 1, rtol=1e-5, atol=0)  # fp32
     return None if plain else divisors.astype(np.float32), float(rotary.attention_scaling)
 
