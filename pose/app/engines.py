@@ -263,7 +263,7 @@ def describe(config: "PretrainedConfig") -> str:
 
     rope = config.rope_parameters
     noted = getattr(config, "pose", None) or {}
-    words = [str(noted.get("rope") or rope["rope_type"])]
+    words = [str(noted.get("rope") or rope["rope_type"]).replace("default", "none")]
     if rope["rope_type"] == "longrope":
         words += ["unequal lists"] * depends_on_length(config)
     factor = rope.get("attention_factor")

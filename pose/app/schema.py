@@ -41,9 +41,7 @@ class ModelConfig:
     attention: str = "auto"  # auto, sdpa, eager, flash_attention_2
     gradient_checkpointing: Any = False  # false, true, selective: recompute activations in the backward pass
     export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
-    engine: str | None = (
-        None  # that has to serve RUN/model, or the run is refused: vllm, llama.cpp, ... docs/SERVING.md
-    )
+    engine: str | None = None  # that has to serve RUN/model: vllm, llama.cpp, ... (docs/SERVING.md); null: any
 
     def __post_init__(self):
         require_choice("model.export_dtype", self.export_dtype, DTYPES)

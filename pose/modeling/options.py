@@ -6,14 +6,8 @@ from pose.errors import ConfigError, require_choice, require_int, require_number
 
 RECOMPUTE = (False, True, "selective")  # activations: `pose.modeling.speed.recompute`
 NF4 = "nf4"
-ENGINES = (
-    "transformers",
-    "vllm",
-    "sglang",
-    "llama.cpp",
-    "ollama",
-    "mlx",
-)  # that a folder, or a GGUF of it, is served by
+# What serves a folder, or a GGUF file of it.
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "ollama", "mlx")
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", NF4)
 
 

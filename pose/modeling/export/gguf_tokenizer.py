@@ -120,9 +120,7 @@ def read_vocabulary(tokenizer, size: int) -> Vocabulary:
             vocabulary.kinds[i] = CONTROL if token.special else USER_DEFINED
             odd += [token.content] * (token.lstrip or token.rstrip or token.single_word)
     if odd:
-        log.warning(
-            f"llama.cpp finds these tokens in a text by other rules (lstrip, rstrip, single_word): {listed(odd)}"
-        )
+        log.warning(f"llama.cpp finds tokens with lstrip, rstrip or single_word by other rules: {listed(odd)}")
     if isinstance(tokenizer.chat_template, dict):
         vocabulary.chat_template = tokenizer.chat_template.get("default")
     if model.get("byte_fallback"):
@@ -154,7 +152,12 @@ def _as_bytes(rules: dict[str, Any], vocabulary: Vocabulary):
 
 def _as_sentencepiece(rules: dict[str, Any], vocabulary: Vocabulary):
     """llama.cpp joins the two neighbours that make the token of the highest score; a tokenizer.json says which two."""
-    model, pieces = rules["model"], rules["model"]["vocab"]
+    model = rules["model"]
+    pieces = {
+        token
+        for i, token in enumerate(vocabulary.tokens)
+        if vocabulary.kinds[i] == NORMAL and not _is_byte(token) and token != model.get("unk_token")
+    }
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
@@ -163,8 +166,7 @@ def _as_sentencepiece(rules: dict[str, Any], vocabulary: Vocabulary):
     order = [ranks[left + right] for left, right in merges]
     if pairs != set(merges) or order != sorted(order):
         raise _refused("its merges are not those of a sentencepiece model, which has a score for each token")
-    special = {vocabulary.tokens[i] for i in range(len(vocabulary.kinds)) if vocabulary.kinds[i] != NORMAL}
-    if stray := [p for p in pieces if len(p) > 1 and p not in ranks and p not in special and not _is_byte(p)]:
+    if stray := [piece for piece in pieces if len(piece) > 1 and piece not in ranks]:
         raise _refused(f"it has pieces that no merge makes: {listed(stray)}")
     before = _steps(rules["normalizer"], "normalizers")
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -179,14 +181,16 @@ def _as_sentencepiece(rules: dict[str, Any], vocabulary: Vocabulary):
             f"its normalizer {json.dumps(rules['normalizer'])} and pre_tokenizer {json.dumps(rules['pre_tokenizer'])} "
             "are not those of LLaMA's tokenizers"
         )
+    if scheme == "first":
+        log.warning("llama.cpp puts a space after each special token in a text, and this tokenizer before a text alone")
     vocabulary.model = "llama"
     vocabulary.add["space"] = bool(prepend) or scheme in ("first", "always")
     vocabulary.scores = [-float(ranks.get(token, len(ranks))) for token in vocabulary.tokens]
     for i, token in enumerate(vocabulary.tokens):
         if vocabulary.kinds[i] == NORMAL and _is_byte(token):
             vocabulary.kinds[i] = BYTE
-    if (unknown := model.get("unk_token")) in pieces:
-        vocabulary.kinds[pieces[unknown]] = UNKNOWN
+    if (unknown := model.get("unk_token")) in vocabulary.tokens:
+        vocabulary.kinds[vocabulary.tokens.index(unknown)] = UNKNOWN
 
 
 def _steps(rule: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
@@ -213,9 +217,7 @@ def _added_around(tokenizer, special: dict[str, int]) -> dict[str, bool]:
             ids = [special.get("bos")] * bos + bare + [special.get("eos")] * eos
             if ids == whole:
                 return {"bos": bos, "eos": eos, "space": False}
-    raise _refused(
-        f"it makes {whole} of a text whose tokens are {bare}: only a BOS before and an EOS after can be told"
-    )
+    raise _refused(f"it puts more than a BOS and an EOS around a text: {bare} becomes {whole}")
 
 
 def _is_byte(piece: str) -> bool:
