@@ -80,6 +80,8 @@ def of_llama_cpp(request):
     asked = xllamacpp.CommonParams()
     asked.model.path = request["gguf"]
     asked.n_ctx, asked.n_parallel, asked.warmup = request["window"], 1, False
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = threads
     asked.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     asked.cache_type_k = asked.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(asked)

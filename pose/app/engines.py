@@ -37,6 +37,7 @@ INSTALL = {
 MODULES = {"transformers": ("transformers", "torch"), "vllm": ("vllm",), "llama.cpp": ("xllamacpp",), "mlx": ("mlx",)}
 MODULES["mlx"] += ("mlx_lm", "mlx.core")
 TEXT = REPOSITORY / "assets" / "corpora" / "books.heldout.jsonl.gz"
+CHARACTERS = 16  # of a token; no text has so many, and no more of a book has to be cut into tokens
 SCORED = 64  # tokens at the end of each text
 TOLERANCE = 1e-3  # nats; what rounding in fp32 makes of it is 1e-5 and less
 
@@ -68,12 +69,10 @@ class Verdict:
     def __str__(self) -> str:
         if self.outcome != "wrong":
             return f"{self.outcome}: {self.why}" if self.why else self.outcome
-        parts = [
-            f"{difference:.2g} at {length:,} tokens" if math.isfinite(difference) else f"NaN at {length:,} tokens"
-            for length, difference in self.difference.items()
-            if not difference <= TOLERANCE
-        ]
-        return f"wrong by {', '.join(parts)}"
+        off = {n: apart for n, apart in self.difference.items() if not apart <= TOLERANCE}
+        worst = max(off.values(), key=lambda apart: math.inf if math.isnan(apart) else apart)
+        where = "" if len(off) == len(self.difference) else f" at {', '.join(f'{n:,}' for n in off)} tokens"
+        return f"wrong by {worst:.2g}{where}" if math.isfinite(worst) else f"not finite{where}"
 
 
 def main(arguments: list[str] | None = None):
@@ -205,7 +204,8 @@ def ask_pose(folder: Path, config: "PretrainedConfig", tokens: int | None, text:
     longest = min(window - 1, tokens or window)  # what is generated needs a place, too
     tokenizer, ids = load_tokenizer(str(folder)), []
     for document in read_documents(text or str(TEXT)):
-        ids += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        beginning = document.text[: CHARACTERS * longest]
+        ids += tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= longest:
             break
     if len(ids) < longest:
@@ -280,10 +280,15 @@ def table(found: list[tuple[str, list[Verdict]]]) -> str:
     }
     heads = [f"{engine} {versions[engine]}" if engine in versions else engine for engine in engines]
     lines = ["| `rope=` | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    notes: dict[str, int] = {}
     for label, verdicts in found:
-        cells = [f"**{markdown(str(one))}**" if one.outcome == "wrong" else markdown(str(one)) for one in verdicts]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = []
+        for one in verdicts:
+            note = f" ({notes.setdefault(one.why, len(notes) + 1)})" if one.why else ""
+            text = one.outcome + note if one.outcome != "wrong" else f"**{one}**"
+            cells.append(text)
+        lines.append(f"| {markdown(label)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"({number}) {markdown(why)}  " for why, number in notes.items())]).rstrip()
 
 
 def _show(label: str, verdicts: list[Verdict]):

@@ -46,7 +46,8 @@ class ModelConfig:
     def __post_init__(self):
         require_choice("model.export_dtype", self.export_dtype, DTYPES)
         require_choice("model.gradient_checkpointing", self.gradient_checkpointing, RECOMPUTE)
-        require_choice("model.engine", self.engine, (None, *ENGINES))
+        if self.engine is not None:
+            require_choice("model.engine", self.engine, ENGINES)
 
 
 @dataclass

@@ -167,9 +167,9 @@ def wrap(tokenizer):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def without_a_merge(tokenizer):
+def with_merges(tokenizer, change):
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules["model"]["merges"] = rules["model"]["merges"][:-1]
+    rules["model"]["merges"] = change(rules["model"]["merges"])
     rules["post_processor"] = None
     return wrap(Tokenizer.from_str(json.dumps(rules)))
 
@@ -181,7 +181,8 @@ def without_a_merge(tokenizer):
         (lambda _: make_tokenizer(split(LLAMA3.replace("{1,3}", "{1,4}"))), "known are those"),
         (lambda _: make_tokenizer(normaliser=normalizers.Lowercase()), "normalizer is .*Lowercase"),
         (lambda _: make_tokenizer(split(LLAMA3)), "ignore_merges is False"),
-        (lambda path: without_a_merge(make_spm(path)), "merges are not those of a sentencepiece"),
+        (lambda path: with_merges(make_spm(path), lambda all: all[::-1]), "not those of a sentencepiece"),
+        (lambda path: with_merges(make_spm(path), lambda all: all[:-1]), "pieces that no merge makes"),
         (lambda _: wrap(Tokenizer(models.WordLevel({"a": 0}, "a"))), "model is WordLevel"),
     ],
 )  # fmt: skip
