@@ -262,12 +262,14 @@ def describe(config: "PretrainedConfig") -> str:
     from pose.modeling.rotary import depends_on_length
 
     rope = config.rope_parameters
-    noted = getattr(config, "pose", None) or {}
+    noted = getattr(config, "pose", None)
+    noted = noted if isinstance(noted, dict) else {}
     words = [str(noted.get("rope") or rope["rope_type"]).replace("default", "none")]
     if rope["rope_type"] == "longrope":
         words += ["unequal lists"] * depends_on_length(config)
-    factor = rope.get("attention_factor")
-    return ", ".join(words + ([f"attention factor {factor:.3g}"] if factor not in (None, 1.0) else []))
+    factor = noted.get("attention_factor") or rope.get("attention_factor")
+    words += [] if factor in (None, 1.0) else [f"attention factor {factor:.3g}"]
+    return ", ".join(words + ["folded"] * ("folded" in noted))
 
 
 def table(found: list[tuple[str, list[Verdict]]]) -> str:

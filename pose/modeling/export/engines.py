@@ -112,7 +112,7 @@ def _factor_read(engine: str, rope: Mapping[str, Any], longest: int) -> float:
             return own * rope.get("attn_factor", 1.0)
         if engine == "mlx":
             return _yarn(rope["factor"], rope.get("mscale", 1)) / _yarn(rope["factor"], rope.get("mscale_all_dim", 0))
-        return float(rope.get("attention_factor", own))  # vLLM
+        return float(rope.get("attention_factor") or own)  # vLLM
     if rope["rope_type"] == "longrope":
         window = rope["original_max_position_embeddings"]
         own = _longrope(longest / window, window)

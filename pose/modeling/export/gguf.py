@@ -7,8 +7,8 @@ that transformers itself builds, and `rope.scaling.attn_factor` is the attention
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import logging
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from pose.modeling.export.engines import check_engine
 from pose.modeling.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from pose.modeling.load import check_weights, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
-
-log = logging.getLogger(__name__)
 
 F16_MAX = 65504.0
 DTYPES = ("f16", "f32", "q8_0")  # of matrices; everything else is fp32
@@ -81,7 +79,7 @@ def _write(writer, folder: Path, config: PretrainedConfig, vocabulary: Vocabular
     if factor != 1.0:
         writer.add_rope_scaling_attn_factors(factor)
     rope = [] if divisors is None else [("rope_freqs.weight", torch.from_numpy(divisors))]
-    for name, tensor in [*_tensors(folder, config), *rope]:
+    for name, tensor in chain(_tensors(folder, config), rope):
         kind = kind_of(tensor.shape)
         block, size = gguf.GGML_QUANT_SIZES[kind]
         num_bytes = tensor.numel() // block * size
@@ -89,7 +87,7 @@ def _write(writer, folder: Path, config: PretrainedConfig, vocabulary: Vocabular
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in [*_tensors(folder, config), *rope]:
+    for name, tensor in chain(_tensors(folder, config), rope):
         values = tensor.float().numpy()
         kind = kind_of(values.shape)
         if kind != kinds.F32 and not np.abs(values).max() <= F16_MAX:
