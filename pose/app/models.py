@@ -70,6 +70,22 @@ def open_checkpoint(ckpt: str, key: str = "ckpt") -> str:
     return str(path) if path.is_dir() else ckpt
 
 
+def open_local(run: str, key: str) -> Path:
+    """The model folder of a run folder, or a model folder as it is, on this machine.
+
+    Args:
+        run: a folder.
+        key: what it is called, for the error.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(open_checkpoint(run, key))
+    if not folder.is_dir():
+        raise CheckpointError(f"{key}={run} is no folder: give a run folder, its RUN/best, or a model folder")
+    return folder.resolve()
+
+
 def convert_gguf(path: str, cache_dir: str) -> str:
     """The folder that a .gguf file converts to; says so."""
     file = find_gguf(locate(path))

@@ -25,6 +25,7 @@ from pose.evaluation.options import MAX_SEED, EvalOptions
 from pose.evaluation.suite import Suite
 from pose.files import REPOSITORY, is_inside, locate
 from pose.modeling.attention import resolve_backend
+from pose.modeling.export.engines import check_engine
 from pose.modeling.layers import check_layers
 from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, scale_config
 from pose.positions import PositionSampler
@@ -158,6 +159,8 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     geometry = rope_geometry(base)
     sampler = build.build_sampler(cfg.pose, geometry.window)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
+    if cfg.model.engine is not None:
+        check_engine(cfg.model.engine, config)
     resolve_backend(cfg.model.attention)
     models.check_lora(to_options(cfg.finetune, FinetuneConfig).lora, config)
     tokenizer = _tokenizer(cfg, base, config)

@@ -24,7 +24,9 @@ from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_
 from pose.modeling import speed
 from pose.modeling.attention import preferred_kernels, resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
+from pose.modeling.export.engines import misread_by
 from pose.modeling.export.rope import where_the_factor_is
+from pose.modeling.layers import cache_width
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.options import NF4
@@ -297,8 +299,18 @@ class Run:
             command=without_folders(shlex.join(["python", "train.py", *provenance["overrides"]])),
             versions={name: provenance["packages"][name] for name in ("torch", "transformers", "lightning")},
             commit=commit,
+            cache_bytes=2 * cache_width(plan.config),
+            misread=self.misread_by_engines(),
             described=None if plan.suite is None else plan.suite.metrics(),
         ).write(self.folder / "model")
+
+    def misread_by_engines(self) -> dict[str, str]:
+        """Engines that serve RUN/model wrong, each with why; warns where it is the one that the run is for."""
+        folder, engine = self.folder / "model", self.cfg.model.engine
+        found = misread_by(folder, load_config(str(folder)))
+        if engine in found:
+            log.warning(f"{engine} serves {folder} wrong: {found[engine]} (docs/SERVING.md)")
+        return found
 
     def save_metrics(self, metrics: dict[str, dict[str, float]]):
         """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's.

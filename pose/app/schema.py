@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pose.errors import ConfigError, require_choice, require_int, require_number
 from pose.evaluation.options import EvalOptions
-from pose.modeling.options import RECOMPUTE, LoraOptions
+from pose.modeling.options import ENGINES, RECOMPUTE, LoraOptions
 from pose.training.options import WatchOptions
 
 # Those of transformers' get_scheduler that need nothing but the steps.
@@ -42,10 +42,13 @@ class ModelConfig:
     gradient_checkpointing: Any = False  # false, true, selective: recompute activations in the backward pass
     export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
     export_fold: bool = True  # an attention factor goes into the weights of RUN/model, where no engine overlooks it
+    engine: str | None = None  # that has to serve RUN/model: vllm, llama.cpp, ... (docs/SERVING.md); null: any
 
     def __post_init__(self):
         require_choice("model.export_dtype", self.export_dtype, DTYPES)
         require_choice("model.gradient_checkpointing", self.gradient_checkpointing, RECOMPUTE)
+        if self.engine is not None:
+            require_choice("model.engine", self.engine, ENGINES)
 
 
 @dataclass

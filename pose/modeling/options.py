@@ -1,4 +1,4 @@
-"""What trains of a model: the group `finetune.lora`. Imports nothing heavy: the config is made of it."""
+"""What is set of a model, and the group `finetune.lora`. Imports nothing heavy: the config is made of it."""
 
 from dataclasses import dataclass, fields
 
@@ -6,6 +6,8 @@ from pose.errors import ConfigError, require_choice, require_int, require_number
 
 RECOMPUTE = (False, True, "selective")  # activations: `pose.modeling.speed.recompute`
 NF4 = "nf4"
+# What serves a folder, or a GGUF file of it.
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "ollama", "mlx")
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", NF4)
 
 

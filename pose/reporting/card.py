@@ -30,6 +30,17 @@ model = AutoModelForCausalLM.from_pretrained("model")  # this folder
 tokenizer = AutoTokenizer.from_pretrained("model")"""
 
 
+# What serves this folder, by engine; docs/SERVING.md explains the options.
+SERVE = {
+    "vllm": "vllm serve model --max-model-len {window}",
+    "sglang": "python -m sglang.launch_server --model-path model --context-length {window}",
+    "llama.cpp": "python -m pose.export model gguf && llama-server -m model-f16.gguf -c {window}",
+    "ollama": """python -m pose.export model gguf
+printf 'FROM ./model-f16.gguf\\nPARAMETER num_ctx {window}\\n' > Modelfile && ollama create extended -f Modelfile""",
+    "mlx": "mlx_lm.server --model model",
+}
+
+
 @dataclass(frozen=True)
 class Card:
     """What a card says. Lengths are in tokens; texts come as they are, and are made safe for Markdown here.
@@ -51,6 +62,8 @@ class Card:
         command: that made it, without folders of this machine.
         versions: package: version.
         commit: of the code, where it is known.
+        cache_bytes: of a token's keys and values in 16 bits; None says nothing about memory.
+        misread: engines that serve this folder wrong, each with why; None says nothing about engines.
         described: what the tasks say of their metrics, by name; of others only what their names tell is known.
     """
 
@@ -69,6 +82,8 @@ class Card:
     command: str
     versions: Mapping[str, str]
     commit: str | None = None
+    cache_bytes: int | None = None
+    misread: Mapping[str, str] | None = None
     described: Mapping[str, Metric] | None = None
 
     def write(self, folder: str | Path):
@@ -78,7 +93,8 @@ class Card:
 
     def text(self) -> str:
         """The whole card, in Markdown with a YAML head as the Hugging Face hub reads it."""
-        parts = [self._head(), self._title(), self._making(), self._measured(), self._loading(), self._repeating()]
+        parts = [self._head(), self._title(), self._making(), self._measured(), self._loading(), self._serving()]
+        parts.append(self._repeating())
         return "\n\n".join(part for part in parts if part) + "\n"
 
     @property
@@ -155,6 +171,22 @@ class Card:
 
     def _loading(self) -> str:
         return f"## Load it\n\n```python\n{LOAD}\n```"
+
+    def _serving(self) -> str:
+        if self.misread is None:
+            return ""
+        text = f"## Serve it\n\nThe window is {self.target_len:,} tokens."
+        if self.cache_bytes:
+            whole = self.cache_bytes * self.target_len / 2**30
+            text += (
+                f" Keys and values of a text as long take {whole:.3g} GiB in 16 bits ({self.cache_bytes:,} bytes a "
+                "token), beside the weights."
+            )
+        commands = [line.format(window=self.target_len) for name, line in SERVE.items() if name not in self.misread]
+        text += "\n\n```bash\n" + "\n".join(commands) + "\n```"
+        for engine, why in self.misread.items():
+            text += f"\n\n**Not with {engine}**: {markdown(why)}."
+        return text
 
     def _repeating(self) -> str:
         command = one_line(self.command)

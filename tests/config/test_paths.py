@@ -19,7 +19,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 PATHS = {"path", "tokenizer", "documents", "heldout", "haystack", "include_path", "resume", "cache_dir", "ckpt"}
 # Keys whose type would allow for a path, and which are none
 OTHERS = {
-    "offline", "revision", "attention", "export_dtype", "text_field", "on_broken", "schedule", "target_modules",
+    "offline", "revision", "attention", "export_dtype", "engine", "text_field", "on_broken", "schedule",
+    "target_modules",
     "accelerator", "devices", "precision", "on_nonfinite", "prefix", "tasks", "best", "dtype", "device", "init",
     "curriculum", "pose", "rope", "strategy", "logger", "optimizer", "weights_dtype", "frozen_dtype",
     "gradient_checkpointing", "compile", "micro_batch",

@@ -61,6 +61,8 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["pose.content=other"], ConfigError, ["pose.content='other'", "aligned"]),
         (["rope=linear", "rope.factor=0.5"], ConfigError, ["rope.factor=0.5", "at least 1"]),
         (["rope=none", "rope.factor=2"], ConfigError, ["rope.factor=2", "rope=none"]),
+        (["rope=dynamic", "model.engine=llama.cpp"], ConfigError, ["llama.cpp", "dynamic", "docs/SERVING.md"]),
+        (["rope=dynamic", "model.engine=vllm"], ConfigError, ["vllm gives NaN"]),
         (["trainer.global_batch=6", "trainer.micro_batch=4"], ConfigError, ["trainer.global_batch=6", "4"]),
         (["trainer.micro_batch=all"], ConfigError, ["trainer.micro_batch='all'", "at least 1"]),
         (["trainer.micro_batch=0"], ConfigError, ["trainer.micro_batch=0", "at least 1"]),
@@ -121,6 +123,16 @@ def test_refused_with_a_clear_message(plan, overrides, error, words):
     assert isinstance(caught.value, PoseError)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [["rope=dynamic", "model.engine=transformers"], ["model.engine=llama.cpp"]])
+def test_an_engine_that_serves_the_method_stops_nothing(plan, overrides):
+    assert plan(*overrides).scaling.name in ("dynamic", "yarn")
+
+
+def test_an_unknown_engine_is_refused_by_the_schema(plan):
+    with pytest.raises(Exception, match=r"model\.engine='tgi' is unknown: choose transformers, vllm"):
+        plan("model.engine=tgi")
 
 
 def test_a_broken_line_is_named(plan, documents):

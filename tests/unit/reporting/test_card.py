@@ -104,6 +104,24 @@ def test_long_lists_are_not_written_out():
     assert "long_factor=64 values" in text
 
 
+def test_how_it_is_served():
+    """The window, the cache of it, a command for each engine; none for one that would serve it wrong, but why."""
+    assert "## Serve it" not in CARD.text()
+    text = replace(CARD, cache_bytes=131_072, misread={}).text()
+    assert "take 2 GiB in 16 bits (131,072 bytes a token)" in text and "Not with" not in text
+    for command in (
+        "vllm serve model --max-model-len 16384",
+        "--context-length 16384",
+        "llama-server -m model-f16.gguf -c 16384",
+        "num_ctx 16384\\n' > Modelfile",
+        "mlx_lm.server --model model",
+    ):
+        assert command in text
+    text = replace(CARD, misread={"vllm": "it has *another* scale"}).text()
+    assert "vllm serve" not in text and "llama-server" in text
+    assert "**Not with vllm**: it has \\*another\\* scale." in text
+
+
 def test_the_metrics_table():
     rows = table(CARD.text(), "What was measured")
     assert list(rows) == ["", "ppl@2048", "ppl@16384", "passkey@2048", "bits_per_byte@2048"]
@@ -181,6 +199,7 @@ def test_a_card_appears_whole(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_writes_it_and_its_lines_load_the_model(smoke_run, script, load_json):
     text = (smoke_run / "model" / "README.md").read_text()
+    assert "## Serve it" in text and "--max-model-len" in text
     head, made, measured = head_of(text), table(text, "How it was made"), table(text, "What was measured")
     assert (head["base_model"], head["license"]) == ("tiny", "apache-2.0")
     assert made["Steps"] == ["4 of 4 examples: 4,096 tokens"] and made["Trained"] == ["all weights"]
