@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from pose.app import engines
 from pose.app.engines import Verdict, ask, compare, describe, judge, main, table
+from pose.modeling.export import export_model
 from pose.modeling.load import build_model, load_config, load_tokenizer, scale_config
 from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, NTKByParts, Theta, Unscaled, Yarn, YarnRevised
 
@@ -65,10 +66,14 @@ def test_llama_cpp_serves_the_full_window(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "yarn", "llama3", "ntk"])
-def test_vllm_serves_the_folder_right(tmp_path, name):
-    python = interpreter("vllm")
-    _, (verdict,) = compare(make_folder(tmp_path / "m", STATIC[name]), ["vllm"], {"vllm": python}, 600)
+@pytest.mark.parametrize("engine", ["vllm", "mlx"])
+@pytest.mark.parametrize("name", STATIC)
+def test_what_is_exported_is_served_right(tmp_path, engine, name):
+    python = interpreter(engine)
+    config = load_config("assets/tiny")
+    scale_config(config, STATIC[name], 2048)
+    export_model(build_model(config, "assets/tiny", "sdpa"), load_tokenizer("assets/tiny"), tmp_path / "m")
+    _, (verdict,) = compare(str(tmp_path / "m"), [engine], {engine: python}, 600)
     assert (verdict.outcome, verdict.why) == ("right", ""), verdict
 
 
