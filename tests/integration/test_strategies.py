@@ -56,7 +56,8 @@ COMMON = [
     "finetune.weight_decay=0.1",
     "eval=none",
 ]
-# From random weights, an untied head. Some gradients are above the clipping norm, and none would be at half its size.
+# From random weights, an untied head, an attention factor that the export has in its weights. Some gradients are above
+# the clipping norm, and none would be at half its size.
 RANDOM = [
     "experiment=pretrain_tiny",
     *(f"++model.init.{key}={value}" for key, value in SHAPE.items()),
@@ -64,7 +65,7 @@ RANDOM = [
     "data.curriculum=[]",
     "data.documents=assets/corpora/books.train.jsonl.gz",
     "data.synthetic.passkey=0",
-    "rope=yarn",
+    "rope=yarn_revised",
     "pose=pose",
     "model.export_dtype=float32",
     "finetune.lr=1e-3",
