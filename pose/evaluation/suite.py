@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 
 NEEDLE_DEPTHS = [i / 10 for i in range(11)]
-FAR_DEPTHS = [i / 8 for i in range(5)]  # of a gain: at a length N the distances from N / 2 on, which shorter ones lack
 
 
 class Suite:
@@ -219,7 +218,7 @@ class Suite:
                 self.tokenizer, haystack, self.lengths, depths=depths, trials=o.trials, seed=o.seed, bos_id=self.bos_id
             )
         if name == "needle_gain":
-            depths = FAR_DEPTHS if o.depths is None else o.depths
+            depths = far_depths(o.trials) if o.depths is None else o.depths
             return NeedleGain(
                 self.tokenizer, haystack, self.lengths,
                 window=self.window, depths=depths, trials=o.trials, seed=o.seed, bos_id=self.bos_id,
@@ -266,6 +265,11 @@ def out_of_reach(results: Mapping[str, Estimate | float], window: int) -> str | 
         f"{', '.join(zero)}: 0 at every length inside the model's own window of {window:,} tokens. What a model cannot "
         "do there says nothing of how far it reaches: a 0 beyond the window is no failure of an extension"
     )
+
+
+def far_depths(trials: int) -> list[float]:
+    """Five places from 0 to 0.5, or fewer for fewer trials: of N tokens the distances that N / 2 tokens lack."""
+    return np.linspace(0, 0.5, min(trials, 5)).tolist()
 
 
 def default_lengths(window: int, target_len: int) -> Sequence[int]:

@@ -157,7 +157,8 @@ def _estimate(family: str, estimate: float | Estimate | None, described: Mapping
     value = shown(family, value_of(estimate), described)
     if not isinstance(estimate, Estimate) or estimate.low is None or estimate.high is None:
         return value
-    return f"{value}\n[dim]{'-'.join(shown(family, bound, described) for bound in (estimate.low, estimate.high))}"
+    to = " to " if estimate.low < 0 else "-"  # a minus would run into it
+    return f"{value}\n[dim]{to.join(shown(family, bound, described) for bound in (estimate.low, estimate.high))}"
 
 
 def _cell(family: str, values: list[float]) -> str:
