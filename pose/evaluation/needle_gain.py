@@ -15,7 +15,7 @@ from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError
 from pose.evaluation.needle import exactly
 from pose.evaluation.scoring import Scorer
-from pose.evaluation.task import Estimate, Metric, TaskByLength, are_numbers, describe, ratio
+from pose.evaluation.task import NORMAL_95, Estimate, Metric, TaskByLength, are_numbers, describe, ratio
 from pose.tasks.haystack import words_digest
 from pose.tasks.needle_gain import SwapPrompts
 
@@ -154,14 +154,24 @@ def mean(gains: Sequence[float]) -> Estimate:
 
 
 def kept(gains: Sequence[float], inside: Sequence[float]) -> Estimate:
-    """The mean gain as a share of that inside the window, with an interval by resampling prompts, both gains together.
+    """The mean gain as a share of that inside the window, with Fieller's interval (Fieller 1954) for paired means.
 
     Args:
         gains: of each prompt.
         inside: of the same prompts inside the window.
 
     Returns:
-        The ratio of the means; not a number where the interval of the gain inside is not above 0, or there is none.
+        The ratio of the means. Not a number where the gain inside, of several prompts, is not above 0 by more than its
+        interval: the shares that go with the two means then have no bounds.
     """
-    low = mean(inside).low
-    return ratio(gains, inside) if low is not None and low > 0 else Estimate(math.nan, num=len(gains))
+    num = len(gains)
+    if num < 2:
+        return Estimate(math.nan, num=num)
+    top, bottom = float(np.mean(gains)), float(np.mean(inside))
+    (top_var, both), (_, bottom_var) = NORMAL_95**2 * np.cov(gains, inside) / num
+    # The shares r for which the mean of gains - r inside is within its interval of 0: a r^2 - 2 b r + c <= 0
+    a, b, c = bottom**2 - bottom_var, top * bottom - both, top**2 - top_var
+    if not (bottom > 0 and a > 0):
+        return Estimate(math.nan, num=num)
+    half = math.sqrt(max(b**2 - a * c, 0.0))
+    return Estimate(top / bottom, float((b - half) / a), float((b + half) / a), num)

@@ -15,7 +15,6 @@ from pose.evaluation.needle_gain import NeedleGain, kept
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.scoring import Scorer
 from pose.evaluation.suite import Suite, far_depths
-from pose.evaluation.task import ratio
 from pose.modeling.load import build_model
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
@@ -119,11 +118,30 @@ def test_the_interval_of_what_is_kept_holds_it_about_95_times_in_100():
         found = kept(gains, inside)
         held += found.low <= 0.5 <= found.high
         widths.append(found.high - found.low)
-        apart.append(np.subtract(*ratio(rng.permutation(gains), inside)[2:0:-1]))
+        other = kept(rng.permutation(gains), inside)
+        apart.append(other.high - other.low)
     assert 0.88 < held / 300 < 0.98
-    assert np.mean(widths) < 0.5 * np.mean(apart), "pairs are drawn together"
+    assert np.mean(widths) < 0.5 * np.mean(apart), "pairs are told from two samples"
     assert math.isnan(kept([1.0, 2.0, 3.0], [1.0, -1.2, 0.3]).value)
     assert kept([1.0, 2.0, -3.0], [1.0, 1.2, 1.3]).value == 0
+
+
+def test_fiellers_interval_are_the_shares_that_the_sample_allows():
+    """The interval by its definition: the mean of gains - share * inside is within 1.96 standard errors of 0."""
+    rng = np.random.default_rng(1)
+    inside = rng.normal(1, 1, 20)
+    gains = 0.7 * inside + rng.normal(0, 0.5, 20)
+    found = kept(gains, inside)
+    assert found.value == pytest.approx(gains.mean() / inside.mean()) and found.num == 20
+
+    def deviation(share):
+        rest = gains - share * inside
+        return abs(rest.mean()) / (rest.std(ddof=1) / math.sqrt(20))
+
+    assert deviation(found.low) == pytest.approx(1.959964) == deviation(found.high)
+    assert deviation((found.low + found.value) / 2) < 1.9 and deviation(found.high + 0.1) > 1.97
+    shift = inside.mean() - 1.959964 * inside.std(ddof=1) / math.sqrt(20)  # where the gain inside may be 0
+    assert math.isnan(kept(gains, inside - shift - 1e-6).value) and kept(gains, inside - shift + 1e-3).high > 10
 
 
 @pytest.mark.parametrize("kind", ["plain", "dynamic frequencies"])
