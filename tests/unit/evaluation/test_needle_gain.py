@@ -76,6 +76,16 @@ def test_a_model_that_copies_has_the_closed_form(probability):
         assert math.isnan(found["needle_gain_kept@800"].value) and found["needle_gain_kept@800"].low is None
 
 
+def test_every_token_of_an_answer_counts_and_none_before_it():
+    """Seven digits, and the space before them is of the question."""
+
+    class Counting:
+        def ending_nll(self, windows, num):
+            return np.tile(2.0 ** np.arange(num)[::-1], (len(windows), 1))
+
+    assert make([400], trials=2).measure(Counting(), "400") == {"0": [[127 / 7] * 2], "0.5": [[127 / 7] * 2]}
+
+
 def test_what_is_kept_is_the_share_that_is_within_reach():
     """Of 400 tokens all are within 500, of 800 tokens the needles at depth 0.5, of 1600 none."""
     found = measured(make([400, 800, 1600], trials=8), Copier(0.5, reach=500))
