@@ -183,7 +183,7 @@ def build_suite(
         options.lengths = list(default_lengths(window, target_len))
     options.haystack = find_documents("{group}.haystack", options.haystack)
     documents = set_aside if options.documents is None else find_documents("{group}.documents", options.documents)
-    return Suite(options, tokenizer, documents, cache_dir, target_len, vocab_size)
+    return Suite(options, tokenizer, documents, cache_dir, target_len, vocab_size, window)
 
 
 def build_watch(

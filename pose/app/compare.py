@@ -121,7 +121,9 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
             config.vocab_size,
         )
         if suite is None:
-            raise ConfigError("eval.tasks is empty: choose eval=quick, perplexity, passkey, needle, ruler, harness")
+            raise ConfigError(
+                "eval.tasks is empty: choose eval=quick, perplexity, passkey, needle, needle_gain, ruler, harness"
+            )
         weights = fingerprint(path, cfg.revision, memo)
         under = identity(weights, config, dtype=dtype, attention=attention, device=device)
         candidates.append(Candidate(name, path, config, window, suite, device, dtype, under))

@@ -1,6 +1,6 @@
 """What is measured: the group `eval`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from pose.data.documents import Keys, out_of_memory, read_documents
 from pose.errors import ConfigError, DataError, PoseError, require_choice, require_int
 
-TASKS = ("perplexity", "passkey", "needle")
+TASKS = ("perplexity", "passkey", "needle", "needle_gain")
 BOOK = "assets/corpora/books.heldout.jsonl.gz"
 MAX_SEED = 2**32 - 1  # of numpy's generators, lm-eval's too
 
@@ -17,7 +17,7 @@ MAX_SEED = 2**32 - 1  # of numpy's generators, lm-eval's too
 class EvalOptions:
     """What is measured: the group `eval`. Lengths are in tokens."""
 
-    tasks: list[str] = field(default_factory=list)  # perplexity, passkey, needle, ruler/TASK, harness/TASK
+    tasks: list[str] = field(default_factory=list)  # perplexity, passkey, needle, needle_gain, ruler/TASK, harness/TASK
     prefix: str | None = None  # ruler or harness: put before names in tasks that have no / in them
     lengths: list[int] | None = None  # null: the window, doubled up to the target
     seed: int = 0  # of prompts, and of which documents are drawn
@@ -35,11 +35,10 @@ class EvalOptions:
     bin: int = 256  # tokens in a bin of perplexity by position
     stride: int | None = None  # tokens; sliding-window perplexity too, when given
     sliding_tokens: int | None = None  # tokens of each document the window slides over; null: all
-    # passkey, needle, ruler
+    # passkey, needle, needle_gain, ruler
     trials: int = 20  # prompts per length (needle: per length and depth)
-    depths: list[float] | None = (
-        None  # places in [0, 1]: of the passkey in turn (null: random), of needles (null: 0 to 1)
-    )
+    # Places in [0, 1]: of needles (null: 0 to 1), in turn of needle_gain (0 to 0.5) and of the passkey (random)
+    depths: list[float] | None = None
     generate: bool = False  # passkey by greedy decoding in place of teacher forcing
     haystack: Any = BOOK  # the text that needles lie in: file, folder or glob, {path, text_field}, or a list of them
     # harness
@@ -74,7 +73,7 @@ class EvalOptions:
             raise _refused("text_field is empty: give the key of the text, such as text")
         if self.documents is not None:
             _check_source("documents", self.documents)
-        if self.haystack is not None or any(task == "needle" or task.startswith("ruler/") for task in self.tasks):
+        if self.haystack is not None or needs_haystack(self.tasks):
             _check_source("haystack", self.haystack, fields={"path", "text_field"})
         if self.include_path is not None:
             if not self.include_path or not Path(self.include_path).expanduser().is_dir():
@@ -84,6 +83,11 @@ class EvalOptions:
                     f"include_path={self.include_path} can run code: the functions that its YAMLs name (!function), "
                     "and its templates. Read them, and give {group}.trust_tasks=true to allow it"
                 )
+
+
+def needs_haystack(tasks: Iterable[str]) -> bool:
+    """Whether any of these tasks hides needles in a text."""
+    return any(task in ("needle", "needle_gain") or task.startswith("ruler/") for task in tasks)
 
 
 def read_haystack(source: Any, group: str = "eval") -> str:

@@ -88,17 +88,39 @@ class Scorer:
         Returns:
             int64 [P, num].
         """
+        predicted = np.empty((len(windows), num), np.int64)
+        for group, states in self._ends(windows, num):
+            predicted[group] = self.head(states).argmax(-1).cpu().numpy()
+        return predicted
+
+    @torch.no_grad()
+    def ending_nll(self, windows: np.ndarray, num: int) -> np.ndarray:
+        """Cross-entropy of the last num tokens of each window; their common beginnings go through once.
+
+        Args:
+            windows: int [P, N], in any number and order.
+            num: at most N - 1.
+
+        Returns:
+            float64 [P, num], in nats.
+        """
+        losses = np.empty((len(windows), num))
+        for group, states in self._ends(windows, num + 1):
+            targets = self._tokens(windows[group][:, -num:])
+            nll = token_nll(states[:, :-1].flatten(0, 1), self.head, targets.flatten())
+            losses[group] = nll.view(targets.shape).double().cpu().numpy()
+        return losses
+
+    def _ends(self, windows: np.ndarray, num: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """The windows of each batch, int [B], and their last num hidden states, [B, num, H]."""
         size = max(self.batch_tokens // windows.shape[1], 1)
         groups = groups_that_share(windows, size, num) if can_share(self.model, size * windows.shape[1]) else None
         cache = None if groups is None else PrefixCache(self.model, self.chunk_len)
         if groups is None:
             groups = np.split(np.arange(len(windows)), range(size, len(windows), size))
-        predicted = np.empty((len(windows), num), np.int64)
         for group in groups:
             batch = windows[group]
-            states = self._last_states(batch, num) if cache is None else cache.states(batch, num)
-            predicted[group] = self.head(states).argmax(-1).cpu().numpy()
-        return predicted
+            yield group, self._last_states(batch, num) if cache is None else cache.states(batch, num)
 
     def _last_states(self, windows: np.ndarray, num: int) -> torch.Tensor:
         places = np.arange(windows.shape[1] - num, windows.shape[1])

@@ -19,7 +19,8 @@ from pose.errors import ConfigError, DataError, PoseError
 from pose.evaluation.harness import Harness
 from pose.evaluation.memo import Kept, Outcomes, Took
 from pose.evaluation.needle import Needle
-from pose.evaluation.options import EvalOptions, read_haystack
+from pose.evaluation.needle_gain import NeedleGain
+from pose.evaluation.options import EvalOptions, needs_haystack, read_haystack
 from pose.evaluation.passkey import Passkey
 from pose.evaluation.perplexity import Perplexity
 from pose.evaluation.ruler import Ruler
@@ -44,6 +45,7 @@ class Suite:
         max_length: the window that the models are meant for, in tokens, which standard benchmarks may fill; None is the
             longest of the lengths.
         vocab_size: rows of the models' embedding, which every token must have one of; None does not look.
+        window: the models' own, in tokens; None is the shortest of the lengths.
 
     Attributes:
         lengths: sorted, each once.
@@ -64,18 +66,19 @@ class Suite:
         cache_dir: str | Path,
         max_length: int | None = None,
         vocab_size: int | None = None,
+        window: int | None = None,
     ):
         assert options.lengths, "lengths are filled in by who knows the model"
         self.options, self.tokenizer = options, tokenizer
         self.lengths = sorted(set(options.lengths))
         self.max_length = self.lengths[-1] if max_length is None else max_length
         self.vocab_size = vocab_size
+        self.window = self.lengths[0] if window is None else window
         self.bos_id = bos_id(tokenizer, options.add_bos, "{group}.add_bos", vocab_size, group="eval")
         self.document_ids: list[str] = []
         self.took: list[Took] = []
-        needs_haystack = any(task == "needle" or task.startswith("ruler/") for task in options.tasks)
-        haystack = read_haystack(options.haystack) if needs_haystack else ""
-        if needs_haystack and vocab_size is not None:
+        haystack = read_haystack(options.haystack) if needs_haystack(options.tasks) else ""
+        if haystack and vocab_size is not None:
             check_vocabulary(tokenizer, haystack, vocab_size, "the haystack")
         self.tasks: list[Task] = []
         for name in dict.fromkeys(options.tasks):
@@ -214,6 +217,12 @@ class Suite:
             return Needle(
                 self.tokenizer, haystack, self.lengths, depths=depths, trials=o.trials, seed=o.seed, bos_id=self.bos_id
             )
+        if name == "needle_gain":
+            depths = far_depths(o.trials) if o.depths is None else o.depths
+            return NeedleGain(
+                self.tokenizer, haystack, self.lengths,
+                window=self.window, depths=depths, trials=o.trials, seed=o.seed, bos_id=self.bos_id,
+            )  # fmt: skip
         kind, task = name.split("/", 1)
         if kind == "ruler":
             return Ruler(
@@ -256,6 +265,11 @@ def out_of_reach(results: Mapping[str, Estimate | float], window: int) -> str | 
         f"{', '.join(zero)}: 0 at every length inside the model's own window of {window:,} tokens. What a model cannot "
         "do there says nothing of how far it reaches: a 0 beyond the window is no failure of an extension"
     )
+
+
+def far_depths(trials: int) -> list[float]:
+    """Five places from 0 to 0.5, or fewer for fewer trials: of N tokens the distances that N / 2 tokens lack."""
+    return np.linspace(0, 0.5, min(trials, 5)).tolist()
 
 
 def default_lengths(window: int, target_len: int) -> Sequence[int]:

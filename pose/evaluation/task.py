@@ -67,6 +67,8 @@ FAMILIES = {
     "bits_per_byte": Metric("bits per byte", False, ".3f"),
     "passkey": Metric("passkey"),
     "needle": Metric("needle"),
+    "needle_gain": Metric("needle gain (nats per token)", True, ".3f"),
+    "needle_gain_kept": Metric("needle gain kept", True, ".2f"),  # may be below 0 and above 1
     "ruler": Metric("RULER"),
 }
 ACCURACY = Metric("accuracy", True, ".1%")  # of a standard benchmark

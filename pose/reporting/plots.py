@@ -19,7 +19,7 @@ from pose.reporting.metrics_csv import logged_rows
 from pose.reporting.tables import RULER, Metrics, series, value_of
 
 POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
-NEEDLE = re.compile(r"needle@(\d+)/([\d.]+)")
+NEEDLE = re.compile(r"(needle|needle_gain)@(\d+)/([\d.]+)")
 # Label of the x axis by panel. TITLES has the titles that differ from the family's.
 PANELS = {
     "tail_ppl": "window (tokens)",
@@ -29,6 +29,8 @@ PANELS = {
     "sliding_ppl": "window (tokens)",
     "bits_per_byte": "window (tokens)",
     "needle": "prompt (tokens)",
+    "needle_gain": "prompt (tokens)",
+    "needle_gain_kept": "prompt (tokens)",
     "ruler": "prompt (tokens)",
 }
 TITLES = {
@@ -36,7 +38,13 @@ TITLES = {
     "ruler": "RULER, mean of its tasks",
     "short_ppl_increase": "increase of perplexity at short lengths",
 }
-DEFAULT_PANELS = ("tail_ppl", "position", "passkey")  # where one of them was measured, else all
+DEFAULT_PANELS = (
+    "tail_ppl",
+    "position",
+    "passkey",
+    "needle_gain",
+    "needle_gain_kept",
+)  # where one of them was measured, else all
 TRAINING = {  # panels of a training, by the name of the metric
     "train/loss": "training loss (nats per token)",
     "train/loss_text": "training loss of text (nats per token)",
@@ -105,7 +113,9 @@ def plot_measured(
     target: int | None = None,
     panels: Sequence[str] = DEFAULT_PANELS,
 ):
-    """All plots of what was measured: evaluation.png, and the heatmaps needle.png and ruler.png where there are any.
+    """All plots of what was measured: evaluation.png, and heatmaps where there are any.
+
+    These are needle.png, needle_gain.png and ruler.png.
 
     Args:
         results: metrics or estimates by model.
@@ -116,6 +126,7 @@ def plot_measured(
     has_any = any(_series(metrics, panel) for metrics in results.values() for panel in panels)
     plot_results(results, folder / "evaluation.png", window, panels if has_any else tuple(PANELS), target)
     plot_needle(results, folder / "needle.png")
+    plot_needle(results, folder / "needle_gain.png", "needle_gain")
     plot_ruler(results, folder / "ruler.png")
 
 
@@ -169,13 +180,19 @@ def plot_results(
     save_figure(figure, png)
 
 
-def plot_needle(results: Mapping[str, Metrics], png: Path):
-    """Heatmaps of needle@N/D, one a model: length across, depth down, the share found and its number in each cell."""
+def plot_needle(results: Mapping[str, Metrics], png: Path, family: str = "needle"):
+    """Heatmaps of needle@N/D, one a model: length across, depth down, the share found and its number in each cell.
+
+    Args:
+        results: metrics or estimates by model.
+        png: file to write.
+        family: needle, or needle_gain for the nats that are gained.
+    """
     found: dict[str, dict[tuple, float | Estimate]] = {}
     for model, metrics in results.items():
         cells = ((NEEDLE.fullmatch(name), value) for name, value in metrics.items())
-        found[model] = {(float(m[2]), int(m[1])): value for m, value in cells if m}
-    _plot_heatmaps(found, png, "needle", "prompt (tokens)", "depth of the needle")
+        found[model] = {(float(m[3]), int(m[2])): value for m, value in cells if m and m[1] == family}
+    _plot_heatmaps(found, png, family, "prompt (tokens)", "depth of the needle")
 
 
 def plot_ruler(results: Mapping[str, Metrics], png: Path):
@@ -281,10 +298,16 @@ def _scale_values(axes, name: str, values: Sequence[float]):
 def _plot_heatmaps(
     found: Mapping[str, Mapping[tuple, float | Estimate]], png: Path, family: str, xlabel: str, ylabel: str
 ):
-    """Cells by (row, column), with values in [0, 1]; rows in the order they come in; models without any left out."""
+    """Cells by (row, column); rows in the order they come in; models without any left out.
+
+    Colours are of shares from 0 to 1, or of numbers from 0 to the largest of all models: those below have the darkest.
+    """
     found = {model: cells for model, cells in found.items() if cells}
     if not found:
         return
+    is_share = describe(family).is_share
+    drawn = [value_of(value) for cells in found.values() for value in cells.values()]
+    top = 1.0 if is_share else max((value for value in drawn if value > 1e-3), default=1e-3)
     rows = list(dict.fromkeys(row for cells in found.values() for row, _ in cells))
     columns = sorted({column for cells in found.values() for _, column in cells})
     across = min(len(found), 3)
@@ -298,7 +321,7 @@ def _plot_heatmaps(
         values = np.array(
             [[value_of(cells[row, column]) if (row, column) in cells else np.nan for column in columns] for row in rows]
         )
-        image = axes.imshow(values, vmin=0, vmax=1, cmap=HEATMAP, aspect="auto")
+        image = axes.imshow(values, vmin=0, vmax=top, cmap=HEATMAP, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
                 cell = cells[rows[y], columns[x]]
@@ -306,11 +329,11 @@ def _plot_heatmaps(
                 dark = np.dot(image.cmap(image.norm(value))[:3], (0.299, 0.587, 0.114)) < 0.5
                 axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
         axes.set_xticks(range(len(columns)), [f"{column:,}" for column in columns], fontsize="small")
-        labels = [f"{row:.0%}" if isinstance(row, float) else label_of(row) for row in rows]
+        labels = [f"{100 * row:.3g}%" if isinstance(row, float) else label_of(row) for row in rows]
         axes.set_yticks(range(len(rows)), labels, fontsize="small")
         axes.set_title(label_of(model), fontsize="medium")
         axes.set(xlabel=xlabel, ylabel=ylabel)
-    figure.colorbar(image, ax=list(grid.flat[: len(found)]), shrink=0.8, format="{x:.0%}")
+    figure.colorbar(image, ax=list(grid.flat[: len(found)]), shrink=0.8, format="{x:.0%}" if is_share else "{x:g}")
     save_figure(figure, png)
 
 

@@ -36,7 +36,7 @@ def series(metrics: Metrics, family: str) -> dict[int, float | Estimate]:
 
 
 def main_families(results: Mapping[str, Metrics | Sequence[Metrics]]) -> tuple[str, ...]:
-    """What a small table shows: perplexity and passkey where they were measured, else all that was.
+    """What a small table shows: perplexity, passkey and needle gain where they were measured, else all that was.
 
     Args:
         results: as of `results_table`.
@@ -45,7 +45,7 @@ def main_families(results: Mapping[str, Metrics | Sequence[Metrics]]) -> tuple[s
     benchmarks = dict.fromkeys(name for metrics in runs for name in metrics if name.startswith("harness/"))
     found = [family for family in (*FAMILIES, *benchmarks) if any(series(metrics, family) for metrics in runs)]
     perplexity = "tail_ppl" if "tail_ppl" in found else "ppl"
-    return tuple(family for family in found if family in (perplexity, "passkey")) or tuple(found)
+    return tuple(family for family in found if family in (perplexity, "passkey", "needle_gain")) or tuple(found)
 
 
 def results_table(
@@ -157,7 +157,8 @@ def _estimate(family: str, estimate: float | Estimate | None, described: Mapping
     value = shown(family, value_of(estimate), described)
     if not isinstance(estimate, Estimate) or estimate.low is None or estimate.high is None:
         return value
-    return f"{value}\n[dim]{'-'.join(shown(family, bound, described) for bound in (estimate.low, estimate.high))}"
+    to = " to " if estimate.low < 0 else "-"  # a minus would run into it
+    return f"{value}\n[dim]{to.join(shown(family, bound, described) for bound in (estimate.low, estimate.high))}"
 
 
 def _cell(family: str, values: list[float]) -> str:

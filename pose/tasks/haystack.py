@@ -54,7 +54,7 @@ def word_list(kind: str) -> tuple[str, ...]:
         lines = (resources.files("wonderwords") / "assets" / f"{kind}list.txt").read_text("utf-8").splitlines()
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "needle and ruler take their words from the package wonderwords: pip install wonderwords"
+            "needle, needle_gain and ruler take their words from the package wonderwords: pip install wonderwords"
         ) from (error)
     return tuple(sorted({line.strip() for line in lines if line.strip()}))
 

@@ -1,5 +1,6 @@
 """A needle in real text, over length and depth (Kamradt 2023), with a fact that cannot be guessed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,12 +29,8 @@ class NeedlePrompt(NamedTuple):
     depth: float
 
 
-class NeedlePrompts:
-    """The prompts of RULER's niah_single_2, of an exact length in tokens, for any tokenizer.
-
-    `One of the special magic numbers for small-river is: 1234567.` stands between two sentences of a text. Each trial
-    begins at another sentence of it, and the text is begun again where it ends. The prompts of a trial differ in depth,
-    key and number alone: depths are compared on one text, and what stands before the needles can be read once.
+class NeedleTexts(ABC):
+    """What prompts with needles are made of: sentences of a text as tokens, and needles that stand between them.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -52,6 +49,59 @@ class NeedlePrompts:
         self.sentences = self._after_full_stop(split_sentences(haystack))
         if not any(map(len, self.sentences)):
             raise no_tokens()
+
+    def check(self, length: int, depths: Sequence[float], trials: int):
+        """Makes sure that all prompts of a length are possible, without making them.
+
+        Raises:
+            ConfigError: one is not; names the shortest length that is.
+        """
+        shortest = self.shortest(length, depths, trials)
+        if shortest > length:
+            raise ConfigError(
+                f"a needle prompt of {length} tokens is not possible: with this tokenizer the shortest has "
+                f"{shortest}; give more, in {{group}}.lengths",
+                group="eval",
+            )
+
+    def shortest(self, length: int, depths: Sequence[float], trials: int) -> int:
+        """The least length, from `length` on, of which all prompts are possible."""
+        while (needed := self._needed(length, depths, trials)) > length:  # keys may differ with the length
+            length = needed
+        return length
+
+    @abstractmethod
+    def _needed(self, length: int, depths: Sequence[float], trials: int) -> int:
+        """The tokens of the longest prompt of a length without haystack."""
+
+    def _filling(self, first: int, room: int) -> tuple[np.ndarray, np.ndarray]:
+        """`room` tokens of the haystack from a sentence on; and where its sentences begin, the first at 0."""
+        chosen, total = [], 0
+        while total < room:
+            chosen.append(self.sentences[first % len(self.sentences)])
+            total, first = total + len(chosen[-1]), first + 1
+        borders = np.cumsum([0, *map(len, chosen)])
+        tokens = np.concatenate([np.array([], np.int64), *chosen])[:room]
+        return tokens, borders[borders <= room]
+
+    def _after_full_stop(self, sentences: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each sentence as they are when it stands after another one and a space."""
+        stop = self.texts.ids(".")
+        texts = [f". {sentence}" for sentence in sentences]
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [
+            np.array(row[len(stop) :] if row[: len(stop)] == stop else self.texts.ids(f" {sentence}"), np.int64)
+            for row, sentence in zip(rows, sentences, strict=True)
+        ]
+
+
+class NeedlePrompts(NeedleTexts):
+    """The prompts of RULER's niah_single_2, of an exact length in tokens, for any tokenizer.
+
+    `One of the special magic numbers for small-river is: 1234567.` stands between two sentences of a text. Each trial
+    begins at another sentence of it, and the text is begun again where it ends. The prompts of a trial differ in depth,
+    key and number alone: depths are compared on one text, and what stands before the needles can be read once.
+    """
 
     def sample(self, length: int, depth: float, trial: int) -> NeedlePrompt:
         """The prompt of a trial, a pure function of (seed, length, depth, trial); exactly `length` tokens.
@@ -73,27 +123,10 @@ class NeedlePrompts:
             np.concatenate(parts), len(answer), number, len(head) + before, before / room if room else 0.0
         )
 
-    def check(self, length: int, depths: Sequence[float], trials: int):
-        """Makes sure that all prompts of a length are possible, without making them.
-
-        Raises:
-            ConfigError: one is not; names the shortest length that is.
-        """
-        shortest = length
-        while (needed := self._needed(shortest, depths, trials)) > shortest:  # keys differ with the length
-            shortest = needed
-        if shortest > length:
-            raise ConfigError(
-                f"a needle prompt of {length} tokens is not possible: with this tokenizer the shortest has "
-                f"{shortest}; give more, in {{group}}.lengths",
-                group="eval",
-            )
-
     def _rng(self, length: int, depth: float, trial: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, trial, length, *np.float64(depth).tobytes()))
 
     def _needed(self, length: int, depths: Sequence[float], trials: int) -> int:
-        """The tokens of the longest prompt of a length without haystack."""
         drawn = [self._rng(length, depth, trial) for depth in depths for trial in range(trials)]
         return max(sum(map(len, self._parts(rng)[:4])) for rng in drawn)
 
@@ -108,23 +141,3 @@ class NeedlePrompts:
             shared -= 1
         head = np.array([*self.bos, *self.texts.ids(introduction)], np.int64)
         return head, needle, both[:shared], both[shared:], number
-
-    def _filling(self, first: int, room: int) -> tuple[np.ndarray, np.ndarray]:
-        """`room` tokens of the haystack from a sentence on; and where its sentences begin, the first at 0."""
-        chosen, total = [], 0
-        while total < room:
-            chosen.append(self.sentences[first % len(self.sentences)])
-            total, first = total + len(chosen[-1]), first + 1
-        borders = np.cumsum([0, *map(len, chosen)])
-        tokens = np.concatenate([np.array([], np.int64), *chosen])[:room]
-        return tokens, borders[borders <= room]
-
-    def _after_full_stop(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each sentence as they are when it stands after another one and a space."""
-        stop = self.texts.ids(".")
-        texts = [f". {sentence}" for sentence in sentences]
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [
-            np.array(row[len(stop) :] if row[: len(stop)] == stop else self.texts.ids(f" {sentence}"), np.int64)
-            for row, sentence in zip(rows, sentences, strict=True)
-        ]

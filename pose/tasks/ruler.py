@@ -231,8 +231,8 @@ class NeedleDraft:
     def __init__(self, key: tuple, needles: Needles, essay: list[str], asked_depths: list[float] | None):
         self.rng, self.needles, self.essay = np.random.default_rng(key), needles, essay
         self.distractors: list[str] = []
-        keys = _distinct(lambda: self._draw(needles.keys), needles.num_keys)
-        values = _distinct(lambda: self._draw(needles.values), needles.num_keys * needles.num_values)
+        keys = distinct(lambda: self._draw(needles.keys), needles.num_keys)
+        values = distinct(lambda: self._draw(needles.values), needles.num_keys * needles.num_values)
         pairs = [(keys[i // needles.num_values], value) for i, value in enumerate(values)]
         self.queries = [keys[i] for i in self.rng.permutation(needles.num_keys)[: needles.num_queries]]
         self.answers = [value for query in self.queries for name, value in pairs if name == query]
@@ -329,9 +329,9 @@ class VariableTracking:
 
     def __init__(self, key: tuple, length: int, texts: ExactTexts):
         self.key, rng = key, np.random.default_rng(key)
-        names = _distinct(lambda: _letters(rng, VT_EXAMPLE_LETTERS, "A"), VT_HOPS + 1)
+        names = distinct(lambda: _letters(rng, VT_EXAMPLE_LETTERS, "A"), VT_HOPS + 1)
         example = _Chain((*key, 1), names, str(rng.integers(10_000, 99_999)))
-        self.answers = _distinct(lambda: _letters(rng, VT_LETTERS, "A"), VT_HOPS + 1)
+        self.answers = distinct(lambda: _letters(rng, VT_LETTERS, "A"), VT_HOPS + 1)
         self.chain = _Chain((*key, 2), self.answers, str(rng.integers(10_000, 99_999)))
         self.example = self._example(example, min(VT_EXAMPLE_TOKENS, length // 2), texts)
 
@@ -444,7 +444,7 @@ class FrequentWords:
 
     def __init__(self, key: tuple, length: int):
         self.key, rng = key, np.random.default_rng(key)
-        self.vocabulary = ["...", *_distinct(lambda: _letters(rng, FWE_LETTERS, "a"), self.num_codes(length))]
+        self.vocabulary = ["...", *distinct(lambda: _letters(rng, FWE_LETTERS, "a"), self.num_codes(length))]
         self.answers = self.vocabulary[1:4]
         self.shares = np.arange(1, len(self.vocabulary) + 1) ** -FWE_ALPHA / ZETA_2
 
@@ -481,7 +481,8 @@ def needle_word(rng: np.random.Generator) -> str:
     return "-".join(kind[rng.integers(len(kind))] for kind in (word_list("adjective"), word_list("noun")))
 
 
-def _distinct(draw, num: int) -> list[str]:
+def distinct(draw, num: int) -> list[str]:
+    """The first num different texts that `draw` gives."""
     found: dict[str, None] = {}
     while len(found) < num:
         found[draw()] = None

@@ -55,6 +55,19 @@ def equal(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_best_step_by_the_gain_of_needles(train, load_json, tmp_path):
+    """As a user asks for it, in `watch` and in `eval`; a metric of a length that is not measured is refused."""
+    gains = ("watch.tasks=[needle_gain]", "watch.every_n_steps=3", "watch.best=needle_gain@512", "watch.trials=5")
+    measured = ("eval=needle_gain", "eval.trials=5", "eval.before=false")
+    train(tmp_path / "run", *measured, *gains)
+    found = load_json(tmp_path / "run" / "metrics.json")
+    assert found["best/needle_gain@512"] and found["best/step"] in (3, 6)
+    for name in ("needle_gain@256", "needle_gain@512", "needle_gain_kept@512", "needle_gain@512/0.125"):
+        assert math.isfinite(found[name])
+    assert (tmp_path / "run" / "best" / "pose_best.json").exists()
+    assert (tmp_path / "run" / "plots" / "needle_gain.png").exists()
+
+
 def test_curves_are_logged_and_the_best_step_is_a_folder(watched, load_json, script, tmp_path):
     run, printed = watched
     found = rows(run)

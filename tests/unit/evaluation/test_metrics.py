@@ -15,6 +15,7 @@ from pose.evaluation import generation
 from pose.evaluation.harness import FEWSHOT
 from pose.evaluation.memo import is_whole
 from pose.evaluation.needle import Needle
+from pose.evaluation.needle_gain import NeedleGain
 from pose.evaluation.passkey import Passkey
 from pose.evaluation.perplexity import Perplexity
 from pose.evaluation.ruler import Ruler
@@ -45,6 +46,9 @@ class FakeScorer:
 
     def predictions(self, windows, num):
         return np.zeros((len(windows), num), np.int64)
+
+    def ending_nll(self, windows, num):
+        return np.ones((len(windows), num))
 
 
 def measured(task: Task, by_length: bool) -> dict:
@@ -81,6 +85,14 @@ def test_needles(lengths, depths, trials):
 
 
 @settings(max_examples=10, deadline=None)
+@given(LONG, DEPTHS, st.integers(4, 6), st.integers(350, 500))
+def test_gains(lengths, depths, trials, window):
+    task = NeedleGain(TOKENIZER, HAYSTACK, lengths, window=window, depths=depths, trials=trials, seed=0)
+    assert list(task.metrics()) == list(measured(task, False))
+    assert all(metric.higher_is_better and not metric.is_share for metric in task.metrics().values())
+
+
+@settings(max_examples=10, deadline=None)
 @given(LONG, st.none() | DEPTHS, st.booleans())
 def test_passkeys(lengths, depths, generate):
     task = Passkey(PROMPTS, lengths, trials=2, seed=0, depths=depths, generate=generate)
@@ -100,6 +112,7 @@ def tasks() -> dict[str, Task]:
     return {
         "perplexity": Perplexity(documents, ["a", "b"], [8, 16], token_bytes=np.ones(130, int), tail=4, stride=4),
         "needle": Needle(TOKENIZER, HAYSTACK, [400], depths=[0.25, 1], trials=2, seed=0),
+        "needle_gain": NeedleGain(TOKENIZER, HAYSTACK, [400], window=400, depths=[0.25, 1], trials=4, seed=0),
         "passkey": Passkey(PROMPTS, [400], trials=2, seed=0),
         "ruler": Ruler("vt", TOKENIZER, HAYSTACK, [900], trials=2, seed=0),
     }
@@ -121,7 +134,7 @@ def test_outcomes_of_another_shape_are_not_taken_for_whole(name):
         lost = {k: v for k, v in outcome.items() if k != key}
         odd = [lost, *(outcome | {key: other} for other in (None, 7, "x", {}, [], [None] * 2, [True] * 2))]
         odd += [outcome | {key: other} for other in (value[:-1], [*value, 1], [None, *value[1:]])]
-        if key in ("scores", "found") or name == "needle":
+        if key in ("scores", "found") or name in ("needle", "needle_gain"):
             odd.append(outcome | {key: [7, *value[1:]]})
         for damaged in odd:
             assert not is_whole(task, unit, entry | {"outcome": damaged}), damaged
@@ -135,7 +148,9 @@ def test_outcomes_of_another_shape_are_not_taken_for_whole(name):
         ("passkey@256", 0.95, "95%"), ("needle@256/0.3333333333333333", 1 / 3, "33%"), ("ruler/vt@9", 0.125, "12%"),
         ("passkey@256", math.nan, "nan"), ("harness/boolq", 0.7512, "75.1%"), ("harness/wikitext", 0.7512, "0.751"),
         ("harness/wikitext", 23.456, "23.456"), ("harness/squadv2", 45.25, "45.250"), ("harness/boolq", 45.25, "45.25"),
-        ("mine@9", 0.75, "0.75"), ("mine", 1234.5, "1234"),
+        ("mine@9", 0.75, "0.75"), ("mine", 1234.5, "1234"), ("needle_gain@256", 0.12345, "0.123"),
+        ("needle_gain@256/0.5", -0.0123, "-0.012"), ("needle_gain_kept@256", 1.045, "1.04"),
+        ("needle_gain_kept@256", 0.5, "0.50"), ("needle_gain_kept@256", math.nan, "nan"),
     ],
 )  # fmt: skip
 def test_a_value_is_shown_as_what_it_is(name, value, text):

@@ -54,6 +54,8 @@ from pose.evaluation.options import EvalOptions, read_haystack
         ({"haystack": {"text_field": "body"}}, "eval.haystack={'text_field': 'body'}", "{path: FILE, text_field: KEY}"),
         ({"haystack": {"path": "a", "split": "b"}}, "eval.haystack=", "{path: FILE, text_field: KEY}"),
         ({"haystack": None, "tasks": ["needle"]}, "eval.haystack=None", "a file, folder or glob"),
+        ({"haystack": None, "tasks": ["needle_gain"]}, "eval.haystack=None", "a file, folder or glob"),
+        ({"tasks": ["needle_gains"]}, "eval.tasks has 'needle_gains'", "needle, needle_gain, ruler/TASK"),
         ({"include_path": ""}, "eval.include_path=''", "with task YAMLs"),
         ({"include_path": "nowhere"}, "eval.include_path='nowhere' is no folder", "with task YAMLs"),
         ({"include_path": "docs"}, "eval.include_path=docs can run code", "eval.trust_tasks=true"),

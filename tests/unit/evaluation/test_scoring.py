@@ -205,7 +205,8 @@ def test_predictions_of_windows_that_begin_alike(kind, alike, batch_tokens):
     """In any order, in batches or alone, with the common beginning in chunks."""
     model, stock = models(kind)
     windows = prompts_like(alike, np.random.default_rng(1))
-    predicted = stock_logits(stock, windows).argmax(-1).numpy()
+    logits = stock_logits(stock, windows)
+    predicted, losses = logits.argmax(-1).numpy(), stock_losses(logits, windows)
     passed = []
     hook = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -222,6 +223,18 @@ def test_predictions_of_windows_that_begin_alike(kind, alike, batch_tokens):
                 assert sum(passed) == (shared if shared <= 0.8 * windows.size else windows.size)
             if num == 45 or kind in ("sliding window", "gqa, dynamic"):
                 assert sum(passed) == windows.size
+            if num < 45:
+                passed.clear()
+                nll = scorer.ending_nll(windows, num)
+                np.testing.assert_allclose(nll, losses[:, -num:], rtol=1e-4, atol=1e-4)
+                assert nll.dtype == np.float64
+                if (
+                    batch_tokens == 1
+                    and num == 1
+                    and alike == "star"
+                    and kind not in ("sliding window", "gqa, dynamic")
+                ):
+                    assert sum(passed) < 0.8 * windows.size, "common beginnings go through once"
     finally:
         hook.remove()
 

@@ -277,6 +277,7 @@ RETRIEVAL = {"seed": 1, "trials": 3, "depths": [0.5], "add_bos": True}
         ("perplexity", {"windows": 3, "tail": 5, "bin": 7, "stride": 4, "sliding_tokens": 20, "add_bos": True}),
         ("passkey", RETRIEVAL | {"generate": True}),
         ("needle", RETRIEVAL),
+        ("needle_gain", RETRIEVAL | {"trials": 7}),
         ("ruler/niah_single_2", RETRIEVAL),
     ],
 )
@@ -405,7 +406,7 @@ def test_what_a_model_cannot_do_at_all_is_said(results, remark):
     assert (found is None) if remark is None else re.match(remark, found)
 
 
-@pytest.mark.parametrize("task", ["perplexity", "needle", "ruler/niah_single_2"])
+@pytest.mark.parametrize("task", ["perplexity", "needle", "needle_gain", "ruler/niah_single_2"])
 def test_a_token_beyond_the_models_embedding_is_found_before_it_is_loaded(tokenizer, texts, tmp_path, task):
     """In the documents that are measured and in the haystack: the token, its id, the rows there are."""
     tokenizer, size = copy.deepcopy(tokenizer), len(tokenizer)

@@ -97,6 +97,11 @@ def test_all_plots_of_what_was_measured(tmp_path, drawn):
         "perplexity", "needle accuracy", "RULER, mean of its tasks"
     ]  # fmt: skip
     assert {file.name for file in (tmp_path / "other").iterdir()} == {"evaluation.png", "needle.png", "ruler.png"}
+    gain = {"ppl@256": 3.0, "needle_gain@256": 1.5, "needle_gain_kept@256": np.nan, "needle_gain@256/0.125": 1.5}
+    plot_measured({"a": gain, "b": {"needle_gain@256/0.125": 0.5}}, tmp_path / "gain")
+    titles = [panel["title"] for panel in drawn["evaluation.png"]]
+    assert titles == ["needle gain (nats per token)", "needle gain kept"]
+    assert {file.name for file in (tmp_path / "gain").iterdir()} == {"evaluation.png", "needle_gain.png"}
     plot_measured({"a": {}}, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -351,6 +356,23 @@ def test_a_heatmap_shows_each_cell_in_its_place_on_a_scale_from_0_to_1(tmp_path,
     shown = {text.get_position(): text.get_text() for text in axes.texts}
     assert shown == {(1, 0): "25%", (1, 1): "75%", (2, 1): "50%", (2, 2): "62%"}
     assert axes.get_title() == "a" and other.get_title() == "b"
+
+
+def test_a_heatmap_of_gains_goes_from_0_to_the_largest(tmp_path, figures):
+    """Below 0 and not a number too; on one scale for all models, and apart from the needles that are found."""
+    cells = {"needle_gain@256/0.125": 1.25, "needle_gain@512/0.125": Estimate(-0.0123, num=4), "needle@256/0.125": 0.5}
+    plot_needle(
+        {"a": cells, "b": {"needle_gain@256/0.125": 2.5, "needle_gain@512/0.125": np.nan}}, tmp_path, "needle_gain"
+    )
+    plot_needle({"a": {"needle_gain@256/0": -1.0}}, tmp_path, "needle_gain")
+    (axes, other, colors), (only, *_) = (figure.axes for figure in figures)
+    assert [axes.images[0].get_clim(), other.images[0].get_clim()] == [(0, 2.5)] * 2
+    shown = [{text.get_position(): text.get_text() for text in each.texts} for each in (axes, other, only)]
+    assert shown == [{(0, 0): "1.250", (1, 0): "-0.012\nn=4"}, {(0, 0): "2.500"}, {(0, 0): "-1.000"}]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["12.5%"]
+    figures[0].canvas.draw()
+    assert [label.get_text() for label in colors.get_yticklabels()][:2] == ["0", "0.5"]
+    assert only.images[0].get_clim()[0] == 0 < only.images[0].get_clim()[1]
 
 
 def test_heatmaps_are_pictures_and_none_without_cells(tmp_path):

@@ -1,5 +1,7 @@
 """Tables: what stands in which cell, and how values are shown."""
 
+import math
+
 import pytest
 
 from pose.evaluation.task import Estimate, Metric
@@ -136,6 +138,22 @@ def test_comparison_tables_have_parts_by_family_and_one_of_benchmarks():
     assert rows[rows.index(["[bold]ruler/vt", "", ""]) + 1] == ["a", "40%\n[dim]20%-60%", "0%"]
     assert not any("0.0" in row[0] or "0.5" in row[0] for row in rows), "depths are for the heatmap"
     assert cells(benchmarks) == [["", "boolq"], ["a", "75.1%\n[dim]74.0%-76.2%"], ["b/c", ""]]
+
+
+def test_gains_have_rows_of_their_own_and_intervals_that_reach_below_0():
+    found = {"needle_gain@256": Estimate(1.25, 1.0, 1.5), "needle_gain@512": Estimate(-0.01, -0.02, 0.004)}
+    found |= {"needle_gain_kept@256": Estimate(1.0, 1.0, 1.0), "needle_gain_kept@512": Estimate(math.nan)}
+    (table,) = comparison_tables({"a": found}, "Results")
+    assert cells(table) == [
+        ["", "@256", "@512"],
+        ["[bold]needle gain (nats per token)", "", ""],
+        ["a", "1.250\n[dim]1.000-1.500", "-0.010\n[dim]-0.020 to 0.004"],
+        ["[bold]needle gain kept", "", ""],
+        ["a", "1.00\n[dim]1.00-1.00", "nan"],
+    ]
+    (header, row) = cells(results_table({"a": {"ppl@256": 9.0, "needle@256": 0.5} | found}, "Results"))
+    assert header == ["", "perplexity\n@256", "needle gain (nats per token)\n@256", "\n@512"]
+    assert row == ["a", "9.0", "1.250", "-0.010"]
 
 
 def test_no_table_without_metrics():

@@ -265,7 +265,7 @@ def test_it_measures_in_the_precision_it_trains_in(data, precision):
     [
         ("ppl@64", -1), ("tail_ppl@64", -1), ("sliding_ppl@64", -1), ("position_ppl@0-64", -1),
         ("bits_per_byte@64", -1), ("passkey@64", 1), ("needle@64", 1), ("needle@64/0.5", 1), ("ruler/vt@64", 1),
-        ("harness/boolq", 1),
+        ("harness/boolq", 1), ("needle_gain@64", 1), ("needle_gain@64/0.5", 1), ("needle_gain_kept@64", 1),
     ],
 )  # fmt: skip
 def test_what_is_better(name, sign):
@@ -386,6 +386,26 @@ def test_the_best_depth_of_a_needle_is_named_as_it_is_measured(documents, tmp_pa
     with pytest.raises(ConfigError, match=r"'needle@256/0\.333333' is not measured: .*needle@256/0\.3333333333333333"):
         check_best(WatchOptions(every_n_steps=5, best="needle@256/0.333333"), suite)
     check_best(WatchOptions(every_n_steps=5, best="needle@256/0.3333333333333333"), suite)
+
+
+def test_the_best_step_by_the_gain_of_needles(data, documents, tmp_path):
+    """Measured on the model that trains; a share that is not given is never the best."""
+    options = EvalOptions(tasks=["needle_gain"], lengths=[300], trials=5, haystack=documents)
+    suite = Suite(options, TOKENIZER, None, tmp_path, window=256)
+    check_best(WatchOptions(every_n_steps=2, best="needle_gain_kept@300"), suite)
+    export = Export(TOKENIZER, tmp_path / "best", torch.float32)
+    export.save = lambda trainer, module: export.folder.mkdir(exist_ok=True)
+    watch = Watch(suite, 2, best="needle_gain@300", export=export)
+    module, recorder = fit(data, watch)
+    found = {step: metrics["val/needle_gain@300"] for step, metrics in recorder.watched}
+    best = max(list(found)[1:], key=found.get)
+    assert (watch.found["step"], watch.found["value"]) == (best + 1, found[best]) and len(set(found.values())) == 4
+    again = suite.run(module.model, progress=False)
+    assert found[STEPS - 1] == pytest.approx(again["needle_gain@300"].value, rel=1e-4, abs=1e-7)
+    kept = Watch(suite, 2, best="needle_gain_kept@300")
+    assert not kept._improves({"needle_gain_kept@300": math.nan}) and kept._improves({"needle_gain_kept@300": -0.1})
+    plain, _ = fit(data)
+    assert torch.equal(weights(plain), weights(module))
 
 
 def test_a_best_whose_direction_nobody_knows_is_refused():

@@ -1,0 +1,138 @@
+"""Pairs of texts that differ in the value of one needle alone, asked for among others of the same form."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pose.errors import ConfigError
+from pose.tasks.needle import NeedleTexts
+from pose.tasks.ruler import NEEDLE, NEEDLES, NIAH_ONE, distinct, needle_word
+
+DISTRACTORS = NEEDLES["niah_multikey_1"].num_keys - 1  # needles beside the one that is asked for
+DIGITS = 7  # of a value
+MOST_TRIES = 1000  # pairs of values that are drawn before a tokenizer counts as one that cannot tell numbers apart
+
+
+class SwapPrompt(NamedTuple):
+    """A question about one of two texts, and its answer by either.
+
+    Attributes:
+        input_ids: int64 [2, 2, length], by text and answer: text t has the value t in its needle, and is followed by
+            value a as the answer. Nothing else differs.
+        num_answer: tokens of a value as the answer: the last of each row.
+        values: the digits of both.
+        needle_start: index of the needle's first token.
+    """
+
+    input_ids: np.ndarray
+    num_answer: int
+    values: tuple[str, str]
+    needle_start: int
+
+
+class SwapPrompts(NeedleTexts):
+    """The prompts of RULER's niah_multikey_1, of an exact length in tokens, each with two values of its needle.
+
+    Four needles `One of the special magic numbers for small-river is: 1234567.` stand between sentences of a text; one
+    is asked for. The two values differ in every digit, and each is as likely as the other to be either; whatever the
+    tokenizer, they have as many tokens, at the same places, and no token is the same.
+
+    Question, values, and the order of text and distractors do not depend on the length: lengths are compared in pairs.
+    The prompts of a trial have text and distractors in common: what stands before the needles can be read once.
+    """
+
+    def sample(self, length: int, depth: float, trial: int) -> SwapPrompt:
+        """The prompt of a trial, a pure function of (seed, length, depth, trial); exactly `length` tokens.
+
+        Args:
+            length: of prompt and answer together.
+            depth: place of the needle, by tokens of text and distractors, 0 (start) to 1 (end): it stands before the
+                sentence that begins nearest to it. Distractors are drawn uniformly.
+            trial: tells prompts apart.
+        """
+        first, distractors, places = self._text(trial)
+        head, needles, question, answers, values = self._question(depth, trial, distractors)
+        hidden = self._needles(distractors.items())
+        around = length - sum(map(len, (head, *hidden)))  # the same for all questions of a trial
+        room = around - sum(map(len, (needles[0], question, answers[0])))
+        filling, borders = self._filling(first, room)
+        sentences = np.split(filling, borders[1:])
+        befores = _nearest(sentences, places * around)
+        for i in np.argsort(befores, kind="stable")[::-1]:  # from behind, so that the places of the others stay
+            sentences.insert(befores[i], hidden[i])
+        (before,) = _nearest(sentences, [depth * sum(map(len, sentences))])
+        texts = [
+            np.concatenate([head, *sentences[:before], needle, *sentences[before:], question]) for needle in needles
+        ]
+        return SwapPrompt(
+            np.stack([[np.concatenate([text, answer]) for answer in answers] for text in texts]),
+            len(answers[0]),
+            values,
+            len(head) + sum(map(len, sentences[:before])),
+        )
+
+    def _needed(self, length: int, depths: Sequence[float], trials: int) -> int:
+        needed = 0
+        for trial in range(trials):
+            _, distractors, _ = self._text(trial)
+            hidden = sum(map(len, self._needles(distractors.items())))
+            for depth in depths:
+                head, needles, question, answers, _ = self._question(depth, trial, distractors)
+                needed = max(needed, hidden + sum(map(len, (head, needles[0], question, answers[0]))))
+        return needed
+
+    def _text(self, trial: int) -> tuple[int, dict[str, str], np.ndarray]:
+        """The sentence that a trial's text begins with; keys and values of its distractors, their places in [0, 1)."""
+        rng = np.random.default_rng((self.seed, trial))
+        first = int(rng.integers(len(self.sentences)))
+        keys = distinct(lambda: needle_word(rng), DISTRACTORS)
+        values = distinct(lambda: str(rng.integers(10 ** (DIGITS - 1), 10**DIGITS)), DISTRACTORS)
+        return first, dict(zip(keys, values, strict=True)), rng.random(DISTRACTORS)
+
+    def _needles(self, pairs: Iterable[tuple[str, str]]) -> list[np.ndarray]:
+        """The tokens of needles, by key and value."""
+        return self._after_full_stop([NEEDLE.format(kind="number", key=key, value=value) for key, value in pairs])
+
+    def _question(
+        self, depth: float, trial: int, distractors: Mapping[str, str]
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, list[np.ndarray], tuple[str, str]]:
+        """The tokens of head, needle with either value, question, and either answer; and the values."""
+        rng = np.random.default_rng((self.seed, trial, *np.float64(depth).tobytes()))
+        key = next(word for word in iter(lambda: needle_word(rng), None) if word not in distractors)
+        introduction, question, prefix = (part.format(kind="number", query=key) for part in NIAH_ONE)
+        head = np.array([*self.bos, *self.texts.ids(introduction)], np.int64)
+        for _ in range(MOST_TRIES):
+            values = _two_values(rng)
+            needles = self._needles((key, value) for value in values)
+            asked = [np.array(self.texts.ids(f"{question}{prefix} {value}"), np.int64) for value in values]
+            begin, end = _only_difference(*asked)
+            are_new = not set(values) & set(distractors.values())
+            if are_new and begin < end == len(asked[0]) and any(_only_difference(*needles)):
+                return head, needles, asked[0][:begin], [both[begin:] for both in asked], values
+        raise ConfigError(
+            "{group}.tasks has needle_gain, which needs numbers of as many tokens that have none in common, and this "
+            "tokenizer has no such: leave it out",
+            group="eval",
+        )
+
+
+def _two_values(rng: np.random.Generator) -> tuple[str, str]:
+    """Two numbers that differ in every digit; exchanged, they are as likely."""
+    digits = [1 + rng.choice(9, 2, replace=False), *(rng.choice(10, 2, replace=False) for _ in range(DIGITS - 1))]
+    first, second = ("".join(map(str, row)) for row in np.transpose(digits))
+    return first, second
+
+
+def _only_difference(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
+    """Begin and end of the one stretch of tokens, all of them others, in which two texts differ; 0, 0 for any other."""
+    places = np.flatnonzero(a != b) if len(a) == len(b) else np.array([], int)
+    if not len(places) or places[-1] - places[0] + 1 != len(places):
+        return 0, 0
+    return int(places[0]), int(places[-1]) + 1
+
+
+def _nearest(sentences: Sequence[np.ndarray], places: Sequence[float] | np.ndarray) -> list[int]:
+    """The sentences that begin nearest to places, in tokens from the first."""
+    begins = np.cumsum([0, *map(len, sentences[:-1])])
+    return [int(np.abs(begins - place).argmin()) for place in places]
