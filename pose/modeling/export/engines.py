@@ -25,7 +25,7 @@ _OF_ONE_LIST = {
     "mlx": "takes the long list for all texts",
 }
 _OF_DYNAMIC = {
-    "vllm": "gives NaN beyond the old window",
+    "vllm": "gives NaN or something else beyond the old window",
     "sglang": "takes the frequencies of the full window for every text",
     "llama.cpp": "has no such scaling, and would leave the model unscaled",
     "ollama": "has no such scaling, and would leave the model unscaled",
