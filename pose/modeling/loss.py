@@ -62,8 +62,8 @@ def weighted_nll(
     Args:
         hidden: [n, H], the states that predict the targets.
         head: the output layer, H -> V. A plain linear layer whose weight is whole is read by itself, one that does not
-            train is called once for each chunk; any other (with adapters, in parts) is called again in the backward
-            pass (`token_nll`).
+            train is called once for each chunk; any other (with adapters, in parts), and any in fp16, is called again
+            in the backward pass (`token_nll`).
         targets: int64 [n].
         weights: fp32 [n].
         chunk_len: C.
@@ -73,11 +73,14 @@ def weighted_nll(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if not _is_plain(head, dtype):
-        if all(not (p.requires_grad or is_partitioned(p)) for p in head.parameters()):
-            return _FrozenWeightedNLL.apply(hidden, head, targets, weights, chunk_len, torch.is_grad_enabled())
+    is_plain = _is_plain(head, dtype)
+    is_frozen = not any(p.requires_grad or is_partitioned(p) for p in head.parameters())
+    # Gradients in fp16 have to be made of the scaled loss, which is known in the backward pass alone
+    if dtype == torch.float16 or not (is_plain or is_frozen):
         nll = token_nll(hidden, head, targets, chunk_len)
         return (nll * weights).sum(), nll.detach()
+    if not is_plain:
+        return _FrozenWeightedNLL.apply(hidden, head, targets, weights, chunk_len, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
         # Cast out here, so that their gradients are cast back
         states, weight = hidden.to(dtype), head.weight.to(dtype)

@@ -120,6 +120,22 @@ def test_a_frozen_head_of_16_bits(hidden, autocast):
     assert (pair[0] - pair[1]).norm() < (0.02 if autocast else 1e-6) * pair[1].norm()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fp16_gradients_are_made_of_the_scaled_loss(frozen):
+    """Below fp16's least number (6e-8) are a token's weight times most probabilities, and not those times the scale."""
+    torch.manual_seed(0)
+    num_tokens, vocab, scale = 64, 2000, 2.0**16
+    head, hidden = nn.Linear(HIDDEN, vocab, bias=False), torch.randn(num_tokens, HIDDEN, requires_grad=True)
+    head.requires_grad_(not frozen)
+    targets, weights = torch.randint(vocab, (num_tokens,)), torch.full((num_tokens,), 1e-5)
+    leaves = [hidden, *([] if frozen else [head.weight])]
+    with torch.autocast("cpu", torch.float16):
+        got = weighted_nll(hidden, head, targets, weights)[0]
+    wanted = (F.cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
+    pairs = zip(torch.autograd.grad(scale * got, leaves), torch.autograd.grad(scale * wanted, leaves), strict=True)
+    assert all((a - b).norm() < 2e-3 * b.norm() for a, b in pairs)
+
+
 def test_its_gradients_are_given_once(hidden, head):
     loss, _ = weighted_nll(hidden, head, torch.zeros(NUM_TOKENS, dtype=torch.int64), torch.ones(NUM_TOKENS))
     loss.backward(retain_graph=True)
