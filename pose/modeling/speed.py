@@ -74,8 +74,8 @@ def recompute(model: PreTrainedModel, how: bool | str):
 def _recomputed(layer: nn.Module, forward: Callable, options: dict) -> Callable:
     """What a layer computes, under activation checkpointing.
 
-    Not by transformers' own switch: where it stands outside of `forward` (5.17), what is compiled inside of selective
-    checkpointing silently runs uncompiled (pytorch issue 161889), and FSDP2's hooks run again in the backward pass.
+    Not by transformers' own switch, which is inside of `forward` in some releases and outside in others (5.17): there
+    FSDP2's hooks run again in the backward pass, and a selective policy sees a compiled layer from outside.
     """
 
     @wraps(forward)
