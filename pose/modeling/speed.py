@@ -74,8 +74,8 @@ def recompute(model: PreTrainedModel, how: bool | str):
 def _recomputed(layer: nn.Module, forward: Callable, options: dict) -> Callable:
     """What a layer computes, under activation checkpointing.
 
-    Not by transformers' own switch, which is inside of `forward` in some releases and outside in others (5.17): there
-    FSDP2's hooks run again in the backward pass, and a selective policy sees a compiled layer from outside.
+    Not by transformers' own switch, which is inside of `forward`, and so of what is compiled, in some releases alone; where
+    it is outside (5.17) what is compiled runs in the forward pass for a second time, and FSDP2's hooks do.
     """
 
     @wraps(forward)
