@@ -74,8 +74,8 @@ def recompute(model: PreTrainedModel, how: bool | str):
 def _recomputed(layer: nn.Module, forward: Callable, options: dict) -> Callable:
     """What a layer computes, under activation checkpointing.
 
-    Not by transformers' own switch, which is inside of `forward`, and so of what is compiled, in some releases alone; where
-    it is outside (5.17) what is compiled runs in the forward pass for a second time, and FSDP2's hooks do.
+    Not by transformers' own switch, which is inside of `forward`, and so of what is compiled, in some releases alone.
+    Where it is outside (5.17) the backward pass runs the compiled layer, and FSDP2's hooks, a second time.
     """
 
     @wraps(forward)
