@@ -77,6 +77,11 @@ class PositionSampler(ABC):
         """Whether `sample` looks at `breaks`."""
         return False
 
+    @property
+    def skips(self) -> bool:
+        """Whether it draws other ids than 0, 1, 2, ..."""
+        return self.target_len > self.example_len
+
     def resized(self, train_len: int, target_len: int) -> "PositionSampler":
         """The same sampler for other lengths."""
         return replace(self, train_len=train_len, target_len=target_len)
@@ -137,6 +142,10 @@ class PoSE(PositionSampler):
     @property
     def min_document_len(self) -> int:
         return self.target_len if self.content == "aligned" else self.train_len
+
+    @property
+    def skips(self) -> bool:
+        return super().skips and self.num_chunks > 1
 
     def _sample(self, rng, document_len):
         lengths, u = self._chunks(rng)
@@ -217,6 +226,10 @@ class Full(PositionSampler):
 class ShortPI(PositionSampler):
     """The control that asks what the skips bring: the rescaled RoPE, but contiguous ids 0..L-1."""
 
+    @property
+    def skips(self) -> bool:
+        return False
+
     def _sample(self, rng, document_len):
         index = np.arange(self.train_len)
         return Layout(index, index.copy())
@@ -280,6 +293,10 @@ class EqualChunks(PositionSampler):
     def __post_init__(self):
         super().__post_init__()
         _require_chunks(self.num_chunks, self.train_len)
+
+    @property
+    def skips(self) -> bool:
+        return super().skips and self.num_chunks > 1
 
     def _sample(self, rng, document_len):
         index = np.arange(self.train_len)
@@ -431,6 +448,10 @@ class Mix(PositionSampler):
     @property
     def min_document_len(self) -> int:
         return self.sampler.min_document_len
+
+    @property
+    def skips(self) -> bool:
+        return self.sampler.skips and self.plain_share < 1
 
     @property
     def uses_breaks(self) -> bool:

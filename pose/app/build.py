@@ -25,6 +25,7 @@ from pose.training.callbacks import Export, ProgressBar, Throughput
 from pose.training.checkpoints import CheckpointIO
 from pose.training.compat import always_finish, without_broadcasts
 from pose.training.loggers import build_loggers
+from pose.training.objectives import Objective
 from pose.training.options import WatchOptions
 from pose.training.strategies import check_strategy, resolve_precision
 from pose.training.watch import Watch, check_best
@@ -49,6 +50,13 @@ def _with_train_len(arguments: dict, window: int | None) -> dict:
 def build_scaling(node: DictConfig) -> RopeScaling:
     """The method of the group `rope`."""
     return make(node, RopeScaling, "rope")
+
+
+def build_objective(node: DictConfig, sampler: PositionSampler) -> Objective:
+    """That of the group `objective`, which can be trained on what the sampler draws."""
+    objective = make(node, Objective, "objective")
+    objective.check(sampler)
+    return objective
 
 
 def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
@@ -116,7 +124,7 @@ def accumulate(trainer: L.Trainer, micro_batch: int, global_batch: int) -> int:
 
 
 def build_data(
-    cfg: DictConfig, tokenizer, sampler: PositionSampler, micro_batch: int, vocab_size: int
+    cfg: DictConfig, tokenizer, sampler: PositionSampler, objective: Objective, micro_batch: int, vocab_size: int
 ) -> PoseDataModule:
     """The LightningDataModule of the group `data`, not tokenised yet."""
     d, t = to_options(cfg.data, DataConfig), cfg.trainer
@@ -155,6 +163,7 @@ def build_data(
         synthetic={name: share for name, share in vars(d.synthetic).items() if share},
         curriculum=d.curriculum,
         num_workers=d.num_workers,
+        collate=objective.collate,
     )
 
 

@@ -33,6 +33,7 @@ from pose.rope import Frequencies, RopeGeometry, RopeScaling
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoint, Checkpoints
 from pose.training.micro_batch import AUTO, MicroBatch, is_searched
+from pose.training.objectives import Objective
 from pose.training.resume import check_finished, check_resume, find_resume, finished_steps, resume_settings
 from pose.training.watch import Watch
 
@@ -51,6 +52,7 @@ class Plan:
         config: the same with scaling and new window written in.
         tokenizer: of the model.
         scaling, sampler: with everything filled in.
+        objective: what is minimised.
         geometry: of the base.
         trainer: built, not started.
         data: tokenised.
@@ -66,6 +68,7 @@ class Plan:
     tokenizer: Any
     scaling: RopeScaling
     sampler: PositionSampler
+    objective: Objective
     geometry: RopeGeometry
     trainer: L.Trainer
     data: PoseDataModule
@@ -158,6 +161,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     check_layers(base)
     geometry = rope_geometry(base)
     sampler = build.build_sampler(cfg.pose, geometry.window)
+    objective = build.build_objective(cfg.objective, sampler)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
     if cfg.model.engine is not None:
         check_engine(cfg.model.engine, config)
@@ -167,7 +171,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     check_holding(cfg, config, trainer)
     micro_batch = choose_micro_batch(cfg, trainer, checkpoint)
-    data = build.build_data(cfg, tokenizer, sampler, micro_batch, config.vocab_size)
+    data = build.build_data(cfg, tokenizer, sampler, objective, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)
     suite = build.build_suite(to_options(cfg.eval, EvalOptions), *measured)
     export = partial(Export, tokenizer, dtype=getattr(torch, cfg.model.export_dtype), fold=cfg.model.export_fold)
@@ -193,8 +197,8 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     if cfg.trainer.micro_batch == AUTO:
         trainer.callbacks.append(MicroBatch(t.global_batch, partial(_save_micro_batch, cfg, run_dir)))  # type: ignore[attr-defined]
     return Plan(
-        base, config, tokenizer, scaling, sampler, geometry, trainer, data, suite, watch, settings, checkpoint,
-        is_finished,
+        base, config, tokenizer, scaling, sampler, objective, geometry, trainer, data, suite, watch, settings,
+        checkpoint, is_finished,
     )  # fmt: skip
 
 

@@ -160,6 +160,7 @@ class Run:
             self.load_for_training,
             expected=plan.expected,
             target_len=plan.sampler.target_len,
+            objective=plan.objective,
             max_steps=cfg.trainer.max_steps,
             on_nonfinite=cfg.trainer.on_nonfinite,
             seed=cfg.seed,
@@ -287,6 +288,7 @@ class Run:
             data=[*names, *synthetic],
             training={
                 "Trained": trained,
+                "Objective": plan.objective.describe(),
                 "Steps": f"{steps:,} of {cfg.trainer.global_batch:,} examples: {tokens:,} tokens",
                 "Optimizer": f"{OPTIMIZERS[tune.optimizer]}, {tune.schedule} schedule, peak learning rate {tune.lr:g}, "
                 f"{tune.warmup_steps:,} warm-up steps, weight decay {tune.weight_decay:g}",

@@ -1,7 +1,7 @@
 """The typed schema of the run: a misspelt key or a wrong type fails while the config is composed.
 
 Values are checked where they stand, in `__post_init__`, once the config is composed. Groups whose file names a
-`_target_` (pose, rope, strategy) are checked by the class that they name. Nothing heavy is imported here.
+`_target_` (pose, rope, objective, strategy) are checked by the class that they name. Nothing heavy is imported here.
 """
 
 from dataclasses import dataclass, field
@@ -152,6 +152,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     pose: Any = MISSING
     rope: Any = MISSING
+    objective: Any = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     strategy: Any = MISSING

@@ -13,7 +13,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -67,6 +68,7 @@ class PoseDataModule(L.LightningDataModule):
         synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
         curriculum: (share of the run, length in tokens) of phases of shorter sequences before the rest.
         num_workers: processes that read; 0 reads in the training process.
+        collate: joins examples to a batch.
 
     Attributes:
         dataset: the examples; None before `setup`.
@@ -103,8 +105,10 @@ class PoseDataModule(L.LightningDataModule):
         synthetic: Mapping[str, float] | None = None,
         curriculum: Sequence[tuple[float, int]] = (),
         num_workers: int = 0,
+        collate: Callable[[Sequence[dict[str, torch.Tensor]]], dict[str, torch.Tensor]] = collate_scored,
     ):
         super().__init__()
+        self.collate = collate
         self.documents, self.tokenizer, self.sampler = documents, tokenizer, sampler
         self.num_examples, self.micro_batch, self.seed = num_examples, micro_batch, seed
         self.global_batch = micro_batch if global_batch is None else global_batch
@@ -232,7 +236,7 @@ class PoseDataModule(L.LightningDataModule):
             atexit.register(_end_readers)
         return DataLoader(
             self.dataset, self.micro_batch, sampler=self.order, num_workers=self.num_workers,
-            collate_fn=collate_scored, persistent_workers=self.num_workers > 0, worker_init_fn=_follow_the_trainer,
+            collate_fn=self.collate, persistent_workers=self.num_workers > 0, worker_init_fn=_follow_the_trainer,
             pin_memory=pinned,
         )  # fmt: skip
 

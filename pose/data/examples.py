@@ -192,6 +192,15 @@ class Targets(NamedTuple):
         """fp32 [n], of each in the loss; those of a row with a target add up to 1 / B."""
         return self.divisors.float().reciprocal()
 
+    @classmethod
+    def read(cls, batch: Mapping[str, torch.Tensor], name: str) -> "Targets":
+        """Those that `written` has put into a batch."""
+        return cls(batch[f"{name}_at"], batch[f"{name}_divisors"])
+
+    def written(self, name: str) -> dict[str, torch.Tensor]:
+        """As entries of a batch, under keys that begin with a name."""
+        return {f"{name}_at": self.at, f"{name}_divisors": self.divisors}
+
 
 def scored_tokens(labels: torch.Tensor) -> Targets:
     """The targets of a batch.
@@ -204,15 +213,32 @@ def scored_tokens(labels: torch.Tensor) -> Targets:
     return Targets(row * labels.shape[1] + column, (is_scored.sum(1) * len(labels))[row])
 
 
+def skipped_tokens(position_ids: torch.Tensor) -> Targets:
+    """The tokens of a batch from the first skip of their rows on: their places, and what weighs each in its row's mean.
+
+    Args:
+        position_ids: int64 [B, L].
+    """
+    is_moved = position_ids != torch.arange(position_ids.shape[1])
+    row, column = is_moved.nonzero(as_tuple=True)
+    return Targets(row * position_ids.shape[1] + column, (is_moved.sum(1) * len(position_ids))[row])
+
+
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Joins items to a batch [B, L]."""
     return {name: torch.cat([torch.atleast_2d(item[name]) for item in items]) for name in items[0]}
 
 
 def collate_scored(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """As `collate`, with the fields of its `Targets` as scored_at and scored_divisors."""
+    """As `collate`, with the `Targets` of its labels, `written` as scored."""
     batch = collate(items)
-    return batch | {f"scored_{name}": value for name, value in scored_tokens(batch["labels"])._asdict().items()}
+    return batch | scored_tokens(batch["labels"]).written("scored")
+
+
+def collate_views(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """As `collate_scored`, with its `skipped_tokens`, `written` as skipped."""
+    batch = collate_scored(items)
+    return batch | skipped_tokens(batch["position_ids"]).written("skipped")
 
 
 def _tensors(tokens, labels, position_ids) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ Shapes: B batch, H query heads, K key-value heads, Q query tokens, T key tokens,
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,21 @@ KERNELS = [  # of torch's SDPA, in order
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 ]  # fmt: skip
 MASK_QUERIES = 256  # queries that share one mask, and see no key after the last of them
+
+
+class Packing(NamedTuple):
+    """How texts that begin alike are one row of tokens to a model, each token of a common beginning once.
+
+    What a layer does to a token by itself (all but attention) is so done once. A model hands this to its attention as
+    the keyword `packing`, where it hands keywords on (`pose.modeling.layers.hands_on`).
+
+    Attributes:
+        rows: int64 [R, L], the place in the one row, of n tokens, of each token of R texts.
+        places: int64 [n], where each token is (first) in the flattened rows: rows.flatten()[places] is 0, 1, ..., n-1.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
 
 
 def resolve_backend(name: str) -> str:
@@ -128,6 +145,28 @@ def causal_mask(num_query: int, num_key: int, sliding_window: int | None, device
     return mask if sliding_window is None else mask & (key > query - sliding_window)
 
 
+def _by_packing(attention: Callable) -> Callable:
+    """The same attention, which also takes texts that are packed into one row (`Packing`): each attends by itself."""
+
+    @wraps(attention)
+    def attend(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
+        packing = kwargs.pop("packing", None)
+        if packing is None:
+            return attention(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout, scaling, **kwargs)
+        rows = packing.rows
+
+        def unpacked(x_1HND):  # [R, H, L, D]
+            x_HRLD = x_1HND[0].index_select(1, rows.flatten()).unflatten(1, rows.shape)
+            return x_HRLD.transpose(0, 1)
+
+        query, key, value = (unpacked(x) for x in (query_BHQD, key_BKTD, value_BKTD))
+        output_RLHD, _ = attention(module, query, key, value, None, dropout, scaling, **kwargs)
+        return output_RLHD.flatten(0, 1).index_select(0, packing.places)[None], None
+
+    return attend
+
+
+@_by_packing
 def sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """torch's scaled_dot_product_attention; builds masks only where `is_causal` cannot say it, and for some queries
     at a time.
@@ -172,6 +211,7 @@ def _kernel_groups_heads(query: torch.Tensor, masked: bool) -> bool:
     return query.device.type == "cpu" or (not masked and query.dtype != torch.float32)
 
 
+@_by_packing
 def eager(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """The textbook form, softmax in fp32: for reading and for checking the others.
 
@@ -188,6 +228,7 @@ def eager(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0,
     return (weights @ value_BHTD).transpose(1, 2).contiguous(), weights
 
 
+@_by_packing
 def flash_attention_2(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """The package flash-attn, called without position ids; `sdpa` where `flash_kernel` has none.
 
@@ -201,6 +242,7 @@ def flash_attention_2(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, 
     return kernel(q, k, v, dropout, softmax_scale=scaling, **causality), None
 
 
+@_by_packing
 def flash_attention_3(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """As `flash_attention_2`, by FlashAttention-3, which has no dropout: with one, `sdpa`."""
     dtype = compute_dtype(value_BKTD)

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from pose.data.examples import skipped_tokens
 from pose.errors import GuardError
 from pose.modeling import compat
 from pose.modeling.loss import causal_lm_loss
 from pose.modeling.rotary import frequencies_at, rotary_modules
+from pose.modeling.views import hidden_states_of_views
 from pose.rope import Frequencies
 
 PROBE_LEN = 32  # tokens, in two chunks
@@ -20,7 +22,11 @@ INV_FREQ_TOLERANCE = 1e-5  # relative; fp32 rounding is 1e-7, bf16 rounding 4e-3
 
 @torch.no_grad()
 def run_guards(
-    model: PreTrainedModel, expected: Frequencies | None, target_len: int, device: torch.device | str
+    model: PreTrainedModel,
+    expected: Frequencies | None,
+    target_len: int,
+    device: torch.device | str,
+    has_views: bool = False,
 ) -> str:
     """Runs every guard; the caller provides the precision context.
 
@@ -29,6 +35,7 @@ def run_guards(
         expected: the closed form of its frequencies for a text of target_len; None skips that comparison.
         target_len: the window to extend to, in tokens.
         device: of the model.
+        has_views: whether it trains on two views of the same tokens.
 
     Returns:
         What was checked and found, in one line.
@@ -42,12 +49,15 @@ def run_guards(
         deviation = check_frequencies(model, expected, target_len)
         check_chunks_attend(model, target_len, device)
         own, chunked = check_loss(model, device)
+        if has_views:
+            check_views(model, target_len, device)
     finally:
         model.train(training)
     closed_form = "" if deviation is None else f" and those of the closed form (to {deviation:.0e})"
+    of_views = "; two views computed together are those computed apart" if has_views else ""
     return (
         f"frequencies are fp32{closed_form}; the first chunk reaches the last, {target_len:,} positions apart; the "
-        f"loss is the model's own ({chunked:.4f}, {own:.4f})"
+        f"loss is the model's own ({chunked:.4f}, {own:.4f}){of_views}"
     )
 
 
@@ -142,3 +152,29 @@ def check_loss(model: PreTrainedModel, device) -> tuple[float, float]:
             f"({model.config.model_type}) changes its logits after the head, which the chunked loss does not do"
         )
     return own.item(), chunked.item()
+
+
+def check_views(model: PreTrainedModel, target_len: int, device):
+    """The two views of an example (`pose.modeling.views`) are what the model makes of each by itself."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(model.config.vocab_size, (2, PROBE_LEN), generator=generator).to(device)
+    plain = torch.arange(PROBE_LEN, device=device).repeat(2, 1)
+    skipped = plain.clone()
+    for row, first in enumerate((PROBE_LEN // 4, PROBE_LEN // 2)):
+        skipped[row, first:] += target_len - PROBE_LEN
+    skipped_at = skipped_tokens(skipped.cpu()).at.to(device)
+    views = hidden_states_of_views(model, tokens, skipped, skipped_at)
+    together = torch.stack([views.plain, views.second(skipped_at)])
+    apart = torch.stack(
+        [
+            model.base_model(input_ids=tokens, position_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            for ids in (plain, skipped)
+        ]
+    )
+    difference = (together.float() - apart.float()).abs().max() / apart.float().std()
+    if not difference <= LOGITS_TOLERANCE:
+        raise GuardError(
+            f"two views of the same tokens, computed together, differ from those computed apart by {difference:.2g} "
+            f"standard deviations: this model ({model.config.model_type}) does something besides attention that looks "
+            "at other tokens; choose objective=lm"
+        )

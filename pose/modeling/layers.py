@@ -22,6 +22,7 @@ PROBE = "pose_probe"  # what transformers knows the noting attention by
 UNMOVED = "such layers do not see the positions, so that a skip is none for them"
 ITS_OWN = "its attention cannot be replaced by pose's, and may take a skip for the border of two documents"
 _passed: set[tuple[type, str]] = set()
+_hands_on: dict[tuple[type, str, str], bool] = {}
 
 
 def check_layers(config: PretrainedConfig):
@@ -60,6 +61,24 @@ def check_layers(config: PretrainedConfig):
     if reason is not None:
         raise ConfigError(f"{cls.__name__} is not supported: {reason}")
     _passed.add(key)
+
+
+def hands_on(config: PretrainedConfig, keyword: str) -> bool:
+    """Whether each layer of a model hands a keyword, which the base model is called with, to its attention.
+
+    Args:
+        config: of a model that `check_layers` has passed.
+        keyword: a name that transformers does not know.
+    """
+    key = (type(config), config.to_json_string(use_diff=False), keyword)
+    if key not in _hands_on:
+        try:
+            calls, num_layers = _attention_calls(config, **{keyword: None})
+        except TypeError:  # it takes no such keyword
+            calls, num_layers = [], 1
+        with_it = {i for i, call in calls if keyword in call.keywords}
+        _hands_on[key] = len(with_it) == num_layers and all(keyword in call.keywords for _, call in calls)
+    return _hands_on[key]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -108,14 +127,46 @@ def _reason_of_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> st
 
 def _reason_of_layers(config: PretrainedConfig) -> str | None:
     """Why a model is not supported, by what its layers do."""
-    attended: dict[int, list[_Call]] = {}
+    calls, num_layers = _attention_calls(config)
+    if num_layers is None:
+        return "it keeps no model apart from its output layer"
+    without = sorted(set(range(num_layers)) - {i for i, _ in calls})
+    if len(without) == num_layers:
+        return ITS_OWN
+    if without:
+        return f"{_named(without)} no attention: {UNMOVED}"
+    still = sorted({i for i, call in calls if not call.rotated})
+    if len(still) == num_layers:
+        return "it has no RoPE, so there are no frequencies to scale"
+    if still:
+        return f"{_named(still)} no RoPE: {UNMOVED}"
+    terms = sorted({call.term for _, call in calls if call.term is not None})
+    if terms:
+        return f"its attention uses {', '.join(terms)}"
+    if any(call.masked for _, call in calls):
+        return "it hands its attention a mask of its own"
+    if not all(call.causal for _, call in calls):
+        return "its attention is not causal"
+    return None
+
+
+def _attention_calls(config: PretrainedConfig, **keywords) -> tuple[list[tuple[int, "_Call"]], int | None]:
+    """What each layer of a model gives its attention, with the layer's index, and how many layers there are.
+
+    The number is None, and nothing was run, where the model is not apart from its output layer.
+
+    Args:
+        config: of the model.
+        keywords: that the base model is called with.
+    """
+    calls: list[tuple[int, _Call]] = []
     current = -1
 
     def note(module, query, key, value, attention_mask=None, **kwargs):
         rotated, causal = query.requires_grad and key.requires_grad, kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        call = _Call(rotated, causal, attention_mask is not None, unsupported_term(kwargs))
-        attended.setdefault(current, []).append(call)
+        call = _Call(rotated, causal, attention_mask is not None, unsupported_term(kwargs), frozenset(kwargs))
+        calls.append((current, call))
         num_batch, num_heads, num_query, _ = query.shape
         # Without a gradient, so that nothing of the rotation reaches the next layer
         return value.new_zeros(num_batch, num_query, num_heads, value.shape[-1]), None
@@ -135,7 +186,7 @@ def _reason_of_layers(config: PretrainedConfig) -> str | None:
     AttentionInterface.register(PROBE, note)
     model = compat.build_on_meta(config, PROBE).eval().requires_grad_(False)
     if model.base_model is model:
-        return "it keeps no model apart from its output layer"
+        return calls, None
     layers = decoder_layers(model)
     rotate_by_example_length(model)  # transformers' own looks at the values of the positions
     for index, layer in enumerate(layers):
@@ -145,26 +196,8 @@ def _reason_of_layers(config: PretrainedConfig) -> str | None:
             module.register_forward_hook(mark)
     tokens = torch.arange(4, device="meta")[None]
     with torch.enable_grad():
-        model.base_model(input_ids=tokens, position_ids=tokens, use_cache=False)
-    without = [i for i in range(len(layers)) if i not in attended]
-    if len(without) == len(layers):
-        return ITS_OWN
-    if without:
-        return f"{_named(without)} no attention: {UNMOVED}"
-    calls = [(i, call) for i in range(len(layers)) for call in attended[i]]
-    still = sorted({i for i, call in calls if not call.rotated})
-    if len(still) == len(layers):
-        return "it has no RoPE, so there are no frequencies to scale"
-    if still:
-        return f"{_named(still)} no RoPE: {UNMOVED}"
-    terms = sorted({call.term for _, call in calls if call.term is not None})
-    if terms:
-        return f"its attention uses {', '.join(terms)}"
-    if any(call.masked for _, call in calls):
-        return "it hands its attention a mask of its own"
-    if not all(call.causal for _, call in calls):
-        return "its attention is not causal"
-    return None
+        model.base_model(input_ids=tokens, position_ids=tokens, use_cache=False, **keywords)
+    return calls, len(layers)
 
 
 class _Call(NamedTuple):
@@ -175,12 +208,14 @@ class _Call(NamedTuple):
         causal: whether it is to be.
         masked: whether the model made a mask of its own.
         term: what it asks for that is not implemented.
+        keywords: the names of what it is given beside.
     """
 
     rotated: bool
     causal: bool
     masked: bool
     term: str | None
+    keywords: frozenset[str]
 
 
 def _has_alibi(config: PretrainedConfig) -> bool:

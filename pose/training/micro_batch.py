@@ -12,9 +12,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from pose.data.examples import collate_scored
 from pose.errors import ConfigError
-from pose.modeling.shard import with_root
 from pose.plan import divisors, gib
 from pose.training.module import PoseModule
 from pose.training.processes import gather
@@ -63,11 +61,11 @@ class MicroBatch(L.Callback):
         careful = isinstance(trainer.strategy, ModelParallelStrategy)
 
         def peak_of(number: int) -> float:
-            batch, can_fail = longest(data.dataset, number), number > 1 and not careful
+            batch, can_fail = longest(data, number), number > 1 and not careful
             return _everywhere(_peak(trainer, pl_module, batch, share // number, can_fail))
 
         with isolate_rng():
-            _peak(trainer, pl_module, longest(data.dataset, 1), 1, can_fail=False)  # has the optimizer make its states
+            _peak(trainer, pl_module, longest(data, 1), 1, can_fail=False)  # has the optimizer make its states
             at_rest, budget = _everywhere(_allocated(pl_module.device)), -_everywhere(-_budget(pl_module.device))
             number, peak = largest(divisors(share), peak_of, at_rest, budget, careful)
         for optimizer in trainer.optimizers:
@@ -121,10 +119,16 @@ def largest(
     return fitting[-1]
 
 
-def longest(dataset: Any, number: int) -> dict[str, torch.Tensor]:
-    """A batch of so many of a dataset's longest examples, all tokens of which are scored: what needs most memory."""
-    last = dataset[len(dataset) - 1]  # after the short phases of a curriculum
-    return collate_scored([last | {"labels": last["input_ids"]}] * number)
+def longest(data: Any, number: int) -> dict[str, torch.Tensor]:
+    """A batch of so many of the longest examples, all tokens of which are scored, and moved: what needs most memory.
+
+    Args:
+        data: the PoseDataModule of the run.
+        number: of examples.
+    """
+    last = data.dataset[len(data.dataset) - 1]  # after the short phases of a curriculum
+    last = last | {"labels": last["input_ids"], "position_ids": last["position_ids"] + 1}
+    return data.collate([last] * number)
 
 
 def rehearse(trainer: L.Trainer, module: PoseModule, batch: dict[str, torch.Tensor], passes: int):
@@ -140,7 +144,7 @@ def rehearse(trainer: L.Trainer, module: PoseModule, batch: dict[str, torch.Tens
     for _ in range(passes):
         moved = trainer.strategy.batch_to_device(batch, module.device)
         with trainer.precision_plugin.train_step_context():
-            loss, _ = with_root(module.model, module.losses, moved)
+            loss = module.losses(moved).loss
         loss.backward()
         del loss, moved
     for optimizer in trainer.optimizers:

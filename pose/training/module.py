@@ -13,14 +13,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, get_scheduler
 
-from pose.data.examples import IGNORE, Targets
+from pose.data.examples import IGNORE
 from pose.errors import TrainingError
 from pose.modeling.guards import run_guards
 from pose.modeling.held import add_quantised, drop_quantised
-from pose.modeling.loss import loss_and_example_losses
 from pose.modeling.shard import full_shape, with_root
 from pose.rope import Frequencies
 from pose.training.compat import deepspeed_gradient_norm, forget_logged, loops_at
+from pose.training.objectives import LanguageModel, Losses, Objective
 from pose.training.optimizers import make_optimizer
 from pose.training.processes import gather
 
@@ -41,6 +41,7 @@ class PoseModule(L.LightningModule):
             each process, with Lightning's strategy, under which large models are built in parts.
         expected: the closed form of its rotary frequencies, for the guards; None where there is none.
         target_len: the window to extend to, in tokens; the guards probe positions up to it.
+        objective: what is minimised.
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of AdamW, on matrices only.
@@ -65,6 +66,7 @@ class PoseModule(L.LightningModule):
         warmup_steps: int,
         schedule: str,
         max_steps: int,
+        objective: Objective | None = None,
         optimizer: str = "adamw",
         seed: int = 0,
         on_nonfinite: str = "stop",
@@ -73,6 +75,7 @@ class PoseModule(L.LightningModule):
         self.load = load
         self.model: Any = None  # a PreTrainedModel, from configure_model on
         self.expected, self.target_len = expected, target_len
+        self.objective = LanguageModel() if objective is None else objective
         self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
         self.warmup_steps, self.schedule, self.max_steps = warmup_steps, schedule, max_steps
         self.optimizer, self.seed = optimizer, seed
@@ -80,7 +83,7 @@ class PoseModule(L.LightningModule):
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
         self._unchecked: dict[int, torch.Tensor] = {}
-        self._recent_losses: list[torch.Tensor] = []
+        self._recent_losses: list[torch.Tensor] = []  # [1 + parts]: the loss, and what it is made of
         self._recent_by_kind: list[torch.Tensor] = []  # [2 KINDS]: sums of example losses, then their numbers
         self._has_retrieval = False
         self._least_loss: torch.Tensor | None = None
@@ -96,31 +99,30 @@ class PoseModule(L.LightningModule):
         if self.model is None:
             self.model = self.load(self.trainer.strategy)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, L, H] of input_ids [B, L] at position_ids [B, L]."""
-        body = self.model.base_model
-        return body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-
     def on_train_batch_start(self, batch, batch_idx):
         accumulated = batch_idx % self.trainer.accumulate_grad_batches
         source = (self.seed, self.trainer.global_step, accumulated, self.trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(source).generate_state(1)[0]))
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss, by_example = with_root(self.model, self.losses, batch)
+        loss, by_example, parts = self.losses(batch)
         self._unchecked[batch_idx] = by_example
         # The logged losses are means since the last ones logged: examples differ too much for one batch to tell.
-        self._recent_losses.append(torch.where(loss.isfinite(), loss.detach(), torch.nan))
+        recent = torch.stack([loss.detach(), *parts])
+        self._recent_losses.append(torch.where(recent.isfinite(), recent, torch.nan))
         self._recent_by_kind.append(_by_kind(by_example, batch["labels"]))
-        least = self._recent_losses[-1] if self._least_loss is None else self._least_loss
-        self._least_loss = torch.fmin(least, self._recent_losses[-1])
+        latest = self._recent_losses[-1][self._lm]
+        self._least_loss = torch.fmin(latest if self._least_loss is None else self._least_loss, latest)
         return loss
 
-    def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a batch, and without gradients those of its examples, fp32 [B]; call it by `with_root`."""
-        hidden = self(batch["input_ids"], batch["position_ids"])
-        scored = Targets(batch["scored_at"], batch["scored_divisors"]) if "scored_at" in batch else None
-        return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"], scored)
+    def losses(self, batch: dict[str, torch.Tensor]) -> Losses:
+        """Of a batch that the objective has joined."""
+        return with_root(self.model, self.objective.losses, self.model, batch)
+
+    @property
+    def _lm(self) -> int:
+        """Where the language model's own loss stands in the recent ones."""
+        return 1 if self.objective.parts else 0
 
     def on_before_optimizer_step(self, optimizer):
         # The device is waited for once in an optimizer step: here, for all that is checked, shown and logged of it.
@@ -200,9 +202,11 @@ class PoseModule(L.LightningModule):
         """Means over all processes since the last ones logged; of the step its rate and the norm of its gradient."""
         forget_logged(self.trainer, SOMETIMES)
         numbers = self._reduce_recent().tolist() if self._numbers is None else self._numbers
-        loss, least, *by_kind = numbers
-        self._check_loss(step, loss, least)
-        metrics: dict[str, float] = {"train/loss": loss}
+        num_losses = 1 + len(self.objective.parts)
+        losses, (least, *by_kind) = numbers[:num_losses], numbers[num_losses:]
+        self._check_loss(step, losses[self._lm], least)
+        names = ("train/loss", *(f"train/loss_{part}" for part in self.objective.parts))
+        metrics: dict[str, float] = dict(zip(names, losses, strict=True))
         sums = dict(zip(KINDS, zip(by_kind[: len(KINDS)], by_kind[len(KINDS) :], strict=True), strict=True))
         self._has_retrieval |= sums["retrieval"][1] > 0
         if self._has_retrieval:  # or the two would be one curve
@@ -220,13 +224,13 @@ class PoseModule(L.LightningModule):
         self.log_dict({name: torch.tensor(float(value)) for name, value in metrics.items()})
 
     def _reduce_recent(self) -> torch.Tensor:
-        """Over all processes, since it was logged last: mean loss, least loss, and the sums of `_by_kind`; [6]."""
+        """Over all processes, since it was logged last: mean losses, the least, and the sums of `_by_kind`."""
         reduce = self.trainer.strategy.reduce
         assert self._least_loss is not None
-        loss = reduce(torch.stack(self._recent_losses).nanmean(), reduce_op="mean")
+        losses = reduce(torch.stack(self._recent_losses).nanmean(0), reduce_op="mean")
         least = reduce(self._least_loss.clone(), reduce_op="min")
         by_kind = reduce(torch.stack(self._recent_by_kind).sum(0), reduce_op="sum")
-        return torch.cat([loss[None], least[None], by_kind])
+        return torch.cat([losses, least[None], by_kind])
 
     def _check_loss(self, step: int, loss: float, least: float):
         """Whether the training has diverged: its loss is about that of guessing among all tokens, and was lower before.
@@ -254,7 +258,7 @@ class PoseModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict):
         nothing, size = torch.tensor(torch.nan), 2 * len(KINDS)
         of_this = {
-            "recent_losses": torch.stack(self._recent_losses) if self._recent_losses else torch.empty(0),
+            "recent_losses": torch.stack(self._recent_losses) if self._recent_losses else torch.empty(0, 1),
             "recent_by_kind": torch.stack(self._recent_by_kind) if self._recent_by_kind else torch.empty(0, size),
             "least_loss": nothing if self._least_loss is None else self._least_loss,
         }
@@ -269,6 +273,7 @@ class PoseModule(L.LightningModule):
         if "state_dict" in checkpoint:
             add_quantised(checkpoint["state_dict"], self, kept.get("quantised", {}))
         losses = kept["recent_losses"].to(self.device)
+        losses = losses.view(*losses.shape[:2], 1 + len(self.objective.parts))
         by_kind = kept.get("recent_by_kind", losses.new_zeros(len(losses), 0, 2 * len(KINDS))).to(self.device)
         rank, same_processes = self.trainer.global_rank, len(losses) == self.trainer.world_size
         self._recent_losses = list(losses[rank] if same_processes else losses.mean(0))
@@ -294,8 +299,11 @@ class PoseModule(L.LightningModule):
             group["lr"] = base * rate(scheduler.last_epoch)
         # After the strategy has wrapped, cast and restored the model: what trains is what is probed.
         # Uncompiled: their shapes are of no step.
+        has_views = bool(self.objective.parts)
         with self.trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            found = with_root(self.model, run_guards, self.model, self.expected, self.target_len, self.device)
+            found = with_root(
+                self.model, run_guards, self.model, self.expected, self.target_len, self.device, has_views
+            )
         log.info(f"Checked     {found}")
 
     @property

@@ -23,7 +23,10 @@ from pose.training.checkpoints import Checkpoint, find_checkpoint, is_foreign, l
 log = logging.getLogger(__name__)
 
 # What a run that goes on has in common with before, by group, but for these keys.
-RESUME_GROUPS = {"pose": (), "rope": (), "data": ("documents", "heldout", "num_workers"), "finetune": ()}
+RESUME_GROUPS: dict[str, tuple[str, ...]] = {
+    "pose": (), "rope": (), "objective": (), "data": ("documents", "heldout", "num_workers"), "finetune": ()
+}  # fmt: skip
+BEFORE_OBJECTIVES = {"objective._target_": "pose.training.objectives.LanguageModel"}  # of runs that name none
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
 # Keys of a config that change nothing in the weights that are trained
 WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -150,6 +153,7 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
 
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):
+    before = BEFORE_OBJECTIVES | before
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
         for key in sorted(settings.keys() | before.keys())

@@ -103,7 +103,7 @@ def make_data(tmp_path):
 def test_the_longest_examples_are_tried_and_all_their_tokens_are_scored(make_data):
     data = make_data(curriculum=[(0.5, 16)], synthetic={"copy": 1.0})
     assert data.dataset[0]["input_ids"].shape == (2, 16), "the first ones are short"
-    batch = longest(data.dataset, 3)
+    batch = longest(data, 3)
     assert batch["input_ids"].shape == batch["position_ids"].shape == (3, 32)
     assert len(batch["scored_at"]) == 3 * 31
 

@@ -18,6 +18,7 @@ from pose.errors import Interrupted, TrainingError
 from pose.modeling.attention import BACKENDS
 from pose.positions import PoSE
 from pose.training import module as pose_module
+from pose.training import objectives
 from pose.training.module import SKIPS_IN_A_ROW, PoseModule
 
 TOKENIZER = AutoTokenizer.from_pretrained("assets/tiny")
@@ -93,7 +94,7 @@ def break_loss(monkeypatch):
     """Makes the loss of some examples NaN, told by their tokens; gradients are NaN too, as they would be."""
 
     def break_(broken):
-        honest = pose_module.loss_and_example_losses
+        honest = objectives.loss_and_example_losses
         seen = []
 
         def loss_and_example_losses(hidden, head, labels, scored):
@@ -103,7 +104,7 @@ def break_loss(monkeypatch):
             nan = hidden.sum() * torch.nan
             return loss + (nan if bad.any() else 0), torch.where(bad, torch.nan, by_example)
 
-        monkeypatch.setattr(pose_module, "loss_and_example_losses", loss_and_example_losses)
+        monkeypatch.setattr(objectives, "loss_and_example_losses", loss_and_example_losses)
 
     return break_
 
@@ -187,13 +188,13 @@ def test_what_another_process_finds_counts_here(data, monkeypatch):
 
 
 def test_the_logged_loss_is_the_mean_since_the_last(data, monkeypatch):
-    honest, losses = pose_module.loss_and_example_losses, []
+    honest, losses = objectives.loss_and_example_losses, []
 
     def record(*arguments):
         losses.append(honest(*arguments))
         return losses[-1]
 
-    monkeypatch.setattr(pose_module, "loss_and_example_losses", record)
+    monkeypatch.setattr(objectives, "loss_and_example_losses", record)
     _, trainer = fit(data)
     torch.testing.assert_close(
         trainer.callback_metrics["train/loss"], torch.stack([loss for loss, _ in losses[-2:]]).mean()
@@ -234,7 +235,7 @@ def mixed(data, tmp_path):
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_losses_of_text_and_of_retrieval_are_logged_apart(mixed, monkeypatch, log_every):
     """Each the mean over its examples since the last ones logged, told by where a loss is taken."""
-    honest, seen = pose_module.loss_and_example_losses, []
+    honest, seen = objectives.loss_and_example_losses, []
 
     def record(hidden, head, labels, scored):
         loss, by_example = honest(hidden, head, labels, scored)
@@ -242,7 +243,7 @@ def test_losses_of_text_and_of_retrieval_are_logged_apart(mixed, monkeypatch, lo
         seen.extend(zip(kinds, by_example.tolist(), strict=True))
         return loss, by_example
 
-    monkeypatch.setattr(pose_module, "loss_and_example_losses", record)
+    monkeypatch.setattr(objectives, "loss_and_example_losses", record)
     recorder = Recorder()
     fit(mixed, logger=recorder, log_every=log_every)
     del seen[: len(seen) - 60]  # of the guards
@@ -383,7 +384,7 @@ def test_it_has_diverged_when_it_guesses_and_was_better(data, monkeypatch, losse
         return loss, loss.detach().expand(len(labels))
 
     seen = []
-    monkeypatch.setattr(pose_module, "loss_and_example_losses", loss_and_example_losses)
+    monkeypatch.setattr(objectives, "loss_and_example_losses", loss_and_example_losses)
     if diverged:
         with pytest.raises(TrainingError, match="diverged"):
             fit(data, steps=3)

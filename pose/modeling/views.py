@@ -1,0 +1,72 @@
+"""The same tokens under two sets of position ids, in one pass: plain ones, and those of a sampler.
+
+Up to the first skip of a row both are equal, and so is what a causal model makes of these tokens: they are computed
+once, and attention alone sees two texts (`pose.modeling.attention.Packing`). With PoSE's two chunks that is half of the
+second view, on average. Two sorts of models get both views as separate rows: those whose frequencies depend on the
+length of the text, which differs between the views, and those that do not hand keywords to their attention.
+
+Shapes: B rows, L tokens of each, m tokens from the first skip of their rows on, H hidden size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from pose.modeling.attention import Packing
+from pose.modeling.layers import hands_on
+from pose.modeling.rotary import depends_on_length
+
+
+class Views(NamedTuple):
+    """Hidden states of the two views.
+
+    Attributes:
+        plain: [B * L, H], at positions 0..L-1 of each row.
+        skipped: [m, H], from the first skip of each row on, at the sampler's positions.
+    """
+
+    plain: torch.Tensor
+    skipped: torch.Tensor
+
+    def second(self, skipped_at: torch.Tensor) -> torch.Tensor:
+        """The whole second view, [B * L, H]: that of the first up to the first skips."""
+        return self.plain.index_copy(0, skipped_at, self.skipped)
+
+
+def shares_beginnings(model: PreTrainedModel) -> bool:
+    """Whether the tokens before the first skip are computed once for both views."""
+    return not depends_on_length(model.config) and hands_on(model.config, "packing")
+
+
+def hidden_states_of_views(
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, skipped_at: torch.Tensor
+) -> Views:
+    """What a model makes of tokens at plain positions and at a sampler's.
+
+    Args:
+        model: a causal language model, ready to compute.
+        input_ids: int64 [B, L].
+        position_ids: int64 [B, L], the sampler's.
+        skipped_at: int64 [m], the places in B * L of the tokens from the first skip of each row on, ascending; m is
+            known without a look at the device.
+    """
+    batch, length = input_ids.shape
+    num, device = batch * length, input_ids.device
+    plain_ids = torch.arange(length, device=device).expand(batch, length)
+    if not shares_beginnings(model):
+        rows = torch.cat([input_ids, input_ids]), torch.cat([plain_ids, position_ids])
+        states = _states(model, *rows).flatten(0, 1)
+        return Views(states[:num], states[num + skipped_at])
+    tokens = torch.cat([input_ids.flatten(), input_ids.flatten()[skipped_at]])
+    positions = torch.cat([plain_ids.flatten(), position_ids.flatten()[skipped_at]])
+    places = torch.arange(num, device=device)
+    second = places.index_copy(0, skipped_at, torch.arange(num, len(tokens), device=device))
+    packing = Packing(torch.stack([places, second]).view(2 * batch, length), torch.cat([places, num + skipped_at]))
+    states = _states(model, tokens[None], positions[None], packing=packing)[0]
+    return Views(states[:num], states[num:])
+
+
+def _states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, **keywords) -> torch.Tensor:
+    body = model.base_model
+    return body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **keywords).last_hidden_state
