@@ -153,7 +153,7 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
 
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):
-    before = BEFORE_OBJECTIVES | before
+    before = {key: value for key, value in BEFORE_OBJECTIVES.items() if key in settings} | before
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
         for key in sorted(settings.keys() | before.keys())

@@ -161,7 +161,7 @@ def out_of_memory_above(monkeypatch):
             tried.append((len(batch["input_ids"]), passes))
             assert all(p.grad is None for p in module.parameters()), "or they would count in the next one's memory"
             if len(batch["input_ids"]) > limit:
-                honest(trainer, module, longest(trainer.datamodule.dataset, 1), 1)
+                honest(trainer, module, longest(trainer.datamodule, 1), 1)
                 module.losses(batch)[0].backward()
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             honest(trainer, module, batch, passes)
