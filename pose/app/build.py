@@ -8,6 +8,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
+from transformers import PretrainedConfig
 
 from pose.app.documents import find_documents
 from pose.app.schema import DataConfig, TrainerConfig, to_options
@@ -52,10 +53,10 @@ def build_scaling(node: DictConfig) -> RopeScaling:
     return make(node, RopeScaling, "rope")
 
 
-def build_objective(node: DictConfig, sampler: PositionSampler) -> Objective:
-    """That of the group `objective`, which can be trained on what the sampler draws."""
+def build_objective(node: DictConfig, sampler: PositionSampler, config: PretrainedConfig) -> Objective:
+    """That of the group `objective`, which can be trained on what the sampler draws by a model of that config."""
     objective = make(node, Objective, "objective")
-    objective.check(sampler)
+    objective.check(sampler, config.get_text_config().num_hidden_layers)
     return objective
 
 

@@ -5,7 +5,7 @@ import logging
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
@@ -16,6 +16,8 @@ from pose.modeling.held import Held
 from pose.modeling.load import is_merged
 from pose.modeling.options import NF4
 from pose.modeling.shard import FullyShard, Layout
+from pose.training.objectives import Objective
+from pose.training.strategies import FSDP, DeepSpeed
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +118,49 @@ def layout_of(cfg: DictConfig, config: PretrainedConfig, trainer: L.Trainer) -> 
     if trained != torch.float32:
         log.info("Weights are held in bf16, and every step rounds them stochastically (finetune.weights_dtype)")
     return Held(strategy.root_device, frozen, trained)
+
+
+def check_teacher(cfg: DictConfig, objective: Objective, trainer: L.Trainer):
+    """Whether the original model can stay beside the one that trains, for an objective that keeps to it.
+
+    Raises:
+        ConfigError: it cannot; names the keys.
+    """
+    if not objective.has_teacher:
+        return
+    key = f"objective._target_={type(objective).__name__}"
+    if cfg.model.path is None:
+        raise ConfigError(
+            f"{key} keeps to the original model, and model.path is null: random weights have nothing to be kept"
+        )
+    lora, strategy = to_options(cfg.finetune, FinetuneConfig).lora, trainer.strategy
+    name = cfg.strategy.get("name", type(strategy).__name__)
+    in_zero3 = isinstance(strategy, DeepSpeed) and strategy.stage == 3
+    if lora.rank is None and in_zero3:
+        raise ConfigError(
+            f"{key} needs the original model beside the one that trains, and strategy={name} would hold it whole on "
+            "every device: take finetune=lora, whose original is the model without its adapters, or strategy=fsdp"
+        )
+    if lora.rank is not None and lora.train_embeddings_and_norms and (in_zero3 or isinstance(strategy, FSDP)):
+        raise ConfigError(
+            f"{key} keeps to the model as it was, and under strategy={name} embeddings and norms that train cannot be "
+            "put back for it: take finetune.lora.train_embeddings_and_norms=false, or strategy=auto or ddp"
+        )
+
+
+def layout_of_original(cfg: DictConfig, config: PretrainedConfig, strategy: Strategy) -> Layout | None:
+    """How a frozen original is held beside the model that trains: sharded like it, or whole, in its checkpoint's bits.
+
+    Args:
+        cfg: of the run, which `check_teacher` has passed.
+        config: of the original.
+        strategy: set up.
+    """
+    layout = getattr(strategy, "layout", None)
+    if isinstance(layout, FullyShard):
+        layout.frozen = "auto"
+        return layout
+    return None if _is_merged(cfg, config) else Held(strategy.root_device, "auto")
 
 
 def _is_merged(cfg: DictConfig, config: PretrainedConfig) -> bool:

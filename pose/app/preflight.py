@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from yaml import YAMLError
 
 from pose.app import build, models
-from pose.app.holding import check_holding
+from pose.app.holding import check_holding, check_teacher
 from pose.app.runtime import write_config
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.data.datamodule import PoseDataModule
@@ -161,7 +161,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     check_layers(base)
     geometry = rope_geometry(base)
     sampler = build.build_sampler(cfg.pose, geometry.window)
-    objective = build.build_objective(cfg.objective, sampler)
+    objective = build.build_objective(cfg.objective, sampler, base)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
     if cfg.model.engine is not None:
         check_engine(cfg.model.engine, config)
@@ -170,6 +170,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     tokenizer = _tokenizer(cfg, base, config)
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     check_holding(cfg, config, trainer)
+    check_teacher(cfg, objective, trainer)
     micro_batch = choose_micro_batch(cfg, trainer, checkpoint)
     data = build.build_data(cfg, tokenizer, sampler, objective, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pose.app import models, plan, runtime
-from pose.app.holding import layout_of
+from pose.app.holding import layout_of, layout_of_original
 from pose.app.preflight import Plan, check_config, plan_training
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.coverage import coverage
@@ -31,6 +31,7 @@ from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.options import NF4
 from pose.modeling.rotary import target_len_of
+from pose.modeling.teacher import Teacher
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
 from pose.reporting.metrics_csv import logged_rows
@@ -161,6 +162,7 @@ class Run:
             expected=plan.expected,
             target_len=plan.sampler.target_len,
             objective=plan.objective,
+            teach=self.load_teacher,
             max_steps=cfg.trainer.max_steps,
             on_nonfinite=cfg.trainer.on_nonfinite,
             seed=cfg.seed,
@@ -187,6 +189,18 @@ class Run:
         if is_compiled(cfg.trainer.compile, strategy):
             speed.compile_layers(model)
         return model
+
+    def load_teacher(self, strategy: Strategy, model: PreTrainedModel) -> Teacher:
+        """The original beside the model that trains: the same with its adapters off, or a frozen one of plan.base."""
+        cfg, plan = self.cfg, self.plan
+        if to_options(cfg.finetune, FinetuneConfig).lora.rank is not None:
+            return Teacher(model, plan.base)
+        layout = layout_of_original(cfg, plan.base, strategy)
+        log.info(f"Reading the weights of {cfg.model.path} again: the original stays beside the model that trains ...")
+        original = models.load_model(
+            cfg, plan.base, strategy.root_device, layout, prepare=lambda built: built.requires_grad_(False)
+        )
+        return Teacher(original.eval() if layout is not None else original.eval().to(strategy.root_device))
 
     def measure_after(self):
         """The exported model, as `evaluate.py` loads it."""

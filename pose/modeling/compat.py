@@ -9,7 +9,8 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -253,6 +254,28 @@ class _Recompilation(logging.Handler):
 def attention_of(model: PreTrainedModel) -> str:
     """The name of the attention that a model computes with."""
     return model.config._attn_implementation
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter is part of an adapter of peft, by its name."""
+    return "lora_" in name
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The layers of a model compute without the adapters that peft has put into them.
+
+    Not by peft's own switch, which also changes what needs a gradient.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
 
 
 class Rotary(nn.Module):

@@ -18,6 +18,7 @@ from pose.errors import TrainingError
 from pose.modeling.guards import run_guards
 from pose.modeling.held import add_quantised, drop_quantised
 from pose.modeling.shard import full_shape, with_root
+from pose.modeling.teacher import Teacher
 from pose.rope import Frequencies
 from pose.training.compat import deepspeed_gradient_norm, forget_logged, loops_at
 from pose.training.objectives import LanguageModel, Losses, Objective
@@ -42,6 +43,7 @@ class PoseModule(L.LightningModule):
         expected: the closed form of its rotary frequencies, for the guards; None where there is none.
         target_len: the window to extend to, in tokens; the guards probe positions up to it.
         objective: what is minimised.
+        teach: gives the original model beside the one that trains, for an objective that has a teacher.
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of AdamW, on matrices only.
@@ -67,6 +69,7 @@ class PoseModule(L.LightningModule):
         schedule: str,
         max_steps: int,
         objective: Objective | None = None,
+        teach: Callable[[Strategy, PreTrainedModel], Teacher] | None = None,
         optimizer: str = "adamw",
         seed: int = 0,
         on_nonfinite: str = "stop",
@@ -76,6 +79,8 @@ class PoseModule(L.LightningModule):
         self.model: Any = None  # a PreTrainedModel, from configure_model on
         self.expected, self.target_len = expected, target_len
         self.objective = LanguageModel() if objective is None else objective
+        self.teach = teach
+        self.teacher: Teacher | None = None  # no module, so that neither optimizer nor checkpoint sees it
         self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
         self.warmup_steps, self.schedule, self.max_steps = warmup_steps, schedule, max_steps
         self.optimizer, self.seed = optimizer, seed
@@ -98,6 +103,9 @@ class PoseModule(L.LightningModule):
     def configure_model(self):
         if self.model is None:
             self.model = self.load(self.trainer.strategy)
+            if self.objective.has_teacher:  # before a checkpoint gives the model other weights than its original's
+                assert self.teach is not None
+                self.teacher = self.teach(self.trainer.strategy, self.model)
 
     def on_train_batch_start(self, batch, batch_idx):
         accumulated = batch_idx % self.trainer.accumulate_grad_batches
@@ -117,7 +125,7 @@ class PoseModule(L.LightningModule):
 
     def losses(self, batch: dict[str, torch.Tensor]) -> Losses:
         """Of a batch that the objective has joined."""
-        return with_root(self.model, self.objective.losses, self.model, batch)
+        return with_root(self.model, self.objective.losses, self.model, batch, self.teacher)
 
     @property
     def _lm(self) -> int:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from pose.data.examples import Targets, collate_scored, collate_views
-from pose.errors import ConfigError, require_number
+from pose.errors import ConfigError, require_int, require_number
+from pose.modeling.layers import decoder_layers
 from pose.modeling.loss import loss_and_example_losses, weighted_kl
+from pose.modeling.teacher import Teacher, states_of_layers
 from pose.modeling.views import hidden_states_of_views
 from pose.positions import PositionSampler
 
@@ -42,16 +45,18 @@ class Objective(ABC):
     Attributes:
         parts: names of what the loss is made of, that of the language model first; () where it is that alone. They are
             logged as train/loss_NAME.
+        has_teacher: whether it keeps to the original model (`pose.modeling.teacher`).
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
+    has_teacher: ClassVar[bool] = False
 
     def collate(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Joins examples to a batch of its own kind, on the CPU."""
         return collate_scored(items)
 
-    def check(self, sampler: PositionSampler):  # noqa: B027  # most have nothing to ask for
-        """Whether it can be trained on what a sampler draws.
+    def check(self, sampler: PositionSampler, num_layers: int):  # noqa: B027  # most have nothing to ask for
+        """Whether it can be trained on what a sampler draws, by a model of so many layers.
 
         Raises:
             ConfigError: it cannot; names the key.
@@ -62,12 +67,13 @@ class Objective(ABC):
         """What it is, in a line of the model card."""
 
     @abstractmethod
-    def losses(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Losses:
+    def losses(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], teacher: Teacher | None = None) -> Losses:
         """The loss of a batch that `collate` made. Call it by `pose.modeling.shard.with_root`.
 
         Args:
             model: as it trains.
             batch: on the model's device.
+            teacher: the original, where the objective has one.
         """
 
 
@@ -78,7 +84,7 @@ class LanguageModel(Objective):
     def describe(self):
         return "cross-entropy of the next token"
 
-    def losses(self, model, batch):
+    def losses(self, model, batch, teacher=None):
         return _language_model(model, batch, batch["position_ids"])
 
 
@@ -111,7 +117,7 @@ class SelfDistill(Objective):
     def collate(self, items):
         return collate_views(items)
 
-    def check(self, sampler):
+    def check(self, sampler, num_layers):
         _require_skips("self_distill", sampler)
 
     def describe(self):
@@ -120,7 +126,7 @@ class SelfDistill(Objective):
             f"{self.weight:g} times the divergence of the predictions at the sampler's from those at plain ones"
         )
 
-    def losses(self, model, batch):
+    def losses(self, model, batch, teacher=None):
         if self.weight == 0:
             plain = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
             loss, by_example, _ = _language_model(model, batch, plain.expand_as(batch["input_ids"]))
@@ -134,6 +140,107 @@ class SelfDistill(Objective):
             0, skipped.at // labels.shape[1], self.weight * len(labels) * skipped.weights * by_token
         )
         return Losses(lm + self.weight * kl, by_example, (lm.detach(), kl.detach()))
+
+
+@dataclass(frozen=True)
+class LongShort(Objective):
+    """`objective=long_short`: keep what short texts had, by the original model (LongReD, arXiv 2502.07365).
+
+    The same tokens at plain positions and at the sampler's; the teacher is the original model, with its own
+    frequencies, at plain positions. With cos the mean over tokens of the cosine similarity of hidden states, the loss is
+
+        lm_weight * (the language model's at the sampler's positions)
+        + short_weight * sum over layers of (1 - cos(plain, teacher))
+        + skipped_weight * (1 - cos(sampler's, teacher)) of the last layer.
+
+    LongReD draws the three from texts of different lengths; here they share the tokens of each example, so that two
+    passes of the model and one of the teacher serve all of them.
+
+    Args:
+        lm_weight, short_weight, skipped_weight: of the three (the paper's 1, 5, 10).
+        layers: whose states on short texts keep to the teacher's, of 1..n for a model of n layers; n is what the head
+            sees. None takes the first, those at a quarter, a half and three quarters, and the last. (LongReD takes 1, 9,
+            12, 14, 15 and 32 of LLaMA-3-8B's 32.)
+
+    Raises:
+        ConfigError: a weight is not a number of at least 0, or layers is no list of different layers.
+    """
+
+    parts = ("lm", "short", "skipped")
+    has_teacher = True
+
+    lm_weight: float = 1.0
+    short_weight: float = 5.0
+    skipped_weight: float = 10.0
+    layers: Sequence[int] | None = None
+
+    def __post_init__(self):
+        for name in ("lm_weight", "short_weight", "skipped_weight"):
+            require_number(f"objective.{name}", getattr(self, name), at_least=0)
+        if self.layers is not None:
+            if isinstance(self.layers, str) or not isinstance(self.layers, Sequence) or not self.layers:
+                raise ConfigError(f"objective.layers={self.layers!r} is not accepted: give a list of layers, or null")
+            for layer in self.layers:
+                require_int("objective.layers", layer, at_least=1)
+            if len(set(self.layers)) < len(self.layers):
+                raise ConfigError(f"objective.layers={list(self.layers)} names a layer twice")
+
+    def collate(self, items):
+        return collate_views(items)
+
+    def check(self, sampler, num_layers):
+        _require_skips("long_short", sampler)
+        if max(self.layers or [1]) > num_layers:
+            raise ConfigError(
+                f"objective.layers={list(self.layers or [])}: this model has {num_layers} layers; give some of 1 to "
+                f"{num_layers}"
+            )
+
+    def layers_of(self, num_layers: int) -> list[int]:
+        """The chosen ones of a model of so many layers, ascending."""
+        if self.layers is not None:
+            return sorted(self.layers)
+        return sorted({1, *(max(round(num_layers * share), 1) for share in (0.25, 0.5, 0.75)), num_layers})
+
+    def describe(self):
+        return (
+            f"restoration distillation (LongReD, arXiv 2502.07365): {self.lm_weight:g} times the cross-entropy of the "
+            f"next token, {self.short_weight:g} times the distance of hidden states to the original model's on short "
+            f"texts, {self.skipped_weight:g} times that at the sampler's positions"
+        )
+
+    def losses(self, model, batch, teacher=None):
+        assert teacher is not None
+        labels, skipped = batch["labels"], Targets.read(batch, "skipped")
+        num, num_examples = labels.numel(), len(labels)
+        num_layers = len(decoder_layers(model))
+        layers = self.layers_of(num_layers)
+        wanted = [
+            states.flatten(0, 1) for states in teacher.hidden_states(batch["input_ids"], _with(layers, num_layers))
+        ]
+        with states_of_layers(model, layers) as found:
+            views = hidden_states_of_views(model, batch["input_ids"], batch["position_ids"], skipped.at)
+        second = views.second(skipped.at)
+        head, shape = model.get_output_embeddings(), (*labels.shape, -1)
+        lm, lm_by_example = loss_and_example_losses(second.view(shape), head, labels, _scored(batch))
+        plain = [states.flatten(0, 1)[:num] for states in found]
+        short = torch.stack([_distances(a, b) for a, b in zip(plain, wanted, strict=False)]).sum(0)
+        moved = _distances(second, wanted[-1])
+        with torch.no_grad():
+            kept = self.short_weight * short + self.skipped_weight * moved
+            by_example = self.lm_weight * lm_by_example + kept.view(num_examples, -1).mean(1)
+        parts = lm, short.mean(), moved.mean()
+        loss = self.lm_weight * lm + self.short_weight * parts[1] + self.skipped_weight * parts[2]
+        return Losses(loss, by_example, tuple(part.detach() for part in parts))
+
+
+def _with(layers: Sequence[int], last: int) -> list[int]:
+    return [*layers, *([] if last in layers else [last])]
+
+
+def _distances(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """1 - cosine similarity, fp32 [n], of hidden states [n, H]."""
+    return 1 - F.cosine_similarity(states.float(), wanted.float(), dim=-1)
 
 
 def _language_model(model: PreTrainedModel, batch: dict[str, torch.Tensor], position_ids: torch.Tensor) -> Losses:
