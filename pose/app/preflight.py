@@ -28,6 +28,7 @@ from pose.modeling.attention import resolve_backend
 from pose.modeling.export.engines import check_engine
 from pose.modeling.layers import check_layers
 from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, scale_config
+from pose.plan import divisors
 from pose.positions import PositionSampler
 from pose.rope import Frequencies, RopeGeometry, RopeScaling
 from pose.training.callbacks import Export, Throughput
@@ -171,7 +172,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
     check_holding(cfg, config, trainer)
     check_teacher(cfg, objective, trainer)
-    micro_batch = choose_micro_batch(cfg, trainer, checkpoint)
+    micro_batch = choose_micro_batch(cfg, trainer, checkpoint, objective.num_views)
     data = build.build_data(cfg, tokenizer, sampler, objective, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)
     suite = build.build_suite(to_options(cfg.eval, EvalOptions), *measured)
@@ -203,11 +204,18 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     )  # fmt: skip
 
 
-def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoint | None) -> int:
+def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoint | None, num_views: int = 1) -> int:
     """The examples in a batch of one device, to begin with; the trainer accumulates the rest.
 
     trainer.micro_batch is then what is used. It stays auto where that is found on the model (`MicroBatch`): on a GPU,
-    unless the run goes on, and takes what was found before.
+    unless the run goes on, and takes what was found before. A number that is given counts each view of an example, so
+    that an objective with two needs about the memory of one: it is brought down to a divisor of the share of a device.
+
+    Args:
+        cfg: of the run.
+        trainer: built.
+        checkpoint: that the run goes on from.
+        num_views: of the objective.
 
     Raises:
         ConfigError: the global batch cannot be dealt out, or auto cannot be searched for.
@@ -221,6 +229,11 @@ def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoi
         elif not is_searched(trainer.strategy):
             t.micro_batch = 1
             log.info("Micro-batch 1: trainer.micro_batch=auto looks for the largest that fits on a GPU alone")
+    elif num_views > 1:
+        share = t.global_batch // trainer.world_size
+        fitting = max(t.micro_batch // num_views, 1)
+        t.micro_batch, given = max([1, *(one for one in divisors(share) if one <= fitting)]), t.micro_batch
+        log.info(f"Micro-batch {t.micro_batch}: the objective sees each example {num_views} times ({given} was given)")
     micro_batch = build.accumulate(trainer, 1 if t.micro_batch == AUTO else t.micro_batch, t.global_batch)
     if t.micro_batch != AUTO:
         t.micro_batch = micro_batch  # which a small global batch may have lowered

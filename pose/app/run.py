@@ -31,7 +31,7 @@ from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.options import NF4
 from pose.modeling.rotary import target_len_of
-from pose.modeling.teacher import Teacher
+from pose.modeling.teacher import Teacher, freeze
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
 from pose.reporting.metrics_csv import logged_rows
@@ -197,9 +197,7 @@ class Run:
             return Teacher(model, plan.base)
         layout = layout_of_original(cfg, plan.base, strategy)
         log.info(f"Reading the weights of {cfg.model.path} again: the original stays beside the model that trains ...")
-        original = models.load_model(
-            cfg, plan.base, strategy.root_device, layout, prepare=lambda built: built.requires_grad_(False)
-        )
+        original = models.load_model(cfg, plan.base, strategy.root_device, layout, prepare=freeze)
         return Teacher(original.eval() if layout is not None else original.eval().to(strategy.root_device))
 
     def measure_after(self):

@@ -82,7 +82,7 @@ class Teacher:
         for parameter, before in self._kept:
             parameter.copy_(before)
         for module, original in zip(modules, self._rotary, strict=True):
-            module.forward = original.to(module.inv_freq.device).forward  # type: ignore[method-assign]
+            module.forward = original.to(module.inv_freq.device).forward
         try:
             with compat.without_adapters(self.model):
                 yield
@@ -93,7 +93,12 @@ class Teacher:
                 if forward is None:
                     del module.forward
                 else:
-                    module.forward = forward  # type: ignore[method-assign]
+                    module.forward = forward
+
+
+def freeze(model: PreTrainedModel):
+    """No weight of a model trains, in place."""
+    model.requires_grad_(False)
 
 
 @contextmanager

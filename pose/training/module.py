@@ -307,7 +307,7 @@ class PoseModule(L.LightningModule):
             group["lr"] = base * rate(scheduler.last_epoch)
         # After the strategy has wrapped, cast and restored the model: what trains is what is probed.
         # Uncompiled: their shapes are of no step.
-        has_views = bool(self.objective.parts)
+        has_views = self.objective.num_views > 1
         with self.trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             found = with_root(
                 self.model, run_guards, self.model, self.expected, self.target_len, self.device, has_views

@@ -43,11 +43,13 @@ class Objective(ABC):
     """What every objective has in common.
 
     Attributes:
+        num_views: under how many sets of position ids the model sees each example.
         parts: names of what the loss is made of, that of the language model first; () where it is that alone. They are
             logged as train/loss_NAME.
         has_teacher: whether it keeps to the original model (`pose.modeling.teacher`).
     """
 
+    num_views: ClassVar[int] = 1
     parts: ClassVar[tuple[str, ...]] = ()
     has_teacher: ClassVar[bool] = False
 
@@ -107,6 +109,7 @@ class SelfDistill(Objective):
         ConfigError: weight is not a number of at least 0.
     """
 
+    num_views = 2
     parts = ("lm", "kl")
 
     weight: float = 1.0
@@ -147,7 +150,7 @@ class LongShort(Objective):
     """`objective=long_short`: keep what short texts had, by the original model (LongReD, arXiv 2502.07365).
 
     The same tokens at plain positions and at the sampler's; the teacher is the original model, with its own
-    frequencies, at plain positions. With cos the mean over tokens of the cosine similarity of hidden states, the loss is
+    frequencies, at plain positions. With cos the mean over tokens of the cosine similarity of hidden states, it is
 
         lm_weight * (the language model's at the sampler's positions)
         + short_weight * sum over layers of (1 - cos(plain, teacher))
@@ -159,13 +162,14 @@ class LongShort(Objective):
     Args:
         lm_weight, short_weight, skipped_weight: of the three (the paper's 1, 5, 10).
         layers: whose states on short texts keep to the teacher's, of 1..n for a model of n layers; n is what the head
-            sees. None takes the first, those at a quarter, a half and three quarters, and the last. (LongReD takes 1, 9,
-            12, 14, 15 and 32 of LLaMA-3-8B's 32.)
+            sees. None takes the first, those at a quarter, a half and three quarters, and the last. (LongReD takes
+            1, 9, 12, 14, 15 and 32 of LLaMA-3-8B's 32.)
 
     Raises:
         ConfigError: a weight is not a number of at least 0, or layers is no list of different layers.
     """
 
+    num_views = 2
     parts = ("lm", "short", "skipped")
     has_teacher = True
 
@@ -213,11 +217,10 @@ class LongShort(Objective):
         assert teacher is not None
         labels, skipped = batch["labels"], Targets.read(batch, "skipped")
         num, num_examples = labels.numel(), len(labels)
-        num_layers = len(decoder_layers(model))
-        layers = self.layers_of(num_layers)
-        wanted = [
-            states.flatten(0, 1) for states in teacher.hidden_states(batch["input_ids"], _with(layers, num_layers))
-        ]
+        last = len(decoder_layers(model))
+        layers = self.layers_of(last)
+        original = teacher.hidden_states(batch["input_ids"], [*layers, *([] if last in layers else [last])])
+        wanted = [states.flatten(0, 1) for states in original]
         with states_of_layers(model, layers) as found:
             views = hidden_states_of_views(model, batch["input_ids"], batch["position_ids"], skipped.at)
         second = views.second(skipped.at)
@@ -232,10 +235,6 @@ class LongShort(Objective):
         parts = lm, short.mean(), moved.mean()
         loss = self.lm_weight * lm + self.short_weight * parts[1] + self.skipped_weight * parts[2]
         return Losses(loss, by_example, tuple(part.detach() for part in parts))
-
-
-def _with(layers: Sequence[int], last: int) -> list[int]:
-    return [*layers, *([] if last in layers else [last])]
 
 
 def _distances(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
