@@ -43,6 +43,10 @@ class RopeGeometry:
         """theta_j = b^(-2j/d), unscaled; float64 [d/2], in radians per position."""
         return self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
 
+    def turns(self) -> torch.Tensor:
+        """r_j = L0 theta_j / (2 pi): how often each frequency turns in the window; float64 [d/2]."""
+        return self.window * self.theta() / (2 * math.pi)
+
 
 class Frequencies(NamedTuple):
     """A method's result.
@@ -510,6 +514,40 @@ class Drope(RopeScaling):
         return self._longrope(geometry, divisors, divisors)
 
 
+def critical_dimension(geometry: RopeGeometry) -> int:
+    """d_tcd: the rotary dimensions whose period fits into the window, by the formula.
+
+    2 * ceil((d/2) * log_b(L0 / 2 pi)), within 0..d. Dimensions come in pairs: the frequencies j >= d_tcd / 2 have
+    made no full turn in pretraining (Liu et al., arXiv 2310.05209; the theoretical critical dimension of LongRoPE2,
+    arXiv 2502.20082: 70 of 128 for LLaMA-3-8B, so from j = 35 on).
+
+    Args:
+        geometry: of the unscaled model.
+
+    Returns:
+        An even number of dimensions, so j_tcd = d_tcd / 2.
+    """
+    pairs = geometry.dim / 2 * math.log(geometry.window / (2 * math.pi)) / math.log(geometry.base)
+    return 2 * min(max(math.ceil(pairs), 0), geometry.dim // 2)
+
+
+def real_critical_dimension(geometry: RopeGeometry, periods: float = 10) -> int:
+    """d_rcd: the rotary dimensions that pretraining has taken through `periods` turns at least.
+
+    LongRoPE2's hypothesis (arXiv 2502.20082): a dimension that has turned once or twice is not trained well enough,
+    so that the real critical dimension lies below `critical_dimension`. The first frequency with
+    L0 theta_j / (2 pi) < periods is where the candidates for it begin; 48 of 128 for LLaMA-3-8B (j = 24).
+
+    Args:
+        geometry: of the unscaled model.
+        periods: turns in the window.
+
+    Returns:
+        An even number of dimensions, so j_rcd = d_rcd / 2; 0 where every frequency turns less often, d where none does.
+    """
+    return 2 * int((geometry.turns() >= periods).sum())
+
+
 def _known(value: T | None) -> T:
     """What `RopeScaling.resolve` has filled in."""
     if value is None:
@@ -532,8 +570,7 @@ def _llama3(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> 
 def _interpolate_by_turns(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> torch.Tensor:
     """theta_j (g_j + (1 - g_j) / s), g_j growing from 0 to 1 with the turns of dimension j in the window."""
     theta = geometry.theta()
-    turns = geometry.window * theta / (2 * math.pi)
-    g = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    g = ((geometry.turns() - slow) / (fast - slow)).clamp(0, 1)
     return theta * (g + (1 - g) / factor)
 
 

@@ -29,6 +29,8 @@ from pose.rope import (
     Unscaled,
     Yarn,
     YarnRevised,
+    critical_dimension,
+    real_critical_dimension,
 )
 
 # (base, dim, window, factor)
@@ -390,6 +392,36 @@ def test_every_method_stays_between_no_scaling_and_interpolation(base, dim, wind
             torch.testing.assert_close(inv_freq, plain, rtol=1e-12, atol=0)
             assert scaling.frequencies(geometry).attention_factor == 1.0
     assert (results[YarnRevised] <= results[Yarn] * (1 + 1e-12)).all()
+
+
+# ----- the critical dimension -----
+
+LLAMA3_8B = (500_000.0, 128, 8192)
+SMOLLM2 = (100_000.0, 64, 8192)
+TINY = (500.0, 64, 256)
+
+
+@pytest.mark.parametrize(
+    ("base", "dim", "window", "theoretical", "real"),
+    [
+        (*LLAMA3_8B, 70, 48),  # LongRoPE2: the 35th cosine dimension
+        (10_000.0, 96, 2048, 62, 38),  # Phi-3-mini; LongRoPE2: 62, the 31st
+        (*SMOLLM2, 40, 28),
+        (*TINY, 40, 16),
+        (10_000.0, 32, 2048, 22, 14),
+        (10_000.0, 128, 50, 30, 0),  # the fastest turns 8 times
+        (10_000.0, 128, 6, 0, 0),  # and here less than once
+        (100.0, 16, 8192, 16, 16),  # the slowest turns 23 times
+    ],
+)
+def test_the_critical_dimensions(base, dim, window, theoretical, real):
+    """By counting periods, one frequency at a time."""
+    geometry = RopeGeometry(base, dim, window)
+    turns = [window / (2 * math.pi * base ** (2 * j / dim)) for j in range(dim // 2)]
+    assert critical_dimension(geometry) == theoretical == 2 * sum(r > 1 for r in turns)
+    assert real_critical_dimension(geometry) == real == 2 * sum(r >= 10 for r in turns)
+    for periods in (1, 3.5, 20):
+        assert real_critical_dimension(geometry, periods) == 2 * sum(r >= periods for r in turns)
 
 
 # ----- transformers -----
