@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
-from pose.errors import ConfigError, require_number
+from pose.errors import ConfigError, require_int, require_number
 
 T = TypeVar("T")
 DROPPED = 1e30  # the divisor of a frequency that is to be none
@@ -144,7 +144,7 @@ class RopeScaling(ABC):
 
     def to_longrope(self, geometry: RopeGeometry) -> dict[str, Any]:
         """Any static method as transformers' `longrope`: the divisor theta_j / inv_freq_j of each dimension."""
-        divisors = (geometry.theta() / self.inv_freq(geometry)).tolist()
+        divisors = (geometry.theta() / self.inv_freq(geometry)).clamp(max=DROPPED).tolist()
         return self._longrope(geometry, divisors, divisors)
 
     def _longrope(self, geometry: RopeGeometry, short: Sequence[float], long: Sequence[float]) -> dict[str, Any]:
@@ -200,11 +200,48 @@ class Linear(RopeScaling):
 
 
 @dataclass(frozen=True)
-class NTK(RopeScaling):
+class _Shifted(RopeScaling):
+    """A method that can be told to interpolate, from the real critical dimension on, at least by s.
+
+    LongRoPE2 (arXiv 2502.20082) calls the two methods so shifted YaRN-rcd and NTK-rcd. Its own d_rcd is what a search
+    found, j = 30 and 25 for LLaMA-3-8B and Phi-3-mini. Where the search begins, at 10 periods, is j = 24 and 19, which
+    is the default here; `rcd_periods` = 3 gives exactly the two that were found. Where every frequency turns so often
+    in the window there is nothing to shift, and the method stays as it is.
+
+    Args:
+        rcd_shift: whether frequencies that turn less than rcd_periods times in the window are divided by at least s.
+        rcd_periods: turns in the window below which a frequency counts as not well trained.
+
+    Raises:
+        ConfigError: rcd_shift is neither true nor false, or rcd_periods is not above 0.
+    """
+
+    rcd_shift: bool = False
+    rcd_periods: float = 10.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.rcd_shift, bool):
+            raise ConfigError(f"rope.rcd_shift={self.rcd_shift!r} is not accepted: give true or false")
+        require_number("rope.rcd_periods", self.rcd_periods, above=0.0)
+
+    def shifted_from(self, geometry: RopeGeometry) -> int | None:
+        """j_rcd, the first frequency that is shifted; None where none is."""
+        first = real_critical_dimension(geometry, self.rcd_periods) // 2
+        return first if self.rcd_shift and first < geometry.dim // 2 else None
+
+
+@dataclass(frozen=True)
+class NTK(_Shifted):
     """Static NTK-aware scaling: plain RoPE with the base b' = b * s^(d/(d-2)).
 
     The fastest frequency stays, the slowest is divided by exactly s. Being a changed base and
     nothing else, it is exported as `rope_theta`.
+
+    With `rcd_shift` the base is b * s^(d/(2 j_rcd)), so that a divisor s^(j/j_rcd) reaches s at the real critical
+    dimension already, and the divisor is s from there on, which no base can say. (The NTK that LongRoPE2 compares with
+    is another: its base is the default of `Theta`. What its NTK-rcd divides by beyond d_rcd it does not say; the same s
+    for all is how its search begins.)
     """
 
     def resolve(self, geometry, target_len):
@@ -216,9 +253,16 @@ class NTK(RopeScaling):
         return geometry.base * _known(self.factor) ** (geometry.dim / (geometry.dim - 2))
 
     def inv_freq(self, geometry, seq_len=None):
-        return replace(geometry, base=self.scaled_base(geometry)).theta()
+        first = self.shifted_from(geometry)
+        if first is None:
+            return replace(geometry, base=self.scaled_base(geometry)).theta()
+        j = torch.arange(geometry.dim // 2, dtype=torch.float64)
+        reached = (j / first).clamp(max=1) if first else torch.ones_like(j)
+        return geometry.theta() / _known(self.factor) ** reached
 
     def native(self, geometry):
+        if self.shifted_from(geometry) is not None:
+            return None
         return {"rope_type": "default", "rope_theta": self.scaled_base(geometry)}
 
 
@@ -290,13 +334,17 @@ class NTKByParts(RopeScaling):
 
 
 @dataclass(frozen=True)
-class Yarn(RopeScaling):
+class Yarn(_Shifted):
     """YaRN (Peng et al. 2023, arXiv 2309.00071) as transformers and vLLM read it.
 
     Dimensions that turn more than `beta_fast` times in the window keep their frequency, those
     that turn less than `beta_slow` times are divided by s, and *frequencies* are blended linearly
     in between:  theta_j * (m_j + (1 - m_j) / s), m_j the ramp from 1 (fast) to 0 (slow).
     Its own attention factor is 0.1 ln(s) + 1.
+
+    With `rcd_shift` the divisor is max(YaRN's own, s) from the real critical dimension on, which is s: the ramp breaks
+    off there. The attention factor stays. (`beta_slow` = `rcd_periods` is the other way to read YaRN-rcd, of which
+    LongRoPE2 says no more than "applying d_rcd to YaRN": the ramp ends at the same dimension, without a jump.)
 
     Args:
         beta_fast: turns in the window above which a dimension is left alone.
@@ -339,10 +387,19 @@ class Yarn(RopeScaling):
         return 1 - ((j - low) / (high - low)).clamp(0, 1)
 
     def inv_freq(self, geometry, seq_len=None):
+        inv_freq, first = self._blended(geometry), self.shifted_from(geometry)
+        if first is not None:
+            inv_freq[first:] = inv_freq[first:].minimum(geometry.theta()[first:] / _known(self.factor))
+        return inv_freq
+
+    def _blended(self, geometry: RopeGeometry) -> torch.Tensor:
+        """What stays and what is interpolated, blended; without the shift."""
         m = self.ramp(geometry)
         return geometry.theta() * (m + (1 - m) / _known(self.factor))
 
     def native(self, geometry):
+        if self.shifted_from(geometry) is not None:
+            return None
         return {
             "rope_type": "yarn",
             "rope_theta": geometry.base,
@@ -363,7 +420,7 @@ class YarnRevised(Yarn):
     Source: dwzhu-pku/PoSE, src/my_modeling_llama.py, `revised_yarn`.
     """
 
-    def inv_freq(self, geometry, seq_len=None):
+    def _blended(self, geometry):
         m = self.ramp(geometry)
         return geometry.theta() / (m + (1 - m) * _known(self.factor))
 
@@ -512,6 +569,40 @@ class Drope(RopeScaling):
     def to_longrope(self, geometry):
         divisors = [DROPPED] * (geometry.dim // 2)
         return self._longrope(geometry, divisors, divisors)
+
+
+@dataclass(frozen=True)
+class Cope(RopeScaling):
+    """CoPE (Li et al. 2026, arXiv 2602.05258): the lowest frequencies fade to none, "clipped" softly.
+
+    The n = num_tapered lowest frequencies are multiplied by (1 + cos(pi i / (n-1))) / 2, i = 0..n-1: the first of them
+    stays, the last is none (a divisor of 1e30, as of `Drope`). Everything above them stays. The factor changes nothing.
+
+    It is a change to any RoPE; the paper trains it over a raised base, 10,000,000 in place of 500,000 for LLaMA-3-8B
+    from 8K to 64K (20 of its 64 frequencies): `theta` is for that, and the taper comes after it.
+    Source: hrlics/CoPE, modeling_cope.py and train/train_64K.sh. With fewer than 20 frequencies it tapers all, as here.
+
+    Args:
+        num_tapered: n, at least 2; at most d/2 are.
+        theta: the base b' under the taper; None keeps the model's own.
+
+    Raises:
+        ConfigError: num_tapered is no integer of at least 2, or theta is given and is not a number above 1.
+    """
+
+    num_tapered: int = 20
+    theta: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_int("rope.num_tapered", self.num_tapered, at_least=2)
+        require_number("rope.theta", self.theta, above=1.0, optional=True)
+
+    def inv_freq(self, geometry, seq_len=None):
+        raised = replace(geometry, base=self.theta or geometry.base).theta()
+        n = min(self.num_tapered, len(raised))
+        raised[-n:] *= (1 + torch.linspace(0, math.pi, n, dtype=torch.float64).cos()) / 2
+        return raised.maximum(geometry.theta() / DROPPED)
 
 
 def critical_dimension(geometry: RopeGeometry) -> int:
