@@ -19,14 +19,15 @@ from pose.evaluation.scoring import Scorer
 from pose.modeling.guards import run_guards
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
 from pose.modeling.rotary import depends_on_length, frequencies_at, rotary_modules, set_target_len, target_len_of
-from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, NTKByParts, Theta, Unscaled, Yarn, YarnRevised
+from pose.rope import NTK, Cope, Drope, Dynamic, Linear, Llama3, LongRope, NTKByParts, Theta, Unscaled, Yarn, YarnRevised
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BASE, HEAD_DIM, WINDOW, TARGET_LEN, FACTOR = 10_000.0, 16, 64, 512, 8.0
 LONG = [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 8.0, 9.0]
 SHORT = [1.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]
 BY_LENGTH = [Dynamic(), Dynamic(factor=3.0), LongRope(long_factor=LONG), LongRope(long_factor=LONG, short_factor=SHORT)]
-STATIC = [Unscaled(), Linear(), NTK(), NTKByParts(), Yarn(), YarnRevised(), Llama3(), Theta(), Drope()]
+STATIC = [Unscaled(), Linear(), NTK(), NTKByParts(), Yarn(), YarnRevised(), Llama3(), Theta(), Drope(), Cope()]
+STATIC += [NTK(rcd_shift=True), Yarn(rcd_shift=True), YarnRevised(rcd_shift=True)]
 
 
 @pytest.fixture(autouse=True)
