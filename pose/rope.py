@@ -460,11 +460,14 @@ class LongRope(RopeScaling):
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor for each dimension, found by search.
 
     theta_j / long_factor_j for texts of more than L0 tokens, theta_j / short_factor_j up to L0.
-    Its own attention factor is sqrt(1 + ln s / ln L0), at every length.
+    Its own attention factor is sqrt(1 + ln s / ln L0), at every length: transformers has one for both lists, so that no
+    model could be exported whose factor follows the length. Mixed windows, in which texts up to L0 are to see the
+    original model, therefore need attention_factor=1 (as in LongRoPE2's pseudocode); left open it stays LongRoPE's own,
+    which is what published factors were found and trained with.
 
     Args:
         long_factor: d/2 divisors.
-        short_factor: d/2 divisors; None leaves texts within the window as they are (all 1, the
+        short_factor: d/2 divisors; None leaves the frequencies of texts within the window as they are (all 1, the
             mixed windows of LongRoPE2, arXiv 2502.20082).
 
     Raises:
@@ -513,6 +516,11 @@ class LongRope(RopeScaling):
 
     def native(self, geometry):
         return self._longrope(geometry, _known(self.short_factor), _known(self.long_factor))
+
+    @property
+    def keeps_short_texts(self) -> bool:
+        """Whether the frequencies of texts within the window are the original ones, and other than those beyond."""
+        return all(short == 1 for short in _known(self.short_factor)) and any(f != 1 for f in _known(self.long_factor))
 
 
 @dataclass(frozen=True)

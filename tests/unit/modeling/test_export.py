@@ -130,6 +130,26 @@ def test_plain_transformers_gives_the_same_logits(script, tmp_path, tokenizer):
         assert all((wanted[name][0] - other).abs().max() > 0.1 for other in others)
 
 
+@torch.no_grad()
+def test_mixed_windows_export_as_two_lists_and_leave_short_texts_to_the_original(tmp_path, tokenizer):
+    model = make_model(LongRope(long_factor=DIVISORS, attention_factor=1.0))
+    export_model(model, tokenizer, tmp_path / "model")
+    parameters = json.loads((tmp_path / "model" / "config.json").read_text())["rope_parameters"]
+    assert (parameters["short_factor"], parameters["long_factor"]) == ([1.0] * 8, list(DIVISORS))
+    assert parameters["original_max_position_embeddings"] == WINDOW
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    original, long = make_model(Unscaled()), make_model(LongRope(long_factor=DIVISORS, short_factor=DIVISORS))
+    for parameter, same in zip(model.parameters(), original.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+    tokens = torch.randint(VOCAB, (1, TARGET_LEN), generator=torch.Generator().manual_seed(0))
+    for length in (TARGET_LEN, 64, WINDOW, WINDOW + 1):  # up and down: transformers switches its lists on the way
+        got, wanted = plain(tokens[:, :length]).logits, model(tokens[:, :length]).logits
+        torch.testing.assert_close(got, wanted, rtol=0, atol=5e-5)
+        is_original = (original(tokens[:, :length]).logits - got).abs().max() < 5e-5
+        assert is_original == (length <= WINDOW)
+        assert (long(tokens[:, :length]).logits - got).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_config_and_tokenizer_name_the_window(tmp_path, tokenizer, name):
     export_model(make_model(METHODS[name]), tokenizer, tmp_path / "model")

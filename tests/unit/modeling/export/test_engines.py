@@ -8,7 +8,7 @@ from transformers import LlamaConfig, Qwen2Config
 from pose.errors import ConfigError
 from pose.modeling.export.engines import check_engine, misread_by
 from pose.modeling.load import scale_config
-from pose.rope import NTK, Cope, Drope, Dynamic, Linear, Llama3, LongRope, Yarn
+from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, Yarn
 
 RISING, ONES = [1.0 + i for i in range(8)], [1.0] * 8
 
