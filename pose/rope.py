@@ -574,10 +574,6 @@ class Drope(RopeScaling):
         # No dimension turns so often in a window, so that all are divided.
         return _llama3(geometry, DROPPED, 1e6, 2e6)
 
-    def to_longrope(self, geometry):
-        divisors = [DROPPED] * (geometry.dim // 2)
-        return self._longrope(geometry, divisors, divisors)
-
 
 @dataclass(frozen=True)
 class Cope(RopeScaling):
