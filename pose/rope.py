@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
-from pose.errors import ConfigError, require_number
+from pose.errors import ConfigError, require_int, require_number
 
 T = TypeVar("T")
 DROPPED = 1e30  # the divisor of a frequency that is to be none
@@ -42,6 +42,10 @@ class RopeGeometry:
     def theta(self) -> torch.Tensor:
         """theta_j = b^(-2j/d), unscaled; float64 [d/2], in radians per position."""
         return self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
+
+    def turns(self) -> torch.Tensor:
+        """r_j = L0 theta_j / (2 pi): how often each frequency turns in the window; float64 [d/2]."""
+        return self.window * self.theta() / (2 * math.pi)
 
 
 class Frequencies(NamedTuple):
@@ -140,7 +144,7 @@ class RopeScaling(ABC):
 
     def to_longrope(self, geometry: RopeGeometry) -> dict[str, Any]:
         """Any static method as transformers' `longrope`: the divisor theta_j / inv_freq_j of each dimension."""
-        divisors = (geometry.theta() / self.inv_freq(geometry)).tolist()
+        divisors = (geometry.theta() / self.inv_freq(geometry)).clamp(max=DROPPED).tolist()
         return self._longrope(geometry, divisors, divisors)
 
     def _longrope(self, geometry: RopeGeometry, short: Sequence[float], long: Sequence[float]) -> dict[str, Any]:
@@ -196,11 +200,48 @@ class Linear(RopeScaling):
 
 
 @dataclass(frozen=True)
-class NTK(RopeScaling):
+class _Shifted(RopeScaling):
+    """A method that can be told to interpolate, from the real critical dimension on, at least by s.
+
+    LongRoPE2 (arXiv 2502.20082) calls the two methods so shifted YaRN-rcd and NTK-rcd. Its own d_rcd is what a search
+    found, j = 30 and 25 for LLaMA-3-8B and Phi-3-mini. Where the search begins, at 10 periods, is j = 24 and 19, which
+    is the default here; `rcd_periods` = 3 gives exactly the two that were found. Where every frequency turns so often
+    in the window there is nothing to shift, and the method stays as it is.
+
+    Args:
+        rcd_shift: whether frequencies that turn less than rcd_periods times in the window are divided by at least s.
+        rcd_periods: turns in the window below which a frequency counts as not well trained.
+
+    Raises:
+        ConfigError: rcd_shift is neither true nor false, or rcd_periods is not above 0.
+    """
+
+    rcd_shift: bool = False
+    rcd_periods: float = 10.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.rcd_shift, bool):
+            raise ConfigError(f"rope.rcd_shift={self.rcd_shift!r} is not accepted: give true or false")
+        require_number("rope.rcd_periods", self.rcd_periods, above=0.0)
+
+    def shifted_from(self, geometry: RopeGeometry) -> int | None:
+        """j_rcd, the first frequency that is shifted; None where none is."""
+        first = real_critical_dimension(geometry, self.rcd_periods) // 2
+        return first if self.rcd_shift and first < geometry.dim // 2 else None
+
+
+@dataclass(frozen=True)
+class NTK(_Shifted):
     """Static NTK-aware scaling: plain RoPE with the base b' = b * s^(d/(d-2)).
 
     The fastest frequency stays, the slowest is divided by exactly s. Being a changed base and
     nothing else, it is exported as `rope_theta`.
+
+    With `rcd_shift` the base is b * s^(d/(2 j_rcd)), so that a divisor s^(j/j_rcd) reaches s at the real critical
+    dimension already, and the divisor is s from there on, which no base can say. (The NTK that LongRoPE2 compares with
+    is another: its base is the default of `Theta`. What its NTK-rcd divides by beyond d_rcd it does not say; the same s
+    for all is how its search begins.)
     """
 
     def resolve(self, geometry, target_len):
@@ -212,9 +253,16 @@ class NTK(RopeScaling):
         return geometry.base * _known(self.factor) ** (geometry.dim / (geometry.dim - 2))
 
     def inv_freq(self, geometry, seq_len=None):
-        return replace(geometry, base=self.scaled_base(geometry)).theta()
+        first = self.shifted_from(geometry)
+        if first is None:
+            return replace(geometry, base=self.scaled_base(geometry)).theta()
+        j = torch.arange(geometry.dim // 2, dtype=torch.float64)
+        reached = (j / first).clamp(max=1) if first else torch.ones_like(j)
+        return geometry.theta() / _known(self.factor) ** reached
 
     def native(self, geometry):
+        if self.shifted_from(geometry) is not None:
+            return None
         return {"rope_type": "default", "rope_theta": self.scaled_base(geometry)}
 
 
@@ -286,13 +334,17 @@ class NTKByParts(RopeScaling):
 
 
 @dataclass(frozen=True)
-class Yarn(RopeScaling):
+class Yarn(_Shifted):
     """YaRN (Peng et al. 2023, arXiv 2309.00071) as transformers and vLLM read it.
 
     Dimensions that turn more than `beta_fast` times in the window keep their frequency, those
     that turn less than `beta_slow` times are divided by s, and *frequencies* are blended linearly
     in between:  theta_j * (m_j + (1 - m_j) / s), m_j the ramp from 1 (fast) to 0 (slow).
     Its own attention factor is 0.1 ln(s) + 1.
+
+    With `rcd_shift` the divisor is max(YaRN's own, s) from the real critical dimension on, which is s: the ramp breaks
+    off there. The attention factor stays. (`beta_slow` = `rcd_periods` is the other way to read YaRN-rcd, of which
+    LongRoPE2 says no more than "applying d_rcd to YaRN": the ramp ends at the same dimension, without a jump.)
 
     Args:
         beta_fast: turns in the window above which a dimension is left alone.
@@ -335,10 +387,19 @@ class Yarn(RopeScaling):
         return 1 - ((j - low) / (high - low)).clamp(0, 1)
 
     def inv_freq(self, geometry, seq_len=None):
+        inv_freq, first = self._blended(geometry), self.shifted_from(geometry)
+        if first is not None:
+            inv_freq[first:] = inv_freq[first:].minimum(geometry.theta()[first:] / _known(self.factor))
+        return inv_freq
+
+    def _blended(self, geometry: RopeGeometry) -> torch.Tensor:
+        """What stays and what is interpolated, blended; without the shift."""
         m = self.ramp(geometry)
         return geometry.theta() * (m + (1 - m) / _known(self.factor))
 
     def native(self, geometry):
+        if self.shifted_from(geometry) is not None:
+            return None
         return {
             "rope_type": "yarn",
             "rope_theta": geometry.base,
@@ -359,7 +420,7 @@ class YarnRevised(Yarn):
     Source: dwzhu-pku/PoSE, src/my_modeling_llama.py, `revised_yarn`.
     """
 
-    def inv_freq(self, geometry, seq_len=None):
+    def _blended(self, geometry):
         m = self.ramp(geometry)
         return geometry.theta() / (m + (1 - m) * _known(self.factor))
 
@@ -399,11 +460,14 @@ class LongRope(RopeScaling):
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a divisor for each dimension, found by search.
 
     theta_j / long_factor_j for texts of more than L0 tokens, theta_j / short_factor_j up to L0.
-    Its own attention factor is sqrt(1 + ln s / ln L0), at every length.
+    Its own attention factor is sqrt(1 + ln s / ln L0), at every length: transformers has one for both lists, so that no
+    model could be exported whose factor follows the length. Mixed windows, in which texts up to L0 are to see the
+    original model, therefore need attention_factor=1 (as in LongRoPE2's pseudocode); left open it stays LongRoPE's own,
+    which is what published factors were found and trained with.
 
     Args:
         long_factor: d/2 divisors.
-        short_factor: d/2 divisors; None leaves texts within the window as they are (all 1, the
+        short_factor: d/2 divisors; None leaves the frequencies of texts within the window as they are (all 1, the
             mixed windows of LongRoPE2, arXiv 2502.20082).
 
     Raises:
@@ -452,6 +516,11 @@ class LongRope(RopeScaling):
 
     def native(self, geometry):
         return self._longrope(geometry, _known(self.short_factor), _known(self.long_factor))
+
+    @property
+    def keeps_short_texts(self) -> bool:
+        """Whether the frequencies of texts within the window are the original ones, and other than those beyond."""
+        return all(short == 1 for short in _known(self.short_factor)) and any(f != 1 for f in _known(self.long_factor))
 
 
 @dataclass(frozen=True)
@@ -505,9 +574,73 @@ class Drope(RopeScaling):
         # No dimension turns so often in a window, so that all are divided.
         return _llama3(geometry, DROPPED, 1e6, 2e6)
 
-    def to_longrope(self, geometry):
-        divisors = [DROPPED] * (geometry.dim // 2)
-        return self._longrope(geometry, divisors, divisors)
+
+@dataclass(frozen=True)
+class Cope(RopeScaling):
+    """CoPE (Li et al. 2026, arXiv 2602.05258): the lowest frequencies fade to none, "clipped" softly.
+
+    The n = num_tapered lowest frequencies are multiplied by (1 + cos(pi i / (n-1))) / 2, i = 0..n-1: the first of them
+    stays, the last is none (a divisor of 1e30, as of `Drope`). Everything above them stays. The factor changes nothing.
+
+    It is a change to any RoPE; the paper trains it over a raised base, 10,000,000 in place of 500,000 for LLaMA-3-8B
+    from 8K to 64K (20 of its 64 frequencies): `theta` is for that, and the taper comes after it.
+    Source: hrlics/CoPE, modeling_cope.py and train/train_64K.sh. With fewer than 20 frequencies it tapers all, as here.
+
+    Args:
+        num_tapered: n, at least 2; at most d/2 are.
+        theta: the base b' under the taper; None keeps the model's own.
+
+    Raises:
+        ConfigError: num_tapered is no integer of at least 2, or theta is given and is not a number above 1.
+    """
+
+    num_tapered: int = 20
+    theta: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_int("rope.num_tapered", self.num_tapered, at_least=2)
+        require_number("rope.theta", self.theta, above=1.0, optional=True)
+
+    def inv_freq(self, geometry, seq_len=None):
+        raised = replace(geometry, base=self.theta or geometry.base).theta()
+        n = min(self.num_tapered, len(raised))
+        raised[-n:] *= (1 + torch.linspace(0, math.pi, n, dtype=torch.float64).cos()) / 2
+        return raised.maximum(geometry.theta() / DROPPED)
+
+
+def critical_dimension(geometry: RopeGeometry) -> int:
+    """d_tcd: the rotary dimensions whose period fits into the window, by the formula.
+
+    2 * ceil((d/2) * log_b(L0 / 2 pi)), within 0..d. Dimensions come in pairs: the frequencies j >= d_tcd / 2 have
+    made no full turn in pretraining (Liu et al., arXiv 2310.05209; the theoretical critical dimension of LongRoPE2,
+    arXiv 2502.20082: 70 of 128 for LLaMA-3-8B, so from j = 35 on).
+
+    Args:
+        geometry: of the unscaled model.
+
+    Returns:
+        An even number of dimensions, so j_tcd = d_tcd / 2.
+    """
+    pairs = geometry.dim / 2 * math.log(geometry.window / (2 * math.pi)) / math.log(geometry.base)
+    return 2 * min(max(math.ceil(pairs), 0), geometry.dim // 2)
+
+
+def real_critical_dimension(geometry: RopeGeometry, periods: float = 10) -> int:
+    """d_rcd: the rotary dimensions that pretraining has taken through `periods` turns at least.
+
+    LongRoPE2's hypothesis (arXiv 2502.20082): a dimension that has turned once or twice is not trained well enough,
+    so that the real critical dimension lies below `critical_dimension`. The first frequency with
+    L0 theta_j / (2 pi) < periods is where the candidates for it begin; 48 of 128 for LLaMA-3-8B (j = 24).
+
+    Args:
+        geometry: of the unscaled model.
+        periods: turns in the window.
+
+    Returns:
+        An even number of dimensions, so j_rcd = d_rcd / 2; 0 where every frequency turns less often, d where none does.
+    """
+    return 2 * int((geometry.turns() >= periods).sum())
 
 
 def _known(value: T | None) -> T:
@@ -532,8 +665,7 @@ def _llama3(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> 
 def _interpolate_by_turns(geometry: RopeGeometry, factor: float, slow: float, fast: float) -> torch.Tensor:
     """theta_j (g_j + (1 - g_j) / s), g_j growing from 0 to 1 with the turns of dimension j in the window."""
     theta = geometry.theta()
-    turns = geometry.window * theta / (2 * math.pi)
-    g = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    g = ((geometry.turns() - slow) / (fast - slow)).clamp(0, 1)
     return theta * (g + (1 - g) / factor)
 
 

@@ -29,8 +29,8 @@ from pose.modeling.export.engines import check_engine
 from pose.modeling.layers import check_layers
 from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, scale_config
 from pose.plan import divisors
-from pose.positions import PositionSampler
-from pose.rope import Frequencies, RopeGeometry, RopeScaling
+from pose.positions import Mix, PositionSampler
+from pose.rope import Frequencies, LongRope, RopeGeometry, RopeScaling
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoint, Checkpoints
 from pose.training.micro_batch import AUTO, MicroBatch, is_searched
@@ -164,6 +164,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     sampler = build.build_sampler(cfg.pose, geometry.window)
     objective = build.build_objective(cfg.objective, sampler, base)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
+    warn_of_windows(sampler, scaling, geometry.window)
     if cfg.model.engine is not None:
         check_engine(cfg.model.engine, config)
     resolve_backend(cfg.model.attention)
@@ -202,6 +203,28 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         base, config, tokenizer, scaling, sampler, objective, geometry, trainer, data, suite, watch, settings,
         checkpoint, is_finished,
     )  # fmt: skip
+
+
+def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int):
+    """Warns where pose=mix with a longrope that keeps short texts trains other than mixed windows (docs/ROPE.md).
+
+    Args:
+        sampler, scaling: of the run.
+        window: the model's own, in tokens.
+    """
+    if not (isinstance(sampler, Mix) and isinstance(scaling, LongRope) and scaling.keeps_short_texts):
+        return
+    if sampler.train_len > window:
+        log.warning(
+            f"the plain examples of pose=mix have pose.train_len={sampler.train_len} tokens, more than the model's own "
+            f"window of {window}: they are rotated by rope.long_factor like all others, and nothing trains under the "
+            f"original frequencies. Give pose.train_len={window} or less"
+        )
+    elif scaling.attention_factor != 1.0:
+        log.warning(
+            f"rope.attention_factor={scaling.attention_factor:.4g} holds for the plain examples of pose=mix too, so "
+            "these do not see the original model. Give rope.attention_factor=1 for mixed windows"
+        )
 
 
 def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoint | None, num_views: int = 1) -> int:

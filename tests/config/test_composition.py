@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from pose.app import build, schema
 from pose.errors import ConfigError
 from pose.positions import Mix, PoSE
-from pose.rope import RopeGeometry
+from pose.rope import RopeGeometry, Yarn
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 schema.register()
@@ -93,6 +93,20 @@ def test_the_papers_experiments_name_its_method(name, target_len):
     cfg = compose("train", [f"experiment={name}", "data.documents=x.jsonl"])
     assert cfg.rope._target_ == "pose.rope.Linear" and cfg.pose.target_len == target_len
     assert cfg.model.path == "huggyllama/llama-7b" and cfg.finetune.lr == 2e-5
+
+
+def test_the_mixed_windows_are_those_of_the_shifted_yarn():
+    """On the shipped model's geometry: base 500, 64 rotary dimensions, window 256, at 8 times."""
+    cfg = compose("train", ["experiment=mixed_windows_tiny"])
+    geometry = RopeGeometry(500.0, 64, 256)
+    sampler = build.build_sampler(cfg.pose, geometry.window)
+    assert isinstance(sampler, Mix) and isinstance(sampler.sampler, PoSE) and sampler.plain_share == 0.5
+    assert (sampler.train_len, sampler.target_len) == (256, 2048)
+    scaling = build.build_scaling(cfg.rope).resolve(geometry, sampler.target_len)
+    assert scaling.keeps_short_texts and scaling.attention_factor == 1.0
+    wanted = Yarn(rcd_shift=True).resolve(geometry, 2048).inv_freq(geometry)
+    assert (scaling.inv_freq(geometry, 257) / wanted).tolist() == pytest.approx([1.0] * 32, rel=1e-6)
+    assert (scaling.inv_freq(geometry, 256) / geometry.theta()).tolist() == [1.0] * 32
 
 
 def test_the_readmes_table_has_all_groups_and_choices():

@@ -9,7 +9,7 @@ HEAVY = {"torch", "transformers", "lightning", "datasets", "peft", "matplotlib",
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (("train.py", "--help"), 0, "rope: drope, dynamic"),
+        (("train.py", "--help"), 0, "rope: cope, drope, dynamic"),
         (("train.py", "--cfg", "job"), 0, "target_len: 2048"),
         (("train.py", "trainer.max_stepz=3"), 1, "max_stepz"),
         (("train.py", "rope=nope"), 1, "nope"),

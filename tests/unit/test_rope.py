@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from pose.errors import ConfigError
 from pose.rope import (
     NTK,
+    Cope,
     Drope,
     Dynamic,
     Linear,
@@ -29,6 +31,8 @@ from pose.rope import (
     Unscaled,
     Yarn,
     YarnRevised,
+    critical_dimension,
+    real_critical_dimension,
 )
 
 # (base, dim, window, factor)
@@ -51,7 +55,8 @@ GRID = [
     for factor in (2.0, 8.0, 32.0, 64.0)
 ]
 SCALED = [Linear, NTK, Yarn, YarnRevised]
-ALSO = [Dynamic, NTKByParts, Llama3, Theta, Drope]
+ALSO = [Dynamic, NTKByParts, Llama3, Theta, Drope, Cope]
+SHIFTED = [partial(method, rcd_shift=True) for method in (NTK, Yarn, YarnRevised)]
 BETAS = [{}, {"beta_fast": 16.0, "beta_slow": 2.0}, {"beta_fast": 20, "beta_slow": 0.5, "attention_factor": 1.25}]
 
 
@@ -139,6 +144,26 @@ def expected_drope(base, dim, window, factor):
     return theta(base, dim) * 1e-30
 
 
+def expected_cope(base, dim, window, factor, num_tapered=20):
+    """The lowest 20, counted from the first that is left whole to the last, of which nothing is left."""
+    plain, n = theta(base, dim), min(num_tapered, dim // 2)
+    share = [math.cos(math.pi * i / (2 * (n - 1))) ** 2 for i in range(n)]
+    return plain * np.array([1.0] * (dim // 2 - n) + share[:-1] + [1e-30])
+
+
+def expected_shifted(method, base, dim, window, factor, periods=10):
+    """One frequency at a time: the first that turns less than `periods` times, and all beyond, are divided by s."""
+    plain = theta(base, dim)
+    first = next((j for j in range(dim // 2) if window * plain[j] / (2 * math.pi) < periods), None)
+    expected = {NTK: expected_ntk, Yarn: expected_yarn, YarnRevised: expected_yarn_revised}[method]
+    below = expected(base, dim, window, factor)
+    if first is None:
+        return below
+    if method is NTK and first:  # the base under which the frequency `first` is s times slower
+        below = theta((factor * base ** (2 * first / dim)) ** (dim / (2 * first)), dim)
+    return np.concatenate([below[:first], plain[first:] / factor])
+
+
 def expected_dynamic(base, dim, window, factor, length):
     """NTK by s n / L0 - (s - 1), past the window."""
     growth = 1.0 if length <= window else factor * length / window - factor + 1
@@ -167,6 +192,7 @@ def test_linear_and_ntk_are_their_formulas(method, expected, case):
         (Llama3, expected_llama3),
         (Theta, expected_theta),
         (Drope, expected_drope),
+        (Cope, expected_cope),
     ],
 )
 def test_static_methods_are_their_formulas(method, expected):
@@ -380,7 +406,7 @@ def test_every_method_stays_between_no_scaling_and_interpolation(base, dim, wind
     """theta_j / s <= yarn_revised <= yarn <= theta_j, and no method changes the order of the frequencies."""
     plain = torch.from_numpy(theta(base, dim))
     results = {}
-    for method in [*SCALED, NTKByParts, Llama3]:
+    for method in [*SCALED, *SHIFTED, NTKByParts, Llama3]:
         scaling, geometry = resolved(method, base, dim, window, factor)
         inv_freq = results[method] = scaling.frequencies(geometry).inv_freq
         assert (inv_freq <= plain * (1 + 1e-12)).all()
@@ -390,6 +416,131 @@ def test_every_method_stays_between_no_scaling_and_interpolation(base, dim, wind
             torch.testing.assert_close(inv_freq, plain, rtol=1e-12, atol=0)
             assert scaling.frequencies(geometry).attention_factor == 1.0
     assert (results[YarnRevised] <= results[Yarn] * (1 + 1e-12)).all()
+
+
+# ----- the critical dimension -----
+
+LLAMA3_8B = (500_000.0, 128, 8192)
+SMOLLM2 = (100_000.0, 64, 8192)
+TINY = (500.0, 64, 256)
+
+
+@pytest.mark.parametrize(
+    ("base", "dim", "window", "theoretical", "real"),
+    [
+        (*LLAMA3_8B, 70, 48),  # LongRoPE2: the 35th cosine dimension
+        (10_000.0, 96, 2048, 62, 38),  # Phi-3-mini; LongRoPE2: 62, the 31st
+        (*SMOLLM2, 40, 28),
+        (*TINY, 40, 16),
+        (10_000.0, 32, 2048, 22, 14),
+        (10_000.0, 128, 50, 30, 0),  # the fastest turns 8 times
+        (10_000.0, 128, 6, 0, 0),  # and here less than once
+        (100.0, 16, 8192, 16, 16),  # the slowest turns 23 times
+    ],
+)
+def test_the_critical_dimensions(base, dim, window, theoretical, real):
+    """By counting periods, one frequency at a time."""
+    geometry = RopeGeometry(base, dim, window)
+    turns = [window / (2 * math.pi * base ** (2 * j / dim)) for j in range(dim // 2)]
+    assert critical_dimension(geometry) == theoretical == 2 * sum(r > 1 for r in turns)
+    assert real_critical_dimension(geometry) == real == 2 * sum(r >= 10 for r in turns)
+    for periods in (1, 3.5, 20):
+        assert real_critical_dimension(geometry, periods) == 2 * sum(r >= periods for r in turns)
+
+
+@pytest.mark.parametrize(
+    ("base", "dim", "window", "first"),
+    [(*LLAMA3_8B, 30), (10_000.0, 96, 2048, 25)],
+)
+def test_three_periods_are_where_longrope2_found_its_dimension(base, dim, window, first):
+    """Its introduction: "from 31 to 25 and from 35 to 30" for Phi3-mini and LLaMA3-8B."""
+    geometry = RopeGeometry(base, dim, window)
+    assert Yarn(rcd_shift=True, rcd_periods=3).shifted_from(geometry) == first
+    assert Yarn(rcd_periods=3).shifted_from(geometry) is None
+
+
+@pytest.mark.parametrize("method", [NTK, Yarn, YarnRevised])
+@pytest.mark.parametrize("periods", [10, 3])
+def test_shifted_methods_divide_by_the_factor_from_the_real_critical_dimension_on(method, periods):
+    for case in [*CASES, *GRID, (*LLAMA3_8B, 16.0), (*SMOLLM2, 4.0), (*TINY, 32.0), (10_000.0, 128, 50, 8.0)]:
+        base, dim, _, factor = case
+        scaling, geometry = resolved(method, *case, rcd_shift=True, rcd_periods=periods)
+        inv_freq, attention_factor = scaling.frequencies(geometry)
+        np.testing.assert_allclose(inv_freq, expected_shifted(method, *case, periods), rtol=1e-10)
+        assert attention_factor == (1.0 if method is NTK else pytest.approx(0.1 * math.log(factor) + 1, rel=1e-12))
+        ratio = theta(base, dim) / inv_freq.numpy()
+        assert (np.diff(ratio) > -1e-9).all() and ratio[0] >= 1 - 1e-12 and ratio.max() <= factor * (1 + 1e-12)
+
+
+def test_the_shift_by_hand():
+    """LLaMA-3-8B, 8K to 128K: the ramp runs from 18 to 35, and j = 24 is the first that turns less than 10 times."""
+    for method, last in (
+        (Yarn, 1 / (12 / 17 + 5 / 17 / 16)),
+        (YarnRevised, 12 / 17 + 16 * 5 / 17),
+        (NTK, 16 ** (23 / 24)),
+    ):
+        scaling, geometry = resolved(method, *LLAMA3_8B, 16.0, rcd_shift=True)
+        divisors = theta(*LLAMA3_8B[:2]) / scaling.inv_freq(geometry).numpy()
+        assert divisors[23] == pytest.approx(last, rel=1e-12)
+        np.testing.assert_allclose(divisors[24:], 16.0, rtol=1e-12)
+
+
+def test_a_ramp_that_ends_at_ten_turns_is_shifted_already():
+    for case in (*LLAMA3_8B, 16.0), (*SMOLLM2, 4.0), (*TINY, 8.0):
+        shifted, geometry = resolved(Yarn, *case, beta_slow=10.0, rcd_shift=True)
+        torch.testing.assert_close(
+            shifted.inv_freq(geometry), resolved(Yarn, *case, beta_slow=10.0)[0].inv_freq(geometry)
+        )
+
+
+@pytest.mark.parametrize("method", [NTK, Yarn, YarnRevised])
+def test_shifts_at_the_borders(method):
+    # every frequency turns less than 10 times: all are divided
+    scaling, geometry = resolved(method, 10_000.0, 128, 50, 8.0, rcd_shift=True)
+    np.testing.assert_allclose(scaling.inv_freq(geometry), theta(10_000.0, 128) / 8, rtol=1e-12)
+    assert scaling.to_hf(geometry)["long_factor"] == pytest.approx([8.0] * 64)
+    # none does: the method as it is, in its own words
+    (scaling, geometry), (own, _) = (
+        resolved(method, 100.0, 16, 8192, 8.0, rcd_shift=shift, attention_factor=1.0) for shift in (True, False)
+    )
+    assert torch.equal(scaling.inv_freq(geometry), own.inv_freq(geometry))
+    assert scaling.to_hf(geometry) == own.to_hf(geometry)
+    # a factor that is given is the one that counts, and 1 changes nothing
+    geometry = RopeGeometry(*TINY)
+    scaling = method(rcd_shift=True, factor=4).resolve(geometry, 2048)
+    np.testing.assert_allclose(scaling.inv_freq(geometry), expected_shifted(method, *TINY, 4), rtol=1e-12)
+    same = method(rcd_shift=True).resolve(geometry, 256)
+    np.testing.assert_allclose(same.inv_freq(geometry), theta(*TINY[:2]), rtol=1e-12)
+
+
+# ----- CoPE -----
+
+
+def released_cope(inv_freq, clip_low_n=20):
+    """The taper of hrlics/CoPE (modeling_cope.py), in the fp32 in which it computes."""
+    clip = min(clip_low_n, len(inv_freq))
+    taper = 0.5 * (1 + np.cos(np.linspace(0, np.pi, clip, dtype=np.float32)))
+    return np.concatenate([inv_freq[: len(inv_freq) - clip], inv_freq[len(inv_freq) - clip :] * taper])
+
+
+@pytest.mark.parametrize(("base", "dim"), [(500_000.0, 128), (500.0, 64), (10_000.0, 32)])
+@pytest.mark.parametrize("options", [{}, {"theta": 1e7}, {"num_tapered": 7}])
+def test_cope_is_the_released_taper(base, dim, options):
+    scaling, geometry = resolved(Cope, base, dim, 8192, 8.0, **options)
+    inv_freq, attention_factor = scaling.frequencies(geometry)
+    wanted = released_cope(theta(options.get("theta", base), dim), options.get("num_tapered", 20))
+    np.testing.assert_allclose(inv_freq, wanted, rtol=1e-5, atol=1e-29)
+    assert wanted[-1] < 1e-12 and inv_freq[-1] == pytest.approx(base ** (2 / dim - 1) * 1e-30, rel=1e-12, abs=0)
+    assert attention_factor == 1.0
+
+
+@pytest.mark.parametrize("base", [729.0, 2320.0, 500_000.0])
+def test_cope_divides_by_no_more_than_what_a_config_may_hold(base):
+    """At most 1e30 is read (checkpoints/checks.py); for the first two bases theta / (theta / 1e30) is a bit more."""
+    for theta in (None, 1e9):
+        scaling, geometry = resolved(Cope, base, 64, 8192, 8.0, theta=theta)
+        divisors = scaling.to_hf(geometry)["long_factor"]
+        assert divisors[-1] == max(divisors) == pytest.approx(1e30) and max(divisors) <= 1e30
 
 
 # ----- transformers -----
@@ -434,6 +585,9 @@ def test_transformers_builds_the_same_frequencies(method, rope_type, case):
         (Drope, "llama3"),
         (NTK, "default"),
         (Theta, "default"),
+        (Cope, "longrope"),
+        (partial(Cope, theta=1e7, num_tapered=5), "longrope"),
+        *((method, "longrope") for method in SHIFTED),
     ],
 )
 @pytest.mark.parametrize("attention_factor", [None, 1.25])
@@ -522,7 +676,7 @@ def test_the_defaults_of_yarn_are_those_of_transformers(case):
     assert attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("method", [Unscaled, *SCALED, NTKByParts, Llama3, Theta, Drope])
+@pytest.mark.parametrize("method", [Unscaled, *SCALED, *SHIFTED, NTKByParts, Llama3, Theta, Drope, Cope])
 def test_transformers_rotates_alike_at_any_length(method):
     """Static: cos and sin are those of the closed form for short inputs, past the window, and short again."""
     scaling, geometry = resolved(method, *CASES[0])
@@ -630,6 +784,12 @@ def test_an_attention_factor_that_is_not_above_0_is_refused(method, value):
         (Llama3, {"low_freq_factor": -1}, "rope.low_freq_factor=-1 is not accepted: give a number above 0"),
         (Llama3, {"low_freq_factor": 5}, "rope.high_freq_factor=4.0 is not accepted: give a number above 5"),
         (Theta, {"theta": 1.0}, "rope.theta=1.0 is not accepted: give a number above 1 or null"),
+        (Cope, {"theta": 1.0}, "rope.theta=1.0 is not accepted: give a number above 1 or null"),
+        (Cope, {"num_tapered": 1}, "rope.num_tapered=1 is not accepted: give an integer of at least 2"),
+        (Cope, {"num_tapered": 2.5}, "rope.num_tapered=2.5 is not accepted: give an integer of at least 2"),
+        (Yarn, {"rcd_shift": "yes"}, "rope.rcd_shift='yes' is not accepted: give true or false"),
+        (YarnRevised, {"rcd_shift": 1}, "rope.rcd_shift=1 is not accepted: give true or false"),
+        (NTK, {"rcd_periods": 0}, "rope.rcd_periods=0 is not accepted: give a number above 0"),
         (LongRope, {}, "rope.long_factor is not set"),
         (LongRope, {"long_factor": 8}, "rope.long_factor=8 is not accepted: give a list of numbers"),
         (LongRope, {"long_factor": "12"}, "rope.long_factor='12' is not accepted: give a list of numbers"),

@@ -13,7 +13,20 @@ from pose.app import engines
 from pose.app.engines import Verdict, ask, compare, describe, judge, main, table
 from pose.modeling.export import export_model
 from pose.modeling.load import build_model, load_config, load_tokenizer, scale_config
-from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, NTKByParts, Theta, Unscaled, Yarn, YarnRevised
+from pose.rope import (
+    NTK,
+    Cope,
+    Drope,
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    NTKByParts,
+    Theta,
+    Unscaled,
+    Yarn,
+    YarnRevised,
+)
 
 RISING = [1 + 7 * i / 31 for i in range(32)]
 STATIC = {
@@ -27,6 +40,9 @@ STATIC = {
     "ntk_by_parts": NTKByParts(),
     "llama3": Llama3(),
     "drope": Drope(attention_factor=1.2),
+    "cope": Cope(),
+    "yarn shifted": Yarn(rcd_shift=True),
+    "ntk shifted": NTK(rcd_shift=True),
     "longrope of one list": LongRope(long_factor=RISING, short_factor=RISING),
 }
 

@@ -230,6 +230,27 @@ def test_a_run_says_how_many_tokens_and_epochs(plan, capsys):
     assert "Warning" not in out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], None),
+        (["rope.attention_factor=null"], ["rope.attention_factor=1.173", "do not see the original model"]),
+        (["pose.train_len=512"], ["pose.train_len=512", "window of 256", "rope.long_factor like all others"]),
+        (["pose=pose", "rope.attention_factor=null"], None),
+        (["rope=dynamic", "~rope.attention_factor", "~rope.long_factor"], None),
+    ],
+)
+def test_windows_that_are_not_mixed_are_warned_of(plan, documents, capsys, overrides, words):
+    overrides = [*overrides, "eval=none", "data=jsonl", documents(*[LONG] * 40), "trainer.max_steps=1"]
+    plan("experiment=mixed_windows_tiny", *overrides)
+    out = capsys.readouterr().out
+    warnings = [line for line in out.splitlines() if line.startswith("Warning")]
+    if words is None:
+        assert warnings == []
+    else:
+        assert len(warnings) == 1 and all(word in warnings[0] for word in words)
+
+
 def test_text_that_is_seen_too_often_is_warned_of(plan, tmp_path, capsys):
     file = lines(tmp_path, 2)
     plan("eval=none", "data=jsonl", f"data.documents={file}", "trainer.max_steps=10")

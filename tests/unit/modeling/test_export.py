@@ -25,6 +25,7 @@ from pose.modeling.load import build_model, load_config, rope_geometry, scale_co
 from pose.modeling.lora import LoraOptions, add_lora
 from pose.rope import (
     NTK,
+    Cope,
     Drope,
     Dynamic,
     Linear,
@@ -43,9 +44,11 @@ METHODS = {
     s.name: s
     for s in (
         Unscaled(), Linear(), NTK(), Yarn(), YarnRevised(), Dynamic(), NTKByParts(), Llama3(),
-        LongRope(long_factor=DIVISORS), Theta(theta=77_000.0), Drope(attention_factor=1.2),
+        LongRope(long_factor=DIVISORS), Theta(theta=77_000.0), Drope(attention_factor=1.2), Cope(num_tapered=5),
     )
 }  # fmt: skip
+METHODS |= {f"{s.name}_shifted": s for s in (NTK(rcd_shift=True), Yarn(rcd_shift=True), YarnRevised(rcd_shift=True))}
+ONE_LIST = ("yarn_revised", "cope", "ntk_shifted", "yarn_shifted", "yarn_revised_shifted")  # equal lists of divisors
 # By transformers' type: where the export says what the window was.
 SAYS_WINDOW = {"yarn", "llama3", "longrope"}
 
@@ -120,11 +123,31 @@ def test_plain_transformers_gives_the_same_logits(script, tmp_path, tokenizer):
     got = torch.load(tmp_path / "logits.pt")
     for name in METHODS:
         for a, b in zip(got[name], wanted[name], strict=True):
-            folded = name in ("yarn_revised", "drope")  # rounded once more: export/test_fold.py
+            folded = name.startswith("yarn_") or name == "drope"  # rounded once more: export/test_fold.py
             assert (a - b).abs().max() < (5e-5 if folded else 1e-5), name
     for name in METHODS:  # and the methods are not all the same to these models
         others = [wanted[other][0] for other in METHODS if other != name]
         assert all((wanted[name][0] - other).abs().max() > 0.1 for other in others)
+
+
+@torch.no_grad()
+def test_mixed_windows_export_as_two_lists_and_leave_short_texts_to_the_original(tmp_path, tokenizer):
+    model = make_model(LongRope(long_factor=DIVISORS, attention_factor=1.0))
+    export_model(model, tokenizer, tmp_path / "model")
+    parameters = json.loads((tmp_path / "model" / "config.json").read_text())["rope_parameters"]
+    assert (parameters["short_factor"], parameters["long_factor"]) == ([1.0] * 8, list(DIVISORS))
+    assert parameters["original_max_position_embeddings"] == WINDOW
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    original, long = make_model(Unscaled()), make_model(LongRope(long_factor=DIVISORS, short_factor=DIVISORS))
+    for parameter, same in zip(model.parameters(), original.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+    tokens = torch.randint(VOCAB, (1, TARGET_LEN), generator=torch.Generator().manual_seed(0))
+    for length in (TARGET_LEN, 64, WINDOW, WINDOW + 1):  # up and down: transformers switches its lists on the way
+        got, wanted = plain(tokens[:, :length]).logits, model(tokens[:, :length]).logits
+        torch.testing.assert_close(got, wanted, rtol=0, atol=5e-5)
+        is_original = (original(tokens[:, :length]).logits - got).abs().max() < 5e-5
+        assert is_original == (length <= WINDOW)
+        assert (long(tokens[:, :length]).logits - got).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -139,7 +162,7 @@ def test_config_and_tokenizer_name_the_window(tmp_path, tokenizer, name):
     assert "pose_" not in (tmp_path / "model" / "config.json").read_text()
     assert rope_geometry(load_config(str(tmp_path / "model"))).window == (TARGET_LEN if name == "none" else WINDOW)
     if parameters["rope_type"] in SAYS_WINDOW:  # that of equal lists: export/test_rope.py
-        assert parameters["original_max_position_embeddings"] == (TARGET_LEN if name == "yarn_revised" else WINDOW)
+        assert parameters["original_max_position_embeddings"] == (TARGET_LEN if name in ONE_LIST else WINDOW)
     if name in ("linear", "yarn", "dynamic", "llama3", "ntk_by_parts"):
         assert parameters["factor"] == TARGET_LEN / WINDOW
     if name == "ntk":  # b * s^(d/(d-2)), d = 16

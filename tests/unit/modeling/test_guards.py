@@ -20,10 +20,10 @@ from pose.errors import GuardError
 from pose.modeling.guards import check_chunks_attend, check_loss, run_guards
 from pose.modeling.load import build_model, rope_geometry, scale_config
 from pose.modeling.rotary import keep_frequencies_fp32, rotary_modules
-from pose.rope import NTK, Drope, Dynamic, Linear, LongRope, Unscaled, Yarn, YarnRevised
+from pose.rope import NTK, Cope, Drope, Dynamic, Linear, LongRope, Unscaled, Yarn, YarnRevised
 
 TARGET_LEN = 2048
-STATIC = [Unscaled(), Linear(), NTK(), Yarn(), YarnRevised()]
+STATIC = [Unscaled(), Linear(), NTK(), Yarn(), YarnRevised(), Cope(), Yarn(rcd_shift=True)]
 BY_LENGTH = [Dynamic(), LongRope(long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 8.0, 9.0])]
 PRECISIONS = ("fp32", "bf16 weights", "bf16 autocast", "bf16 both")
 

@@ -26,7 +26,7 @@ from pose.files import CONF
 from pose.modeling import layers
 from pose.modeling.layers import cache_can_be_cut, cache_is_exact, check_layers
 from pose.modeling.load import build_model, scale_config
-from pose.rope import Drope, Dynamic, Linear, LongRope, Yarn
+from pose.rope import Cope, Drope, Dynamic, Linear, LongRope, Yarn
 
 schema.register()
 SIZES = {
@@ -108,7 +108,9 @@ def test_what_is_not_supported_is_named_with_its_class_and_the_reason(name):
 
 
 @pytest.mark.parametrize(
-    "scaling", [Linear(), Yarn(), Drope(), Dynamic(), LongRope(long_factor=[2.0] * 4)], ids=lambda s: s.name
+    "scaling",
+    [Linear(), Yarn(), Drope(), Cope(), Yarn(rcd_shift=True), Dynamic(), LongRope(long_factor=[2.0] * 4)],
+    ids=lambda s: s.name,
 )
 def test_a_scaling_does_not_matter(scaling):
     """Not even one whose frequencies are as good as none."""

@@ -18,15 +18,31 @@ from pose.evaluation.perplexity import truncated
 from pose.evaluation.scoring import Scorer
 from pose.modeling.guards import run_guards
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
+from pose.modeling.loss import causal_lm_loss
 from pose.modeling.rotary import depends_on_length, frequencies_at, rotary_modules, set_target_len, target_len_of
-from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, NTKByParts, Theta, Unscaled, Yarn, YarnRevised
+from pose.positions import Mix, PoSE
+from pose.rope import (
+    NTK,
+    Cope,
+    Drope,
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    NTKByParts,
+    Theta,
+    Unscaled,
+    Yarn,
+    YarnRevised,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BASE, HEAD_DIM, WINDOW, TARGET_LEN, FACTOR = 10_000.0, 16, 64, 512, 8.0
 LONG = [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 8.0, 9.0]
 SHORT = [1.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]
 BY_LENGTH = [Dynamic(), Dynamic(factor=3.0), LongRope(long_factor=LONG), LongRope(long_factor=LONG, short_factor=SHORT)]
-STATIC = [Unscaled(), Linear(), NTK(), NTKByParts(), Yarn(), YarnRevised(), Llama3(), Theta(), Drope()]
+STATIC = [Unscaled(), Linear(), NTK(), NTKByParts(), Yarn(), YarnRevised(), Llama3(), Theta(), Drope(), Cope()]
+STATIC += [NTK(rcd_shift=True), Yarn(rcd_shift=True), YarnRevised(rcd_shift=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +210,71 @@ def test_perplexity_of_several_lengths_takes_a_pass_for_each():
         wanted = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]).exp().item()
         nll, tokens, _ = got[f"ppl@{n}"]
         assert np.exp(nll / tokens) == pytest.approx(wanted, rel=1e-4)
+
+
+# ----- mixed windows -----
+
+MIXED = LongRope(long_factor=LONG, attention_factor=1.0)
+
+
+def with_weights_of(model, scaling):
+    """Another scaling over the same weights."""
+    other = scaled_model(scaling)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def mixed_batch():
+    """Two examples of pose=mix: a plain one, and one that skips beyond the window."""
+    sampler = Mix(WINDOW, TARGET_LEN, PoSE(WINDOW, TARGET_LEN, num_chunks=2), plain_share=0.5)
+    rng = np.random.default_rng(0)
+    drawn = [torch.from_numpy(sampler.sample(rng, TARGET_LEN).position_ids) for _ in range(20)]
+    plain, skipped = (next(ids for ids in drawn if (ids[-1] >= WINDOW) == skips) for skips in (False, True))
+    assert torch.equal(plain, torch.arange(WINDOW))
+    return torch.randint(101, (2, WINDOW)), torch.stack([plain, skipped])
+
+
+def test_in_a_mixed_batch_plain_examples_see_the_original_model_and_others_the_long_list():
+    model = scaled_model(MIXED)
+    tokens, positions = mixed_batch()
+    with torch.no_grad():
+        original, long, mixed = (
+            m(tokens, position_ids=positions, use_cache=False).logits
+            for m in (
+                with_weights_of(model, Unscaled()),
+                with_weights_of(model, LongRope(long_factor=LONG, short_factor=LONG, attention_factor=1.0)),
+                model,
+            )
+        )
+        untouched = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="sdpa").eval()
+        untouched.load_state_dict(model.state_dict())
+        alone = untouched(tokens[:1], use_cache=False).logits
+    torch.testing.assert_close(mixed[0], original[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixed[:1], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[1], long[1], rtol=0, atol=1e-6)
+    for row, other in ((0, long), (1, original)):
+        assert (mixed[row] - other[row]).abs().max() > 0.1
+    with torch.no_grad():  # what the factor that LongRoPE would have does to the plain example
+        scaled = with_weights_of(model, LongRope(long_factor=LONG))(tokens, position_ids=positions).logits
+    assert (scaled[0] - original[0]).abs().max() > 0.1
+
+
+def test_the_gradient_of_a_mixed_batch_is_that_of_both_models():
+    """Of one step: the mean of what the original model has for the plain example, and the long one for the other."""
+    model = scaled_model(MIXED)
+    tokens, positions = mixed_batch()
+
+    def gradients(model, rows):
+        hidden = model.base_model(tokens[rows], position_ids=positions[rows], use_cache=False).last_hidden_state
+        causal_lm_loss(hidden, model.get_output_embeddings(), tokens[rows]).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    long = LongRope(long_factor=LONG, short_factor=LONG, attention_factor=1.0)
+    plain = gradients(with_weights_of(model, Unscaled()), slice(0, 1))
+    skipped = gradients(with_weights_of(model, long), slice(1, 2))
+    for name, gradient in gradients(model, slice(0, 2)).items():
+        wanted = (plain[name] + skipped[name]) / 2
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 # ----- what the config says -----

@@ -20,7 +20,7 @@ from pose.modeling.held import Held
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
 from pose.modeling.lora import LoraOptions, add_lora
 from pose.modeling.shard import FullyShard
-from pose.rope import NTK, Drope, Linear, LongRope, Unscaled, Yarn, YarnRevised
+from pose.rope import NTK, Cope, Drope, Linear, LongRope, Unscaled, Yarn, YarnRevised
 
 VOCAB, WINDOW, TARGET_LEN, FACTOR = 101, 64, 512, 1.3
 SIZES = {
@@ -239,6 +239,7 @@ METHODS = [
     Linear(attention_factor=1.1), NTK(attention_factor=1.1), Yarn(), Yarn(attention_factor=1.0), YarnRevised(),
     LongRope(long_factor=[1.5**i for i in range(8)]), LongRope(long_factor=[2.0] * 8, attention_factor=1.1),
     LongRope(long_factor=[2.0] * 8, short_factor=[2.0] * 8), Drope(attention_factor=1.2),
+    Cope(attention_factor=1.2), Yarn(rcd_shift=True), NTK(rcd_shift=True, attention_factor=1.1),
 ]  # fmt: skip
 
 

@@ -14,7 +14,20 @@ from pose.modeling.checkpoints.gguf import convert
 from pose.modeling.export import gguf as module
 from pose.modeling.export.gguf import rope_divisors, write_gguf
 from pose.modeling.load import load_config, scale_config
-from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, NTKByParts, Theta, Unscaled, Yarn, YarnRevised
+from pose.rope import (
+    NTK,
+    Cope,
+    Drope,
+    Dynamic,
+    Linear,
+    Llama3,
+    LongRope,
+    NTKByParts,
+    Theta,
+    Unscaled,
+    Yarn,
+    YarnRevised,
+)
 
 gguf = pytest.importorskip("gguf")
 
@@ -30,6 +43,9 @@ STATIC = {
     "ntk_by_parts": NTKByParts(),
     "llama3": Llama3(),
     "drope": Drope(attention_factor=1.3),
+    "cope": Cope(),
+    "yarn shifted": Yarn(rcd_shift=True),
+    "ntk shifted": NTK(rcd_shift=True),
     "longrope of one list": LongRope(long_factor=RISING, short_factor=RISING),
 }
 

@@ -22,6 +22,7 @@ from pose.modeling.export.rope import where_the_factor_is
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
 from pose.rope import (
     NTK,
+    Cope,
     Drope,
     Dynamic,
     Linear,
@@ -82,6 +83,10 @@ SAID = {
     "llama3": (Llama3(), llama3(8.0, 1.0, 4.0), BASE, None),
     "drope": (Drope(), llama3(1e30, 1e6, 2e6), BASE, None),
     "drope with a factor": (Drope(attention_factor=1.2), llama3(1e30, 1e6, 2e6), BASE, 1.2),
+    "yarn shifted": (Yarn(rcd_shift=True), EQUAL, BASE, 0.1 * math.log(8) + 1),
+    "ntk shifted": (NTK(rcd_shift=True), EQUAL, BASE, None),
+    "cope": (Cope(), EQUAL, BASE, None),
+    "cope over another base": (Cope(theta=7e4, num_tapered=5), EQUAL, BASE, None),
     "longrope": (LongRope(long_factor=DIVISORS), UNEQUAL, BASE, None),
     "longrope without a factor": (
         LongRope(long_factor=DIVISORS, attention_factor=1.0), UNEQUAL, BASE, 1 / UNEQUAL["attention_factor"],
