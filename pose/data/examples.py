@@ -180,28 +180,41 @@ class Targets(NamedTuple):
 
     Attributes:
         at: int64 [n], of the states that predict them, in the batch's B * L.
-        divisors: int64 [n], B times the number of scored tokens in the row of each. Not its reciprocal: a strategy that
-            casts a batch to bf16 would round it.
+        weights: fp32 [n], of each in the loss; those of a row with a target add up to 1 / B.
     """
 
     at: torch.Tensor
-    divisors: torch.Tensor
+    weights: torch.Tensor
 
-    @property
-    def weights(self) -> torch.Tensor:
-        """fp32 [n], of each in the loss; those of a row with a target add up to 1 / B."""
-        return self.divisors.float().reciprocal()
+    def in_batch(self) -> dict[str, torch.Tensor]:
+        """As a batch carries them. The weights are int32 there, bit for bit: DeepSpeed would round floats to bf16."""
+        return {"scored_at": self.at, "scored_weights": self.weights.view(torch.int32)}
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, torch.Tensor]) -> "Targets | None":
+        """Those that a batch carries, on its device; None where it carries none."""
+        if "scored_at" not in batch:
+            return None
+        return cls(batch["scored_at"], batch["scored_weights"].view(torch.float32))
 
 
-def scored_tokens(labels: torch.Tensor) -> Targets:
+def scored_tokens(labels: torch.Tensor, token_weights: torch.Tensor | None = None) -> Targets:
     """The targets of a batch.
 
     Args:
         labels: int64 [B, L], not shifted, IGNORE where no loss is taken.
+        token_weights: fp32 [B, L], how much each label counts beside the others of its row: at least 0, and not 0 for
+            all that are scored; None weighs them alike.
     """
     is_scored = labels[:, 1:] != IGNORE
     row, column = is_scored.nonzero(as_tuple=True)
-    return Targets(row * labels.shape[1] + column, (is_scored.sum(1) * len(labels))[row])
+    if token_weights is None:
+        divisors = is_scored.sum(1) * len(labels)
+        weights = divisors.float().reciprocal()[row]
+    else:
+        relative = token_weights[:, 1:] * is_scored
+        weights = relative[row, column] * (relative.double().sum(1) * len(labels)).float().reciprocal()[row]
+    return Targets(row * labels.shape[1] + column, weights)
 
 
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -210,9 +223,9 @@ def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def collate_scored(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """As `collate`, with the fields of its `Targets` as scored_at and scored_divisors."""
+    """As `collate`, with its `Targets` (`Targets.of_batch`) in place of the items' token_weights."""
     batch = collate(items)
-    return batch | {f"scored_{name}": value for name, value in scored_tokens(batch["labels"])._asdict().items()}
+    return batch | scored_tokens(batch["labels"], batch.pop("token_weights", None)).in_batch()
 
 
 def _tensors(tokens, labels, position_ids) -> dict[str, torch.Tensor]:

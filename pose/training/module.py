@@ -119,8 +119,8 @@ class PoseModule(L.LightningModule):
     def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a batch, and without gradients those of its examples, fp32 [B]; call it by `with_root`."""
         hidden = self(batch["input_ids"], batch["position_ids"])
-        scored = Targets(batch["scored_at"], batch["scored_divisors"]) if "scored_at" in batch else None
-        return loss_and_example_losses(hidden, self.model.get_output_embeddings(), batch["labels"], scored)
+        head, scored = self.model.get_output_embeddings(), Targets.of_batch(batch)
+        return loss_and_example_losses(hidden, head, batch["labels"], scored)
 
     def on_before_optimizer_step(self, optimizer):
         # The device is waited for once in an optimizer step: here, for all that is checked, shown and logged of it.
