@@ -100,7 +100,7 @@ class Trainee:
             body = self.model.base_model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
             )
-            scored = Targets(batch["scored_at"], batch["scored_divisors"])
+            scored = Targets.of_batch(batch)
             head = self.model.get_output_embeddings()
             loss, _ = loss_and_example_losses(body.last_hidden_state, head, batch["labels"], scored)
         (loss / self.setting.accumulate).backward()

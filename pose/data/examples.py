@@ -180,37 +180,41 @@ class Targets(NamedTuple):
 
     Attributes:
         at: int64 [n], of the states that predict them, in the batch's B * L.
-        divisors: int64 [n], B times the number of scored tokens in the row of each. Not its reciprocal: a strategy that
-            casts a batch to bf16 would round it.
+        weights: fp32 [n], of each in the loss; those of a row with a target add up to 1 / B.
     """
 
     at: torch.Tensor
-    divisors: torch.Tensor
+    weights: torch.Tensor
 
-    @property
-    def weights(self) -> torch.Tensor:
-        """fp32 [n], of each in the loss; those of a row with a target add up to 1 / B."""
-        return self.divisors.float().reciprocal()
+    def in_batch(self, name: str = "scored") -> dict[str, torch.Tensor]:
+        """As a batch carries them. The weights are int32 there, bit for bit: DeepSpeed would round floats to bf16."""
+        return {f"{name}_at": self.at, f"{name}_weights": self.weights.view(torch.int32)}
 
     @classmethod
-    def read(cls, batch: Mapping[str, torch.Tensor], name: str) -> "Targets":
-        """Those that `written` has put into a batch."""
-        return cls(batch[f"{name}_at"], batch[f"{name}_divisors"])
-
-    def written(self, name: str) -> dict[str, torch.Tensor]:
-        """As entries of a batch, under keys that begin with a name."""
-        return {f"{name}_at": self.at, f"{name}_divisors": self.divisors}
+    def of_batch(cls, batch: Mapping[str, torch.Tensor], name: str = "scored") -> "Targets | None":
+        """Those that a batch carries under a name, on its device; None where it carries none."""
+        if f"{name}_at" not in batch:
+            return None
+        return cls(batch[f"{name}_at"], batch[f"{name}_weights"].view(torch.float32))
 
 
-def scored_tokens(labels: torch.Tensor) -> Targets:
+def scored_tokens(labels: torch.Tensor, token_weights: torch.Tensor | None = None) -> Targets:
     """The targets of a batch.
 
     Args:
         labels: int64 [B, L], not shifted, IGNORE where no loss is taken.
+        token_weights: fp32 [B, L], how much each label counts beside the others of its row: at least 0, and not 0 for
+            all that are scored; None weighs them alike.
     """
     is_scored = labels[:, 1:] != IGNORE
     row, column = is_scored.nonzero(as_tuple=True)
-    return Targets(row * labels.shape[1] + column, (is_scored.sum(1) * len(labels))[row])
+    if token_weights is None:
+        divisors = is_scored.sum(1) * len(labels)
+        weights = divisors.float().reciprocal()[row]
+    else:
+        relative = token_weights[:, 1:] * is_scored
+        weights = relative[row, column] * (relative.double().sum(1) * len(labels)).float().reciprocal()[row]
+    return Targets(row * labels.shape[1] + column, weights)
 
 
 def skipped_tokens(position_ids: torch.Tensor) -> Targets:
@@ -221,7 +225,8 @@ def skipped_tokens(position_ids: torch.Tensor) -> Targets:
     """
     is_moved = position_ids != torch.arange(position_ids.shape[1])
     row, column = is_moved.nonzero(as_tuple=True)
-    return Targets(row * position_ids.shape[1] + column, (is_moved.sum(1) * len(position_ids))[row])
+    weights = (is_moved.sum(1) * len(position_ids)).float().reciprocal()[row]
+    return Targets(row * position_ids.shape[1] + column, weights)
 
 
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -230,15 +235,15 @@ def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def collate_scored(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """As `collate`, with the `Targets` of its labels, `written` as scored."""
+    """As `collate`, with its `Targets` (`Targets.of_batch`) in place of the items' token_weights."""
     batch = collate(items)
-    return batch | scored_tokens(batch["labels"]).written("scored")
+    return batch | scored_tokens(batch["labels"], batch.pop("token_weights", None)).in_batch()
 
 
 def collate_views(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """As `collate_scored`, with its `skipped_tokens`, `written` as skipped."""
+    """As `collate_scored`, with its `skipped_tokens` under the name skipped."""
     batch = collate_scored(items)
-    return batch | skipped_tokens(batch["position_ids"]).written("skipped")
+    return batch | skipped_tokens(batch["position_ids"]).in_batch("skipped")
 
 
 def _tensors(tokens, labels, position_ids) -> dict[str, torch.Tensor]:

@@ -316,7 +316,7 @@ def loss_and_example_losses(
 
     Args:
         hidden, head, labels: as of `causal_lm_loss`.
-        scored: of the labels, on their device; None works it out there.
+        scored: of the labels, on their device, by whose weights the means are taken; None works it out there.
     """
     scored = scored_tokens(labels) if scored is None else scored
     batch, length = labels.shape

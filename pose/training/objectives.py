@@ -134,10 +134,12 @@ class SelfDistill(Objective):
             plain = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
             loss, by_example, _ = _language_model(model, batch, plain.expand_as(batch["input_ids"]))
             return Losses(loss, by_example, (loss.detach(), torch.zeros_like(loss)))
-        labels, skipped = batch["labels"], Targets.read(batch, "skipped")
+        labels, skipped = batch["labels"], _skipped(batch)
         views = hidden_states_of_views(model, batch["input_ids"], batch["position_ids"], skipped.at)
         head = model.get_output_embeddings()
-        lm, by_example = loss_and_example_losses(views.plain.view(*labels.shape, -1), head, labels, _scored(batch))
+        lm, by_example = loss_and_example_losses(
+            views.plain.view(*labels.shape, -1), head, labels, Targets.of_batch(batch)
+        )
         kl, by_token = weighted_kl(views.skipped, views.plain[skipped.at], head, skipped.weights)
         by_example = by_example.index_add(
             0, skipped.at // labels.shape[1], self.weight * len(labels) * skipped.weights * by_token
@@ -215,7 +217,7 @@ class LongShort(Objective):
 
     def losses(self, model, batch, teacher=None):
         assert teacher is not None
-        labels, skipped = batch["labels"], Targets.read(batch, "skipped")
+        labels, skipped = batch["labels"], _skipped(batch)
         num, num_examples = labels.numel(), len(labels)
         last = len(decoder_layers(model))
         layers = self.layers_of(last)
@@ -225,7 +227,7 @@ class LongShort(Objective):
             views = hidden_states_of_views(model, batch["input_ids"], batch["position_ids"], skipped.at)
         second = views.second(skipped.at)
         head, shape = model.get_output_embeddings(), (*labels.shape, -1)
-        lm, lm_by_example = loss_and_example_losses(second.view(shape), head, labels, _scored(batch))
+        lm, lm_by_example = loss_and_example_losses(second.view(shape), head, labels, Targets.of_batch(batch))
         plain = [states.flatten(0, 1)[:num] for states in found]
         short = torch.stack([_distances(a, b) for a, b in zip(plain, wanted, strict=False)]).sum(0)
         moved = _distances(second, wanted[-1])
@@ -245,11 +247,15 @@ def _distances(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def _language_model(model: PreTrainedModel, batch: dict[str, torch.Tensor], position_ids: torch.Tensor) -> Losses:
     body = model.base_model
     hidden = body(input_ids=batch["input_ids"], position_ids=position_ids, use_cache=False).last_hidden_state
-    return Losses(*loss_and_example_losses(hidden, model.get_output_embeddings(), batch["labels"], _scored(batch)))
+    return Losses(
+        *loss_and_example_losses(hidden, model.get_output_embeddings(), batch["labels"], Targets.of_batch(batch))
+    )
 
 
-def _scored(batch: dict[str, torch.Tensor]) -> Targets | None:
-    return Targets.read(batch, "scored") if "scored_at" in batch else None
+def _skipped(batch: dict[str, torch.Tensor]) -> Targets:
+    found = Targets.of_batch(batch, "skipped")
+    assert found is not None, "a batch of `collate_views`"
+    return found
 
 
 def _require_skips(name: str, sampler: PositionSampler):

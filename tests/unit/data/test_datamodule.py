@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pose.data.datamodule import PoseDataModule, bos_id, sentence_ends
+from pose.data.examples import Targets
 from pose.errors import ConfigError, DataError
 from pose.positions import Full, PoSE, SentenceSkip
 
@@ -79,10 +80,12 @@ def test_batches(make):
     assert len(batches) == 12
     for batch in batches:
         assert not any(tensor.is_floating_point() for tensor in batch.values()), "DeepSpeed would round them to bf16"
-        index, divisors = batch.pop("scored_at"), batch.pop("scored_divisors")
+        index, weights = Targets.of_batch(batch)
+        del batch["scored_at"], batch["scored_weights"]
         assert set(batch) == {"input_ids", "labels", "position_ids"}
         assert all(tensor.shape == (4, 16) and tensor.dtype == torch.int64 for tensor in batch.values())
-        assert index.tolist() == [i for i in range(64) if i % 16 < 15] and divisors.tolist() == [60] * 60
+        assert index.tolist() == [i for i in range(64) if i % 16 < 15]
+        assert torch.equal(weights, torch.full((60,), 1 / 60))
     rows = torch.cat([batch["input_ids"] for batch in batches])
     assert torch.equal(rows, torch.stack([module.dataset[i]["input_ids"] for i in range(48)]))
     assert seen_documents(module) == {0: 16, 1: 16, 2: 16}

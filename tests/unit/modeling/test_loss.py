@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pose.data.examples import IGNORE, scored_tokens
+from pose.data.examples import IGNORE, Targets, collate_scored, scored_tokens
 from pose.modeling.held import HeldLinear
 from pose.modeling.loss import causal_lm_loss, loss_and_example_losses, token_nll, weighted_nll
 
@@ -197,6 +197,62 @@ def test_the_losses_of_examples_are_their_own_means(head, targets):
     wanted = [F.cross_entropy(logits[b, :-1], labels[b, 1:], ignore_index=IGNORE).item() for b in (0, 2)]
     assert by_example.tolist() == pytest.approx([wanted[0], 0, wanted[1]], rel=1e-5) and not by_example.requires_grad
     assert loss.item() == pytest.approx(sum(wanted) / 3, rel=1e-5)
+
+
+def weighted_rows(targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [3, 12], the second row without any, and their weights."""
+    labels = targets[:36].reshape(3, 12).clone()
+    labels[1] = IGNORE
+    return labels, torch.rand(3, 12, generator=torch.Generator().manual_seed(8)) + 0.01
+
+
+def test_the_loss_of_an_example_is_the_weighted_mean_of_its_tokens(head, targets):
+    """In fp64, by hand; only how the weights of a row compare counts, and a row counts as much as any other."""
+    hidden = torch.randn(3, 12, HIDDEN, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    labels, weights = weighted_rows(targets)
+    logits = head.double()(hidden.double())
+    nll = F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], ignore_index=IGNORE, reduction="none")
+    counted = weights[:, 1:].double() * (labels[:, 1:] != IGNORE)
+    wanted = [((nll[b] * counted[b]).sum() / counted[b].sum()).item() for b in (0, 2)]
+    head.float()
+    for scale in (torch.ones(3, 1), torch.tensor([[2.0], [3.0], [0.1]])):
+        scored = scored_tokens(labels, weights * scale)
+        loss, by_example = loss_and_example_losses(hidden, head, labels, scored)
+        assert by_example.tolist() == pytest.approx([wanted[0], 0, wanted[1]], rel=1e-5)
+        assert loss.item() == pytest.approx(sum(wanted) / 3, rel=1e-5)
+        assert scored.weights.sum().item() == pytest.approx(2 / 3)
+
+
+def test_equal_weights_are_no_weights(targets):
+    """To the bit."""
+    labels, _ = weighted_rows(targets)
+    plain, equal = scored_tokens(labels), scored_tokens(labels, torch.ones(3, 12))
+    assert torch.equal(plain.at, equal.at) and torch.equal(plain.weights, equal.weights)
+    counts = (labels[:, 1:] != IGNORE).sum(1)
+    assert torch.equal(plain.weights, (3 * counts).float().reciprocal().repeat_interleave(counts))
+
+
+def test_a_batch_carries_the_weights_bit_for_bit_where_floats_are_rounded(targets):
+    """As DeepSpeed does, to bf16."""
+    labels, weights = weighted_rows(targets)
+    items = [{"labels": row, "token_weights": w} for row, w in zip(labels, weights, strict=True)]
+    batch = collate_scored(items)
+    assert batch.keys() == {"labels", "scored_at", "scored_weights"}
+    sent = {name: one.bfloat16() if one.is_floating_point() else one for name, one in batch.items()}
+    got, wanted = Targets.of_batch(sent), scored_tokens(labels, weights)
+    assert torch.equal(got.at, wanted.at) and torch.equal(got.weights, wanted.weights)
+    assert Targets.of_batch({"labels": labels}) is None
+
+
+def test_weighted_micro_batches_add_up(head, targets):
+    hidden = torch.randn(3, 12, HIDDEN, generator=torch.Generator().manual_seed(3))
+    labels, weights = weighted_rows(targets)
+
+    def loss(rows):
+        scored = scored_tokens(labels[rows], weights[rows])
+        return loss_and_example_losses(hidden[rows], head, labels[rows], scored)[0].item()
+
+    assert sum(loss([b]) for b in range(3)) / 3 == pytest.approx(loss([0, 1, 2]), rel=1e-6)
 
 
 def test_causal_lm_loss_equals_cross_entropy(head, targets):
