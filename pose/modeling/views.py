@@ -24,14 +24,16 @@ class Views(NamedTuple):
     Attributes:
         plain: [B * L, H], at positions 0..L-1 of each row.
         skipped: [m, H], from the first skip of each row on, at the sampler's positions.
+        whole: [B * L, H], all at the sampler's positions; None where it is that of the first up to the first skips.
     """
 
     plain: torch.Tensor
     skipped: torch.Tensor
+    whole: torch.Tensor | None = None
 
     def second(self, skipped_at: torch.Tensor) -> torch.Tensor:
-        """The whole second view, [B * L, H]: that of the first up to the first skips."""
-        return self.plain.index_copy(0, skipped_at, self.skipped)
+        """The whole second view, [B * L, H]."""
+        return self.plain.index_copy(0, skipped_at, self.skipped) if self.whole is None else self.whole
 
 
 def shares_beginnings(model: PreTrainedModel) -> bool:
@@ -57,7 +59,7 @@ def hidden_states_of_views(
     if not shares_beginnings(model):
         rows = torch.cat([input_ids, input_ids]), torch.cat([plain_ids, position_ids])
         states = _states(model, *rows).flatten(0, 1)
-        return Views(states[:num], states[num + skipped_at])
+        return Views(states[:num], states[num + skipped_at], states[num:])
     tokens = torch.cat([input_ids.flatten(), input_ids.flatten()[skipped_at]])
     positions = torch.cat([plain_ids.flatten(), position_ids.flatten()[skipped_at]])
     places = torch.arange(num, device=device)

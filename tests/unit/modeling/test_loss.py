@@ -7,7 +7,7 @@ from torch import nn
 
 from pose.data.examples import IGNORE, Targets, collate_scored, scored_tokens
 from pose.modeling.held import HeldLinear
-from pose.modeling.loss import causal_lm_loss, loss_and_example_losses, token_nll, weighted_nll
+from pose.modeling.loss import causal_lm_loss, loss_and_example_losses, token_nll, weighted_kl, weighted_nll
 
 NUM_TOKENS, HIDDEN, VOCAB = 37, 16, 29
 
@@ -318,3 +318,52 @@ def test_micro_batches_add_up(head, targets):
     labels = targets[:36].reshape(4, 9)
     parts = [causal_lm_loss(hidden[i : i + 2], head, labels[i : i + 2]) for i in (0, 2)]
     torch.testing.assert_close(sum(parts) / 2, causal_lm_loss(hidden, head, labels))
+
+
+def kl_by_hand(head, student, teacher):
+    p, q = head(teacher).double().log_softmax(-1).detach(), head(student).double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+HEADS_OF_KL = {
+    "plain": lambda head: head,
+    "frozen": lambda head: head.requires_grad_(False),
+    "with a hook": lambda head: head.register_forward_hook(lambda *given: given[-1]) and head,
+    "frozen, with a hook": lambda head: HEADS_OF_KL["with a hook"](head.requires_grad_(False)),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS_OF_KL)
+@pytest.mark.parametrize("chunk_len", [1, 5, 37, 256])
+def test_weighted_kl_by_hand(head, hidden, kind, chunk_len):
+    """Values, their weighted sum and its gradients, in fp64; none reaches the teacher."""
+    head = HEADS_OF_KL[kind](head)
+    teacher = (hidden + torch.randn(NUM_TOKENS, HIDDEN, generator=torch.Generator().manual_seed(3))).detach()
+    teacher.requires_grad_()
+    weights = torch.linspace(0.1, 2, NUM_TOKENS)
+    loss, kl = weighted_kl(hidden, teacher, head, weights, chunk_len)
+    wanted = kl_by_hand(head, hidden, teacher)
+    assert wanted.min() > 0.01
+    torch.testing.assert_close(kl.double(), wanted.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(loss.double(), (wanted * weights).sum(), atol=1e-6, rtol=1e-6)
+    trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    got = torch.autograd.grad(2 * loss, trained)
+    for a, b in zip(got, torch.autograd.grad(2 * (wanted * weights).sum(), trained), strict=True):
+        torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-5)
+    assert teacher.grad is None and not kl.requires_grad
+
+
+def test_weighted_kl_of_nothing_and_without_gradients(head, hidden):
+    loss, kl = weighted_kl(hidden[:0], hidden[:0], head, torch.zeros(0))
+    loss.backward()
+    assert loss == 0 and len(kl) == 0 and (head.weight.grad == 0).all()
+    with torch.no_grad():
+        loss, kl = weighted_kl(hidden, hidden + 1, head, torch.ones(NUM_TOKENS))
+    torch.testing.assert_close(kl.double(), kl_by_hand(head, hidden, hidden + 1).detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_logits_of_teacher_and_student_exist_for_a_chunk_alone(monkeypatch, head, hidden):
+    shapes, honest = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *given: shapes.append(len(x)) or honest(x, *given))
+    weighted_kl(hidden, hidden + 1, head, torch.ones(NUM_TOKENS), 10)[0].backward()
+    assert shapes == [10, 10, 10, 10, 10, 10, 7, 7]
