@@ -212,7 +212,8 @@ def pairs_by_distance(position_ids: np.ndarray, target_len: int) -> np.ndarray:
     occupied = np.zeros(2 * target_len)
     occupied[position_ids] = 1
     spectrum = np.fft.rfft(occupied)
-    return np.rint(np.fft.irfft(spectrum.real**2 + spectrum.imag**2, 2 * target_len)[1:target_len])
+    pairs = np.fft.irfft(spectrum.real**2 + spectrum.imag**2, 2 * target_len)[1:target_len]
+    return np.rint(pairs) + 0.0  # no -0
 
 
 def _share(pairs: np.ndarray, num_tokens: int) -> np.ndarray:
