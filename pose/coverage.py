@@ -17,8 +17,9 @@ second shifted by u ~ U{0..H}, H = T - L, independent of l:
   (L - d) - n(d) + sum over k in {1..L-1} with 0 <= d - k <= H of n(k) / (H + 1), with n(k) the mean of n_l(k) over l.
 
 Any two ids of RandPos are a uniform pair of distinct ids below T, so its share of pairs at d is (T - d) over
-T (T-1) / 2. A mix has the mean of what it mixes. All else is sampled: pairs by distance are the autocorrelation of the
-vector that is 1 at the ids of an example, taken by a Fourier transform.
+T (T-1) / 2. A mix has the mean of what it mixes. EndAnchor has one layout, whose pairs are counted. All else is
+sampled: pairs by distance are the autocorrelation of the vector that is 1 at the ids of an example, taken by a Fourier
+transform.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -34,7 +35,7 @@ import numpy as np
 
 from pose.errors import ConfigError
 from pose.files import atomic_file
-from pose.positions import Full, Mix, PoSE, PositionSampler, RandPos, Released, ShortPI, SingleShift
+from pose.positions import EndAnchor, Full, Mix, PoSE, PositionSampler, RandPos, Released, ShortPI, SingleShift
 
 MAX_SAMPLES = 2000
 SAMPLED_IDS = 2**26  # target_len times the number of samples: seconds
@@ -97,7 +98,8 @@ def coverage(sampler: PositionSampler, num_samples: int | None = None, seed: int
     """What a sampler covers: exact where a closed form is known, else from examples drawn.
 
     Args:
-        sampler: any; its text plays no part, and sentences are those it makes up.
+        sampler: any; its text plays no part, and sentences are those it makes up. Of one with a curriculum this is what
+            it covers at its last target.
         num_samples: examples to draw where there is no closed form; None takes 2,000, and fewer beyond 32,768
             positions, so that it stays a matter of seconds.
         seed: of the examples.
@@ -148,6 +150,10 @@ def _closed_form(sampler: PositionSampler) -> tuple[np.ndarray, np.ndarray] | No
         return _contiguous(L, T)
     if type(sampler) is PoSE and sampler.num_chunks == 2:
         return _two_chunks(L, T, longest_first=L - 1)
+    if type(sampler) is EndAnchor:
+        ids = sampler.sample(np.random.default_rng(0), sampler.min_document_len).position_ids
+        pairs = pairs_by_distance(ids, T)
+        return np.minimum(pairs, 1), pairs
     if type(sampler) is Released:
         return _two_chunks(L, T, longest_first=(L + 1) // 2)
     return None
@@ -206,7 +212,8 @@ def pairs_by_distance(position_ids: np.ndarray, target_len: int) -> np.ndarray:
     occupied = np.zeros(2 * target_len)
     occupied[position_ids] = 1
     spectrum = np.fft.rfft(occupied)
-    return np.rint(np.fft.irfft(spectrum.real**2 + spectrum.imag**2, 2 * target_len)[1:target_len])
+    pairs = np.fft.irfft(spectrum.real**2 + spectrum.imag**2, 2 * target_len)[1:target_len]
+    return np.rint(pairs) + 0.0  # no -0
 
 
 def _share(pairs: np.ndarray, num_tokens: int) -> np.ndarray:

@@ -12,7 +12,8 @@ Symbols follow the paper (PoSE, ICLR 2024, arXiv 2309.10400):
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,10 +27,13 @@ class Layout(NamedTuple):
     Attributes:
         position_ids: int64 [L], strictly increasing, in [0, T).
         content_ids: int64 [L], the index in the document of each token, in [0, Lx).
+        weights: float32 [L], above 0: how much each token counts in the loss of the example, beside the others of it;
+            None: all alike. Only samplers that say so (`weighs_tokens`) give some.
     """
 
     position_ids: np.ndarray
     content_ids: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,16 @@ class PositionSampler(ABC):
     Args:
         train_len: tokens in a training example.
         target_len: the window to extend to, in tokens.
+        curriculum: a target that grows over the run (`phases`): (share of the run at which a phase ends, its target in
+            tokens), before the rest with target_len; None has none.
 
     Raises:
-        ConfigError: a length is not an int of at least 2, or target_len < train_len.
+        ConfigError: a length is not an int of at least 2, or target_len < train_len; phases that are not in order.
     """
 
     train_len: int
     target_len: int
+    curriculum: Sequence[tuple[float, int]] | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         require_int("{group}.train_len", self.train_len, at_least=2, group="pose")  # one token predicts nothing
@@ -56,6 +63,51 @@ class PositionSampler(ABC):
                 "give a target of at least the training length",
                 group="pose",
             )
+        if self.curriculum is not None:
+            object.__setattr__(self, "curriculum", self._checked_curriculum())
+
+    def _checked_curriculum(self) -> tuple[tuple[float, int], ...] | None:
+        """As tuples; None where it is empty."""
+        if isinstance(self.curriculum, str) or not isinstance(self.curriculum, Sequence):
+            raise ConfigError(
+                f"{{group}}.curriculum={self.curriculum!r} is not accepted: give [[end, target], ...]", group="pose"
+            )
+        begin, least = 0.0, self.train_len
+        for phase in self.curriculum:
+            is_pair = isinstance(phase, Sequence) and not isinstance(phase, str) and len(phase) == 2
+            end, target_len = phase if is_pair else (0, 0)
+            is_phase = type(end) in (int, float) and type(target_len) is int
+            if not is_phase or not begin < end < 1 or not least <= target_len <= self.target_len:
+                raise ConfigError(
+                    f"{{group}}.curriculum has the phase {list(phase) if is_pair else phase!r}: give [end, target], "
+                    f"the end a share of the run above {begin:g} and below 1, the target at least {least} and at "
+                    f"most {{group}}.target_len={self.target_len} tokens",
+                    group="pose",
+                )
+            begin, least = end, target_len
+        return tuple((end, target_len) for end, target_len in self.curriculum) or None
+
+    @property
+    def phases(self) -> "list[tuple[float, PositionSampler]]":
+        """The phases of the curriculum: the share of the run at which each ends, and what draws its examples.
+
+        Raises:
+            ConfigError: this sampler does not take the target of a phase.
+        """
+        found = []
+        for end, target_len in self.curriculum or ():
+            where = f"{{group}}.curriculum has the phase {[end, target_len]}, and {self.name}"
+            try:
+                sampler = self.resized(self.train_len, target_len)
+            except ConfigError as error:
+                raise ConfigError(f"{where} does not take its target: {error}", group="pose") from error
+            if sampler.example_len != self.example_len:
+                raise ConfigError(
+                    f"{where} draws examples as long as the target: data.curriculum is what makes them grow",
+                    group="pose",
+                )
+            found.append((end, sampler))
+        return found
 
     @property
     def name(self) -> str:
@@ -82,9 +134,14 @@ class PositionSampler(ABC):
         """Whether it draws other ids than 0, 1, 2, ..."""
         return self.target_len > self.example_len
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a Layout may have weights."""
+        return False
+
     def resized(self, train_len: int, target_len: int) -> "PositionSampler":
-        """The same sampler for other lengths."""
-        return replace(self, train_len=train_len, target_len=target_len)
+        """The same sampler for other lengths, without a curriculum."""
+        return replace(self, train_len=train_len, target_len=target_len, curriculum=None)
 
     def sample(self, rng: np.random.Generator, document_len: int, breaks: np.ndarray | None = None) -> Layout:
         """Draws one example.
@@ -406,6 +463,61 @@ class SingleShift(PositionSampler):
 
 
 @dataclass(frozen=True)
+class EndAnchor(PositionSampler):
+    """EndPrompt: plain ids, then a short cue at the very end of the target (Tian et al. 2026, arXiv 2605.14589).
+
+    Every example has the positions 0..L-b-1 and T-b..T-1, with b the length of the cue: the text before the cue stays
+    whole, and each token of the cue meets all of it from afar. In the loss of an example a token of the cue counts
+    cue_weight, every other one 1. The text is x[0:L-b] and x[Lx-b:Lx]: the document's beginning, and its last b tokens.
+
+    In the paper the cue is a fixed prompt, with which every text is made to end. The authors' code
+    (clx1415926/EndPrompt, finetune_suffix_random.py) takes the last tokens of what it is given, as here: documents
+    that end with a prompt of b tokens, taken whole (data.window_len=null), give the paper's examples. Without, the
+    cue is text that a model cannot know by heart. That code weighs all tokens alike, as cue_weight=1 does.
+
+    The examples of a retrieval task take the positions alone: their answers, at the end, stand in the cue's place and
+    all weigh the same.
+
+    Args:
+        cue_len: b in [1, train_len - 1], tokens.
+        cue_weight: in (0, 1]. Causal attention lets nothing but the cue's own loss see far, so 0 would train on plain
+            short text.
+
+    Raises:
+        ConfigError: cue_len is not in [1, train_len - 1], or cue_weight not in (0, 1].
+    """
+
+    cue_len: int = 20
+    cue_weight: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_int("{group}.cue_len", self.cue_len, at_least=1, group="pose")
+        if self.cue_len >= self.train_len:
+            raise ConfigError(
+                f"{{group}}.cue_len={self.cue_len} leaves no text before the cue in {{group}}.train_len="
+                f"{self.train_len} tokens: give fewer",
+                group="pose",
+            )
+        require_number("{group}.cue_weight", self.cue_weight, above=0, at_most=1, group="pose")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.cue_weight != 1
+
+    def _sample(self, rng, document_len):
+        before = self.train_len - self.cue_len
+        positions, content = np.arange(self.train_len), np.arange(self.train_len)
+        positions[before:] += self.target_len - self.train_len
+        content[before:] += document_len - self.train_len
+        if not self.weighs_tokens:
+            return Layout(positions, content)
+        weights = np.ones(self.train_len, np.float32)
+        weights[before:] = self.cue_weight
+        return Layout(positions, content, weights)
+
+
+@dataclass(frozen=True)
 class Mix(PositionSampler):
     """With probability plain_share plain contiguous ids 0..L-1 of contiguous text, else what another sampler draws.
 
@@ -428,6 +540,8 @@ class Mix(PositionSampler):
                 f"{{group}}.sampler={self.sampler!r} is not accepted: give another choice of the group pose",
                 group="pose",
             )
+        if self.sampler.curriculum is not None:
+            raise ConfigError("{group}.sampler.curriculum is not accepted: give {group}.curriculum", group="pose")
         for name in ("train_len", "target_len"):
             inner, outer = getattr(self.sampler, name), getattr(self, name)
             if inner != outer:
@@ -457,10 +571,13 @@ class Mix(PositionSampler):
     def uses_breaks(self) -> bool:
         return self.sampler.uses_breaks
 
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.sampler.weighs_tokens
+
     def resized(self, train_len: int, target_len: int) -> "Mix":
-        return replace(
-            self, train_len=train_len, target_len=target_len, sampler=self.sampler.resized(train_len, target_len)
-        )
+        inner = self.sampler.resized(train_len, target_len)
+        return replace(self, train_len=train_len, target_len=target_len, sampler=inner, curriculum=None)
 
     def _sample(self, rng, document_len, breaks=None):
         if rng.random() < self.plain_share:

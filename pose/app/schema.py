@@ -145,12 +145,17 @@ class TrainerConfig:
         require_choice("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
 
 
+def _of_any_sampler() -> dict[str, Any]:
+    """What every choice of the group pose takes, so that no file of conf/pose has to name it."""
+    return {"curriculum": None}  # [share of the run at which a phase ends, its target_len] phases, before the rest
+
+
 @dataclass
 class TrainConfig:
     """Everything `train.py` takes."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    pose: Any = MISSING
+    pose: dict[str, Any] = field(default_factory=_of_any_sampler)
     rope: Any = MISSING
     objective: Any = MISSING
     data: DataConfig = field(default_factory=DataConfig)
@@ -186,7 +191,7 @@ class EvaluateConfig:
 class CoverageConfig:
     """Everything `python -m pose.coverage` takes."""
 
-    pose: Any = MISSING
+    pose: dict[str, Any] = field(default_factory=_of_any_sampler)
     beside: list[str] = field(default_factory=list)  # choices of the group pose to compare with, of the same lengths
     num_samples: int | None = None  # examples drawn where there is no closed form; null: 2,000, fewer beyond 32k
     seed: int = 0  # of these examples

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from pose.data.examples import collate
-from pose.errors import DataError
+from pose.errors import ConfigError, DataError
 from pose.positions import PositionSampler
 
 
@@ -27,9 +27,22 @@ class PoseCollator:
         seed: of the layouts, at least 0.
         sentence_end: bool [vocabulary], the tokens that end a sentence, for samplers that split at
             sentences (`uses_breaks`); see `pose.data.datamodule.sentence_ends`.
+
+    Raises:
+        ConfigError: the sampler weighs tokens, or its target grows over the run: a collator could do neither.
     """
 
     def __init__(self, sampler: PositionSampler, seed: int = 0, sentence_end: np.ndarray | None = None):
+        if sampler.weighs_tokens:
+            raise ConfigError(
+                f"{sampler.name} weighs the tokens of an example, which a trainer that takes its loss from labels "
+                "cannot: give all the same weight (of EndAnchor, cue_weight=1)"
+            )
+        if sampler.curriculum is not None:
+            raise ConfigError(
+                "a collator does not know how far the run is: give a sampler without curriculum, and another one when "
+                "a phase begins"
+            )
         self.sampler, self.seed, self.sentence_end = sampler, seed, sentence_end
         self._source: tuple[int, ...] = ()
 

@@ -158,6 +158,12 @@ class PoseDataModule(L.LightningDataModule):
                     f"{error}"
                 ) from error
             begin = end
+        for end, sampler in self.sampler.phases:
+            if end <= begin:
+                raise ConfigError(
+                    f"pose.curriculum has the phase {[end, sampler.target_len]}, and data.curriculum goes on to "
+                    f"{begin:g} of the run, with plain ids: give an end above it, or leave the phase out"
+                )
         num_bos = 0 if self.bos_id is None else 1
         if self.window_len is not None and self.window_len + num_bos < self.sampler.min_document_len:
             raise ConfigError(
@@ -199,13 +205,20 @@ class PoseDataModule(L.LightningDataModule):
         self.dataset = whole = dataset(self.sampler, self.window_len)
         self.num_documents, self.num_tokens = len(whole.usable), int(lengths[whole.usable].sum())
         self._say_what_is_used(cache.info["documents"], len(lengths), int(lengths.sum()))
-        if self.curriculum:
-            steps = self.num_examples / self.global_batch  # an optimizer step is of one phase: its rows have one length
-            phases = [
-                (round(end * steps) * self.global_batch, dataset(self.sampler.resized(n, n), n))
-                for end, n in self.curriculum
-            ]
-            self.dataset = Curriculum([*phases, (self.num_examples, whole)])
+        steps = self.num_examples / self.global_batch
+
+        def items(share: float) -> int:
+            """Of so much of the run; an optimizer step is of one phase, as its rows have one length."""
+            return round(share * steps) * self.global_batch
+
+        phases = [(items(end), dataset(self.sampler.resized(n, n), n)) for end, n in self.curriculum]
+        targets = [(items(end), dataset(sampler, self.window_len)) for end, sampler in self.sampler.phases]
+        if phases or targets:
+            targets.append((self.num_examples, whole))
+            self.dataset = Curriculum([*phases, *targets])
+        if self.sampler.phases:
+            until = [(one.sampler.target_len, end // self.global_batch) for end, one in targets]
+            log.info("Targets     " + ", ".join(f"{length:,} tokens up to step {step:,}" for length, step in until))
 
     def _say_what_is_used(self, name: str, num: int, tokens: int):
         """How many of the documents and tokens examples are drawn from: a warning where it is less than half."""

@@ -82,7 +82,10 @@ class PoseDataset(Dataset):
         return self.example(*divmod(i, self.epoch_len))
 
     def example(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        """One example: input_ids, labels (IGNORE where no loss is taken), position_ids; int64 [L]."""
+        """One example: input_ids, labels (IGNORE where no loss is taken), position_ids; int64 [L].
+
+        Of a sampler that weighs tokens, token_weights too: fp32 [L].
+        """
         rng = np.random.default_rng((self.seed, epoch, index))
         if (task := self._task(rng)) is not None:
             return self._synthetic_example(rng, task)
@@ -96,7 +99,7 @@ class PoseDataset(Dataset):
         else:
             tokens = document[np.maximum(layout.content_ids - 1, 0)].astype(np.int64)
             tokens[layout.content_ids == 0] = self.bos_id
-        return _tensors(tokens, tokens, layout.position_ids)
+        return self._item(tokens, tokens, layout.position_ids, layout.weights)
 
     def num_rows(self, i: int) -> int:
         """Rows of a batch that item i becomes."""
@@ -130,7 +133,13 @@ class PoseDataset(Dataset):
     def _synthetic_example(self, rng, task):
         tokens, is_answer = task.sample(rng, self.sampler.example_len)
         layout = self.sampler.sample(rng, self.sampler.min_document_len)  # its positions alone
-        return _tensors(tokens, np.where(is_answer, tokens, IGNORE), layout.position_ids)
+        return self._item(tokens, np.where(is_answer, tokens, IGNORE), layout.position_ids)
+
+    def _item(self, tokens, labels, position_ids, weights=None) -> dict[str, torch.Tensor]:
+        arrays = {"input_ids": tokens, "labels": labels, "position_ids": position_ids}
+        if self.sampler.weighs_tokens:  # every example has them then, or they could not be joined
+            arrays["token_weights"] = np.ones(len(tokens), np.float32) if weights is None else weights
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.visits)
@@ -144,7 +153,7 @@ class PoseDataset(Dataset):
 
 
 class Curriculum(Dataset):
-    """A run that begins with short sequences: the same tokens a step, cut into more, shorter rows.
+    """A run in phases: of short sequences (the same tokens a step, cut into more, shorter rows), of nearer targets.
 
     Args:
         phases: (first item that no longer belongs to it, its dataset), in order of item. An item
@@ -244,11 +253,3 @@ def collate_views(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.T
     """As `collate_scored`, with its `skipped_tokens` under the name skipped."""
     batch = collate_scored(items)
     return batch | skipped_tokens(batch["position_ids"]).in_batch("skipped")
-
-
-def _tensors(tokens, labels, position_ids) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.from_numpy(tokens),
-        "labels": torch.from_numpy(labels),
-        "position_ids": torch.from_numpy(position_ids),
-    }

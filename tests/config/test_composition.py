@@ -3,6 +3,7 @@
 import inspect
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_every_choice_composes_and_matches_what_it_builds(group, choice):
             assert keys <= set(accepted), f"{node._target_} does not take {keys - set(accepted)}"
             if node._target_.startswith("pose."):
                 assert keys == set(accepted), f"{group}={choice} leaves out {set(accepted) - keys}"
+
+
+@pytest.mark.parametrize("choice", [file.stem for file in (CONF / "pose").iterdir()])
+@pytest.mark.parametrize("command", ["train", "coverage"])
+def test_every_sampler_takes_a_curriculum(command, choice):
+    overrides = [f"pose={choice}", "pose.train_len=256", "pose.target_len=2048"]
+    sampler = build.build_sampler(compose(command, [*overrides, "pose.curriculum=[[0.25,512],[0.5,1024]]"]).pose)
+    assert sampler.curriculum == ((0.25, 512), (0.5, 1024))
+    assert replace(sampler, curriculum=None) == build.build_sampler(compose(command, overrides).pose)
 
 
 @pytest.mark.parametrize("choice", [file.stem for file in (CONF / "eval").iterdir()])
@@ -170,11 +180,13 @@ def test_settings_of_a_nested_sampler_reach_it():
         (["pose=mix", "pose@pose.sampler=full"], "pose.sampler=Full draws examples of 2048 tokens"),
         (["pose=mix", "pose.sampler.target_len=1024"], "pose.sampler.target_len=1024 is not pose.target_len=2048"),
         (["pose=mix", "pose.sampler.num_chunks=0"], "pose.sampler.num_chunks=0 is not accepted"),
+        (["pose.curriculum=[[0.5,128]]"], "pose.curriculum has the phase [0.5, 128]: give [end, target]"),
+        (["pose.curriculum=0.5"], "pose.curriculum=0.5 is not accepted: give [[end, target], ...]"),
         (["pose.target_len=128"], "pose.target_len=128 is below the model's own window of 256"),
     ],
 )
 def test_samplers_that_cannot_work_are_named(overrides, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         build.build_sampler(compose("train", overrides).pose, 256)
 
 

@@ -251,6 +251,7 @@ def test_a_damaged_checkpoint_is_passed_over(finish, uninterrupted, tmp_path):
     [
         (["seed=1"], ["seed=1, which was 0"]),
         (["finetune.lr=1e-3"], ["finetune.lr=0.001, which was 0.0015"]),
+        (["pose.curriculum=[[0.5,64]]"], ["pose.curriculum=[[0.5, 64]], which was None"]),
         (["data.documents=assets/corpora/proofs.train.jsonl.gz"], ["data.documents="]),
         (["trainer.max_steps=10"], ["trainer.max_steps=10 is fewer than the 40 steps"]),
         (["resume=null"], ["holds a run already", "resume=auto"]),

@@ -22,6 +22,7 @@ from pose.errors import ConfigError
 from pose.files import REPOSITORY
 from pose.positions import (
     Cream,
+    EndAnchor,
     EqualChunks,
     Full,
     Layout,
@@ -71,6 +72,10 @@ def contiguous(length):
     yield range(length), 1.0
 
 
+def end_anchor(train_len, target_len, cue_len):
+    yield [*range(train_len - cue_len), *range(target_len - cue_len, target_len)], 1.0
+
+
 def subsets(train_len, target_len):
     return ((ids, 1 / comb(target_len, train_len)) for ids in combinations(range(target_len), train_len))
 
@@ -87,6 +92,8 @@ SIZES = [(L, T) for L in range(2, 8) for T in range(L, 16)]
         (ShortPI, lambda L, T: contiguous(L)),
         (SingleShift, lambda L, T: contiguous(L)),
         (Full, lambda L, T: contiguous(T)),
+        (lambda L, T: EndAnchor(L, T, cue_len=L // 2), lambda L, T: end_anchor(L, T, L // 2)),
+        (lambda L, T: PoSE(L, T, curriculum=[[0.5, L]]), lambda L, T: two_chunks(L, T, L - 1)),
     ],
 )
 def test_closed_forms_are_the_enumeration(make, examples):

@@ -15,6 +15,7 @@ from pose import positions
 from pose.errors import ConfigError
 from pose.positions import (
     Cream,
+    EndAnchor,
     EqualChunks,
     Full,
     Mix,
@@ -307,6 +308,28 @@ def test_single_shift_moves_all_ids_by_one_number(train_len, target_len):
     assert_follows(draw_counts(SingleShift(train_len, target_len), 12, 4_000), law)
 
 
+@pytest.mark.parametrize(
+    ("train_len", "target_len", "document_len", "cue_len", "positions", "content"),
+    [
+        (6, 20, 50, 2, [0, 1, 2, 3, 18, 19], [0, 1, 2, 3, 48, 49]),
+        (6, 20, 6, 2, [0, 1, 2, 3, 18, 19], [0, 1, 2, 3, 4, 5]),
+        (6, 6, 9, 5, [0, 1, 2, 3, 4, 5], [0, 4, 5, 6, 7, 8]),
+        (2, 9, 3, 1, [0, 8], [0, 2]),
+    ],
+)
+def test_end_anchor_ends_in_a_cue_that_weighs_less(train_len, target_len, document_len, cue_len, positions, content):
+    layout = EndAnchor(train_len, target_len, cue_len, 0.25).sample(np.random.default_rng(0), document_len)
+    assert layout.position_ids.tolist() == positions and layout.content_ids.tolist() == content
+    assert layout.weights.tolist() == [1] * (train_len - cue_len) + [0.25] * cue_len
+
+
+def test_of_a_mix_the_plain_examples_weigh_all_tokens_alike():
+    mix, rng = Mix(6, 20, EndAnchor(6, 20, cue_len=2), plain_share=0.5), np.random.default_rng(0)
+    assert mix.weighs_tokens and not Mix(6, 20, EndAnchor(6, 20, 2, cue_weight=1)).weighs_tokens
+    layouts = [mix.sample(rng, 9) for _ in range(50)]
+    assert {(layout.weights is None, int(layout.position_ids[-1])) for layout in layouts} == {(True, 5), (False, 19)}
+
+
 @pytest.mark.parametrize("plain_share", [0, 0.25, 0.5, 1])
 def test_mix_is_plain_in_its_share_of_the_examples(plain_share):
     other = pose_law(4, 7, 9, 2, "random")
@@ -436,6 +459,7 @@ SAMPLERS = {
     Cream: lambda L, T, n: Cream(L, T, sigma=n / 2),
     SentenceSkip: lambda L, T, n: SentenceSkip(L, T, sentence_len=n),
     SingleShift: lambda L, T, n: SingleShift(L, T),
+    EndAnchor: lambda L, T, n: EndAnchor(L, T, cue_len=n, cue_weight=1 / n) if n < L else None,
     Mix: lambda L, T, n: Mix(L, T, SentenceSkip(L, T, sentence_len=n), plain_share=1 / n),
 }
 CONTIGUOUS_TEXT = (Full, ShortPI, RandPos, EqualChunks, SentenceSkip, SingleShift, Mix)
@@ -465,6 +489,11 @@ def test_what_holds_for_every_sampler(sampler_class, sizes, number, extra, data,
         assert_valid(layout, sampler.example_len, sampler.target_len, document_len)
         assert np.array_equal(layout.position_ids, again.position_ids)
         assert np.array_equal(layout.content_ids, again.content_ids)
+        if sampler.weighs_tokens:
+            assert layout.weights.dtype == np.float32 and layout.weights.shape == (sampler.example_len,)
+            assert (layout.weights > 0).all() and np.array_equal(layout.weights, again.weights)
+        else:
+            assert layout.weights is None
         if sampler_class in CONTIGUOUS_TEXT:
             assert layout.content_ids.tolist() == list(range(sampler.example_len))
     assert rngs[0].bit_generator.state == rngs[1].bit_generator.state
@@ -506,6 +535,7 @@ def test_samplers_are_immutable_and_compare_by_value():
         (Cream(4, 9), 4, 4),
         (SentenceSkip(4, 9), 4, 4),
         (SingleShift(4, 9), 4, 4),
+        (EndAnchor(4, 9, cue_len=2), 4, 4),
         (Mix(4, 9, PoSE(4, 9)), 4, 4),
         (Mix(4, 9, PoSE(4, 9, content="aligned")), 4, 9),
     ],
@@ -585,6 +615,14 @@ def test_an_unknown_content_is_refused(value):
             "pose.plain_share=1.5 is not accepted: give a number of at least 0 and of at most 1",
         ),
         (lambda: Mix(4, 9, PoSE(4, 9), plain_share=None), "pose.plain_share=None"),
+        (lambda: EndAnchor(4, 9, cue_len=4), "pose.cue_len=4 leaves no text before the cue in pose.train_len=4"),
+        (lambda: EndAnchor(4, 9, cue_len=0), "pose.cue_len=0 is not accepted: give an integer of at least 1"),
+        (lambda: EndAnchor(4, 9, 2, cue_weight=0), "pose.cue_weight=0 is not accepted: give a number above 0"),
+        (lambda: EndAnchor(4, 9, 2, cue_weight=1.5), "pose.cue_weight=1.5"),
+        (
+            lambda: Mix(4, 9, PoSE(4, 9, curriculum=[(0.5, 8)])),
+            "pose.sampler.curriculum is not accepted: give pose.cur",
+        ),
         (lambda: Mix(4, 9, "pose"), "pose.sampler='pose' is not accepted: give another choice of the group pose"),
         (lambda: Mix(4, 9, PoSE(3, 9)), "pose.sampler.train_len=3 is not pose.train_len=4"),
         (lambda: Mix(4, 9, PoSE(4, 8)), "pose.sampler.target_len=8 is not pose.target_len=9"),
@@ -594,4 +632,56 @@ def test_an_unknown_content_is_refused(value):
 def test_a_setting_that_cannot_work_is_named(make, message):
     with pytest.raises(ConfigError) as error:
         make()
+    assert message in str(error.value)
+
+
+# ----- a target that grows over the run -----
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
+def test_the_phases_of_a_curriculum_are_the_sampler_at_other_targets(sampler_class):
+    make = SAMPLERS[sampler_class]
+    sampler = replace(make(4, 16, 2), curriculum=[[0.25, 4], [0.5, 9]])
+    assert sampler.curriculum == ((0.25, 4), (0.5, 9)) and hash(sampler) is not None
+    if sampler_class is Full:
+        with pytest.raises(
+            ConfigError, match=r"pose\.curriculum has the phase \[0.25, 4\], and Full draws .*data.curr"
+        ):
+            assert sampler.phases
+        return
+    assert sampler.phases == [(0.25, make(4, 4, 2)), (0.5, make(4, 9, 2))]
+    rngs = [np.random.default_rng(0) for _ in range(2)]
+    for _ in range(20):  # what is left is the last target's
+        a, b = sampler.sample(rngs[0], 20), make(4, 16, 2).sample(rngs[1], 20)
+        assert np.array_equal(a.position_ids, b.position_ids)
+
+
+def test_no_phases_are_no_curriculum():
+    assert PoSE(4, 9, curriculum=[]) == PoSE(4, 9, curriculum=None) == PoSE(4, 9) and PoSE(4, 9).phases == []
+    assert replace(PoSE(4, 9), curriculum=[(0.5, 5)]).resized(4, 6) == PoSE(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "message"),
+    [
+        (0.5, "pose.curriculum=0.5 is not accepted: give [[end, target], ...]"),
+        ("0.5", "pose.curriculum='0.5' is not accepted"),
+        ([0.5, 8], "pose.curriculum has the phase 0.5: give [end, target]"),
+        ([[0.5]], "pose.curriculum has the phase [0.5]: give"),
+        ([["a", 8]], "pose.curriculum has the phase ['a', 8]"),
+        ([[0.5, 8.0]], "pose.curriculum has the phase [0.5, 8.0]"),
+        ([[True, 8]], "pose.curriculum has the phase [True, 8]"),
+        ([[0.5, 3]], "the phase [0.5, 3]: give [end, target], the end a share of the run above 0 and below 1, the "
+                     "target at least 4 and at most pose.target_len=9 tokens"),
+        ([[0.5, 10]], "the phase [0.5, 10]: give"),
+        ([[0, 8]], "the phase [0, 8]: give"),
+        ([[1, 8]], "the phase [1, 8]: give"),
+        ([[0.5, 8], [0.5, 9]], "the phase [0.5, 9]: give [end, target], the end a share of the run above 0.5"),
+        ([[0.2, 8], [0.5, 7]], "the phase [0.5, 7]: give [end, target], the end a share of the run above 0.2 and below "
+                               "1, the target at least 8 and at"),
+    ],
+)  # fmt: skip
+def test_a_curriculum_that_cannot_work_is_named(curriculum, message):
+    with pytest.raises(ConfigError) as error:
+        PoSE(4, 9, curriculum=curriculum)
     assert message in str(error.value)

@@ -6,8 +6,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from pose.data.collator import PoseCollator
-from pose.errors import DataError
-from pose.positions import Full, PoSE, RandPos, SentenceSkip
+from pose.errors import ConfigError, DataError
+from pose.positions import EndAnchor, Full, PoSE, RandPos, SentenceSkip
 
 L, T = 32, 256
 SAMPLER = PoSE(L, T, num_chunks=2)
@@ -116,3 +116,14 @@ def test_sentences_are_split_where_they_end():
 def test_bad_documents_are_named(feature, message):
     with pytest.raises(DataError, match=message):
         PoseCollator(SAMPLER)([document(), feature])
+
+
+def test_what_a_collator_cannot_do_is_refused():
+    """Other trainers take their loss from labels, and do not say how far the run is."""
+    with pytest.raises(ConfigError, match=r"EndAnchor weighs the tokens of an example.*cue_weight=1"):
+        PoseCollator(EndAnchor(L, T))
+    with pytest.raises(ConfigError, match="does not know how far the run is"):
+        PoseCollator(PoSE(L, T, curriculum=[(0.5, 2 * L)]))
+    batch = PoseCollator(EndAnchor(L, T, cue_len=2, cue_weight=1))([document()])
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    assert batch["position_ids"][0].tolist() == [*range(L - 2), T - 2, T - 1]

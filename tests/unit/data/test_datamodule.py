@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from pose.data.datamodule import PoseDataModule, bos_id, sentence_ends
 from pose.data.examples import Targets
 from pose.errors import ConfigError, DataError
-from pose.positions import Full, PoSE, SentenceSkip
+from pose.positions import EndAnchor, Full, PoSE, RandPos, SentenceSkip
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
 
@@ -177,6 +177,54 @@ def test_curriculum_leaves_the_rest_of_the_run_as_it_is(make):
         assert torch.equal(with_phase[i]["input_ids"][0], plain[i]["input_ids"])
 
 
+def farthest(module):
+    """The largest position id of each item, and the items' rows."""
+    return [(int(item["position_ids"].max()), len(torch.atleast_2d(item["input_ids"]))) for item in (
+        module.dataset[i] for i in range(len(module.dataset))
+    )]  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 12])
+def test_the_target_grows_by_whole_optimizer_steps(make, micro_batch):
+    """0.3 and 0.8 of 4 steps of 12 examples are steps 1 and 3, whatever the micro-batch."""
+    anchored = EndAnchor(16, 64, cue_len=4, curriculum=[[0.3, 16], [0.8, 32]])
+    module = ready(make(sampler=anchored, micro_batch=micro_batch, global_batch=12))
+    assert [last for last, _ in farthest(module)] == [15] * 12 + [31] * 24 + [63] * 12
+    batches = list(module.train_dataloader())
+    assert all(batch["input_ids"].shape == (micro_batch, 16) for batch in batches)
+    assert [int(row[-1]) for batch in batches for row in batch["position_ids"]] == [15] * 12 + [31] * 24 + [63] * 12
+
+
+def test_a_growing_target_changes_the_positions_alone(make):
+    """The documents come in the same order, and what follows the phases is as it would be."""
+    plain, phased = (ready(make(sampler=RandPos(16, 64, curriculum=c))).dataset for c in (None, [[0.5, 32]]))
+    for i in range(48):
+        assert torch.equal(phased[i]["input_ids"][0], plain[i]["input_ids"])
+        assert torch.equal(phased[i]["position_ids"][0], plain[i]["position_ids"]) == (i >= 24)
+
+
+def test_a_run_that_goes_on_within_a_phase_meets_the_same_batches(make):
+    def batches(step, world=1, rank=0):
+        module = ready(make(sampler=PoSE(16, 64, curriculum=[[0.5, 32]]), micro_batch=2, global_batch=4))
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        module.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=world, strategy=strategy)
+        return [batch["position_ids"] for batch in module.train_dataloader()]
+
+    whole = torch.cat(batches(0))
+    for step in (1, 4, 9):
+        assert torch.equal(torch.cat(batches(step)), whole[4 * step :])
+    halves = [torch.cat(batches(3, 2, rank)) for rank in (0, 1)]
+    assert torch.equal(torch.stack(halves, 1).flatten(0, 1), whole[12:])
+
+
+def test_both_curricula_together(make, caplog):
+    """Short plain sequences first, then the nearer target, then all of it."""
+    with caplog.at_level(logging.INFO):
+        module = ready(make(sampler=EndAnchor(16, 64, 4, curriculum=[[0.5, 32]]), curriculum=[(0.25, 8)]))
+    assert farthest(module) == [(7, 2)] * 12 + [(31, 1)] * 12 + [(63, 1)] * 24
+    assert "Targets     32 tokens up to step 6, 64 tokens up to step 12" in caplog.messages
+
+
 def test_synthetic_examples_are_mixed_in(make):
     """0.5 of 400 within five standard deviations; they carry loss on a part of their tokens."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "tiny")
@@ -262,6 +310,18 @@ BAD = {
     "phase too short": (
         {"curriculum": [(0.5, 4)], "sampler": PoSE(16, 64, 8)},
         r"phase \[0.5, 4\], and PoSE does not take its length: pose\.num_chunks=8",
+    ),
+    "target of plain ids": (
+        {"curriculum": [(0.5, 8)], "sampler": PoSE(16, 64, curriculum=[[0.5, 32]])},
+        r"pose.curriculum has the phase \[0.5, 32\], and data.curriculum goes on to 0.5 of the run",
+    ),
+    "target of full length": (
+        {"sampler": Full(16, 64, curriculum=[[0.5, 32]])},
+        r"pose.curriculum has the phase \[0.5, 32\], and Full draws examples as long as the target",
+    ),
+    "cue too long for a phase": (
+        {"curriculum": [(0.5, 4)], "sampler": EndAnchor(16, 64, 4)},
+        r"phase \[0.5, 4\], and EndAnchor does not take its length: pose.cue_len=4",
     ),
     "phase too long": ({"curriculum": [(0.5, 32)]}, r"\[0.5, 32\].*divisor of 16"),
 }

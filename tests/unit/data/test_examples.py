@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pose.data.examples import Curriculum, PoseDataset, collate
+from pose.data.examples import IGNORE, Curriculum, PoseDataset, collate, collate_scored
 from pose.errors import DataError
-from pose.positions import Full, Layout, PoSE, PositionSampler, RandPos, SentenceSkip
+from pose.positions import EndAnchor, Full, Layout, Mix, PoSE, PositionSampler, RandPos, SentenceSkip
 
 BASE = 10_000  # token t of document d is d * BASE + t + 1: a token says where it is from
 BOS = 9_999_999
@@ -353,6 +353,37 @@ def test_global_batches_hold_the_same_examples_for_any_number_of_processes(world
         rows = [row for rank in range(world) for row in zip(*dealt[rank][step].values(), strict=True)]
         rows = sorted(tuple(tuple(tensor.tolist()) for tensor in row) for row in rows)
         assert rows == sorted(as_tuple(data[8 * step + i]) for i in range(8))
+
+
+# Weights
+
+
+def test_weights_of_a_sampler_reach_the_batch_and_retrieval_answers_weigh_alike():
+    """Rows of a cue, of a plain text, and of a task whose first answer stands before the cue and the other in it."""
+    sampler = Mix(16, 64, EndAnchor(16, 64, cue_len=4, cue_weight=0.25), plain_share=0.4)
+    data = dataset(sampler, synthetic={Constant(7): 0.4}, num_examples=40)
+    items = [data[i] for i in range(40)]
+    batch = collate_scored(items)
+    assert batch.keys() == {"input_ids", "labels", "position_ids", "scored_at", "scored_weights"}
+    at, weights = batch["scored_at"], batch["scored_weights"].view(torch.float32)
+    seen = Counter()
+    for row in range(40):
+        got = weights[at // 16 == row] * 40
+        is_task, is_plain = bool((batch["labels"][row] == IGNORE).any()), int(batch["position_ids"][row, -1]) == 15
+        if is_task:
+            wanted = [1 / 2] * 2
+        elif is_plain:
+            wanted = [1 / 15] * 15
+        else:  # 11 tokens of weight 1, 4 of a quarter
+            wanted = [1 / 12] * 11 + [1 / 48] * 4
+        assert got.tolist() == pytest.approx(wanted)
+        seen[is_task, is_plain] += 1
+    assert len(seen) == 4
+
+
+def test_a_sampler_without_weights_gives_none():
+    for sampler in (POSE, EndAnchor(16, 64, cue_len=4, cue_weight=1)):
+        assert dataset(sampler)[0].keys() == {"input_ids", "labels", "position_ids"}
 
 
 # Curriculum and batches
