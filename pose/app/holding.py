@@ -128,7 +128,7 @@ def check_teacher(cfg: DictConfig, objective: Objective, trainer: L.Trainer):
     """
     if not objective.has_teacher:
         return
-    key = f"objective._target_={type(objective).__name__}"
+    key = f"objective={objective.name}"
     if cfg.model.path is None:
         raise ConfigError(
             f"{key} keeps to the original model, and model.path is null: random weights have nothing to be kept"

@@ -43,12 +43,14 @@ class Objective(ABC):
     """What every objective has in common.
 
     Attributes:
+        name: in the config group `objective`.
         num_views: under how many sets of position ids the model sees each example.
         parts: names of what the loss is made of, that of the language model first; () where it is that alone. They are
             logged as train/loss_NAME.
         has_teacher: whether it keeps to the original model (`pose.modeling.teacher`).
     """
 
+    name: ClassVar[str]
     num_views: ClassVar[int] = 1
     parts: ClassVar[tuple[str, ...]] = ()
     has_teacher: ClassVar[bool] = False
@@ -63,6 +65,13 @@ class Objective(ABC):
         Raises:
             ConfigError: it cannot; names the key.
         """
+
+    def _require_skips(self, sampler: PositionSampler):
+        if not sampler.skips:
+            raise ConfigError(
+                f"objective={self.name} compares plain positions with those of the sampler, and pose={sampler.name} "
+                "draws plain ones alone: choose a sampler with skips, or objective=lm"
+            )
 
     @abstractmethod
     def describe(self) -> str:
@@ -82,6 +91,8 @@ class Objective(ABC):
 @dataclass(frozen=True)
 class LanguageModel(Objective):
     """`objective=lm`: the cross-entropy of the next token at the sampler's positions, as in the paper."""
+
+    name = "lm"
 
     def describe(self):
         return "cross-entropy of the next token"
@@ -109,6 +120,7 @@ class SelfDistill(Objective):
         ConfigError: weight is not a number of at least 0.
     """
 
+    name = "self_distill"
     num_views = 2
     parts = ("lm", "kl")
 
@@ -121,7 +133,7 @@ class SelfDistill(Objective):
         return collate_views(items)
 
     def check(self, sampler, num_layers):
-        _require_skips("self_distill", sampler)
+        self._require_skips(sampler)
 
     def describe(self):
         return (
@@ -171,6 +183,7 @@ class LongShort(Objective):
         ConfigError: a weight is not a number of at least 0, or layers is no list of different layers.
     """
 
+    name = "long_short"
     num_views = 2
     parts = ("lm", "short", "skipped")
     has_teacher = True
@@ -195,7 +208,7 @@ class LongShort(Objective):
         return collate_views(items)
 
     def check(self, sampler, num_layers):
-        _require_skips("long_short", sampler)
+        self._require_skips(sampler)
         if max(self.layers or [1]) > num_layers:
             raise ConfigError(
                 f"objective.layers={list(self.layers or [])}: this model has {num_layers} layers; give some of 1 to "
@@ -256,11 +269,3 @@ def _skipped(batch: dict[str, torch.Tensor]) -> Targets:
     found = Targets.of_batch(batch, "skipped")
     assert found is not None, "a batch of `collate_views`"
     return found
-
-
-def _require_skips(name: str, sampler: PositionSampler):
-    if not sampler.skips:
-        raise ConfigError(
-            f"objective={name} compares plain positions with those of the sampler, and pose={sampler.name} draws plain "
-            "ones alone: choose a sampler with skips, or objective=lm"
-        )

@@ -22,7 +22,7 @@ OTHERS = {
     "offline", "revision", "attention", "export_dtype", "engine", "text_field", "on_broken", "schedule",
     "target_modules",
     "accelerator", "devices", "precision", "on_nonfinite", "prefix", "tasks", "best", "dtype", "device", "init",
-    "curriculum", "pose", "rope", "strategy", "logger", "optimizer", "weights_dtype", "frozen_dtype",
+    "curriculum", "pose", "rope", "objective", "strategy", "logger", "optimizer", "weights_dtype", "frozen_dtype",
     "gradient_checkpointing", "compile", "micro_batch",
 }  # fmt: skip
 DATASET = "{path: %s, split: train, text_field: text}"

@@ -11,14 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pose.app import schema
 from pose.app.build import build_trainer
-from pose.app.holding import check_holding, layout_of, trained_dtype
+from pose.app.holding import check_holding, check_teacher, layout_of, trained_dtype
 from pose.app.models import model_config
 from pose.app.schema import FinetuneConfig
 from pose.errors import ConfigError
 from pose.files import CONF
 from pose.modeling.held import Held
+from pose.training.objectives import LongShort, SelfDistill
+from pose.training.strategies import DeepSpeed
 
 schema.register()
+EMBEDDINGS = "finetune.lora.train_embeddings_and_norms=true"
 
 
 @pytest.fixture
@@ -63,6 +66,36 @@ def experts(tmp_path):
 def test_what_cannot_be_is_named(parts, overrides, words):
     with pytest.raises(ConfigError) as error:
         check_holding(*parts(*overrides))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("objective", [LongShort(), SelfDistill()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiment=pretrain_tiny"], ["objective=long_short", "model.path is null"]),
+        (["strategy=zero3"], ["objective=long_short", "finetune=lora", "strategy=fsdp"]),
+        (["strategy=zero3", "finetune=lora", EMBEDDINGS], ["train_embeddings_and_norms=false"]),
+        (["strategy=fsdp", "finetune=lora", EMBEDDINGS], ["FSDP", "train_embeddings_and_norms=false"]),
+        (["strategy=zero3", "finetune=lora"], None),
+        (["strategy=fsdp", "finetune=lora"], None),
+        (["strategy=fsdp"], None),
+        (["strategy=zero2"], None),
+        (["finetune=lora", EMBEDDINGS], None),
+        ([], None),
+    ],
+    ids=str,
+)
+def test_where_the_original_cannot_stay_beside_is_named(parts, monkeypatch, objective, overrides, words):
+    """For objectives with a teacher alone."""
+    monkeypatch.setattr(DeepSpeed, "needs_gpu", False)
+    cfg, _, trainer = parts(*overrides)
+    if words is None or not objective.has_teacher:
+        check_teacher(cfg, objective, trainer)
+        return
+    with pytest.raises(ConfigError) as error:
+        check_teacher(cfg, objective, trainer)
     for word in words:
         assert word in str(error.value)
 

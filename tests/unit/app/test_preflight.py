@@ -445,6 +445,31 @@ def test_on_a_cpu_the_largest_micro_batch_is_1(plan, documents, capsys):
     assert not any(isinstance(one, MicroBatch) for one in planned.trainer.callbacks)
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(6, 3), (4, 2), (5, 2), (2, 1), (1, 1), (9, 3)])
+def test_a_micro_batch_counts_both_views_of_an_example(plan, documents, capsys, given, wanted):
+    """Brought down to a divisor of the batch."""
+    planned = plan(
+        "eval=none", "data=jsonl", documents(LONG), "objective=self_distill", "trainer.global_batch=6",
+        f"trainer.micro_batch={given}",
+    )  # fmt: skip
+    assert plan.cfg.trainer.micro_batch == planned.data.micro_batch == wanted
+    assert planned.trainer.accumulate_grad_batches == 6 // wanted
+    assert (
+        f"Micro-batch {wanted}: the objective sees each example 2 times ({given} was given)" in capsys.readouterr().out
+    )
+
+
+def test_objectives_are_checked_before_anything_long(plan, documents):
+    for objective, words in (
+        ("objective.weight=-1", "objective.weight=-1"),
+        ("pose=short_pi", "choose a sampler with skips"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            plan("eval=none", "data=jsonl", documents(LONG), "objective=self_distill", objective)
+    with pytest.raises(ConfigError, match=r"objective.layers=\[99\]: this model has 6 layers"):
+        plan("eval=none", "data=jsonl", documents(LONG), "objective=long_short", "objective.layers=[99]")
+
+
 def test_where_it_is_searched_the_largest_micro_batch_stays_open(plan, documents, monkeypatch):
     """Until the model is there; of a number that was found before and no longer divides the batch, too."""
     monkeypatch.setattr(micro_batch, "DEVICES", ("cpu",))

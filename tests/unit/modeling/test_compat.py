@@ -227,6 +227,23 @@ def test_adapters_of_peft_have_the_names_that_are_read():
     assert not layer.lora_B[key].weight.any() and layer.lora_A[key].weight.any()
 
 
+def test_adapters_of_peft_can_be_off_without_a_change_of_what_trains():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small())
+    tokens = torch.arange(6)[None]
+    wanted = model(tokens).logits
+    add_lora(model, LoraOptions(rank=2))
+    adapted = {name for name, _ in model.named_parameters() if compat.is_of_adapter(name)}
+    assert adapted == {name for name in dict(model.named_parameters()) if "lora_A" in name or "lora_B" in name} != set()
+    for name in adapted:
+        torch.nn.init.ones_(model.get_parameter(name))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with compat.without_adapters(model):
+        torch.testing.assert_close(model(tokens).logits, wanted)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert (model(tokens).logits - wanted).abs().max() > 0.1
+
+
 def test_what_a_process_holds(tmp_path):
     """FSDP2 keeps a slice of a DTensor; ZeRO-3 an empty parameter with its part beside it."""
     plain = torch.nn.Parameter(torch.ones(3, 2))

@@ -141,10 +141,11 @@ def test_without_its_weight_self_distillation_is_the_language_model_at_plain_pos
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted_gradients, strict=True))
 
 
+@pytest.mark.parametrize("scaling", [Yarn(), LongRope(long_factor=[4.0] * 4)], ids=["yarn", "longrope"])
 @pytest.mark.parametrize("layers", [None, [2], [4, 1]])
-def test_long_short_by_hand(batch, layers):
+def test_long_short_by_hand(batch, layers, scaling):
     """The teacher has its own frequencies and its own weights."""
-    model, original = model_of(scaled()), model_of(ORIGINAL, seed=1)
+    model, original = model_of(scaled(scaling)), model_of(ORIGINAL, seed=1)
     objective = LongShort(lm_weight=0.9, short_weight=2.0, skipped_weight=3.0, layers=layers)
     chosen = objective.layers_of(LAYERS)
     assert chosen == ([1, 2, 3, 4] if layers is None else sorted(layers))
