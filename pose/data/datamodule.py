@@ -74,8 +74,7 @@ class PoseDataModule(L.LightningDataModule):
         num_documents, num_tokens: that examples are drawn from: of those that are long enough.
 
     Raises:
-        ConfigError: shares that do not add up, phases that cannot work, an unknown task, or a BOS the tokenizer does not
-            have.
+        ConfigError: shares that do not add up, phases that cannot work, an unknown task, or a BOS the tokenizer lacks.
         DataError: documents are broken or missing, or none is long enough, or a token is beyond vocab_size.
     """
 
