@@ -48,7 +48,7 @@ class PoseDataModule(L.LightningDataModule):
     Args:
         documents: files, folders, globs or datasets, one or a list, as `TokenCache.build` takes them.
         tokenizer: a transformers tokenizer.
-        sampler: which tokens an example shows and which position ids they get.
+        sampler: which tokens an example shows and which position ids they get; its target may grow over the run.
         num_examples: examples in the whole run, over all processes.
         micro_batch: examples in a batch of one process.
         global_batch: examples in an optimizer step, over all processes; None: micro_batch.
@@ -76,7 +76,7 @@ class PoseDataModule(L.LightningDataModule):
         num_documents, num_tokens: that examples are drawn from: of those that are long enough.
 
     Raises:
-        ConfigError: shares that do not add up, an unknown task, or a BOS the tokenizer does not have.
+        ConfigError: shares that do not add up, phases that cannot work, an unknown task, or a BOS the tokenizer lacks.
         DataError: documents are broken or missing, or none is long enough, or a token is beyond vocab_size.
     """
 
