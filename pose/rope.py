@@ -11,7 +11,7 @@ s the factor, n the tokens of a text, theta_j = b^(-2j/d) for j in 0..d/2-1.
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -521,6 +521,57 @@ class LongRope(RopeScaling):
     def keeps_short_texts(self) -> bool:
         """Whether the frequencies of texts within the window are the original ones, and other than those beyond."""
         return all(short == 1 for short in _known(self.short_factor)) and any(f != 1 for f in _known(self.long_factor))
+
+
+@dataclass(frozen=True)
+class Searched(LongRope):
+    """LongRoPE2 (Shang et al. 2025, arXiv 2502.20082): divisors that `python -m pose.search` has found.
+
+    theta_j / long_factor_j, at every length unless `mixed`.
+
+    Args:
+        factors: the folder or file of the search, from which the app fills in the rest.
+        mixed: texts within the window keep the model's own frequencies; a mix of plain and skipped examples trains
+            both (mixed windows).
+        searched_for: base, dim, window and target_len of the search.
+
+    Raises:
+        ConfigError: nothing was read; as `LongRope`.
+    """
+
+    factors: str | None = None
+    mixed: bool = False
+    searched_for: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        if self.long_factor is None:
+            raise ConfigError(
+                "rope.factors is not set: rope=searched needs the folder of a search (python -m pose.search), or its "
+                "factors.yaml"
+            )
+        super().__post_init__()
+        if not isinstance(self.mixed, bool):
+            raise ConfigError(f"rope.mixed={self.mixed!r} is not accepted: give true or false")
+
+    @property
+    def name(self) -> str:
+        return "searched"
+
+    def resolve(self, geometry, target_len):
+        given = {"base": geometry.base, "dim": geometry.dim, "window": geometry.window, "target_len": target_len}
+        wanted = dict(self.searched_for or {})
+        other = [
+            f"{key} {wanted[key]:g}, and here it is {value:g}"
+            for key, value in given.items()
+            if wanted.get(key, value) != value
+        ]
+        if other and geometry.rope_type == "default":
+            raise ConfigError(
+                f"rope.factors={self.factors} is of a search for {'; '.join(other)}: search for this model and target "
+                "(python -m pose.search)"
+            )
+        short = None if self.mixed else self.long_factor
+        return super(Searched, replace(self, short_factor=short)).resolve(geometry, target_len)
 
 
 @dataclass(frozen=True)

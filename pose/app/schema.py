@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pose.errors import ConfigError, require_choice, require_int, require_number
-from pose.evaluation.options import EvalOptions
+from pose.evaluation.options import BOOK, EvalOptions
 from pose.modeling.options import ENGINES, RECOMPUTE, LoraOptions
 from pose.training.options import WatchOptions
 
@@ -197,6 +197,34 @@ class CoverageConfig:
     seed: int = 0  # of these examples
 
 
+@dataclass
+class SearchOptions:
+    """How `python -m pose.search` looks for divisors, and by which questions."""
+
+    population: int = 64  # candidates in a generation
+    num_generations: int = 10  # after the first; a larger number goes on with a search
+    num_parents: int = 16  # the best so far, from which a generation comes
+    mutation: float = 0.3  # probability that a divisor is drawn anew
+    trials: int = 10  # questions that a candidate is measured by
+    depths: list[float] | None = None  # places of needles in [0, 1], in turn; null: 0 to 0.5
+    haystack: Any = "assets/corpora/books.train.jsonl.gz"  # text of the questions: as eval.haystack
+    heldout: Any = BOOK  # text of those that the winner is measured by at the end
+    attention_factor: float | None = None  # multiplies cos and sin; null: sqrt(1 + ln s / ln window)
+
+    def __post_init__(self):
+        require_int("search.trials", self.trials, at_least=1)
+        require_number("search.attention_factor", self.attention_factor, above=0, optional=True)
+        if self.depths is not None and not (self.depths and all(0 <= depth <= 1 for depth in self.depths)):
+            raise ConfigError(f"search.depths={list(self.depths)} is not accepted: give places from 0 to 1")
+
+
+@dataclass
+class SearchConfig(TrainConfig):
+    """Everything `python -m pose.search` takes."""
+
+    search: SearchOptions = field(default_factory=SearchOptions)
+
+
 Options = TypeVar("Options")
 
 
@@ -213,3 +241,4 @@ def register():
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="coverage_schema", node=CoverageConfig)
+    store.store(name="search_schema", node=SearchConfig)

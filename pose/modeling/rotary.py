@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from pose.modeling import compat
 from pose.modeling.compat import Rotary, rotary_modules
+from pose.rope import Frequencies
 
 
 def depends_on_length(config: PretrainedConfig) -> bool:
@@ -63,6 +64,13 @@ def rotate_by_example_length(model: nn.Module):
     for module in rotary_modules(model):
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             module.forward = _StatelessForward(module)
+
+
+def set_frequencies(model: nn.Module, frequencies: Frequencies):
+    """Rotates with other frequencies from now on, the same at every length; of a model whose type is a static one."""
+    for module in rotary_modules(model):
+        module.inv_freq.copy_(frequencies.inv_freq)
+        module.attention_scaling = frequencies.attention_factor
 
 
 def frequencies_at(module: Rotary, seq_len: int) -> torch.Tensor:

@@ -1,0 +1,266 @@
+"""The command `python -m pose.search`: divisors of the rotary frequencies, found on the model that is not trained.
+
+python -m pose.search model=llama3_8b pose.target_len=131072 hydra.run.dir=DIR
+
+leaves DIR/factors.yaml, for train.py rope=searched rope.factors=DIR, and DIR/search.csv with all that was tried. Given
+again, the same command goes on where it was.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from pose.app import schema
+from pose.divisors import Candidate, Evolution, Space
+from pose.errors import ConfigError, DataError
+from pose.files import CONF, Memo, atomic_file, locate, read_json, write_json
+from pose.rope import NTK, Frequencies, Linear, LongRope, RopeGeometry, RopeScaling, Yarn
+
+log = logging.getLogger("pose.app.search")
+schema.register()
+
+COLUMNS = ("generation", "nll", "first", "divisors")
+BASELINES: dict[str, RopeScaling] = {
+    "linear": Linear(), "ntk": NTK(), "yarn": Yarn(), "ntk, rcd_shift": NTK(rcd_shift=True),
+    "yarn, rcd_shift": Yarn(rcd_shift=True),
+}  # fmt: skip
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="search")
+def main(cfg: DictConfig):
+    """Searches, and writes what was found."""
+    from pose.app import runtime  # torch and the like are imported when the config stands
+    from pose.app.preflight import check_config
+    from pose.training import signals
+
+    with runtime.readable_errors(), signals.ending(lambda: "Given again, the same command goes on"):
+        check_config(cfg, schema.SearchConfig)
+        folder = runtime.run_folder()
+        runtime.set_up(cfg)
+        search(cfg, folder)
+
+
+def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Searches for the divisors of a model.
+
+    Args:
+        cfg: as composed.
+        folder: for factors.yaml, search.csv and what tells another search from this one.
+
+    Returns:
+        What factors.yaml says.
+
+    Raises:
+        PoseError: what cannot be searched, before anything long.
+    """
+    import torch
+
+    from pose.app import models, runtime
+    from pose.app.documents import find_documents
+    from pose.data.tokenizer import check_vocabulary
+    from pose.evaluation.needle_fitness import NeedleFitness
+    from pose.evaluation.options import read_haystack
+    from pose.evaluation.scoring import Scorer
+    from pose.evaluation.suite import far_depths
+    from pose.modeling.checkpoints.fingerprint import fingerprint
+    from pose.modeling.layers import check_layers
+    from pose.modeling.load import build_model, check_weights, load_tokenizer, rope_geometry, scale_config
+    from pose.tasks.needle_gain import SwapPrompts
+
+    options: schema.SearchOptions = schema.to_options(cfg.search, schema.SearchOptions)
+    evolution = Evolution(options.population, options.num_generations, options.num_parents, options.mutation)
+    if cfg.model.path is None:
+        raise ConfigError("model.path is not set: a search needs the weights of a model, a folder or a hub id")
+    models.find_model(cfg)
+    config = models.model_config(cfg)
+    check_layers(config)
+    geometry, target_len = rope_geometry(config), cfg.pose.target_len
+    if not isinstance(target_len, int) or target_len <= geometry.window:
+        raise ConfigError(
+            f"pose.target_len={target_len} is not above the model's own window of {geometry.window} tokens: there is "
+            "nothing to search for"
+        )
+    ones = [1.0] * (geometry.dim // 2)
+    scaling = LongRope(long_factor=ones, short_factor=ones, attention_factor=options.attention_factor)
+    scaling = scale_config(config, scaling, target_len)
+    assert scaling.factor is not None and scaling.attention_factor is not None
+    space = Space.of(geometry, scaling.factor)
+    path = locate(cfg.model.path)
+    tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
+    models.check_vocabulary(tokenizer, config, cfg.model.path)
+    check_weights(config, path, cfg.model.revision)
+    depths = far_depths(options.trials) if options.depths is None else list(options.depths)
+    prompts = {}
+    for key, seed in (("haystack", cfg.seed), ("heldout", cfg.seed + 1)):
+        text = read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search")
+        check_vocabulary(tokenizer, text, config.vocab_size, f"search.{key}")
+        prompts[key] = SwapPrompts(tokenizer, text, seed=seed)
+        shortest = prompts[key].shortest(target_len, depths, -(-options.trials // len(depths)))
+        if shortest > target_len:
+            raise ConfigError(
+                f"pose.target_len={target_len} is too short for a question about needles, which has {shortest} tokens "
+                "with this tokenizer"
+            )
+    device = torch.device(
+        "cuda" if cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    )
+    files = fingerprint(path, cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
+    settings = {
+        "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": target_len, "seed": cfg.seed,
+        "factor": scaling.factor, "attention_factor": scaling.attention_factor, "depths": depths,
+        **{key: value for key, value in asdict(options).items() if key not in ("num_generations", "depths")},
+    }  # fmt: skip
+    tried, generations = _go_on(folder, settings, space)
+    runtime.save_config(cfg, folder)
+    attention = models.attention_on(cfg.model.attention, device)
+    model = build_model(config, path, attention, revision=cfg.model.revision).to(device)  # type: ignore[arg-type]
+    scorer = Scorer(model)
+    own, heldout = (NeedleFitness(scorer, one, target_len, depths, options.trials) for one in prompts.values())
+
+    def of(candidate: Candidate) -> Frequencies:
+        return replaced(scaling, candidate).frequencies(geometry)
+
+    for index in range(options.num_generations + 1):
+        before = {one: nll for one, nll in tried.items() if generations[one] < index}
+        children = evolution.generation(space, cfg.seed, index, before)
+        _try(children, index, tried, generations, lambda one: own(of(one)), folder)
+        best = min(tried, key=_order(tried))
+        log.info(
+            f"Generation {index} of {options.num_generations}: best {tried[best]:.4f} nats per token, from j = "
+            f"{best.first} of {space.num} on"
+        )
+    best = min(tried, key=_order(tried))
+    rows = {"searched": {"nll": tried[best], "heldout_nll": heldout(of(best))}}
+    for name, method in BASELINES.items():
+        frequencies = method.resolve(geometry, target_len).frequencies(geometry)
+        rows[name] = {"nll": own(frequencies), "heldout_nll": heldout(frequencies)}
+    found = _factors(best, scaling, geometry, target_len, settings, rows, len(tried))
+    with atomic_file(folder / "factors.yaml") as file:
+        file.write(f"# python train.py rope=searched rope.factors={folder}  (docs/ROPE.md)\n")
+        file.write(OmegaConf.to_yaml(OmegaConf.create(found)))
+    _say(rows, folder)
+    return found
+
+
+def replaced(scaling: LongRope, candidate: Candidate) -> LongRope:
+    """The method of a candidate, the same at every length."""
+    divisors = candidate.divisors()
+    return replace(scaling, long_factor=divisors, short_factor=divisors)
+
+
+def _order(tried: dict[Candidate, float]) -> Callable[[Candidate], tuple]:
+    return lambda one: (tried[one], one.first, one.beyond)
+
+
+def _try(
+    children: list[Candidate],
+    index: int,
+    tried: dict[Candidate, float],
+    generations: dict[Candidate, int],
+    fitness: Callable[[Candidate], float],
+    folder: Path,
+):
+    """Measures those of a generation that have not been, and writes each down at once."""
+    left = [one for one in children if one not in tried]
+    with (folder / "search.csv").open("a", newline="") as file:
+        writer = csv.writer(file)
+        for one in tqdm(left, desc=f"generation {index}", unit="candidate", leave=False):
+            tried[one], generations[one] = fitness(one), index
+            writer.writerow([index, repr(tried[one]), one.first, " ".join(map(repr, one.divisors()))])
+            file.flush()
+
+
+def _go_on(folder: Path, settings: dict, space: Space) -> tuple[dict[Candidate, float], dict[Candidate, int]]:
+    """What a search in this folder has tried before, with the generation of each.
+
+    Raises:
+        ConfigError: it was another search.
+    """
+    before, file = read_json(folder / "settings.json"), folder / "search.csv"
+    changed = [
+        f"{key}={settings.get(key)!r}, which was {value!r}"
+        for key, value in before.items()
+        if value != settings.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds another search: {'; '.join(changed)}. Give the earlier values to go on with it, or "
+            "another hydra.run.dir"
+        )
+    write_json(folder / "settings.json", settings)
+    tried: dict[Candidate, float] = {}
+    generations: dict[Candidate, int] = {}
+    text = file.read_text() if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a process that was killed may have left half a line
+    for row in csv.DictReader(io.StringIO(whole)):
+        try:
+            index, first, divisors = (
+                int(row["generation"]),
+                int(row["first"]),
+                [float(x) for x in row["divisors"].split()],
+            )
+            one = Candidate(first, tuple(divisors[first:]))
+            tried[one], generations[one] = float(row["nll"]), index
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{file} has a line that is none of a search: {row}. Give another hydra.run.dir") from error
+    with atomic_file(file, newline="") as new:
+        writer = csv.writer(new)
+        writer.writerow(COLUMNS)
+        for one, nll in tried.items():
+            writer.writerow([generations[one], repr(nll), one.first, " ".join(map(repr, one.divisors()))])
+    if tried:
+        log.info(f"Going on with {len(tried):,} candidates tried before")
+    return tried, generations
+
+
+def _factors(
+    best: Candidate, scaling: LongRope, geometry: RopeGeometry, target_len: int, settings: dict, rows: dict, num: int
+) -> dict[str, Any]:
+    return {
+        "long_factor": best.divisors(),
+        "attention_factor": scaling.attention_factor,
+        "factor": scaling.factor,
+        "searched_for": {
+            "base": geometry.base, "dim": geometry.dim, "window": geometry.window, "target_len": target_len,
+            "model": settings["model"], "seed": settings["seed"],
+        },
+        "critical_dimension": 2 * best.first,
+        "candidates": num,
+        "needle_answers": rows,
+    }  # fmt: skip
+
+
+def _say(rows: dict[str, dict[str, float]], folder: Path):
+    """A table of the winner and the methods without a search, and where everything is."""
+    from rich.table import Table
+
+    from pose.reporting.tables import print_table
+
+    table = Table(title="NLL of needle answers at the target, nats per token (lower is better)")
+    for column in ("", "searched on", "held out"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['nll']:.4f}", f"{row['heldout_nll']:.4f}")
+    print_table(table)
+    better = [name for name, row in rows.items() if row["heldout_nll"] < rows["searched"]["heldout_nll"]]
+    if better:
+        log.warning(
+            f"on text that the search has not seen, {', '.join(better)} is better than what was found: give it more "
+            "search.trials, or take that method"
+        )
+    log.info(f"Factors     {folder}/factors.yaml  (train.py rope=searched rope.factors={folder})")
+    log.info(f"Tried       {folder}/search.csv")
+
+
+if __name__ == "__main__":
+    main()

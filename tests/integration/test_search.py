@@ -1,0 +1,148 @@
+"""python -m pose.search on the shipped model: what it leaves, that it goes on, and that train.py takes it."""
+
+import csv
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pose.modeling.load import build_model, load_config, scale_config
+from pose.rope import LongRope
+
+pytestmark = pytest.mark.slow
+SMALL = (
+    "pose.target_len=512", "search.population=4", "search.num_generations=2", "search.num_parents=2", "search.trials=2",
+    "num_threads=1", "trainer.accelerator=cpu",
+)  # fmt: skip
+
+
+def command(folder, *overrides):
+    return [sys.executable, "-m", "pose.search", *SMALL, f"hydra.run.dir={folder}", *overrides]
+
+
+def run(*arguments):
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search") / "whole"
+    code, output = run(*command(folder))
+    assert code == 0, output
+    return folder, output
+
+
+def test_what_a_search_leaves(found):
+    folder, output = found
+    factors = OmegaConf.load(folder / "factors.yaml")
+    with (folder / "search.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["generation"]) for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    best = min(rows, key=lambda row: float(row["nll"]))
+    assert [float(x) for x in best["divisors"].split()] == list(factors.long_factor)
+    answers = factors.needle_answers
+    assert answers.searched.nll == float(best["nll"]) <= min(float(row["nll"]) for row in rows[:4])
+    assert len(factors.long_factor) == 32 and factors.candidates == 12
+    assert factors.searched_for.target_len == 512 and factors.searched_for.window == 256
+    assert set(answers) == {"searched", "linear", "ntk", "yarn", "ntk, rcd_shift", "yarn, rcd_shift"}
+    assert "held out" in output and "rope=searched" in output
+
+
+def test_a_search_that_was_killed_goes_on_to_the_same_end(found, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file, end = folder / "search.csv", time.monotonic() + 120
+    while time.monotonic() < end and not (file.exists() and len(file.read_text().splitlines()) > 6):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (folder / "factors.yaml").exists()
+    with file.open("a") as broken:
+        broken.write("2,1.0,8,1.0 1")  # half a line
+    code, output = run(*command(folder))
+    assert code == 0 and "Going on with" in output, output
+    whole, _ = found
+    for name in ("search.csv", "factors.yaml"):
+        lines = [(one / name).read_text().splitlines() for one in (folder, whole)]
+        assert [line for line in lines[0] if "python" not in line] == [
+            line for line in lines[1] if "python" not in line
+        ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["search.trials=3"], "holds another search: trials=3, which was 2"),
+        (["pose.target_len=200"], "pose.target_len=200 is not above the model's own window of 256"),
+        (["search.haystack=nothing.txt"], "nothing.txt"),
+        (["search.mutation=2"], "search.mutation=2"),
+        (["model.path=null"], "model.path is not set"),
+    ],
+)
+def test_what_cannot_be_searched_is_an_error_at_once(found, overrides, words):
+    folder, _ = found
+    code, output = run(*command(folder, *overrides))
+    assert code == 1 and words in output and "Traceback" not in output, output
+
+
+def test_training_takes_what_was_found(found, tmp_path):
+    """Its export is a plain folder with the same logits as the closed form; config.yaml needs no other file."""
+    folder, _ = found
+    settings = ("pose.target_len=512", "trainer.max_steps=1", "eval=none", "num_threads=1", "trainer.accelerator=cpu")
+    code, output = run(
+        sys.executable,
+        "train.py",
+        "rope=searched",
+        f"rope.factors={folder}",
+        *settings,
+        f"hydra.run.dir={tmp_path}/run",
+    )
+    assert code == 0, output
+    factors = OmegaConf.load(folder / "factors.yaml")
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").rope.long_factor == factors.long_factor
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    config = load_config("assets/tiny")
+    divisors = list(factors.long_factor)
+    scaling = LongRope(long_factor=divisors, short_factor=divisors, attention_factor=factors.attention_factor)
+    scale_config(config, scaling, 512)
+    ours = build_model(config, "assets/tiny", "sdpa")
+    ours.load_state_dict(plain.state_dict(), strict=False)  # of which W_q and W_k have the attention factor in them
+    for module in (ours.model.rotary_emb,):
+        module.attention_scaling = 1.0
+    tokens = torch.tensor(AutoTokenizer.from_pretrained("assets/tiny")("A text. " * 100)["input_ids"])[None, :400]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, ours(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["pose.target_len=1024"], "is of a search for target_len 512, and here it is 1024"),
+        (["rope.factors=nowhere"], "rope.factors=nowhere cannot be read"),
+        (["rope.factors=null"], "rope.factors is not set"),
+        (["rope.factors=conf/train.yaml"], "is no factors.yaml of a search"),
+        (["rope.mixed=1"], "rope.mixed=1"),
+    ],
+)
+def test_factors_that_do_not_belong_are_errors(found, tmp_path, overrides, words):
+    folder, _ = found
+    code, output = run(
+        sys.executable, "train.py", "rope=searched", f"rope.factors={folder}", "pose.target_len=512", "eval=none",
+        f"hydra.run.dir={tmp_path}/run", *overrides,
+    )  # fmt: skip
+    assert code == 1 and words in output and "Traceback" not in output, output
+
+
+def test_mixed_windows_keep_short_texts(found):
+    from pose.app.build import build_scaling
+
+    folder, _ = found
+    node = OmegaConf.create({"_target_": "pose.rope.Searched", "factors": str(folder), "mixed": True})
+    config = load_config("assets/tiny")
+    scale_config(config, build_scaling(node), 512)
+    assert config.rope_parameters["short_factor"] == [1.0] * 32 != config.rope_parameters["long_factor"]
