@@ -187,11 +187,10 @@ def _go_on(folder: Path, settings: dict, space: Space) -> tuple[dict[Candidate, 
         ConfigError: it was another search.
     """
     before, file = read_json(folder / "settings.json"), folder / "search.csv"
-    changed = [
-        f"{key}={settings.get(key)!r}, which was {value!r}"
-        for key, value in before.items()
-        if value != settings.get(key)
-    ]
+    changed = []
+    for key, value in before.items():
+        if value != settings.get(key):
+            changed.append(f"{key}={settings.get(key)!r}, which was {value!r}")
     if changed:
         raise ConfigError(
             f"{folder} holds another search: {'; '.join(changed)}. Give the earlier values to go on with it, or "
