@@ -6,10 +6,11 @@ below it is NTK with a base that meets the first of them. Everything here is a p
 Symbols as in `pose.rope`: s the factor, j = 0..d/2-1 the frequencies, theta_j / lambda_j with the divisors lambda_j.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pose.errors import ConfigError, require_int, require_number
 from pose.rope import RopeGeometry, critical_dimension, real_critical_dimension
@@ -64,7 +65,7 @@ class Space:
             )
         return cls(num, factor, (least, min(max(least, greatest), num - 1)))
 
-    def repaired(self, first: int, beyond: Sequence[float]) -> Candidate:
+    def repaired(self, first: int, beyond: ArrayLike) -> Candidate:
         """The candidate nearest to a draft: its divisors sorted, and in [s, 2s].
 
         Args:

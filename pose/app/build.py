@@ -7,19 +7,18 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import Strategy
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
-from yaml import YAMLError
 
 from pose.app.documents import find_documents
+from pose.app.factors import read_factors
 from pose.app.schema import DataConfig, TrainerConfig, to_options
 from pose.app.targets import make
 from pose.data.datamodule import PoseDataModule
 from pose.data.heldout import SetAside
-from pose.errors import ConfigError, PoseError, first_line
+from pose.errors import ConfigError, PoseError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths
-from pose.files import locate
 from pose.modeling.load import check_target
 from pose.positions import PositionSampler
 from pose.rope import RopeScaling
@@ -52,38 +51,8 @@ def _with_train_len(arguments: dict, window: int | None) -> dict:
 
 def build_scaling(node: DictConfig) -> RopeScaling:
     """The method of the group `rope`; what a search has found is read, and written into it."""
-    factors = node.get("factors")
-    if factors is not None and node.get("long_factor") is None:
-        found = read_factors(factors)
-        with open_dict(node):
-            for key, value in found.items():
-                if node.get(key) is None:
-                    node[key] = value
+    read_factors(node)
     return make(node, RopeScaling, "rope")
-
-
-def read_factors(factors: str) -> dict[str, Any]:
-    """What `python -m pose.search` has found: long_factor, attention_factor, searched_for.
-
-    Args:
-        factors: its folder, or its factors.yaml.
-
-    Raises:
-        ConfigError: there is no such file, or it is none of a search; names it.
-    """
-    path = Path(locate(str(factors)))
-    path = path / "factors.yaml" if path.is_dir() else path
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, ValueError) as error:
-        raise ConfigError(
-            f"rope.factors={factors} cannot be read: {first_line(error)}. Give the folder of a finished search (python "
-            "-m pose.search), or its factors.yaml"
-        ) from error
-    keys = ("long_factor", "attention_factor", "searched_for")
-    if not isinstance(found, dict) or any(key not in found for key in keys):
-        raise ConfigError(f"rope.factors={factors} is no factors.yaml of a search, which has {', '.join(keys)}")
-    return {key: found[key] for key in keys}
 
 
 def build_objective(node: DictConfig, sampler: PositionSampler, config: PretrainedConfig) -> Objective:

@@ -91,9 +91,9 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             "nothing to search for"
         )
     ones = [1.0] * (geometry.dim // 2)
-    scaling = LongRope(long_factor=ones, short_factor=ones, attention_factor=options.attention_factor)
-    scaling = scale_config(config, scaling, target_len)
-    assert scaling.factor is not None and scaling.attention_factor is not None
+    plain = LongRope(long_factor=ones, short_factor=ones, attention_factor=options.attention_factor)
+    scaling = scale_config(config, plain, target_len)
+    assert isinstance(scaling, LongRope) and scaling.factor is not None
     space = Space.of(geometry, scaling.factor)
     path = locate(cfg.model.path)
     tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)

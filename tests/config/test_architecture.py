@@ -12,7 +12,7 @@ FLOORS = [
     {"errors"},
     {"files"},
     {"positions", "rope"},
-    {"coverage", "plan"},
+    {"coverage", "plan", "divisors"},
     {"tasks"},
     {"data"},
     {"modeling"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"training"},
     {"reporting"},
     {"app"},
-    {"export", "engines"},  # commands under short names
+    {"export", "engines", "search"},  # commands under short names
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(POSE.rglob("*.py"))

@@ -142,7 +142,8 @@ def test_mixed_windows_keep_short_texts(found):
     from pose.app.build import build_scaling
 
     folder, _ = found
-    node = OmegaConf.create({"_target_": "pose.rope.Searched", "factors": str(folder), "mixed": True})
+    node = OmegaConf.load("conf/rope/searched.yaml")
+    node.factors, node.mixed = str(folder), True
     config = load_config("assets/tiny")
     scale_config(config, build_scaling(node), 512)
     assert config.rope_parameters["short_factor"] == [1.0] * 32 != config.rope_parameters["long_factor"]
