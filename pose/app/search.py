@@ -114,15 +114,16 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     device = torch.device(
         "cuda" if cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
     )
+    attention = models.attention_on(cfg.model.attention, device)
     files = fingerprint(path, cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
     settings = {
         "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": target_len, "seed": cfg.seed,
-        "factor": scaling.factor, "attention_factor": scaling.attention_factor, "depths": depths,
+        "factor": scaling.factor, "depths": depths, "attention": attention, "device": device.type,
         **{key: value for key, value in asdict(options).items() if key not in ("num_generations", "depths")},
+        "attention_factor": scaling.attention_factor,
     }  # fmt: skip
     tried, generations = _go_on(folder, settings, space)
     runtime.save_config(cfg, folder)
-    attention = models.attention_on(cfg.model.attention, device)
     model = build_model(config, path, attention, revision=cfg.model.revision).to(device)  # type: ignore[arg-type]
     scorer = Scorer(model)
     own, heldout = (NeedleFitness(scorer, one, target_len, depths, options.trials) for one in prompts.values())
@@ -251,12 +252,13 @@ def _say(rows: dict[str, dict[str, float]], folder: Path):
     for name, row in rows.items():
         table.add_row(name, f"{row['nll']:.4f}", f"{row['heldout_nll']:.4f}")
     print_table(table)
-    better = [name for name, row in rows.items() if row["heldout_nll"] < rows["searched"]["heldout_nll"]]
-    if better:
-        log.warning(
-            f"on text that the search has not seen, {', '.join(better)} is better than what was found: give it more "
-            "search.trials, or take that method"
-        )
+    for key, where in (("nll", "on the text searched on"), ("heldout_nll", "on text that the search has not seen")):
+        better = [name for name, row in rows.items() if row[key] < rows["searched"][key]]
+        if better:
+            log.warning(
+                f"{where}, what was found is worse than {', '.join(better)}: give it more search.num_generations or "
+                "search.trials, or take that method"
+            )
     log.info(f"Factors     {folder}/factors.yaml  (train.py rope=searched rope.factors={folder})")
     log.info(f"Tried       {folder}/search.csv")
 

@@ -51,6 +51,10 @@ def test_what_a_search_leaves(found):
     assert factors.searched_for.target_len == 512 and factors.searched_for.window == 256
     assert set(answers) == {"searched", "linear", "ntk", "yarn", "ntk, rcd_shift", "yarn, rcd_shift"}
     assert "held out" in output and "rope=searched" in output
+    for key, where in (("nll", "on the text searched on"), ("heldout_nll", "on text that the search has not seen")):
+        better = [name for name, row in answers.items() if row[key] < answers.searched[key]]
+        said = " ".join(output.split())
+        assert (f"{where}, what was found is worse than {', '.join(better)}:" in said) == bool(better)
 
 
 def test_a_search_that_was_killed_goes_on_to_the_same_end(found, tmp_path):
@@ -79,6 +83,8 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, tmp_path):
     ("overrides", "words"),
     [
         (["search.trials=3"], "trials=3, which was 2"),
+        (["model.attention=eager"], "attention='eager', which was 'sdpa'"),
+        (["search.attention_factor=1"], "attention_factor=1.0, which was 1.06"),
         (["pose.target_len=200"], "pose.target_len=200 is not above the model's own window of 256"),
         (["search.haystack=nothing.txt"], "nothing.txt"),
         (["search.mutation=2"], "search.mutation=2"),
