@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pose.errors import ConfigError, require_choice, require_int, require_number
-from pose.evaluation.options import BOOK, EvalOptions
+from pose.evaluation.options import EvalOptions
 from pose.modeling.options import ENGINES, RECOMPUTE, LoraOptions
 from pose.training.options import WatchOptions
 
@@ -208,7 +208,7 @@ class SearchOptions:
     trials: int = 10  # questions that a candidate is measured by
     depths: list[float] | None = None  # places of needles in [0, 1], in turn; null: 0 to 0.5
     haystack: Any = "assets/corpora/books.train.jsonl.gz"  # text of the questions: as eval.haystack
-    heldout: Any = BOOK  # text of those that the winner is measured by at the end
+    heldout: Any = "assets/corpora/reports.train.jsonl.gz"  # text of those that the winner is measured by at the end
     attention_factor: float | None = None  # multiplies cos and sin; null: sqrt(1 + ln s / ln window)
 
     def __post_init__(self):

@@ -100,10 +100,11 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     models.check_vocabulary(tokenizer, config, cfg.model.path)
     check_weights(config, path, cfg.model.revision)
     depths = far_depths(options.trials) if options.depths is None else list(options.depths)
-    prompts = {}
+    prompts, digests = {}, {}
     for key, seed in (("haystack", cfg.seed), ("heldout", cfg.seed + 1)):
         text = read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search")
         check_vocabulary(tokenizer, text, config.vocab_size, f"search.{key}")
+        digests[key] = hashlib.sha256(text.encode()).hexdigest()
         prompts[key] = SwapPrompts(tokenizer, text, seed=seed)
         shortest = prompts[key].shortest(target_len, depths, -(-options.trials // len(depths)))
         if shortest > target_len:
@@ -120,11 +121,12 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": target_len, "seed": cfg.seed,
         "factor": scaling.factor, "depths": depths, "attention": attention, "device": device.type,
         **{key: value for key, value in asdict(options).items() if key not in ("num_generations", "depths")},
-        "attention_factor": scaling.attention_factor,
+        "attention_factor": scaling.attention_factor, **digests,
     }  # fmt: skip
     tried, generations = _go_on(folder, settings, space)
     runtime.save_config(cfg, folder)
-    model = build_model(config, path, attention, revision=cfg.model.revision).to(device)  # type: ignore[arg-type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
     scorer = Scorer(model)
     own, heldout = (NeedleFitness(scorer, one, target_len, depths, options.trials) for one in prompts.values())
 
