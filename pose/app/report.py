@@ -94,8 +94,7 @@ def read(folder: Path) -> list["Source"]:
     jobs = [each for each in folder.iterdir() if any((each / name).is_file() for name in RUN_FILES)]
     if not jobs:
         raise DataError(
-            f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {', '.join(RUN_FILES[:-1])} or "
-            f"{RUN_FILES[-1]}"
+            f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {' or '.join(RUN_FILES)}"
         )
     jobs.sort(key=lambda job: (len(job.name), job.name))
     names = _job_names([_overrides(job) for job in jobs])
@@ -114,12 +113,11 @@ def _read_one(folder: Path, name: str = "") -> "Source":
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         config = None
-    config = config if isinstance(config, dict) else {}
-    flat, provenance = _flat(config), read_json(folder / "provenance.json")
+    flat, provenance = _flat(_object(config)), read_json(folder / "provenance.json")
     common: dict[str, Any] = {"name": name, "folder": str(folder), "config": flat}
     if (folder / "results.json").is_file():
-        found = read_json(folder / "results.json").get("checkpoints")
-        found = {str(k): v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+        checkpoints = _object(read_json(folder / "results.json").get("checkpoints"))
+        found = {model: each for model, each in checkpoints.items() if isinstance(each, dict)}
         return Source(
             kind="evaluation",
             facts={
@@ -129,17 +127,19 @@ def _read_one(folder: Path, name: str = "") -> "Source":
                 **_how(folder, provenance),
             },
             models={model: _estimates(each.get("metrics")) for model, each in found.items()},
-            identities={model: json.dumps((each.get("identity") or {}).get("checkpoint")) for model, each in found.items()},
+            identities={
+                model: json.dumps(_object(each.get("identity")).get("checkpoint")) for model, each in found.items()
+            },
             window=min((w for each in found.values() if (w := _whole(each.get("window")))), default=None),
             target=max((t for each in found.values() if (t := _whole(each.get("target")))), default=None),
             cost={f"measuring {model}": _numbers(each.get("took")) for model, each in found.items()},
             **common,
         )
     metrics = read_json(folder / "metrics.json")
-    settings = provenance.get("settings") or {}
-    rope = settings.get("model's rope_parameters") or {}
+    settings = _object(provenance.get("settings"))
+    rope = _object(settings.get("model's rope_parameters"))
     window = _whole(rope.get("original_max_position_embeddings") or settings.get("model's max_position_embeddings"))
-    target = _whole(config.get("pose", {}).get("target_len"))
+    target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
     return Source(
         kind="training",
         facts=_training_facts(flat, window, target, is_finished=bool(metrics))
@@ -193,7 +193,7 @@ def _measured_on(flat: Mapping[str, str]) -> dict[str, str]:
 
 def _how(folder: Path, provenance: Mapping[str, Any]) -> dict[str, str]:
     """Command, code, versions and machine."""
-    packages = provenance.get("packages") or {}
+    packages = _object(provenance.get("packages"))
     versions = [f"{name} {packages[name]}" for name in ("torch", "transformers", "lightning") if packages.get(name)]
     versions += [f"Python {provenance['python']}"] if provenance.get("python") else []
     machine = provenance.get("gpu") or f"{provenance.get('processor')} CPU, {provenance.get('cpu_threads')} threads"
@@ -226,7 +226,7 @@ def _estimates(found: Any) -> dict[str, "Estimate"]:
     from pose.evaluation.task import Estimate
 
     estimates = {}
-    for name, value in (found if isinstance(found, dict) else {}).items():
+    for name, value in _object(found).items():
         fields = value if isinstance(value, dict) else {"value": value, "num": 0}
         fields = {k: v for k, v in fields.items() if k in Estimate._fields and isinstance(v, int | float)}
         if "value" in fields:
@@ -237,7 +237,8 @@ def _estimates(found: Any) -> dict[str, "Estimate"]:
 def _training_cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
     """Of the whole training; peak memory and MFU are the highest and the last that were logged."""
     found = {name.removeprefix("train/"): value for name, value in _numbers(metrics).items()}
-    cost = {key: found[key] for key in ("seconds", "steps", "tokens", "step_seconds", "mfu") if key in found}
+    keys = ("seconds", "steps", "tokens", "step_seconds", "mfu")
+    cost: dict[str, float] = {key: found[key] for key in keys if key in found}
     if cost.get("seconds") and "tokens" in cost:
         cost["tokens_per_second"] = cost["tokens"] / cost["seconds"]
     elif "tokens_per_second" in found:
@@ -314,7 +315,7 @@ def _tail(folder: Path) -> str:
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Settings by dotted key; a value is text, and JSON where it is none."""
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
@@ -329,8 +330,16 @@ def _words(text: str) -> str:
 
 
 def _numbers(found: Any) -> dict[str, float]:
-    items = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in items if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {
+        key: value
+        for key, value in _object(found).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _object(found: Any) -> dict[str, Any]:
+    """What a damaged file may have instead of an object is an empty one."""
+    return found if isinstance(found, dict) else {}
 
 
 def _whole(value: Any) -> int | None:

@@ -239,7 +239,7 @@ class Run:
         return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under)
 
     def report(self):
-        """Model card, plots, loggers' last entries, results.csv, metrics.json (which makes a run complete), the page."""
+        """Model card, plots, loggers' last entries, results.csv, metrics.json (with it a run is complete), the page."""
         plan, folder = self.plan, self.folder
         self.write_card()
         plot_training(folder / "metrics.csv", folder / "plots" / "training.png")

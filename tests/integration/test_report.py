@@ -15,9 +15,9 @@ from pose.reporting.page import Source, page
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
 OPTIONS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=20000",
-    "--window-size=1300,1500",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+    "--virtual-time-budget=20000", "--window-size=1300,1500",
 )  # fmt: skip
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">&amp;{{ 7*7 }}"
 
@@ -46,7 +46,9 @@ def estimates(shift=0.0):
     found = {f"tail_ppl@{n}": Estimate(40 + shift + n / 100, 38 + shift, 60 + shift, 8) for n in (256, 512, 1024)}
     found |= {f"passkey@{n}": Estimate(0.5 + shift / 100, 0.3, 0.9, 20) for n in (256, 1024)}
     found |= {f"position_ppl@{n}-{n + 256}": Estimate(41 + shift) for n in (0, 256, 512, 768)}
-    found |= {f"needle_gain@{n}/{d}": Estimate(d + shift / 10, d - 0.1, d + 3, 4) for n in (256, 1024) for d in (0.0, 0.5)}
+    found |= {
+        f"needle_gain@{n}/{d}": Estimate(d + shift / 10, d - 0.1, d + 3, 4) for n in (256, 1024) for d in (0.0, 0.5)
+    }
     return found | {f"ruler/vt@{n}": Estimate(0.25, 0.1, 0.4, 10) for n in (256, 1024)}
 
 
@@ -98,7 +100,7 @@ def test_it_opens_and_every_chart_is_drawn(visit):
         seen.drawn = document.querySelectorAll(".chart svg.marks").length;
         seen.fetched = performance.getEntriesByType("resource").map((each) => each.name);
         seen.lines = lines(chart("Perplexity of the last tokens"));
-        seen.cells = document.querySelectorAll("#ruler .mark-rect path").length;"""
+        seen.cells = document.querySelectorAll("#ruler .mark-rect.role-mark path").length;"""
     )
     assert seen["title"] == seen["heading"] == f"Two runs {HOSTILE}" and seen["images"] == 0 and seen["fetched"] == []
     assert seen["charts"] == seen["drawn"] == 15
@@ -155,7 +157,7 @@ def test_a_value_is_read_from_a_chart(visit):
         };
         const ppl = document.getElementById(chart("Perplexity of the last tokens"));
         seen.point = await read(ppl.querySelectorAll(".mark-symbol path")[3]);
-        seen.cell = await read(document.querySelector("#needle_gain .mark-rect path"));"""
+        seen.cell = await read(document.querySelector("#needle_gain .mark-rect.role-mark path"));"""
     )
     point = dict(re.split(r":?\s*\t\s*", row) for row in seen["point"])
     assert point["model"] == HOSTILE
