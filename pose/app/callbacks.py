@@ -68,6 +68,7 @@ class SweepTable(Callback):
         folder = Path(config.hydra.sweep.dir)
         if show_sweep(folder):
             write_beside(folder)
+            log.info(f"Page        {folder}/report.html")
 
 
 class Workers(Callback):

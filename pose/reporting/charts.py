@@ -220,7 +220,7 @@ def _watched(family: str, rows: Rows, lines: Sequence[Line], is_alone: bool) -> 
         scale = {"scheme": {"name": "viridis", "extent": [0, 0.85]}}
         color = {"field": "length", "type": "ordinal", "sort": lengths, "scale": scale, "title": None}
     base = {"x": _x("optimizer step"), "y": _y([row["y"] for row in rows], family), "color": color}
-    base |= {"detail": [{"field": "run"}, {"field": "length"}]}
+    base |= {"detail": {"field": "run"}}
     tooltip = [_tip("run", "run"), _tip("length", "at"), _tip("x", "optimizer step", ",d"), _tip("value", metric.title)]
     layers = [
         {"mark": {"type": "line", "strokeWidth": 1.5}, "encoding": base},

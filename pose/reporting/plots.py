@@ -353,7 +353,7 @@ def _plot_heatmaps(
         axes.set_xticks(range(len(columns)), [f"{column:,}" for column in columns], fontsize="small")
         labels = [f"{100 * row:.3g}%" if isinstance(row, float) else label_of(row) for row in rows]
         axes.set_yticks(range(len(rows)), labels, fontsize="small")
-        axes.settitle_of(label_of(model), fontsize="medium")
+        axes.set_title(label_of(model), fontsize="medium")
         axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(image, ax=list(grid.flat[: len(found)]), shrink=0.8, format="{x:.0%}" if is_share else "{x:g}")
     save_figure(figure, png)

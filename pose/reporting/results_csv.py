@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pose.evaluation.task import Estimate
@@ -27,16 +28,11 @@ def write_results(file: Path, results: Mapping[str, Mapping[str, Estimate]]):
 
 def read_results(file: Path) -> dict[str, dict[str, Estimate]]:
     """Estimates by model; {} where there is no such file, and without the rows that cannot be read."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
     results: dict[str, dict[str, Estimate]] = {}
-    for row in csv.DictReader(text.splitlines()):
-        try:
-            low, high = (float(row[bound]) if row[bound] else None for bound in ("low", "high"))
-            estimate = Estimate(float(row["value"]), low, high, int(row["num"]))
-            results.setdefault(row["checkpoint"], {})[row["metric"]] = estimate
-        except (KeyError, TypeError, ValueError):
-            continue
+    with suppress(OSError, csv.Error), open(file, encoding="utf-8", errors="replace", newline="") as table:
+        for row in csv.DictReader(table):
+            with suppress(KeyError, TypeError, ValueError):
+                low, high = (float(row[bound]) if row[bound] else None for bound in ("low", "high"))
+                estimate = Estimate(float(row["value"]), low, high, int(row["num"]))
+                results.setdefault(row["checkpoint"], {})[row["metric"]] = estimate
     return results

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pose.evaluation.task import Estimate
-from pose.reporting.page import Source, page
+from pose.reporting.lines import Source
+from pose.reporting.page import LIBRARIES, page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]
@@ -95,6 +96,7 @@ def visit(html, tmp_path):
 def test_it_opens_and_every_chart_is_drawn(visit):
     seen = visit(
         """seen.title = document.title; seen.heading = document.querySelector("h1").textContent;
+        seen.versions = [`vega-${vega.version}`, `vega-embed-${vegaEmbed.version}`];
         seen.images = document.images.length;
         seen.charts = document.querySelectorAll(".chart").length;
         seen.drawn = document.querySelectorAll(".chart svg.marks").length;
@@ -103,6 +105,7 @@ def test_it_opens_and_every_chart_is_drawn(visit):
         seen.cells = document.querySelectorAll("#ruler .mark-rect.role-mark path").length;"""
     )
     assert seen["title"] == seen["heading"] == f"Two runs {HOSTILE}" and seen["images"] == 0 and seen["fetched"] == []
+    assert seen["versions"] == [LIBRARIES[0], LIBRARIES[2]]  # Vega-Lite 6.5.0 calls itself 6.4.3
     assert seen["charts"] == seen["drawn"] == 15
     assert seen["lines"] == 3  # untuned of both, and the two runs
     assert seen["cells"] == 6
