@@ -252,10 +252,11 @@ def _coverage(file: Path):
     import numpy as np
 
     try:
-        columns = np.loadtxt(file, delimiter=",", skiprows=1, ndmin=2).T
+        _, *lines = file.read_text(encoding="utf-8").splitlines()
+        columns = np.array([line.split(",") for line in lines], dtype=np.float64).T
     except (OSError, ValueError):
         return None
-    return tuple(columns) if len(columns) == 3 and columns.size else None
+    return tuple(columns) if columns.ndim == 2 and len(columns) == 3 else None
 
 
 def _overrides(job: Path) -> list[str]:
