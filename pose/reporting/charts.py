@@ -218,7 +218,8 @@ def _watched(family: str, rows: Rows, lines: Sequence[Line], is_alone: bool) -> 
     color = _by_line(lines, "color")
     if is_alone and len(lengths) > 1:
         scale = {"scheme": {"name": "viridis", "extent": [0, 0.85]}}
-        color = {"field": "length", "type": "ordinal", "sort": lengths, "scale": scale, "title": None}
+        color = {"field": "length", "type": "ordinal", "sort": lengths, "scale": scale}
+        color |= {"title": None, "legend": {"orient": "top"}}
     base = {"x": _x("optimizer step"), "y": _y([row["y"] for row in rows], family), "color": color}
     base |= {"detail": {"field": "run"}}
     tooltip = [_tip("run", "run"), _tip("length", "at"), _tip("x", "optimizer step", ",d"), _tip("value", metric.title)]
