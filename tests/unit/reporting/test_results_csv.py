@@ -4,7 +4,7 @@ from pose.evaluation.task import Estimate
 from pose.reporting.results_csv import read_results, write_results
 
 RESULTS = {
-    "un,tuned\n": {"ppl@8": Estimate(3.123456789012345, 2.5, 3.5, 4), "needle@8/0.5": Estimate(1.0)},
+    "un,tuned\r\n": {"ppl@8": Estimate(3.123456789012345, 2.5, 3.5, 4), "needle@8/0.5": Estimate(1.0)},
     "extended": {"ppl@8": Estimate(float("inf"), None, None, 1)},
 }
 
