@@ -271,9 +271,12 @@ def _overrides(job: Path) -> list[str]:
 
 
 def _job_names(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What each job was given that not all were."""
+    """What each job was given that not all were; of a long value its beginning."""
     common = set.intersection(*map(set, overrides))
-    return [" ".join(each for each in given if each not in common) for given in overrides]
+    return [
+        " ".join(each if len(each) <= 48 else f"{each[:45]}..." for each in given if each not in common)
+        for given in overrides
+    ]
 
 
 def _with_names(sources: Sequence["Source"]) -> list["Source"]:

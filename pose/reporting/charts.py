@@ -20,6 +20,7 @@ Spec = dict[str, Any]
 NOT_HIDDEN = {"filter": "indexof(hidden, datum.line) < 0"}
 OPACITY = {"condition": {"test": "focus == '' || datum.line == focus", "value": 1}, "value": 0.15}
 UNDER_THE_POINTER = {"type": "point", "filled": True, "size": 60, "opacity": 0.001}  # where a value can be read
+FEW_POINTS = 30  # of a line, that are seen themselves
 LOG = {
     "scale": {"type": "log", "nice": False, "padding": 8},  # pixels
     "axis": {"format": ",.4~r", "tickCount": 5, "labelOverlap": True},
@@ -199,7 +200,9 @@ def _curve(name: str, logged: Rows, smooth: Rows | None, lines: Sequence[Line], 
     base |= {"color": _by_line(lines, "color")}
     over = base | {"strokeDash": _by_line(lines, "dash"), "opacity": OPACITY}
     tooltip = [_tip("run", "run"), _tip("x", "optimizer step", ",.0f"), _tip("value", title)]
-    layers: list[Spec] = [{"mark": UNDER_THE_POINTER, "encoding": base | {"tooltip": tooltip}}]
+    is_dense = len(rows) >= FEW_POINTS * len({row["run"] for row in rows})
+    point = UNDER_THE_POINTER if is_dense else {"type": "point", "filled": True, "size": 20}
+    layers: list[Spec] = [{"mark": point, "encoding": base | {"tooltip": tooltip}}]
     if smooth is not None and is_alone:
         line = {"data": {"values": smooth}, "transform": [NOT_HIDDEN], "mark": {"type": "line", "strokeWidth": 2}}
         layers = [{"mark": {"type": "line", "strokeWidth": 1, "opacity": 0.35}, "encoding": base}, *layers]
@@ -241,10 +244,11 @@ def coverage(sources: Sequence[Source], lines: Sequence[Line], name_of: Mapping[
         name_of: of the line that stands for a source, by its name.
     """
     covered = {name_of[source.name]: source.coverage for source in sources if source.coverage is not None}
+    num_points = max(100, MAX_POINTS // max(1, len(covered) // 4))
     rows: Rows = [
         {"line": name, "x": round(x), "probability": finite(y), "pairs": finite(z * len(distance)) if z > 0 else None}
         for name, (distance, probability, pairs) in covered.items()
-        for x, y, z in zip(*map(_binned, (distance, probability, pairs)), strict=True)
+        for x, y, z in zip(*(_binned(each, num_points) for each in (distance, probability, pairs)), strict=True)
     ]
     if not rows:
         return []
@@ -374,6 +378,6 @@ def _thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]
     return points if stride <= 1 else [*points[:-1:stride], points[-1]]
 
 
-def _binned(values: np.ndarray) -> list[float]:
-    """Means of at most MAX_POINTS parts of about the same size."""
-    return [float(part.mean()) for part in np.array_split(values, min(len(values), MAX_POINTS))]
+def _binned(values: np.ndarray, num: int) -> list[float]:
+    """Means of at most num parts of about the same size."""
+    return [float(part.mean()) for part in np.array_split(values, min(len(values), num))]

@@ -102,15 +102,17 @@ def test_an_evaluation_is_read(evaluation):
     assert source.facts["Checkpoints"] == "base: in/base; mine: in/mine" and source.facts["Lengths"] == "256, 512"
 
 
-def test_a_sweep_is_named_by_what_its_jobs_were_given(run, tmp_path):
-    """In their order, 10 after 2, without what all of them were given."""
-    for job, rope in ((10, "ntk"), (2, "yarn")):
-        run(f"sweep/{job}", overrides=["experiment=smoke", f"rope={rope}"])
+def test_jobs_of_a_sweep_are_named_by_what_they_were_given(run, tmp_path):
+    """In their order, 10 after 2, without what all of them were given; of a long value its beginning."""
+    factors = "rope.long_factor=[" + ",".join(["1.25"] * 16) + "]"
+    for job, rope in ((10, "rope=ntk"), (2, "rope=yarn"), (11, factors)):
+        run(f"sweep/{job}", overrides=["experiment=smoke", rope])
     (tmp_path / "sweep" / "3").mkdir()
-    assert [source.name for source in read(tmp_path / "sweep")] == ["rope=yarn", "rope=ntk"]
+    names = ["rope=yarn", "rope=ntk", factors[:45] + "..."]
+    assert [source.name for source in read(tmp_path / "sweep")] == names
     write_report([tmp_path / "sweep"], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert "<h1>Sweep sweep: 2 jobs</h1>" in text and 'data-line="rope=ntk"' in text
+    assert "<h1>Sweep sweep: 3 jobs</h1>" in text and 'data-line="rope=ntk"' in text
 
 
 def test_a_run_that_is_not_finished_has_what_it_logged(run):
