@@ -60,13 +60,15 @@ def _measured(lines: Sequence[Line], panel: str, sources: Sequence[Source]) -> P
     family, across = "position_ppl" if panel == "position" else panel, plots.PANELS[panel]
     metric = describe(family)
     rows: Rows = []
+    spreads: dict[str, None] = {}
     for line in lines:
         for at, value in plots.points_of(line.estimates, panel).items():
             estimate = estimate_of(value)
             row = {"line": line.name, "x": at, "y": finite(estimate.value), "value": shown(family, estimate.value)}
             if bounds := bounds_of(family, estimate):
-                row |= {"low": finite(estimate.low), "high": finite(estimate.high), "bounds": bounds}
-                row["spread"] = line.spread
+                row |= {"low": finite(estimate.low), "high": finite(estimate.high)}
+                row["range"] = f"{bounds} ({line.spread})"
+                spreads[line.spread] = None
             rows.append(row | ({"num": estimate.num} if estimate.num else {}))
     if not rows:
         return None
@@ -78,14 +80,14 @@ def _measured(lines: Sequence[Line], panel: str, sources: Sequence[Source]) -> P
     color = _by_line(lines, "color")
     tooltip = [_tip("line", "model"), _tip("x", across, ",d"), _tip("value", metric.title)]
     layers, note = [], better(metric.higher_is_better)
-    if spreads := list(dict.fromkeys(row["spread"] for row in rows if "spread" in row)):
+    if spreads:
         is_band = len({row["x"] for row in rows}) > 1
         band = {"type": "area", "opacity": 0.13} if is_band else {"type": "rule", "opacity": 0.7}
         has_bounds = {"filter": "isValid(datum.low) && isValid(datum.high)"}
         encoding = {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": color}
         layers.append({"mark": band, "encoding": encoding, "transform": [has_bounds]})
-        tooltip += [_tip("bounds", "from, to"), _tip("spread", "which is the")]
-        note += f"; {'band' if is_band else 'bar'}: {' or '.join(spreads if len(spreads) < 4 else spreads[:1])}"
+        tooltip.append(_tip("range", "range"))
+        note += f"; {'band' if is_band else 'bar'}: {' or '.join(list(spreads)[:3])}"
     if any("num" in row for row in rows):
         tooltip.append(_tip("num", "documents or prompts"))
     base = {"x": x, "y": y, "color": color, "opacity": OPACITY}

@@ -165,7 +165,7 @@ def test_a_value_is_read_from_a_chart(visit):
     point = dict(re.split(r":?\s*\t\s*", row) for row in seen["point"])
     assert point["model"] == HOSTILE
     assert point["window (tokens)"] == "256" and point["perplexity of the last tokens"] == "62.6"
-    assert point["from, to"] == "58.0 to 80.0" and point["documents or prompts"] == "8"
+    assert point["range"] == "58.0 to 80.0 (95 % interval)" and point["documents or prompts"] == "8"
     cell = dict(re.split(r":?\s*\t\s*", row) for row in seen["cell"])
     assert cell["prompt (tokens)"] == "256" and cell["depth of the needle"] == "0%" and "nats" in " ".join(cell)
 

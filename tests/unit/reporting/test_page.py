@@ -75,7 +75,7 @@ def test_a_page_has_what_was_run_and_found():
     (spec,) = specs
     values = spec["data"]["values"]
     assert {"line": "mine", "x": 256, "y": 40.0, "low": 38.0, "high": 43.0}.items() <= values[0].items()
-    assert values[0]["bounds"] == "38.0 to 43.0" and values[0]["spread"] == "95 % interval" and values[0]["num"] == 8
+    assert values[0]["range"] == "38.0 to 43.0 (95 % interval)" and values[0]["num"] == 8
     assert "low" not in values[1], "without an interval none is drawn"
     text = page([run()], "x")
     assert "lower is better" in text and "higher is better" not in text
