@@ -51,7 +51,7 @@ def _check_folder(key: str, config):
 
 
 class SweepTable(Callback):
-    """sweep.csv after every job of a multirun, and one table at its end."""
+    """sweep.csv after every job of a multirun, and at its end one table and report.html."""
 
     def on_job_end(self, config, job_return, **kwargs):
         """Adds the job to sweep.csv."""
@@ -61,10 +61,14 @@ class SweepTable(Callback):
             write_sweep(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config, **kwargs):
-        """Shows all jobs side by side."""
+        """Shows all jobs side by side, in the terminal and on a page."""
+        from pose.app.report import write_beside
         from pose.reporting.sweep import show_sweep
 
-        show_sweep(Path(config.hydra.sweep.dir))
+        folder = Path(config.hydra.sweep.dir)
+        if show_sweep(folder):
+            write_beside(folder)
+            log.info(f"Page        {folder}/report.html")
 
 
 class Workers(Callback):

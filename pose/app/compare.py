@@ -1,6 +1,5 @@
 """Several checkpoints measured alike: what `evaluate.py` plans, measures and leaves behind."""
 
-import csv
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from transformers import PretrainedConfig
 
 from pose.app import build, models, runtime
 from pose.app.preflight import SHIPPED, check_config
+from pose.app.report import write_beside
 from pose.app.schema import DTYPES, EvaluateConfig, to_options
 from pose.errors import ConfigError
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
 from pose.evaluation.task import Estimate
-from pose.files import Memo, atomic_file, is_inside, locate, read_json, write_json
+from pose.files import Memo, is_inside, locate, read_json, write_json
 from pose.modeling.attention import resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.guards import check_loss
@@ -27,6 +27,7 @@ from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, check_weights, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
 from pose.reporting.plots import PANELS, plot_measured
+from pose.reporting.results_csv import write_results
 from pose.reporting.tables import comparison_tables, print_table
 from pose.training import signals
 
@@ -73,6 +74,7 @@ def evaluate(cfg: DictConfig):
             with runtime.explained_memory_errors(cfg):
                 results[candidate.name], took[candidate.name] = measure(cfg, candidate)
             save(cfg, run_dir, candidates, results, took)
+        write_beside(run_dir)
         show(run_dir, candidates, results)
 
 
@@ -188,14 +190,7 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
     several = OmegaConf.is_config(cfg.ckpt)
     metrics = {name: values(found) for name, found in results.items()}
     write_json(run_dir / "metrics.json", metrics if several else metrics[candidates[0].name])
-    with atomic_file(run_dir / "results.csv", newline="") as file:
-        writer = csv.DictWriter(file, ["checkpoint", "metric", *Estimate._fields])
-        writer.writeheader()
-        writer.writerows(
-            {"checkpoint": name, "metric": metric} | estimate._asdict()
-            for name, found in results.items()
-            for metric, estimate in found.items()
-        )
+    write_results(run_dir / "results.csv", results)
     write_json(
         run_dir / "results.json",
         {
@@ -203,6 +198,7 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
                 c.name: {
                     "path": c.path,
                     "window": c.window,
+                    "target": target_len_of(c.config),
                     "identity": c.under,
                     "measured": {task.name: task.units() for task in c.suite.tasks},
                     "took": took[c.name],
@@ -236,6 +232,7 @@ def show(run_dir: Path, candidates: list[Candidate], results: Results):
         "Intervals   95 %, over documents, prompts or questions; none for a single document (docs/EVALUATION.md)",
         f"Results     {run_dir}/results.csv, results.json, metrics.json",
         f"Plots       {run_dir}/plots/",
+        f"Page        {run_dir}/report.html",
     ]
     log.info("\n".join(lines))
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pose.app import models, plan, runtime
 from pose.app.holding import layout_of, layout_of_original
 from pose.app.preflight import Plan, check_config, plan_training
+from pose.app.report import write_beside
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.coverage import coverage
 from pose.evaluation.memo import Outcomes, identity
@@ -36,6 +37,7 @@ from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
 from pose.reporting.metrics_csv import logged_rows
 from pose.reporting.plots import plot_measured, plot_training
+from pose.reporting.results_csv import write_results
 from pose.reporting.tables import print_table, results_table
 from pose.training import faults, launch, memory
 from pose.training.callbacks import Throughput
@@ -250,7 +252,7 @@ class Run:
         return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under)
 
     def report(self):
-        """Model card, plots, loggers' last entries, metrics.json (the last file of a run), and the table."""
+        """Model card, plots, loggers' last entries, results.csv, metrics.json (with it a run is complete), the page."""
         plan, folder = self.plan, self.folder
         self.write_card()
         plot_training(folder / "metrics.csv", folder / "plots" / "training.png")
@@ -258,7 +260,9 @@ class Run:
         plot_measured(self.results, folder / "plots", window, target)
         metrics = {name: values(found) for name, found in self.results.items()}
         self.log_results(metrics | {"coverage": self.covered})
+        write_results(folder / "results.csv", self.results)
         self.save_metrics(metrics)
+        write_beside(folder)
         self.print_results()
         self.warn_of_short(metrics)
 
@@ -329,14 +333,15 @@ class Run:
     def save_metrics(self, metrics: dict[str, dict[str, float]]):
         """metrics.json: the metrics of RUN/model by name, as evaluate.py writes them, then every model's.
 
-        It is the last thing a run writes: a folder that has it is complete.
+        It is written last, and report.html is made of it: a folder that has it is complete.
         """
         plan = self.plan
         logged = {f"coverage/{name}": value for name, value in self.covered.items()}
         for row in logged_rows(self.folder / "metrics.csv"):
             logged |= {name: float(value) for name, value in row.items() if name.startswith("train/")}
         logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
-        logged["train/steps"] = plan.trainer.global_step
+        logged["train/steps"] = steps = plan.trainer.global_step
+        logged["train/tokens"] = steps * self.cfg.trainer.global_batch * plan.sampler.example_len
         if plan.watch is not None and plan.watch.found is not None:
             best = plan.watch.found
             logged |= {f"best/{best['metric']}": best["value"], "best/step": best["step"]}
@@ -359,6 +364,7 @@ class Run:
             lines.append(f"Best        {folder}/best  ({best['metric']} {best['value']:.4g} at step {best['step']:,})")
         if self.results:
             lines += [f"Metrics     {folder}/metrics.json", f"Plots       {folder}/plots/"]
+        lines.append(f"Page        {folder}/report.html")
         if remark := out_of_reach(self.results.get("untuned", {}), plan.geometry.window):
             lines.append(f"The untuned model: {remark}")
         log.info("\n".join(lines))

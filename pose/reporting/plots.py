@@ -62,15 +62,20 @@ STEPS = (1, 2, 5, 10)  # between ticks, times a power of ten
 LABEL_SPACE = 0.13  # of an axis, that the label of a tick needs
 
 
-def plot_training(csv_file: Path, png: Path):
-    """Over the optimizer steps, from Lightning's metrics.csv: losses, what `watch` measured, learning rate, gradients.
+Points = list[tuple[int, float]]  # optimizer step and value
 
-    A loss is drawn faintly as it was logged, and smoothed. Where text and retrieval examples were logged apart, their
-    losses are, and the loss of both together is left out.
+
+def training_curves(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Points], dict[str, dict[int | None, Points]]]:
+    """What a training logged, from the rows of its metrics.csv.
+
+    Where text and retrieval examples were logged apart, their losses are given, and the loss of both is left out.
+
+    Returns:
+        The curves of TRAINING by metric, and what `watch` measured by family and length (None where it has none).
     """
-    train: dict[str, list[tuple[int, float]]] = {}  # by metric: step and value
-    watched: dict[str, dict[int | None, list[tuple[int, float]]]] = {}  # by family and length
-    for row in logged_rows(csv_file):
+    train: dict[str, Points] = {}
+    watched: dict[str, dict[int | None, Points]] = {}
+    for row in rows:
         for name, text in row.items():
             point = (int(row["step"]) + 1, float(text))
             family, _, length = name.removeprefix("val/").partition("@")
@@ -83,14 +88,23 @@ def plot_training(csv_file: Path, png: Path):
     elif "train/loss" in train:  # the same again
         train.pop("train/loss_text", None)
         train.pop("train/loss_retrieval", None)
-    losses = [name for name in TRAINING if name in train and name.startswith("train/loss")]
+    order = [name for name in PANELS if name in watched] + [name for name in watched if name not in PANELS]
+    return {name: train[name] for name in TRAINING if name in train}, {name: watched[name] for name in order}
+
+
+def plot_training(csv_file: Path, png: Path):
+    """Over the optimizer steps, from Lightning's metrics.csv: losses, what `watch` measured, learning rate, gradients.
+
+    A loss is drawn faintly as it was logged, and smoothed.
+    """
+    train, watched = training_curves(logged_rows(csv_file))
+    losses = [name for name in train if name.startswith("train/loss")]
     if not losses:
         return
-    families = [name for name in PANELS if name in watched] + [name for name in watched if name not in PANELS]
-    others = [name for name in TRAINING if name in train and name not in losses]
-    figure, panels = _panels(len(losses) + len(families) + len(others))
-    for name, axes in zip([*losses, *families, *others], panels, strict=True):
-        axes.set(title=TRAINING.get(name) or _title(name), xlabel="optimizer step")
+    others = [name for name in train if name not in losses]
+    figure, panels = _panels(len(losses) + len(watched) + len(others))
+    for name, axes in zip([*losses, *watched, *others], panels, strict=True):
+        axes.set(title=TRAINING.get(name) or title_of(name), xlabel="optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
         if name in train:
             _plot_noisy(axes, train[name], smooth=name in NOISY)
@@ -123,7 +137,7 @@ def plot_measured(
         window, target: as of `plot_results`.
         panels: of evaluation.png; where none of them was measured it has all that were.
     """
-    has_any = any(_series(metrics, panel) for metrics in results.values() for panel in panels)
+    has_any = any(points_of(metrics, panel) for metrics in results.values() for panel in panels)
     plot_results(results, folder / "evaluation.png", window, panels if has_any else tuple(PANELS), target)
     plot_needle(results, folder / "needle.png")
     plot_needle(results, folder / "needle_gain.png", "needle_gain")
@@ -146,7 +160,7 @@ def plot_results(
         panels: of PANELS; those without data are left out.
         target: the window that was trained for, in tokens; marked by a dashed line when given.
     """
-    lines = {name: {model: _series(metrics, name) for model, metrics in results.items()} for name in panels}
+    lines = {name: {model: points_of(metrics, name) for model, metrics in results.items()} for name in panels}
     drawn = [name for name in panels if any(lines[name].values())]
     if not drawn:
         return
@@ -154,7 +168,7 @@ def plot_results(
     entries: dict[str, Line2D] = {}
     for panel, axes in zip(drawn, grid, strict=True):
         lengths = sorted({n for points in lines[panel].values() for n in points})
-        axes.set(title=_title(panel), xlabel=PANELS[panel])
+        axes.set(title=title_of(panel), xlabel=PANELS[panel])
         for i, (model, points) in enumerate(lines[panel].items()):
             if points:
                 entries.setdefault(model, _plot_estimates(axes, model, points, i))
@@ -188,20 +202,23 @@ def plot_needle(results: Mapping[str, Metrics], png: Path, family: str = "needle
         png: file to write.
         family: needle, or needle_gain for the nats that are gained.
     """
-    found: dict[str, dict[tuple, float | Estimate]] = {}
-    for model, metrics in results.items():
-        cells = ((NEEDLE.fullmatch(name), value) for name, value in metrics.items())
-        found[model] = {(float(m[3]), int(m[2])): value for m, value in cells if m and m[1] == family}
+    found = {model: cells_of(metrics, family) for model, metrics in results.items()}
     _plot_heatmaps(found, png, family, "prompt (tokens)", "depth of the needle")
 
 
 def plot_ruler(results: Mapping[str, Metrics], png: Path):
     """Heatmaps of ruler/TASK@N, one a model: length across, tasks down, the score and its number in each cell."""
-    found: dict[str, dict[tuple, float | Estimate]] = {}
-    for model, metrics in results.items():
-        cells = ((RULER.fullmatch(name), value) for name, value in metrics.items())
-        found[model] = {(m[1], int(m[2])): value for m, value in cells if m}
+    found = {model: cells_of(metrics, "ruler") for model, metrics in results.items()}
     _plot_heatmaps(found, png, "ruler", "prompt (tokens)", "")
+
+
+def cells_of(metrics: Metrics, family: str) -> dict[tuple[float | str, int], float | Estimate]:
+    """Cells of a heatmap of one model, by (depth, length) of needle and needle_gain, by (task, length) of ruler."""
+    if family == "ruler":
+        tasks = ((RULER.fullmatch(name), value) for name, value in metrics.items())
+        return {(m[1], int(m[2])): value for m, value in tasks if m}
+    needles = ((NEEDLE.fullmatch(name), value) for name, value in metrics.items())
+    return {(float(m[3]), int(m[2])): value for m, value in needles if m and m[1] == family}
 
 
 def save_figure(figure: Figure, png: Path):
@@ -239,12 +256,17 @@ def _plot_noisy(axes, points: Sequence[tuple[int, float]], smooth: bool):
         axes.plot(steps, values, marker=_marker(0) if len(steps) < 30 else None, markersize=3, color=COLORS[0])
         return
     axes.plot(steps, values, color=COLORS[0], alpha=0.3, linewidth=1, label="as logged")
+    axes.plot(*smoothed(steps, values), color=COLORS[0], linewidth=2, label="smoothed")
+    axes.legend(fontsize="small")
+
+
+def smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A noisy curve by a Gaussian kernel of the width SMOOTHING: 200 steps, and the values there."""
     at = np.linspace(steps[0], steps[-1], 200)
     share, num_points = SMOOTHING
     width = max(share, num_points / len(steps)) * max(np.ptp(steps), 1)
     weights = np.exp(-0.5 * ((at[:, None] - steps) / width) ** 2)
-    axes.plot(at, weights @ values / weights.sum(1), color=COLORS[0], linewidth=2, label="smoothed")
-    axes.legend(fontsize="small")
+    return at, weights @ values / weights.sum(1)
 
 
 def _plot_estimates(axes, model: str, points: Mapping[float, float | Estimate], i: int) -> Line2D:
@@ -337,8 +359,8 @@ def _plot_heatmaps(
     save_figure(figure, png)
 
 
-def _series(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
-    """What a panel shows of one model, by length, or by the middle of the bin."""
+def points_of(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
+    """What a panel of PANELS shows of one model, by length, or by the middle of the bin."""
     if panel == "position":
         bins = ((POSITION.fullmatch(name), value) for name, value in metrics.items())
         by_middle = {(int(m[1]) + int(m[2])) / 2: value for m, value in bins if m}
@@ -346,7 +368,8 @@ def _series(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
     return {float(n): value for n, value in series(metrics, panel).items()}
 
 
-def _title(family: str) -> str:
+def title_of(family: str) -> str:
+    """Of a panel: what is measured, and its unit."""
     metric = describe(family)
     return TITLES.get(family) or label_of(metric.title) + (" accuracy" if metric.is_share else "")
 

@@ -12,15 +12,19 @@ from pose.reporting.tables import Metrics, print_table, results_table
 log = logging.getLogger(__name__)
 
 
-def show_sweep(folder: Path):
+def show_sweep(folder: Path) -> bool:
     """One table over all jobs, those that differ in nothing but their seed in one row.
 
     Args:
         folder: of the sweep, with a folder for each job.
+
+    Returns:
+        Whether there was a job to show.
     """
     jobs = write_sweep(folder)
     if jobs:
         print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)"))
+    return bool(jobs)
 
 
 def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:

@@ -70,6 +70,8 @@ def test_several_checkpoints_and_nothing_is_measured_twice(script, load_json, tm
     metrics = load_json(tmp_path / "both" / "metrics.json")
     assert list(metrics) == ["assets/tiny", str(other)]
     assert metrics["assets/tiny"] == load_json(tmp_path / "alone" / "metrics.json")
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert all(f'data-line="{name}"' in page for name in metrics)
     assert metrics[str(other)]["ppl@256"] != metrics["assets/tiny"]["ppl@256"]
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
     assert len(list(outcomes.iterdir())) == 2 * len(before)

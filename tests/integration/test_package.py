@@ -79,7 +79,8 @@ def test_the_wheel_holds_all_modules_and_configs_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     modules = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "pose").rglob("*.py")}
     configs = {"pose/" + str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "conf").rglob("*.yaml")}
-    assert len(configs) > 20 and set(names) == modules | configs | {"pose/py.typed"}
+    assets = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "pose" / "reporting" / "assets").iterdir()}
+    assert len(configs) > 20 and set(names) == modules | configs | assets | {"pose/py.typed"}
 
 
 def test_what_is_imported_is_required(wheel):
@@ -103,6 +104,12 @@ def test_ones_own_loop_as_the_package_describes_it(installed, tmp_path):
     (tmp_path / "loop.py").write_text(PREPARE + code + CHECK)
     run("loop.py", installed, cwd=tmp_path, PYTHONPATH=str(installed))
     run("-c", PLAIN, cwd=tmp_path)
+
+
+def test_a_page_finds_its_parts(installed, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    run("-m", "pose.report", ".", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert "vegaEmbed" in (tmp_path / "report.html").read_text()
 
 
 def test_coverage_finds_its_configs(installed, tmp_path):

@@ -21,7 +21,15 @@ def train(script, folder, *overrides):
 
 
 def test_a_run_leaves_everything(smoke_run, load_json):
-    for name in ("metrics.json", "config.yaml", "provenance.json", "metrics.csv", "coverage.csv"):
+    for name in (
+        "metrics.json",
+        "config.yaml",
+        "provenance.json",
+        "metrics.csv",
+        "coverage.csv",
+        "results.csv",
+        "report.html",
+    ):
         assert (smoke_run / name).stat().st_size > 0
     for name in ("training.png", "evaluation.png", "coverage.png"):
         assert (smoke_run / "plots" / name).read_bytes().startswith(b"\x89PNG")
@@ -137,7 +145,9 @@ def test_a_sweep_ends_with_one_table(script, tmp_path):
         "eval.tasks=[perplexity]", f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "sweep.csv" in result.stdout
+    assert "sweep.csv" in result.stdout and f"{tmp_path}/report.html" in result.stdout
+    page = (tmp_path / "report.html").read_text()
+    assert all(f'data-line="rope={rope}"' in page for rope in ("linear", "ntk"))
     with open(tmp_path / "sweep.csv") as file:
         rows = list(csv.DictReader(file))
     assert [("rope=linear" in row["overrides"], "rope=ntk" in row["overrides"]) for row in rows] == [

@@ -169,7 +169,7 @@ def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeyp
         assert list(saved["checkpoints"]) == list(results)
     for i, name in enumerate("ba"):
         assert saved["checkpoints"][name] == {
-            "path": f"in/{name}", "window": 8 - i, "identity": {"checkpoint": i},
+            "path": f"in/{name}", "window": 8 - i, "target": 32, "identity": {"checkpoint": i},
             "measured": {"passkey": {"8": {"seed": i}}}, "took": {"seconds": float(i), "peak_memory_gib": 1.0},
             "metrics": {
                 "passkey@8": {"value": 0.5 + i / 4, "low": 0.25, "high": 0.875, "num": 4 + i},
@@ -188,7 +188,7 @@ def test_a_table_that_could_not_be_finished_leaves_the_one_before(tmp_path, monk
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare.csv.DictWriter, "writerows", killed)
+    monkeypatch.setattr(csv.DictWriter, "writerows", killed)
     with pytest.raises(KeyboardInterrupt):
         compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.75)}}, {"a": {}})
     assert (tmp_path / "results.csv").read_text() == before

@@ -15,6 +15,7 @@ from pose.app import compare, run, schema
 from pose.app.preflight import plan_training
 from pose.errors import TrainingError
 from pose.evaluation.task import Estimate
+from pose.reporting.results_csv import read_results
 from pose.training import micro_batch
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -161,10 +162,11 @@ def finished(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "plot_training", lambda *_: None)
     monkeypatch.setattr(run.Run, "write_card", lambda _: None)
     suite = SimpleNamespace(document_ids=["a book"], metrics=dict)
-    one = run.Run(OmegaConf.create({"watch": {"max_short_increase": 0.05}}), tmp_path)
+    cfg = {"watch": {"max_short_increase": 0.05}, "trainer": {"global_batch": 4}}
+    one = run.Run(OmegaConf.create(cfg), tmp_path)
     one.plan = SimpleNamespace(
         geometry=SimpleNamespace(window=8), config=SimpleNamespace(max_position_embeddings=32), suite=suite, watch=None,
-        scaling=SimpleNamespace(name="yarn"), sampler=SimpleNamespace(name="pose", target_len=32),
+        scaling=SimpleNamespace(name="yarn"), sampler=SimpleNamespace(name="pose", target_len=32, example_len=8),
         trainer=SimpleNamespace(loggers=[], callback_metrics={}, global_step=5),
     )  # fmt: skip
     one.results = {"untuned": ESTIMATES, "extended": ESTIMATES | {"passkey@8": Estimate(1.0)}}
@@ -179,6 +181,18 @@ def test_intervals_window_and_target_reach_the_plots(finished, tmp_path):
     assert (folder, window, target) == (tmp_path / "plots", 8, 32)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["passkey@8"] == 1.0 and metrics["untuned"]["tail_ppl@8"] == 3.0 and metrics["train/steps"] == 5
+    assert metrics["train/tokens"] == 5 * 4 * 8
+    assert read_results(tmp_path / "results.csv") == results, "of all models, with their intervals"
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(finished, tmp_path, monkeypatch, capsys):
+    """The run is finished: what was found is there, and its command ends well."""
+    one, _ = finished
+    (tmp_path / "report.html").mkdir()
+    one.report()
+    said = capsys.readouterr().out
+    assert f"Warning: {tmp_path}/report.html was not written" in said and "python -m pose.report" in said
+    assert json.loads((tmp_path / "metrics.json").read_text())["passkey@8"] == 1.0
 
 
 def test_a_task_that_the_untuned_model_cannot_do_is_remarked_on(finished, capsys):

@@ -1,0 +1,354 @@
+"""The command `python -m pose.report`: what folders of runs, sweeps and evaluations hold, on one page."""
+
+import argparse
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pose.app import command
+from pose.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from pose.evaluation.task import Estimate
+    from pose.reporting.page import Source
+
+log = logging.getLogger("pose.app.report")
+
+USAGE = """\
+One HTML file, which needs no network, of what runs, sweeps and evaluations found (docs/REPORTS.md). Each of them writes
+its own report.html at its end; several are compared on one page.
+
+  python -m pose.report outputs/RUN
+  python -m pose.report outputs/RUN outputs/OTHER outputs/evaluate/X --out compared.html"""
+PAGE = "report.html"
+RUN_FILES = ("config.yaml", "metrics.json", "results.json")  # of a run or an evaluation; any of them makes it one
+
+
+def main(arguments: list[str] | None = None):
+    """Writes the page that the arguments ask for.
+
+    Args:
+        arguments: of the command line; None takes those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m pose.report", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=command.path, metavar="FOLDER", help="of a run, a sweep or an evaluation"
+    )
+    parser.add_argument(
+        "--out", type=command.path, metavar="FILE",
+        help="the page (default: FOLDER/report.html, of several folders report.html in this one)",
+    )  # fmt: skip
+    given = parser.parse_args(arguments)
+    with command.running():
+        folders = [Path(folder).expanduser() for folder in given.folders]
+        file = Path(given.out or (folders[0] / PAGE if len(folders) == 1 else PAGE)).expanduser()
+        if file.is_dir():
+            raise DataError(f"--out {file} is a folder: give the file that is to be written, such as {file / PAGE}")
+        write_report(folders, file)
+        log.info(f"{file}  ({file.stat().st_size / 1e6:.1f} MB; it needs no network)")
+
+
+def write_beside(folder: Path):
+    """FOLDER/report.html of what has just ended, which must not fail for its page: that would be a warning."""
+    try:
+        write_report([folder], folder / PAGE)
+    except Exception as error:
+        log.warning(f"{folder / PAGE} was not written ({first_line(error)}). Again: python -m pose.report {folder}")
+
+
+def write_report(folders: Sequence[Path], file: Path):
+    """Writes the page of some folders in one step.
+
+    Raises:
+        DataError: a folder is no run, sweep or evaluation, or the file cannot be written; names it.
+    """
+    from pose.files import atomic_file
+    from pose.reporting.page import page
+
+    sources = [source for folder in folders for source in read(folder)]
+    sources = _with_names(sources)
+    text = page(sources, _title(folders, sources), f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.")
+    try:
+        with atomic_file(file) as page_file:
+            page_file.write(text)
+    except OSError as error:
+        raise DataError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def read(folder: Path) -> list["Source"]:
+    """The run or evaluation of a folder, or those of a sweep.
+
+    Raises:
+        DataError: it holds none; names it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give that of a run, a sweep or an evaluation")
+    if any((folder / name).is_file() for name in RUN_FILES):
+        return [_read_one(folder)]
+    jobs = [each for each in folder.iterdir() if any((each / name).is_file() for name in RUN_FILES)]
+    if not jobs:
+        raise DataError(
+            f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {' or '.join(RUN_FILES)}"
+        )
+    jobs.sort(key=lambda job: (len(job.name), job.name))
+    names = _job_names([_overrides(job) for job in jobs])
+    return [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
+
+
+def _read_one(folder: Path, name: str = "") -> "Source":
+    """A run of train.py, or an evaluation. Files that are missing or damaged leave their parts out."""
+    import yaml
+
+    from pose.files import read_json
+    from pose.reporting.metrics_csv import logged_rows
+    from pose.reporting.page import Source
+
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    flat, provenance = _flat(_object(config)), read_json(folder / "provenance.json")
+    common: dict[str, Any] = {"name": name, "folder": str(folder), "config": flat}
+    if (folder / "results.json").is_file():
+        checkpoints = _object(read_json(folder / "results.json").get("checkpoints"))
+        found = {model: each for model, each in checkpoints.items() if isinstance(each, dict)}
+        return Source(
+            kind="evaluation",
+            facts={
+                "Checkpoints": "; ".join(f"{model}: {each.get('path', '')}" for model, each in found.items()),
+                "Lengths": _words(flat.get("eval.lengths", "")),
+                **_measured_on(flat),
+                **_how(folder, provenance),
+            },
+            models={model: _estimates(each.get("metrics")) for model, each in found.items()},
+            identities={
+                model: json.dumps(_object(each.get("identity")).get("checkpoint")) for model, each in found.items()
+            },
+            window=min((w for each in found.values() if (w := _whole(each.get("window")))), default=None),
+            target=max((t for each in found.values() if (t := _whole(each.get("target")))), default=None),
+            cost={f"measuring {model}": _numbers(each.get("took")) for model, each in found.items()},
+            **common,
+        )
+    metrics = read_json(folder / "metrics.json")
+    settings = _object(provenance.get("settings"))
+    rope = _object(settings.get("model's rope_parameters"))
+    window = _whole(rope.get("original_max_position_embeddings") or settings.get("model's max_position_embeddings"))
+    target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
+    return Source(
+        kind="training",
+        facts=_training_facts(flat, window, target, is_finished=bool(metrics))
+        | _measured_on(flat)
+        | _how(folder, provenance),
+        models=_models(folder, metrics),
+        window=window,
+        target=target,
+        logged=logged_rows(folder / "metrics.csv"),
+        coverage=_coverage(folder / "coverage.csv"),
+        cost={"training": _training_cost(metrics, logged_rows(folder / "metrics.csv"))},
+        **common,
+    )
+
+
+def _training_facts(flat: Mapping[str, str], window: int | None, target: int | None, is_finished: bool) -> dict:
+    """What a run trained, from its config."""
+
+    def of(key: str) -> str:
+        return flat.get(key, "")
+
+    def method(group: str, without: Sequence[str]) -> str:
+        name = of(f"{group}._target_").rpartition(".")[2]
+        prefix = f"{group}."
+        options = [f"{k.removeprefix(prefix)}={v}" for k, v in flat.items() if k.startswith(prefix) and v != "null"]
+        kept = [option for option in options if option.partition("=")[0] not in ("_target_", *without)]
+        return f"{name} ({', '.join(kept)})" if kept else name
+
+    rank = of("finetune.lora.rank")
+    trained = "all weights" if rank in ("", "null") else f"LoRA of rank {rank}"
+    batch = f"{of('trainer.max_steps')} steps of {of('trainer.global_batch')} examples"
+    return {
+        "State": "" if is_finished else "not finished: it has no metrics.json",
+        "Model": of("model.path"),
+        "Window": f"{'?' if window is None else f'{window:,}'} → {'?' if target is None else f'{target:,}'} tokens",
+        "Sampler": f"{method('pose', ('target_len', 'train_len'))}, examples of {of('pose.train_len')} tokens",
+        "RoPE": method("rope", ()),
+        "Training": f"{trained}, {batch}, learning rate {of('finetune.lr')}",
+        "Seed": of("seed"),
+        "Data": _words(of("data.documents")),
+    }
+
+
+def _measured_on(flat: Mapping[str, str]) -> dict[str, str]:
+    """The documents of perplexity, where it is measured."""
+    from pose.reporting.page import DOCUMENTS
+
+    is_measured = "perplexity" in flat.get("eval.tasks", "")
+    return {DOCUMENTS: _words(flat.get("eval.documents", ""))} if is_measured else {}
+
+
+def _how(folder: Path, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Command, code, versions and machine."""
+    packages = _object(provenance.get("packages"))
+    versions = [f"{name} {packages[name]}" for name in ("torch", "transformers", "lightning") if packages.get(name)]
+    versions += [f"Python {provenance['python']}"] if provenance.get("python") else []
+    machine = provenance.get("gpu") or f"{provenance.get('processor')} CPU, {provenance.get('cpu_threads')} threads"
+    commit = str(provenance.get("commit") or "not known")[:12]
+    done = next((folder / name for name in ("metrics.json", "provenance.json") if (folder / name).is_file()), None)
+    when = None if done is None else datetime.fromtimestamp(done.stat().st_mtime, UTC)
+    return {
+        "Command": str(provenance.get("command") or ""),
+        "Commit": commit + " and uncommitted changes" * bool(provenance.get("uncommitted_changes")),
+        "Versions": ", ".join(versions),
+        "Machine": machine if provenance else "",
+        "Ended": f"{when:%Y-%m-%d %H:%M} UTC" if when else "",
+        "Folder": str(folder),
+    }
+
+
+def _models(folder: Path, metrics: Mapping[str, Any]) -> dict[str, dict[str, "Estimate"]]:
+    """Estimates of untuned, scaled and extended; those of older runs have no intervals."""
+    from pose.reporting.results_csv import read_results
+
+    if not metrics:
+        return {}
+    if results := read_results(folder / "results.csv"):
+        return results
+    return {model: _estimates(found) for model, found in metrics.items() if isinstance(found, dict)}
+
+
+def _estimates(found: Any) -> dict[str, "Estimate"]:
+    """From a number, or an estimate's fields, by metric."""
+    from pose.evaluation.task import Estimate
+
+    estimates = {}
+    for name, value in _object(found).items():
+        fields = value if isinstance(value, dict) else {"value": value, "num": 0}
+        fields = {k: v for k, v in fields.items() if k in Estimate._fields and isinstance(v, int | float)}
+        if "value" in fields:
+            estimates[name] = Estimate(**fields)
+    return estimates
+
+
+def _training_cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Of the whole training; peak memory and MFU are the highest and the last that were logged."""
+    found = {name.removeprefix("train/"): value for name, value in _numbers(metrics).items()}
+    keys = ("seconds", "steps", "tokens", "step_seconds", "mfu")
+    cost: dict[str, float] = {key: found[key] for key in keys if key in found}
+    if cost.get("seconds") and "tokens" in cost:
+        cost["tokens_per_second"] = cost["tokens"] / cost["seconds"]
+    elif "tokens_per_second" in found:
+        cost["tokens_per_second"] = found["tokens_per_second"]
+    peaks = [float(row["train/peak_memory_gib"]) for row in rows if "train/peak_memory_gib" in row]
+    return cost | ({"peak_memory_gib": max(peaks)} if peaks else {})
+
+
+def _coverage(file: Path):
+    """The columns of coverage.csv; None where it cannot be read."""
+    import numpy as np
+
+    try:
+        _, *lines = file.read_text(encoding="utf-8").splitlines()
+        columns = np.array([line.split(",") for line in lines], dtype=np.float64).T
+    except (OSError, ValueError):
+        return None
+    return tuple(columns) if columns.ndim == 2 and len(columns) == 3 else None
+
+
+def _overrides(job: Path) -> list[str]:
+    """Of a job of a sweep, as Hydra keeps them."""
+    import yaml
+
+    try:
+        found = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    return [str(override) for override in found] if isinstance(found, list) else []
+
+
+def _job_names(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """What each job was given that not all were; of a long value its beginning."""
+    common = set.intersection(*map(set, overrides))
+    return [
+        " ".join(each if len(each) <= 48 else f"{each[:45]}..." for each in given if each not in common)
+        for given in overrides
+    ]
+
+
+def _with_names(sources: Sequence["Source"]) -> list["Source"]:
+    """Sources whose names are all different, and in one line: as much of the folder's path as that needs."""
+    from dataclasses import replace
+
+    from pose.errors import one_line
+
+    taken: set[str] = set()
+    named = []
+    for source in sources:
+        folder = Path(source.folder).resolve()
+        names = [source.name] if source.name else []
+        least = len(Path(_tail(folder)).parts)
+        names += [f"{'/'.join(folder.parts[-n:])} {source.name}".strip() for n in range(least, len(folder.parts))]
+        name = next((name for each in names if (name := one_line(each)) and name not in taken), str(folder))
+        taken.add(name)
+        named.append(replace(source, name=name))
+    return named
+
+
+def _title(folders: Sequence[Path], sources: Sequence["Source"]) -> str:
+    """What the page is about, in a line."""
+    if len(folders) > 1:
+        return f"{', '.join(map(_tail, folders[:3]))}{' ...' * (len(folders) > 3)}, compared"
+    if len(sources) > 1 or sources[0].folder != str(folders[0]):
+        return f"Sweep {_tail(folders[0])}: {len(sources)} jobs"
+    (source,) = sources
+    if source.kind == "evaluation":
+        return f"Evaluation of {', '.join(source.models)}"
+    method = [source.facts[label].partition(" (")[0].partition(",")[0] for label in ("Sampler", "RoPE")]
+    return f"{source.facts['Model']}: {source.facts['Window']}, {' and '.join(filter(None, method))}"
+
+
+def _tail(folder: Path) -> str:
+    """The end of a folder's path: with what it lies in where that is a date, and it a time."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-2:]) if parts[-1].replace("-", "").isdigit() else parts[-1]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by dotted key; a value is text, and JSON where it is none."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def _words(text: str) -> str:
+    """A list in JSON as one reads it; any other text as it is."""
+    return re.sub(r'[\[\]"]', "", text) if text.startswith("[") and "{" not in text else text
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    return {
+        key: value
+        for key, value in _object(found).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _object(found: Any) -> dict[str, Any]:
+    """What a damaged file may have instead of an object is an empty one."""
+    return found if isinstance(found, dict) else {}
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What a page compares: runs and evaluations as their folders have them, and a line for each of their models."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pose.errors import one_line
+from pose.evaluation.task import Estimate
+from pose.reporting.plots import COLORS as PLOT_COLORS
+from pose.reporting.plots import MARKERS
+
+# Those of the plots, but for black, which a dark page swallows
+COLORS = (*PLOT_COLORS[:-1], "#767676")
+DASHES = ((1, 0), (5, 3))  # whole, dashed
+SHAPES = {  # of MARKERS: as Vega calls them, and as a character of the legend
+    "o": ("circle", "●"),
+    "s": ("square", "■"),
+    "^": ("triangle-up", "▲"),
+    "D": ("diamond", "◆"),
+    "v": ("triangle-down", "▼"),
+    "p": ("cross", "✚"),
+    "*": ("triangle-right", "▶"),
+}
+MAX_SHOWN = len(COLORS) * len(DASHES)  # lines that differ in colour or dash; others are shown when asked for
+INTERVAL = "95 % interval"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run of train.py or evaluate.py, as its folder has it. What is not known is empty.
+
+    Attributes:
+        name: short, and of no other source of the page.
+        folder: where it was found.
+        kind: training or evaluation.
+        facts: what was run, label: text.
+        config: settings by dotted key; a value is text.
+        models: estimates by model; of a training untuned, scaled, extended.
+        identities: of the models of an evaluation: what tells the weights of one from those of any other.
+        window: of the model before it was extended, in tokens.
+        target: that was trained for, in tokens.
+        logged: rows of metrics.csv.
+        coverage: distance, probability, and share of pairs of the sampler, an array each.
+        cost: numbers by what was done (training, or measuring a model): see COSTS.
+    """
+
+    name: str
+    folder: str
+    kind: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    identities: Mapping[str, str] = field(default_factory=dict)
+    window: int | None = None
+    target: int | None = None
+    logged: Sequence[Mapping[str, str]] = ()
+    coverage: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a line is drawn: colour, dash, shape of its points, and that shape as a character of the legend."""
+
+    color: str
+    dash: tuple[int, ...]
+    shape: str
+    character: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """What has a row in the table and a line in each chart: a model, or the mean of one over seeds.
+
+    Attributes:
+        name: in table, legend and charts, of no other line.
+        estimates: metrics by name.
+        spread: what the bounds of the estimates are.
+        about: further words that the filter finds it by.
+        is_shown: in the charts, until the reader chooses otherwise.
+        style: the same in all charts.
+    """
+
+    name: str
+    estimates: Mapping[str, Estimate]
+    spread: str = INTERVAL
+    about: str = ""
+    is_shown: bool = True
+    style: Style = Style(COLORS[0], DASHES[0], *SHAPES["o"])
+
+
+def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
+    """The lines of the page; and by source the name of the line that stands for its training.
+
+    A training alone has a line for each of its models. Of several, the extended models are compared, those that differ
+    in nothing but their seed by their mean; untuned and scaled models are shown where they are the same for all. What
+    else there is, is shown when it is asked for. A model that several evaluations measured is one line.
+    """
+    names: set[str] = set()
+    name_of: dict[str, str] = {}
+
+    def line(name: str, *arguments: Any, **options: Any) -> Line:
+        name = one_line(name)
+        free = next(each for i in range(len(names) + 1) if (each := f"{name} ({i + 1})" if i else name) not in names)
+        names.add(free)
+        return Line(free, *arguments, **options)
+
+    if len(sources) == 1:
+        (source,) = sources
+        models = source.models or {source.name: {}}
+        only = [line(model, estimates) for model, estimates in models.items()]
+        return _styled(only), {source.name: only[-1].name}
+    first: list[Line] = []
+    others: list[Line] = []
+    references: list[Line] = []
+    evaluated: dict[tuple[str, str], dict[str, Estimate]] = {}
+    for group in _over_seeds(sources):
+        extended = [source.models["extended"] for source in group if "extended" in source.models]
+        about = " ".join({one_line(fact) for source in group for fact in source.facts.values()})
+        if len(group) > 1:
+            name = re.sub(r"\bseed=\S+\s*", "", group[0].name).strip() or "all"
+            several = f"{len(group)} " + ("seeds" if len({one.config.get("seed") for one in group}) > 1 else "runs")
+            mean = line(f"{name} ({several})", _mean(extended), f"lowest to highest of {several}", about)
+            first.append(mean)
+            name_of |= {source.name: mean.name for source in group}
+        for source in group:
+            about = " ".join(map(one_line, source.facts.values()))
+            if source.kind == "evaluation":
+                for model, estimates in source.models.items():
+                    same = evaluated.setdefault((model, source.identities.get(model, source.name)), {})
+                    is_new = not same
+                    if all(same.get(metric, value) == value for metric, value in estimates.items()):
+                        same.update(estimates)  # another evaluation of it measured something else
+                    else:
+                        is_new, same = True, dict(estimates)
+                    if is_new:
+                        name = f"{source.name}: {model}" if one_line(model) in names else model
+                        first.append(line(name, same, about=about))
+                continue
+            own = line(source.name, source.models.get("extended", {}), about=about, is_shown=len(group) == 1)
+            (first if len(group) == 1 else others).append(own)
+            name_of.setdefault(source.name, own.name)
+    trained = [source for source in sources if source.kind == "training"]
+    for model in ("untuned", "scaled"):
+        having = [(source.name, source.models[model]) for source in trained if model in source.models]
+        if len(having) > 1 and all(estimates == having[0][1] for _, estimates in having):
+            references.append(line(model, having[0][1]))
+        else:
+            others += [line(f"{name}: {model}", estimates, is_shown=False) for name, estimates in having]
+    return _styled([*references, *first, *others]), name_of
+
+
+def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:
+    """Trainings that differ in nothing but their seed together, each evaluation alone."""
+    groups: dict[Any, list[Source]] = {}
+    for source in sources:
+        settings = tuple((key, value) for key, value in source.config.items() if key != "seed")
+        is_one = source.kind == "training" and settings
+        groups.setdefault(settings if is_one else source.name, []).append(source)
+    return list(groups.values())
+
+
+def _mean(runs: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """Of what all of them have, with the lowest and the highest."""
+    found = {}
+    for name in runs[0] if runs else ():
+        values = [run[name].value for run in runs if name in run]
+        if len(values) == len(runs):
+            found[name] = Estimate(sum(values) / len(values), min(values), max(values), runs[0][name].num)
+    return found
+
+
+def _styled(lines: Sequence[Line]) -> list[Line]:
+    """Lines that are shown first, in styles that differ in colour, then in dash too; and no more shown than styles."""
+    styled = []
+    for i, line in enumerate(sorted(lines, key=lambda line: not line.is_shown)):
+        shape = SHAPES[MARKERS[i % len(MARKERS)]]
+        style = Style(COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)], *shape)
+        styled.append(replace(line, style=style, is_shown=line.is_shown and i < MAX_SHOWN))
+    return styled

@@ -1,0 +1,217 @@
+"""The command: which folders it reads, what it finds there, and what it says of others."""
+
+import json
+import shutil
+
+import pytest
+
+from pose import files
+from pose.app import report
+from pose.app.report import main, read, write_beside, write_report
+from pose.errors import DataError
+from pose.evaluation.task import Estimate
+from pose.reporting.results_csv import write_results
+
+PROVENANCE = {
+    "command": "python train.py rope=yarn", "commit": "0123456789abcdef", "uncommitted_changes": True,
+    "python": "3.11.7",
+    "packages": {"torch": "2.13.0", "transformers": "5.23.0", "lightning": None}, "processor": "x86_64",
+    "cpu_threads": 2, "gpu": None, "settings": {"model's max_position_embeddings": 256},
+}  # fmt: skip
+CONFIG = """\
+model: {path: assets/tiny}
+pose: {_target_: pose.positions.PoSE, target_len: 2048, train_len: 256, num_chunks: 2}
+rope: {_target_: pose.rope.Yarn, factor: 8.0, attention_factor: null}
+data: {documents: [a.jsonl, b.jsonl]}
+eval: {tasks: [perplexity], documents: held.jsonl}
+seed: 3
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Makes the folder of a run."""
+
+    def run_(name="run", config=CONFIG, overrides=None):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(config)
+        (folder / "provenance.json").write_text(json.dumps(PROVENANCE))
+        (folder / "metrics.csv").write_text("step,train/loss,train/peak_memory_gib\n9,3.5,2.5\n19,3.25,1.5\n")
+        (folder / "coverage.csv").write_text("distance,probability,pair_share\n1,1,0.75\n2,0.5,0.25\n")
+        found = {"untuned": {"ppl@256": 9.0}, "extended": {"ppl@256": 3.0}}
+        numbers = {"train/seconds": 10.0, "train/steps": 20, "train/tokens": 5000, "train/tokens_per_second": 9.0}
+        (folder / "metrics.json").write_text(json.dumps(found["extended"] | numbers | found))
+        if overrides is not None:
+            (folder / ".hydra").mkdir()
+            (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
+        return folder
+
+    return run_
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    estimate = {"value": 3.0, "low": 2.5, "high": 3.5, "num": 4}
+    checkpoints = {
+        name: {"path": f"in/{name}", "window": window, "target": 1024, "identity": {"checkpoint": name},
+               "took": {"seconds": 2.0, "peak_memory_gib": 1.0}, "metrics": {"ppl@256": estimate}}
+        for name, window in (("base", 256), ("mine", 512))
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps({"checkpoints": checkpoints}))
+    (folder / "provenance.json").write_text(json.dumps(PROVENANCE | {"command": "python evaluate.py ckpt=X"}))
+    (folder / "config.yaml").write_text("eval: {tasks: [perplexity], documents: held.jsonl, lengths: [256, 512]}\n")
+    (folder / "metrics.json").write_text("{}")
+    return folder
+
+
+def test_a_run_is_read(run):
+    folder = run()
+    (source,) = read(folder)
+    assert source.kind == "training" and (source.window, source.target) == (256, 2048)
+    assert source.models == {
+        "untuned": {"ppl@256": Estimate(9.0, num=0)},
+        "extended": {"ppl@256": Estimate(3.0, num=0)},
+    }
+    assert source.cost["training"] == {
+        "seconds": 10.0, "steps": 20, "tokens": 5000, "tokens_per_second": 500.0, "peak_memory_gib": 2.5,
+    }  # fmt: skip
+    assert [row["train/loss"] for row in source.logged] == ["3.5", "3.25"]
+    assert [list(column) for column in source.coverage] == [[1, 2], [1, 0.5], [0.75, 0.25]]
+    facts = {
+        "Model": "assets/tiny", "Window": "256 → 2,048 tokens",
+        "Sampler": "PoSE (num_chunks=2), examples of 256 tokens",
+        "RoPE": "Yarn (factor=8.0)", "Data": "a.jsonl, b.jsonl", "Measured on": "held.jsonl", "Seed": "3", "State": "",
+        "Command": "python train.py rope=yarn", "Commit": "0123456789ab and uncommitted changes",
+        "Versions": "torch 2.13.0, transformers 5.23.0, Python 3.11.7", "Machine": "x86_64 CPU, 2 threads",
+    }  # fmt: skip
+    assert facts.items() <= source.facts.items()
+    estimates = {"extended": {"ppl@256": Estimate(3.0, 2.0, 4.0, 5)}}
+    write_results(folder / "results.csv", estimates)
+    assert read(folder)[0].models == estimates, "with intervals, as newer runs leave them"
+
+
+def test_an_evaluation_is_read(evaluation):
+    (source,) = read(evaluation)
+    assert source.kind == "evaluation" and (source.window, source.target) == (256, 1024)
+    assert source.models["mine"] == {"ppl@256": Estimate(3.0, 2.5, 3.5, 4)} and list(source.models) == ["base", "mine"]
+    assert source.cost["measuring base"] == {"seconds": 2.0, "peak_memory_gib": 1.0}
+    assert source.identities["base"] != source.identities["mine"]
+    assert source.facts["Checkpoints"] == "base: in/base; mine: in/mine" and source.facts["Lengths"] == "256, 512"
+
+
+def test_jobs_of_a_sweep_are_named_by_what_they_were_given(run, tmp_path):
+    """In their order, 10 after 2, without what all of them were given; of a long value its beginning."""
+    factors = "rope.long_factor=[" + ",".join(["1.25"] * 16) + "]"
+    for job, rope in ((10, "rope=ntk"), (2, "rope=yarn"), (11, factors)):
+        run(f"sweep/{job}", overrides=["experiment=smoke", rope])
+    (tmp_path / "sweep" / "3").mkdir()
+    names = ["rope=yarn", "rope=ntk", factors[:45] + "..."]
+    assert [source.name for source in read(tmp_path / "sweep")] == names
+    write_report([tmp_path / "sweep"], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<h1>Sweep sweep: 3 jobs</h1>" in text and 'data-line="rope=ntk"' in text
+
+
+def test_a_run_that_is_not_finished_has_what_it_logged(run):
+    folder = run()
+    (folder / "metrics.json").unlink()
+    (source,) = read(folder)
+    assert source.facts["State"].startswith("not finished") and source.logged and source.models == {}
+    write_report([folder], folder / "report.html")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "provenance.json", "metrics.json", "metrics.csv", "coverage.csv", "results.csv"]
+)
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\0", b"[1, 2]", b"{a: [", b'{"settings": 3, "packages": [], "x": {"y": {}}}']
+)
+def test_a_damaged_file_leaves_its_part_out(run, name, content):
+    folder = run()
+    (folder / name).write_bytes(content)
+    write_report([folder], folder / "report.html")
+    assert "assets/tiny" in (folder / "report.html").read_text() or name == "config.yaml"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"checkpoints": 3}', '{"checkpoints": {"a": 1, "b": {"metrics": [], "took": 2}}}']
+)
+def test_a_damaged_evaluation_has_a_page(evaluation, content):
+    (evaluation / "results.json").write_text(content)
+    write_report([evaluation], evaluation / "report.html")
+
+
+def test_the_command_writes_beside_one_folder_and_here_for_several(run, evaluation, tmp_path, monkeypatch, capsys):
+    folder = run()
+    main([str(folder)])
+    assert "<h1>assets/tiny: 256 → 2,048 tokens, PoSE and Yarn</h1>" in (folder / "report.html").read_text()
+    assert f"{folder}/report.html" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    main([str(folder), str(evaluation)])
+    text = (tmp_path / "report.html").read_text()
+    assert all(f'data-line="{name}"' in text for name in ("run", "base", "mine"))
+    main([str(evaluation), "--out", "mine.html"])
+    assert "<h1>Evaluation of base, mine</h1>" in (tmp_path / "mine.html").read_text()
+
+
+def test_runs_of_one_name_are_told_apart_by_where_they_are(run, tmp_path):
+    """And those that are named by a time by their day, too."""
+    folders = [run("a/run"), run("b/run", CONFIG + "x: 1"), run("2026-01-02/10-11-12", CONFIG + "x: 2")]
+    write_report(folders, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert all(f'data-line="{name}"' in text for name in ("run", "b/run", "2026-01-02/10-11-12"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [("nowhere", "nowhere is no folder"), (".", "neither it nor a folder in it has config.yaml or metrics.json")],
+)
+def test_a_folder_that_holds_nothing_is_named(tmp_path, monkeypatch, capsys, folder, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([folder])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and words in said and not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "words"), [(".", "is a folder"), ("nowhere/x.html", "nowhere/x.html cannot be written")]
+)
+def test_a_page_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, capsys, out, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([str(run()), "--out", out])
+    assert words in capsys.readouterr().err
+
+
+def test_a_page_is_there_whole_or_not_at_all(run, monkeypatch):
+    folder = run()
+    write_report([folder], folder / "report.html")
+    before = (folder / "report.html").read_text()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(DataError, match="No space left"):
+        write_report([folder], folder / "report.html")
+    assert (folder / "report.html").read_text() == before and not list(folder.glob("*.partial"))
+
+
+def test_what_has_ended_does_not_fail_for_its_page(run, monkeypatch, capsys):
+    """Whatever is wrong: a warning says how to try again."""
+    folder = run()
+
+    def broken(*_):
+        raise ZeroDivisionError("of a chart")
+
+    monkeypatch.setattr(report, "write_report", broken)
+    write_beside(folder)
+    assert f"Warning: {folder}/report.html was not written (of a chart)" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    monkeypatch.undo()
+    write_beside(folder)
+    assert "is no folder" in capsys.readouterr().out

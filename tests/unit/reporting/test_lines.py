@@ -1,0 +1,77 @@
+"""Which lines a page has: what is compared, over seeds, and which models are one."""
+
+from pose.evaluation.task import Estimate
+from pose.reporting.lines import MAX_SHOWN, Source, lines_of
+
+
+def run(name, seed="0", rope="yarn", ppl=3.0, untuned=9.0):
+    models = {"untuned": {"ppl@8": Estimate(untuned)}, "extended": {"ppl@8": Estimate(ppl, ppl - 1, ppl + 1, 5)}}
+    return Source(name, f"runs/{name}", "training", {"RoPE": rope}, {"seed": seed, "rope": rope}, models)
+
+
+def evaluation(name, identity="a", **metrics):
+    models = {"mine": {f"{family}@8": Estimate(value) for family, value in metrics.items()}}
+    return Source(name, f"runs/{name}", "evaluation", models=models, identities={"mine": identity})
+
+
+def shown(lines):
+    return [line.name for line in lines if line.is_shown]
+
+
+def test_a_run_alone_has_a_line_for_each_model():
+    lines, name_of = lines_of([run("one")])
+    assert shown(lines) == ["untuned", "extended"] and name_of == {"one": "extended"}
+    assert lines[1].estimates["ppl@8"] == Estimate(3.0, 2.0, 4.0, 5) and lines[1].spread == "95 % interval"
+    nothing, name_of = lines_of([Source("one", "runs/one", "training")])
+    assert shown(nothing) == ["one"] and name_of == {"one": "one"}, "a run without an evaluation has a training"
+
+
+def test_runs_that_differ_in_their_seed_are_shown_by_their_mean():
+    jobs = [run(f"rope={rope} seed={seed}", str(seed), rope, ppl) for rope, seed, ppl in
+            (("yarn", 0, 2.0), ("yarn", 1, 4.0), ("linear", 0, 5.0))]  # fmt: skip
+    lines, name_of = lines_of(jobs)
+    assert shown(lines) == ["untuned", "rope=yarn (2 seeds)", "rope=linear seed=0"]
+    mean = lines[1]
+    assert mean.estimates["ppl@8"] == Estimate(3.0, 2.0, 4.0, 5) and mean.spread == "lowest to highest of 2 seeds"
+    assert [line.name for line in lines if not line.is_shown] == ["rope=yarn seed=0", "rope=yarn seed=1"]
+    assert name_of["rope=yarn seed=1"] == "rope=yarn (2 seeds)", "whose colour the training has"
+    assert "linear" in lines[2].about and "linear" not in mean.about, "what the filter looks at"
+
+
+def test_the_same_run_twice_is_no_two_seeds():
+    lines, _ = lines_of([run("a"), run("b")])
+    assert shown(lines) == ["untuned", "a (2 runs)"]
+
+
+def test_untuned_models_that_differ_are_shown_when_asked_for():
+    lines, _ = lines_of([run("a"), run("b", rope="ntk", untuned=8.0)])
+    assert shown(lines) == ["a", "b"]
+    assert [line.name for line in lines[2:]] == ["a: untuned", "b: untuned"]
+
+
+def test_a_model_that_two_evaluations_measured_is_one_line():
+    lines, _ = lines_of([evaluation("x", ppl=3.0), evaluation("y", passkey=1.0), evaluation("z", "b", passkey=0.5)])
+    assert [line.name for line in lines] == ["mine", "z: mine"], "other weights of the same name are another"
+    assert lines[0].estimates == {"ppl@8": Estimate(3.0), "passkey@8": Estimate(1.0)}
+
+
+def test_what_two_evaluations_found_differently_stays_apart():
+    """On other documents, say."""
+    lines, _ = lines_of([evaluation("x", ppl=3.0), evaluation("y", ppl=4.0, passkey=1.0)])
+    assert [(line.name, line.estimates["ppl@8"].value) for line in lines] == [("mine", 3.0), ("y: mine", 4.0)]
+    assert "passkey@8" not in lines[0].estimates
+
+
+def test_names_are_all_different_and_in_one_line():
+    twice = [run("a"), run("a", rope="ntk"), run("b\nc", rope="linear")]
+    lines, _ = lines_of(twice)
+    names = [line.name for line in lines]
+    assert len(set(names)) == len(names) and "b c" in names
+
+
+def test_lines_look_different_and_no_more_are_shown_than_can():
+    lines, _ = lines_of([run(str(i), rope=str(i)) for i in range(20)])
+    visible = [line for line in lines if line.is_shown]
+    assert len(visible) == MAX_SHOWN == len({(line.style.color, line.style.dash) for line in visible})
+    assert all(line.is_shown for line in lines[:MAX_SHOWN])
+    assert not any(line.style.color == "#000000" for line in lines), "which a dark page would swallow"
