@@ -140,7 +140,9 @@ class SelfDistill(Objective):
         lm, by_example = loss_and_example_losses(
             views.plain.view(*labels.shape, -1), head, labels, Targets.of_batch(batch)
         )
-        kl, by_token = weighted_kl(views.skipped, views.plain[skipped.at], head, skipped.weights)
+        kl, by_token = weighted_kl(
+            views.skipped, views.plain[skipped.at], head, skipped.weights, at_most=labels.numel()
+        )
         by_example = by_example.index_add(
             0, skipped.at // labels.shape[1], self.weight * len(labels) * skipped.weights * by_token
         )
