@@ -667,7 +667,8 @@ class Training:
 
         Before that, in the last norm, its input and five numbers in fp32 for each of its own: the gradients by both
         factors, and the steps to that of the square.
-        A gradient of a tied matrix waits from the head to the embedding. At the end the embedding's is made.
+        A gradient of a tied matrix waits from the head to the embedding, and those of the states that long_short
+        compares for their layers. At the end the embedding's is made.
         """
         shape, c, r = self.shape, self.compute_bytes, self.residual_bytes
         tokens, saved = self.tokens_at_once, self._layer_saved
@@ -682,7 +683,8 @@ class Training:
             if self.rank is not None and down:
                 made += 2 * c * shape.hidden_size
                 made += (MASTER + c) * shape.intermediate_size if self.is_autocast else 0
-        waits = MASTER * shape.embedding if shape.tied and self.trains_head else 0
+        waits: float = MASTER * shape.embedding if shape.tied and self.trains_head else 0
+        waits += r * shape.hidden_size * tokens * max(self.num_compared - 1, 0)
         inner = c * shape.intermediate_size * tokens
         matrix = shape.hidden_size * shape.intermediate_size * (MASTER if c == MASTER else MASTER + c)
         factors = 2 * inner if shape.kind.gated or shape.gelu_new else inner

@@ -15,6 +15,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from pose.app import runtime, schema
@@ -78,7 +79,7 @@ def live_storages() -> dict:
     gc.collect()
     storages = {}
     for item in gc.get_objects():
-        if not issubclass(type(item), torch.Tensor) or item.is_meta:
+        if not issubclass(type(item), torch.Tensor) or item.is_meta or issubclass(type(item), FakeTensor):
             continue
         for tensor in (item, item.grad if item.is_leaf else None):
             tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
