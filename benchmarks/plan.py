@@ -26,13 +26,13 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoConfig
 
-from pose.data.examples import scored_tokens
 from pose.modeling import speed
 from pose.modeling.load import build_model
 from pose.modeling.lora import add_lora
-from pose.modeling.loss import loss_and_example_losses
 from pose.modeling.options import LoraOptions
+from pose.modeling.teacher import Teacher, freeze
 from pose.plan import Shape, Training
+from pose.training.objectives import LanguageModel, LongShort, Objective, SelfDistill
 
 # hidden size, layers, heads, key-value heads, width of the MLP, vocabulary; tokens of an example, examples
 SHAPES = {
@@ -45,6 +45,7 @@ GPU_SHAPES = {
     "135M": (576, 30, 9, 3, 1536, 49152, 2048, 4),
     "1B": (2048, 16, 32, 8, 8192, 128256, 2048, 1),
 }
+OBJECTIVES: dict[str, Objective] = {"lm": LanguageModel(), "self_distill": SelfDistill(), "long_short": LongShort()}
 KEYS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
 )  # fmt: skip
@@ -59,6 +60,7 @@ def compare(
     precision: str = "32-true",
     rank: int | None = None,
     device: str = "cpu",
+    objective: str = "lm",
     **config,
 ) -> tuple[float, float]:
     """Bytes of one shape's step above weights, gradients and batch: planned, measured.
@@ -71,6 +73,7 @@ def compare(
         precision: 32-true or bf16-mixed.
         rank: of adapters on every matrix of a layer; None trains all weights.
         device: cpu or cuda.
+        objective: one of OBJECTIVES; of two views, with a skip before the first token.
         config: more of the model's config.
     """
     *numbers, length, num_examples = sizes
@@ -80,16 +83,18 @@ def compare(
     model = build_model(settings, None, attention, prepare=prepare).to(device).train()  # type: ignore[arg-type]
     speed.recompute(model, checkpointing)
     speed.residuals_as_computed(model)
-    input_ids = torch.randint(numbers[-1], (num_examples, length), device=device)
-    position_ids = torch.arange(length, device=device).expand(num_examples, length)
-    scored = scored_tokens(input_ids)
+    minimised, tokens = OBJECTIVES[objective], torch.randint(numbers[-1], (num_examples, length))
+    position_ids = torch.arange(length) + (minimised.num_views > 1)
+    items = [{"input_ids": row, "labels": row, "position_ids": position_ids} for row in tokens]
+    batch = {name: value.to(device) for name, value in minimised.collate(items).items()}
+    teacher = Teacher(model, settings)
+    if rank is None and minimised.has_teacher:
+        teacher = Teacher(build_model(settings, None, attention, prepare=freeze).to(device).eval())  # type: ignore[arg-type]
     mixed = torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
 
     def loss():
         with mixed:
-            body = model.base_model
-            hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            return loss_and_example_losses(hidden, model.get_output_embeddings(), input_ids, scored)[0]
+            return minimised.losses(model, batch, teacher).loss
 
     def step():
         loss().backward()
@@ -106,6 +111,8 @@ def compare(
         gradient_checkpointing=checkpointing,
         attention=attention,
         rank=rank,
+        objective=objective,
+        num_compared=len(LongShort().layers_of(settings.num_hidden_layers)) if minimised.has_teacher else 0,
     ).memory
     return sum(planned[part] for part in ("activations", "loss", "gathered")), measured
 

@@ -11,6 +11,11 @@ FLOPs of a trained token: 6 N + 6 n_layer n_head d_head L. N are the weights of 
 the head counts, an input embedding that is not also the head does not. The second term is causal attention (12 in its
 place would be the non-causal count). Where weights are frozen, their gradients are not computed: 4 for each of them in
 place of 6, since gradients still go through them. Recomputation is no part of it, and is part of the time.
+
+Objectives of two views (`pose.training.objectives`): a token goes through the layers once, and once more from the first
+skip on, for a share s of the tokens on average; attention sees two whole rows. self_distill has the head's logits of
+both views (6 and 6 s), and the teacher's once more without gradients (2 s). long_short has those of one view, and a
+forward pass of the original's layers: 2 for each of its weights, and a third of attention. Memory is that of s = 1.
 """
 
 import runpy
@@ -29,6 +34,8 @@ PRECISIONS = (*MIXED, "32-true")
 MFU = 0.4  # of a run that recomputes nothing; 0.45 to 0.52 is what well-tuned LLaMA code reaches at 2,048 tokens
 USABLE = 0.95  # of a GPU's memory; the rest is CUDA's own, and gaps between tensors
 CHUNK_LEN = 1024  # tokens whose logits exist at one time: pose.modeling.loss
+KL_CHUNK_LEN = CHUNK_LEN // 4  # the same of the divergence from a teacher, whose are there too
+OBJECTIVES = ("lm", "self_distill", "long_short")
 GATHERED_MAX = 10**9  # weights that ZeRO-3 holds together at most (stage3_max_live_parameters of DeepSpeed)
 BUCKET = 2 * 10**8  # elements of a bucket of DeepSpeed's reductions
 MASTER = 4  # bytes of an fp32 weight or gradient
@@ -256,6 +263,11 @@ class Training:
         optimizer: one of OPTIMIZER_BYTES.
         weight_bytes: of a matrix's weight that trains, outside DeepSpeed: 4, or 2 with adamw8bit.
         frozen_bytes: of one that does not: 4, 2, or NF4_BYTES in the matrices of layers, and 2 in embedding and head.
+        objective: one of OBJECTIVES.
+        skipped: s, the share of an example's tokens from the first skip on; of two views.
+        num_compared: layers whose states long_short compares with the original's.
+        original_bytes: of a weight of the frozen original that long_short keeps beside a model all of whose weights
+            train.
 
     Raises:
         ConfigError: a value that is not accepted, or a batch that cannot be dealt out.
@@ -280,8 +292,13 @@ class Training:
     optimizer: str = "adamw"
     weight_bytes: float = MASTER
     frozen_bytes: float = MASTER
+    objective: str = "lm"
+    skipped: float = 0.0
+    num_compared: int = 0
+    original_bytes: float = MASTER
 
     def __post_init__(self):
+        require_choice("objective", self.objective, OBJECTIVES)
         require_choice("strategy", self.strategy, STRATEGIES)
         require_choice("trainer.precision", self.precision, PRECISIONS)
         require_choice("finetune.optimizer", self.optimizer, OPTIMIZER_BYTES)
@@ -373,27 +390,49 @@ class Training:
         """Trained tokens of the run."""
         return self.max_steps * self.global_batch * self.train_len
 
+    @property
+    def num_views(self) -> int:
+        """Rows that attention sees of an example."""
+        return 1 if self.objective == "lm" else 2
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a micro-batch in the layers: B L for each view."""
+        return self.num_views * self.micro_batch * self.train_len
+
     def full_length(self) -> "Training":
-        """The same with examples as long as the target."""
-        return replace(self, train_len=self.target_len)
+        """The same with examples as long as the target, which have plain positions alone."""
+        return replace(self, train_len=self.target_len, objective="lm")
 
     # ----- FLOPs -----
 
     @property
     def attention_flops(self) -> float:
-        """Of a token, forward and backward: 6 n_layer n_head d_head L."""
-        return 6.0 * self.shape.num_layers * self.shape.query_width * self.train_len
+        """Of a token, forward and backward: 6 n_layer n_head d_head L for each view."""
+        return 6.0 * self.num_views * self.shape.num_layers * self.shape.query_width * self.train_len
 
     @property
     def flops_per_token(self) -> float:
-        """6 for a trained and 4 for a frozen weight of those that a token goes through, and attention."""
-        through = self.shape.num_parameters - (0 if self.shape.tied else self.shape.embedding)
-        if self.rank is None:
-            return 6.0 * through + self.attention_flops
-        trained = self.num_trained
-        if self.train_embeddings_and_norms and not self.shape.tied:
-            trained -= self.shape.embedding
-        return 4.0 * (through + self.adapters - trained) + 6.0 * trained + self.attention_flops
+        """6 for a trained and 4 for a frozen weight of those that a token goes through, and attention.
+
+        What an objective of two views adds: the module's docstring.
+        """
+        shape, twice = self.shape, self._twice
+        layers = shape.num_parameters - shape.embedding * (1 if shape.tied else 2)  # but for embedding and head
+        trained = layers if self.rank is None else self.adapters + self.train_embeddings_and_norms * shape.norm_weights
+        of_layers = (4.0 * (layers + self.adapters) + 2.0 * trained) * (1 + twice)
+        of_head = 6.0 if self.trains_head else 4.0
+        teacher = 0.0
+        if self.objective == "self_distill":
+            of_head += (of_head + 2) * self.skipped
+        elif self.objective == "long_short":
+            teacher = 2.0 * layers + self.attention_flops / self.num_views / 3
+        return of_layers + of_head * shape.embedding + self.attention_flops + teacher
+
+    @property
+    def _twice(self) -> float:
+        """The share of the tokens that go through the layers a second time."""
+        return self.skipped if self.num_views > 1 else 0.0
 
     @property
     def flops(self) -> float:
@@ -411,9 +450,9 @@ class Training:
         if self.gradient_checkpointing == "selective":
             again = sum(num_in * num_out for num_in, num_out in self.products[1::2])
             scores = self.attention_flops / 3 if self.attention == "eager" else 0.0
-            return 2.0 * self.shape.num_layers * again + scores
+            return 2.0 * self.shape.num_layers * again * (1 + self._twice) + scores
         layers = self.shape.num_layers * self.shape.layer_matrices + self.adapters
-        return 2.0 * layers + self.attention_flops / 3
+        return 2.0 * layers * (1 + self._twice) + self.attention_flops / 3
 
     def mfu(self, without_recomputation: float = MFU) -> float:
         """The model FLOPs over the peak, of which recomputation takes its share."""
@@ -462,16 +501,19 @@ class Training:
         With P weights of which Q train: ddp 4 P, 4 Q, 8 Q; fsdp the same over W; less if they are held in fewer bits.
         DeepSpeed has weights in what it computes in, c P (over W in stage 3), and fp32 ones with the optimizer,
         (4 + 8) Q / W. Its gradients: in the first stage c Q, and in mixed precision 4 Q of sums beside them; from the
-        second on 4 Q / W, offloaded 8 Q / W.
+        second on 4 Q / W, offloaded 8 Q / W. The frozen original of long_short is over W under fsdp, and whole
+        elsewhere.
         """
         trained, frozen, share = self.num_trained, self.num_frozen, 1 / self.devices
         moments = OPTIMIZER_BYTES[self.optimizer]
+        has_original = self.objective == "long_short" and self.rank is None
+        original = self.original_bytes * self.shape.num_parameters if has_original else 0.0
         if self.strategy in ("ddp", "fsdp"):
             share = share if self.strategy == "fsdp" else 1.0
             matrices = self.shape.num_layers * self.shape.layer_matrices if self.rank is not None else 0
             held = self.frozen_bytes * matrices + max(self.frozen_bytes, 2) * (frozen - matrices)
             return {
-                "weights": (self.weight_bytes * trained + held) * share,
+                "weights": (self.weight_bytes * trained + held + original) * share,
                 "gradients": MASTER * trained * share,
                 "optimizer": moments * trained * share,
             }
@@ -480,7 +522,7 @@ class Training:
         if self.strategy == "zero1":
             gradients = (MASTER if weight == MASTER else MASTER + weight) * trained
         return {
-            "weights": weight * (trained + frozen) * (share if self.strategy == "zero3" else 1.0),
+            "weights": weight * (trained + frozen) * (share if self.strategy == "zero3" else 1.0) + original,
             "gradients": gradients,
             "optimizer": (MASTER + moments) * trained * share,
         }
@@ -564,6 +606,8 @@ class Training:
             attention += c * (query + key) if fused else 0  # the values are a part of a tensor, all of which stays
         if output in trained and ((self.rank is not None and copies) or shape.kind.partial):
             attention += c * query  # cast for the adapter, or put in order
+        elif output in trained and self.num_views > 1:
+            attention += c * query  # each token's once, of the rows that attention sees
         if shape.kind.gated:
             function = 3
         else:
@@ -596,7 +640,7 @@ class Training:
         Where layers are computed again, their inputs. The first one's is made a leaf if the embedding is frozen, which
         stays in fp32 beside what it is cast to.
         """
-        shape, tokens = self.shape, self.micro_batch * self.train_len
+        shape, tokens = self.shape, self.tokens_at_once
         layer = sum(self._layer_saved.values()) * tokens
         cos_sin = 2 * shape.head_dim * tokens * self.residual_bytes
         if not self.gradient_checkpointing:
@@ -623,10 +667,11 @@ class Training:
 
         Before that, in the last norm, its input and five numbers in fp32 for each of its own: the gradients by both
         factors, and the steps to that of the square.
-        A gradient of a tied matrix waits from the head to the embedding. At the end the embedding's is made.
+        A gradient of a tied matrix waits from the head to the embedding, and those of the states that long_short
+        compares for their layers. At the end the embedding's is made.
         """
         shape, c, r = self.shape, self.compute_bytes, self.residual_bytes
-        tokens, saved = self.micro_batch * self.train_len, self._layer_saved
+        tokens, saved = self.tokens_at_once, self._layer_saved
         down = shape.kind.names[-1] in self.trained_matrices
         again = made = 0.0
         if self.gradient_checkpointing:
@@ -638,7 +683,8 @@ class Training:
             if self.rank is not None and down:
                 made += 2 * c * shape.hidden_size
                 made += (MASTER + c) * shape.intermediate_size if self.is_autocast else 0
-        waits = MASTER * shape.embedding if shape.tied and self.trains_head else 0
+        waits: float = MASTER * shape.embedding if shape.tied and self.trains_head else 0
+        waits += r * shape.hidden_size * tokens * max(self.num_compared - 1, 0)
         inner = c * shape.intermediate_size * tokens
         matrix = shape.hidden_size * shape.intermediate_size * (MASTER if c == MASTER else MASTER + c)
         factors = 2 * inner if shape.kind.gated or shape.gelu_new else inner
@@ -658,7 +704,7 @@ class Training:
     @property
     def loss_kept(self) -> float:
         """Bytes that wait for the backward pass while the loss is made: of all layers, and the last norm."""
-        shape, r, tokens = self.shape, self.residual_bytes, self.micro_batch * self.train_len
+        shape, r, tokens = self.shape, self.residual_bytes, self.tokens_at_once
         normed = self.trains_embedding and not shape.kind.layer_norm
         return self._kept + tokens * shape.hidden_size * (MASTER + (r if normed else 0))
 
@@ -677,24 +723,37 @@ def loss_working(training: Training) -> tuple[float, float]:
     backward pass: the log-probabilities and the gradients by them and by the logits, 12 C V; then beside the logits'
     gradient that of the head, 4 V H; with several chunks its sum too, all the time.
 
+    self_distill: both gradients again for the divergence, the teacher's states, and for a chunk of 256 tokens three
+    times the logits: the student's, the teacher's, and its probabilities. long_short: the second view whole, and what
+    the original made of each layer that is compared.
+
     All that is known here of the loss is in this function.
     """
     shape, tokens = training.shape, training.micro_batch * (training.train_len - 1)
     chunk, c = min(CHUNK_LEN, tokens), training.compute_bytes
     r = MASTER if training.is_autocast else training.residual_bytes  # the last norm's weight is fp32
-    output = float(r * training.micro_batch * training.train_len * shape.hidden_size)
+    output = float(r * training.tokens_at_once * shape.hidden_size)
     states, gradients = float(r * tokens * shape.hidden_size), float(c * tokens * shape.hidden_size)
     logits = 4.0 * chunk * shape.vocab_size
     head = 4.0 * shape.embedding if training.trains_head else 0.0
+    in_half = c < MASTER
+    cast = c * head / MASTER if in_half else 0.0
+    if training.objective == "long_short":  # the second view whole, and the original's states
+        output += r * tokens * shape.hidden_size * (1 + training.num_compared)
     if training.strategy == "zero3":
         total = head if tokens > chunk else 0.0
         return output + states + 2 * logits, states + total + max(3 * logits, logits + head)
-    in_half = c < MASTER
-    cast = c * head / MASTER if in_half else 0.0
     by_token = (MASTER + c * in_half) * shape.vocab_size
     forward = output + states + gradients + (gradients if training.is_autocast else 0.0) + head
     forward += by_token * chunk + cast
-    return forward, max(gradients + head + cast, states + output)
+    backward = max(gradients + head + cast, states + output)
+    if training.objective == "self_distill":
+        chunk = min(KL_CHUNK_LEN, tokens)
+        kept = 2 * (gradients + head)
+        working = max(3 * MASTER * shape.vocab_size * chunk, by_token * chunk + cast)
+        forward = max(forward, output + states + kept + working)
+        backward = max(kept + cast, states + output)
+    return forward, backward
 
 
 # ----- what to change -----
@@ -723,6 +782,19 @@ def fits(training: Training, gpu: GPU) -> bool:
 def divisors(number: int) -> list[int]:
     """All of a number, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def micro_batch_of_views(micro_batch: int, num_views: int, share: int) -> int:
+    """The examples of two views that are taken at a time where as many of one were asked for: about the same memory.
+
+    Args:
+        micro_batch: that was asked for.
+        num_views: of an example.
+        share: of a device, of the global batch; what is returned divides it.
+    """
+    if num_views == 1:
+        return micro_batch
+    return max(one for one in divisors(share) if one <= max(micro_batch // num_views, 1))
 
 
 def largest_micro_batch(training: Training, gpu: GPU) -> int:

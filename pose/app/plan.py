@@ -31,6 +31,7 @@ from pose.plan import (
     fits,
     gib,
     largest_micro_batch,
+    micro_batch_of_views,
     summary,
 )  # fmt: skip
 
@@ -38,10 +39,12 @@ if TYPE_CHECKING:  # torch and the like are imported when the options stand
     from rich.table import Table
 
     from pose.app.preflight import Plan
+    from pose.training.objectives import Objective
 
 log = logging.getLogger("pose.app.plan")  # also where this module is the command
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}  # Lightning's short names
+NUM_DRAWS = 200  # of the sampler, for the share of the tokens from the first skip on
 USAGE = """\
 FLOPs, memory of a device by part, hours on A100, H100 and RTX 4090, the same for full-length training, and what to
 change where it does not fit: before anything is loaded. The ready models of conf/model need no network.
@@ -104,6 +107,8 @@ def plan(cfg: DictConfig) -> Training:
         PoseError: a value that is not accepted, or a model of whose shape nothing is known.
     """
     from pose.app import build, preflight
+    from pose.app.targets import make
+    from pose.training.objectives import Objective
 
     preflight.check_config(cfg, schema.TrainConfig)
     trainer = schema_options(cfg, "trainer", schema.TrainerConfig)
@@ -115,11 +120,21 @@ def plan(cfg: DictConfig) -> Training:
     if precision == "auto":
         precision = "32-true" if trainer.accelerator == "cpu" else "bf16-mixed"
     shape = Shape.of(config, cfg.model.path or "model.init")
+    objective = make(cfg.objective, Objective, "objective")
+    objective.check(sampler, shape.num_layers)
     is_open = trainer.micro_batch == "auto"
-    micro_batch = 1 if is_open else min(trainer.micro_batch, max(trainer.global_batch // devices, 1))
+    share = max(trainer.global_batch // devices, 1)
+    micro_batch = 1 if is_open else micro_batch_of_views(min(trainer.micro_batch, share), objective.num_views, share)
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     training = of_config(
-        cfg, shape, sampler, devices=devices, precision=precision, micro_batch=micro_batch, stored=str(stored)
+        cfg,
+        shape,
+        sampler,
+        objective,
+        devices=devices,
+        precision=precision,
+        micro_batch=micro_batch,
+        stored=str(stored),
     )
     return choose_micro_batch(training) if is_open and trainer.accelerator != "cpu" else training
 
@@ -143,7 +158,15 @@ def frozen_bytes(choice: str, stored: str) -> float:
 
 
 def of_config(
-    cfg: DictConfig, shape: Shape, sampler, *, devices: int, precision: str, micro_batch: int, stored: str
+    cfg: DictConfig,
+    shape: Shape,
+    sampler,
+    objective: "Objective",
+    *,
+    devices: int,
+    precision: str,
+    micro_batch: int,
+    stored: str,
 ) -> Training:
     """The Training of a checked config.
 
@@ -151,6 +174,7 @@ def of_config(
         cfg: of train.py.
         shape: of the model.
         sampler: of the examples.
+        objective: what is minimised.
         devices: over all machines.
         precision: of Lightning, by its long name.
         micro_batch: examples at a time on one device.
@@ -178,8 +202,34 @@ def of_config(
         optimizer=tune.optimizer,
         weight_bytes=2 if in_half else MASTER,
         frozen_bytes=frozen_bytes(lora.frozen_dtype, stored),
+        original_bytes=frozen_bytes("auto", stored),
+        **of_objective(objective, sampler, shape.num_layers),
         **strategy,
     )
+
+
+def of_objective(objective: "Objective", sampler, num_layers: int) -> dict[str, Any]:
+    """What an objective is in arguments of Training; one that is not of this package is planned as lm."""
+    from pose.training.objectives import LongShort, SelfDistill
+
+    if isinstance(objective, LongShort):
+        found: dict[str, Any] = {
+            "objective": "long_short", "num_compared": len({*objective.layers_of(num_layers), num_layers})
+        }  # fmt: skip
+    elif isinstance(objective, SelfDistill) and objective.weight > 0:
+        found = {"objective": "self_distill"}
+    else:
+        return {}
+    return found | {"skipped": share_skipped(sampler)}
+
+
+def share_skipped(sampler) -> float:
+    """The mean share of an example's tokens from the first skip on, over some draws, always the same."""
+    import numpy as np
+
+    rng, plain = np.random.default_rng(0), np.arange(sampler.example_len)
+    layouts = [sampler.sample(rng, sampler.min_document_len) for _ in range(NUM_DRAWS)]
+    return float(np.mean([layout.position_ids != plain for layout in layouts]))
 
 
 def schema_options(cfg: DictConfig, group: str, kind: type[schema.Options]) -> schema.Options:
@@ -263,6 +313,7 @@ def say(cfg: DictConfig, plan: "Plan") -> Training | None:
             cfg,
             Shape.of(plan.config.to_dict()),
             plan.sampler,
+            plan.objective,
             devices=trainer.world_size,
             precision=str(trainer.precision),
             micro_batch=cfg.trainer.global_batch // (trainer.world_size * trainer.accumulate_grad_batches),

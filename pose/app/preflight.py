@@ -28,7 +28,7 @@ from pose.modeling.attention import resolve_backend
 from pose.modeling.export.engines import check_engine
 from pose.modeling.layers import check_layers
 from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, scale_config
-from pose.plan import divisors
+from pose.plan import micro_batch_of_views
 from pose.positions import Mix, PositionSampler
 from pose.rope import Frequencies, LongRope, RopeGeometry, RopeScaling
 from pose.training.callbacks import Export, Throughput
@@ -254,8 +254,7 @@ def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoi
             log.info("Micro-batch 1: trainer.micro_batch=auto looks for the largest that fits on a GPU alone")
     elif num_views > 1:
         share = t.global_batch // trainer.world_size
-        fitting = max(t.micro_batch // num_views, 1)
-        t.micro_batch, given = max([1, *(one for one in divisors(share) if one <= fitting)]), t.micro_batch
+        t.micro_batch, given = micro_batch_of_views(t.micro_batch, num_views, max(share, 1)), t.micro_batch
         log.info(f"Micro-batch {t.micro_batch}: the objective sees each example {num_views} times ({given} was given)")
     micro_batch = build.accumulate(trainer, 1 if t.micro_batch == AUTO else t.micro_batch, t.global_batch)
     if t.micro_batch != AUTO:

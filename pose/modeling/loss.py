@@ -45,8 +45,14 @@ def token_nll(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chun
     return _chunked(hidden, head, chunk_nll, chunk_len)
 
 
-def _chunked(hidden: torch.Tensor, head: nn.Module, loss: Callable, chunk_len: int) -> torch.Tensor:
-    """A loss (as of `_weighted`) of each token, fp32 [n]; the logits of a chunk are made again in the backward pass."""
+def _chunked(
+    hidden: torch.Tensor, head: nn.Module, loss: Callable, chunk_len: int, at_most: int | None = None
+) -> torch.Tensor:
+    """A loss (as of `_weighted`) of each token, fp32 [n]; the logits of a chunk are made again in the backward pass.
+
+    Each call of a head that ZeRO-3 has dealt out puts it together, with all processes. So there are as many calls in
+    each of them, of nothing at last, as `at_most` tokens would need.
+    """
 
     def logits_of(states):
         return head(states).float()
@@ -54,8 +60,10 @@ def _chunked(hidden: torch.Tensor, head: nn.Module, loss: Callable, chunk_len: i
     def of_chunk(states, part):
         return loss(logits_of(states), part, logits_of)
 
-    losses = []
-    for begin in range(0, len(hidden), chunk_len):
+    losses, num = [], len(hidden)
+    if at_most is not None and any(is_partitioned(p) for p in head.parameters()):
+        num = at_most
+    for begin in range(0, num, chunk_len):
         part = slice(begin, begin + chunk_len)
         if torch.is_grad_enabled():
             losses.append(checkpoint(of_chunk, hidden[part], part, use_reentrant=False))
@@ -70,6 +78,7 @@ def weighted_nll(
     targets: torch.Tensor,
     weights: torch.Tensor,
     chunk_len: int = CHUNK_LEN,
+    at_most: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the cross-entropies of tokens, sum_i w_i nll_i.
 
@@ -81,6 +90,7 @@ def weighted_nll(
         targets: int64 [n].
         weights: fp32 [n].
         chunk_len: C.
+        at_most: tokens that there can be, in every process the same; None where n is.
 
     Returns:
         The sum, fp32 scalar, and without gradients the cross-entropy of each token, fp32 [n], in nats.
@@ -92,7 +102,7 @@ def weighted_nll(
     def nll(logits, part, logits_of):
         return F.cross_entropy(logits, targets[part], reduction="none")
 
-    return _weighted(hidden, head, weights, turn, nll, chunk_len)
+    return _weighted(hidden, head, weights, turn, nll, chunk_len, at_most)
 
 
 def weighted_kl(
@@ -101,6 +111,7 @@ def weighted_kl(
     head: nn.Module,
     weights: torch.Tensor,
     chunk_len: int = CHUNK_LEN // 4,
+    at_most: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of how far a student's next-token distributions are from a teacher's, sum_i w_i KL(p_i || q_i).
 
@@ -112,6 +123,7 @@ def weighted_kl(
         teacher: [n, H], the teacher's states for the same tokens.
         head, weights: as of `weighted_nll`.
         chunk_len: C; there are three times the logits of a chunk.
+        at_most: as of `weighted_nll`.
 
     Returns:
         The sum, fp32 scalar, and without gradients the divergence of each token, fp32 [n], in nats.
@@ -126,16 +138,22 @@ def weighted_kl(
             wanted = logits_of(teacher[part]).log_softmax(-1)
         return F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1)
 
-    return _weighted(hidden, head, weights, turn, kl, chunk_len)
+    return _weighted(hidden, head, weights, turn, kl, chunk_len, at_most)
 
 
 def _weighted(
-    hidden: torch.Tensor, head: nn.Module, weights: torch.Tensor, turn: Callable, loss: Callable, chunk_len: int
+    hidden: torch.Tensor,
+    head: nn.Module,
+    weights: torch.Tensor,
+    turn: Callable,
+    loss: Callable,
+    chunk_len: int,
+    at_most: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of a loss of each token's logits, and these losses without gradients.
 
     Args:
-        hidden, head, weights, chunk_len: as of `weighted_nll`.
+        hidden, head, weights, chunk_len, at_most: as of `weighted_nll`.
         turn: (logits [C, V], part, scale [C, 1] or None, logits_of) -> losses [C]; makes of the logits, in place, scale
             times the gradient of the loss by them. `part` says which tokens; `logits_of` gives states' logits.
         loss: (logits, part, logits_of) -> losses [C], differentiable.
@@ -146,7 +164,7 @@ def _weighted(
     is_frozen = not any(p.requires_grad or is_partitioned(p) for p in head.parameters())
     # Gradients in fp16 have to be made of the scaled loss, which is known in the backward pass alone
     if dtype == torch.float16 or not (is_plain or is_frozen):
-        losses = _chunked(hidden, head, loss, chunk_len)
+        losses = _chunked(hidden, head, loss, chunk_len, at_most)
         return (losses * weights).sum(), losses.detach()
     if not is_plain:
         return _FrozenWeightedLoss.apply(hidden, head, weights, turn, chunk_len, torch.is_grad_enabled())
@@ -321,6 +339,6 @@ def loss_and_example_losses(
     scored = scored_tokens(labels) if scored is None else scored
     batch, length = labels.shape
     states, targets = hidden.flatten(0, 1)[scored.at], labels.flatten()[scored.at + 1]
-    loss, nll = weighted_nll(states, head, targets, scored.weights)
+    loss, nll = weighted_nll(states, head, targets, scored.weights, at_most=batch * length)
     by_example = torch.zeros(batch, dtype=nll.dtype, device=nll.device)
     return loss, by_example.index_add_(0, scored.at // length, nll * scored.weights * batch)

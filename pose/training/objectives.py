@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pose.data.examples import Targets, collate_scored, collate_views
@@ -152,7 +153,9 @@ class SelfDistill(Objective):
         lm, by_example = loss_and_example_losses(
             views.plain.view(*labels.shape, -1), head, labels, Targets.of_batch(batch)
         )
-        kl, by_token = weighted_kl(views.skipped, views.plain[skipped.at], head, skipped.weights)
+        kl, by_token = weighted_kl(
+            views.skipped, views.plain[skipped.at], head, skipped.weights, at_most=labels.numel()
+        )
         by_example = by_example.index_add(
             0, skipped.at // labels.shape[1], self.weight * len(labels) * skipped.weights * by_token
         )
@@ -254,7 +257,12 @@ class LongShort(Objective):
 
 def _distances(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """1 - cosine similarity, fp32 [n], of hidden states [n, H]."""
-    return 1 - F.cosine_similarity(states.float(), wanted.float(), dim=-1)
+
+    def distances(states):
+        return 1 - F.cosine_similarity(states.float(), wanted.float(), dim=-1)
+
+    # Or autograd would keep both normalised, in fp32
+    return checkpoint(distances, states, use_reentrant=False, preserve_rng_state=False)
 
 
 def _language_model(model: PreTrainedModel, batch: dict[str, torch.Tensor], position_ids: torch.Tensor) -> Losses:

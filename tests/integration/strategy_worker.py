@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from pose.app import runtime, schema
@@ -77,7 +79,7 @@ def live_storages() -> dict:
     gc.collect()
     storages = {}
     for item in gc.get_objects():
-        if not issubclass(type(item), torch.Tensor) or item.is_meta:
+        if not issubclass(type(item), torch.Tensor) or item.is_meta or issubclass(type(item), FakeTensor):
             continue
         for tensor in (item, item.grad if item.is_leaf else None):
             tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -129,6 +131,23 @@ def train(name: str, overrides: list[str], out: Path, rank: int = 0):
             {"layout": property(lambda self: watch(super(type(self), self).layout, record.seen))},
         )
     run.train()
+
+
+def in_two_processes(cases: dict[str, list[str]], out: Path):
+    """Trains the cases, by name, in two processes; the run folders are OUT/name."""
+    (out / "cases.json").write_text(json.dumps(cases))
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    result = subprocess.run(
+        [*command, __file__, str(out / "cases.json"), str(out)],
+        env=environment, cwd=here.parents[1], capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-6000:]
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ print(json.dumps(found))
         ("data", ["--examples", "none"], "--examples: 'none' is not accepted: give a whole number of at least 1"),
         ("loop", ["--steps", "1"], "--steps: '1' is not accepted: give a whole number of at least 2"),
         ("step", ["feet"], "'feet' is no part"),
+        ("objectives", ["--parts", "small"], "invalid choice: 'small'"),
         ("evaluation", ["--lengths", "64"], "--lengths is of one part"),
         ("evaluation", ["sweep", "--tokens", "300"], "--tokens 300 is below the longest of --lengths, 2048"),
         ("efficiency", ["--targets", "512"], "--targets 512 is not beyond --train-len 512"),
@@ -199,6 +200,23 @@ def test_step_of_a_model(script):
         of_loss = way["times_as_long_of_loss"]["median"]
         assert of_loss == pytest.approx(way["times_as_long"]["median"] / loss["times_as_long"]["median"])
         assert way["memory_ratio_of_loss"] == pytest.approx(way["memory_ratio"] / loss["memory_ratio"])
+
+
+def test_objectives(script):
+    """Two views of the same tokens take longer than one, and a frozen original is a part of the states."""
+    table, content = run(script, "objectives", "--parts", "tiny", "--steps", "1", "--repeats", "1")
+    (ways,) = content["parts"].values()
+    assert list(ways) == ["lm", "self_distill", "long_short"]
+    lm = ways["lm"]
+    for name, way in ways.items():
+        assert name in table and way["memory_ratio"] == way["memory_mib"] / lm["memory_mib"] > 0
+        check_spread(way["seconds"], 1)
+        both, of_lm = way["memory_mib"] + way["states_mib"], lm["memory_mib"] + lm["states_mib"]
+        assert way["memory_ratio_with_states"] == pytest.approx(both / of_lm)
+    assert lm["times_as_long"]["median"] == 1 < ways["self_distill"]["times_as_long"]["median"] < 4
+    assert ways["self_distill"]["states_mib"] == lm["states_mib"]
+    # Weights and two moments; beside them the original's weights
+    assert ways["long_short"]["states_mib"] == pytest.approx(lm["states_mib"] * 4 / 3, rel=1e-4)
 
 
 def test_efficiency(script, tmp_path):

@@ -6,8 +6,6 @@ One group of processes trains all cases, since a start costs as much as a case.
 import csv
 import gc
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -139,18 +137,7 @@ def runs(tied, tmp_path_factory):
             strategy_worker.train(f"{kind}/whole", [*overrides, "trainer.devices=1"], out)
     gc.unfreeze()
     torch.set_num_threads(threads)
-    (out / "cases.json").write_text(json.dumps(cases))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    result = subprocess.run(
-        [*command, str(HERE / "strategy_worker.py"), str(out / "cases.json"), str(out)],
-        env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-6000:]
+    strategy_worker.in_two_processes(cases, out)
     return out
 
 

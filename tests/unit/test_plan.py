@@ -9,13 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from benchmarks.plan import SHAPES, compare
+from benchmarks.plan import OBJECTIVES, SHAPES, compare
 from benchmarks.plan import main as benchmark
 from pose.errors import ConfigError
 from pose.modeling import speed
 from pose.modeling.load import build_model
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.options import LoraOptions
+from pose.modeling.teacher import Teacher, freeze
 from pose.plan import (
     GIB,
     GPUS,
@@ -27,6 +28,7 @@ from pose.plan import (
     as_json,
     duration,
     fits,
+    micro_batch_of_views,
     peak_flops,
     summary,
 )
@@ -149,6 +151,51 @@ def test_flops_of_selective_recomputation_are_those_that_torch_counts(rank):
     assert without_attention == training.recomputed_flops_per_token - training.attention_flops / 3
 
 
+@pytest.mark.parametrize("rank", [None, 8])
+def test_flops_of_two_views(rank):
+    """By hand: LLaMA-7B, of whose tokens 0.4 come after the first skip."""
+    lm = replace(PAPER, rank=rank)
+    adapters, attention, head = lm.adapters, 6 * 32 * 4096 * 2048, 32000 * 4096
+    layers = 6_738_415_616 - 2 * head
+    of_layers = 6 * layers if rank is None else 4 * layers + 6 * adapters
+    of_head = 6 if rank is None else 4
+    assert lm.flops_per_token == of_layers + of_head * head + attention
+    distilled = replace(lm, objective="self_distill", skipped=0.4)
+    wanted = 1.4 * of_layers + (1.4 * of_head + 0.4 * 2) * head + 2 * attention
+    assert distilled.flops_per_token == pytest.approx(wanted, rel=1e-12)
+    short = replace(lm, objective="long_short", skipped=0.4)
+    wanted = 1.4 * of_layers + of_head * head + 2 * attention + 2 * layers + attention / 3
+    assert short.flops_per_token == pytest.approx(wanted, rel=1e-12)
+    assert distilled.full_length() == replace(lm, train_len=32768, skipped=0.4), "which has one view"
+    again = replace(distilled, gradient_checkpointing=True)
+    matrices = 32 * LLAMA_7B.layer_matrices + adapters
+    assert again.recomputed_flops_per_token == pytest.approx(1.4 * 2 * matrices + 2 * attention / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["self_distill", "long_short"])
+def test_flops_of_two_views_are_those_that_torch_counts(name):
+    """It counts all of the scores, which is twice the causal half; 3/4 of the tokens are moved."""
+    length, objective = 16, OBJECTIVES[name]
+    config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=2)
+    model, shape = build_model(config, None, "eager"), Shape.of(config.to_dict())
+    teacher = Teacher(build_model(config, None, "eager", prepare=freeze))
+    tokens = torch.zeros(length, dtype=torch.long)
+    positions = torch.arange(length) + 5 * (torch.arange(length) >= length // 4)
+    batch = objective.collate([{"input_ids": tokens, "labels": tokens, "position_ids": positions}])
+    with FlopCounterMode(display=False) as counted:
+        objective.losses(model, batch, teacher).loss.backward()
+    training = Training(shape, length, 2 * length, objective=name, skipped=0.75)
+    once, norms = training.attention_flops / 2, shape.norm_weights  # which it does not count
+    teacher_attention = once / 3 if name == "long_short" else 0.0
+    vectors = norms * (6 * 1.75 + (2 if name == "long_short" else 0))
+    last = 6 * shape.embedding / length  # the last token is not scored
+    in_place = (
+        2 * shape.embedding * (15 / 16 + (0.75 if name == "self_distill" else 0))
+    )  # the head's gradient, not counted
+    expected = training.flops_per_token + training.attention_flops + teacher_attention - vectors - last - in_place
+    assert counted.get_total_flops() / length == pytest.approx(expected, rel=1e-9)
+
+
 # ----- memory -----
 
 
@@ -178,6 +225,35 @@ def test_states_of_adapters_and_of_fp32():
     zero1 = replace(PAPER, strategy="zero1", devices=4)
     mixed, true = (sum(replace(zero1, precision=name).states.values()) for name in ("bf16-mixed", "32-true"))
     assert mixed == true
+
+
+@pytest.mark.parametrize("objective", ["self_distill", "long_short"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["deep", "large vocabulary"])
+@pytest.mark.slow
+def test_memory_of_two_views_is_what_is_measured(name, checkpointing, objective):
+    planned, measured = compare(SHAPES[name], checkpointing=checkpointing, objective=objective)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_a_frozen_original_is_in_the_weights():
+    """In the bits of its checkpoint; over the devices where the model is; none beside adapters."""
+    short = replace(PAPER, objective="long_short", original_bytes=2)
+    num = LLAMA_7B.num_parameters
+    for kind, share in (({}, 1), ({"strategy": "fsdp", "devices": 8}, 1 / 8), ({"strategy": "zero1", "devices": 8}, 1)):
+        one = replace(short, **kind)
+        assert one.states["weights"] - replace(one, objective="lm").states["weights"] == pytest.approx(2 * num * share)
+    beside = replace(short, rank=8)
+    assert beside.states == replace(beside, objective="lm").states
+    assert replace(short, objective="self_distill").states == PAPER.states
+
+
+@pytest.mark.parametrize(
+    ("given", "num_views", "share", "taken"),
+    [(16, 1, 16, 16), (16, 2, 16, 8), (1, 2, 16, 1), (6, 2, 4, 2), (3, 2, 5, 1)],
+)
+def test_micro_batches_of_views(given, num_views, share, taken):
+    assert micro_batch_of_views(given, num_views, share) == taken
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,27 @@ def test_the_largest_micro_batch_is_planned(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["micro_batch"] == number
 
 
+def test_objectives_of_two_views():
+    """Half the micro-batch; of PoSE's two chunks half of the tokens come after the skip."""
+    overrides = ("model=llama7b", "pose.target_len=16384", "trainer.micro_batch=8", "trainer.global_batch=16")
+    lm = planned(*overrides)
+    assert (lm.objective, lm.micro_batch, lm.skipped) == ("lm", 8, 0)
+    distilled = planned(*overrides, "objective=self_distill")
+    assert (distilled.objective, distilled.micro_batch, distilled.num_compared) == ("self_distill", 4, 0)
+    assert distilled.skipped == pytest.approx(0.5, abs=0.05)
+    assert planned(*overrides, "objective=self_distill") == distilled, "always the same"
+    short = planned(*overrides, "objective=long_short", "pose=randpos")
+    assert (short.objective, short.num_compared, short.original_bytes) == ("long_short", 5, 2)
+    assert short.skipped > 0.99, "each position is drawn"
+    weightless = planned(*overrides, "objective=self_distill", "objective.weight=0")
+    assert weightless == replace(lm, micro_batch=4)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         ["model=llama7b"],
+        ["model=llama7b", "objective=self_distill", "trainer.micro_batch=4"],
         ["model=llama3_8b", "model.gradient_checkpointing=false", "trainer.micro_batch=8", "trainer.precision=32-true"],
         ["model=gemma_7b", "strategy=zero2", "trainer.devices=2", "model.attention=eager"],
     ],
@@ -137,6 +155,7 @@ def test_what_to_change_is_what_train_takes(overrides):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["objective=self_distill", "pose.num_chunks=1"], ["objective=self_distill", "pose=pose"]),
         (["model=lama"], ["lama", "llama7b"]),
         (["trainer.micro_bach=2"], ["trainer.micro_bach"]),
         (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),

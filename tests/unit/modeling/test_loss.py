@@ -367,3 +367,22 @@ def test_logits_of_teacher_and_student_exist_for_a_chunk_alone(monkeypatch, head
     monkeypatch.setattr(F, "linear", lambda x, *given: shapes.append(len(x)) or honest(x, *given))
     weighted_kl(hidden, hidden + 1, head, torch.ones(NUM_TOKENS), 10)[0].backward()
     assert shapes == [10, 10, 10, 10, 10, 10, 7, 7]
+
+
+@pytest.mark.parametrize("num", [0, 5, 12])
+@pytest.mark.parametrize(("loss", "times"), [(weighted_nll, 1), (weighted_kl, 2)])
+def test_a_head_in_parts_is_called_as_often_in_every_process(loss, times, num):
+    """Each call puts it together with all processes, whatever number of tokens they score: as for 12 here."""
+    torch.manual_seed(0)
+    hidden, head, calls = torch.randn(num, 8, requires_grad=True), nn.Linear(8, 11), []
+    head.weight.ds_id = 0
+    head.register_forward_hook(lambda *args: calls.append(1))
+    weights, teacher, targets = torch.rand(num), torch.randn(num, 8), torch.randint(11, (num,))
+    given = (hidden, head, targets, weights) if loss is weighted_nll else (hidden, teacher, head, weights)
+    total, by_token = loss(*given, chunk_len=4, at_most=12)
+    assert len(calls) == 3 * times
+    total.backward()
+    assert len(calls) == 2 * 3 * times, "the backward pass makes the logits again"
+    wanted, wanted_by_token = loss(*given, chunk_len=4)
+    torch.testing.assert_close(total, wanted)
+    torch.testing.assert_close(by_token, wanted_by_token)

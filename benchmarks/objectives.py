@@ -1,0 +1,180 @@
+"""A training step by objective, side by side: python -m benchmarks.objectives [PART ...] [--quick] [--json FILE]
+
+Steps of lm, self_distill and long_short on the same examples of pose=pose, with YaRN, all weights trained by AdamW;
+those of two views in micro-batches of half as many examples where there are several, as train.py has them.
+tiny: assets/tiny, 16 examples of 256 tokens. llama: a small Llama (the width and vocabulary of SmolLM2-135M, 4 layers,
+random weights), 2 examples of 1,024. long: the same, one example of 2,048, of which no micro-batch can be halved.
+
+Time is CPU seconds of one thread for some steps, whose skips differ, taken in turn. Memory is the peak of these steps
+above what was there before (weights, optimizer states and a frozen original are; gradients and activations are not),
+each objective in a process of its own; `with states` is that of both. Ratios are to lm.
+"""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Callable
+
+from benchmarks import Options, in_turn, memory, ratio, report, save_part, spread, table, timed, whole, words
+
+PRECISIONS = ["32-true", "bf16-mixed"]
+PARTS = {"tiny": (16, 256), "llama": (2, 1024), "long": (1, 2048)}  # examples, tokens of each
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = Options("objectives", __doc__, quick={"parts": ["tiny", "llama"], "steps": 1, "repeats": 2})
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--steps", type=whole(1), default=4, help="in one measurement")
+    parser.add_argument("--repeats", type=whole(1), default=7)
+    parser.add_argument("--precision", default=PRECISIONS[0], choices=PRECISIONS)
+    args = parser.read()
+    if not memory.is_known():
+        parser.error("peak memory is read from /proc, which only Linux has")
+    return args
+
+
+if __name__ == "__main__":
+    options()
+
+import copy
+import ctypes
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from pose.files import locate
+from pose.modeling.load import build_model, load_config, scale_config
+from pose.modeling.teacher import Teacher, freeze
+from pose.positions import PoSE
+from pose.rope import Yarn
+from pose.training.objectives import LanguageModel, LongShort, SelfDistill
+
+OBJECTIVES = {"lm": LanguageModel(), "self_distill": SelfDistill(), "long_short": LongShort()}
+SCALE = 8  # the target over the length of an example
+LLAMA = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+class Steps:
+    """Steps of one objective; the same examples each time.
+
+    Args:
+        part: one of PARTS.
+        name: one of OBJECTIVES.
+        num_steps: in a call.
+        precision: one of PRECISIONS.
+
+    Attributes:
+        states_bytes: of weights, optimizer states and a frozen original.
+    """
+
+    def __init__(self, part: str, name: str, num_steps: int, precision: str):
+        num_examples, length = PARTS[part]
+        path = locate("assets/tiny") if part == "tiny" else None
+        original = load_config(path) if path else LlamaConfig(**LLAMA, max_position_embeddings=length)
+        config = copy.deepcopy(original)
+        scale_config(config, Yarn(), SCALE * length)
+        self.objective, self.in_bf16 = OBJECTIVES[name], precision == "bf16-mixed"
+        torch.manual_seed(0)
+        self.model = build_model(config, path, "sdpa").train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
+        self.teacher = None
+        if self.objective.has_teacher:
+            self.teacher = Teacher(build_model(original, path, "sdpa", prepare=freeze).eval())
+        rng, sampler = np.random.default_rng(0), PoSE(length, SCALE * length)
+        self.steps = []
+        for _ in range(num_steps):
+            items = []
+            for _ in range(num_examples):
+                tokens = torch.from_numpy(rng.integers(config.vocab_size, size=length))
+                position_ids = torch.from_numpy(sampler.sample(rng, length).position_ids)
+                items.append({"input_ids": tokens, "labels": tokens, "position_ids": position_ids})
+            size = max(num_examples // self.objective.num_views, 1)
+            parts = [items[i : i + size] for i in range(0, num_examples, size)]
+            self.steps.append([self.objective.collate(one) for one in parts])
+
+    def __call__(self):
+        for batches in self.steps:
+            for batch in batches:
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.in_bf16):
+                    loss = self.objective.losses(self.model, batch, self.teacher).loss
+                (loss / len(batches)).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    @property
+    def states_bytes(self) -> int:
+        models = [self.model] if self.teacher is None else [self.model, self.teacher.model]
+        held = [p for model in models for p in model.parameters()]
+        held += [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def memory_of(*which) -> tuple[int, int]:
+    """Bytes of an objective: the peak of its steps, and its states; in a process that has not run any other."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_memory_of, which)
+
+
+def _memory_of(*which) -> tuple[int, int]:
+    torch.set_num_threads(1)
+    steps = Steps(*which)
+    steps()  # the optimizer's states
+    ctypes.CDLL(None).malloc_trim(0)  # what the C library has kept of freed memory would hide a part of the peak
+    return memory.peak_above(steps), steps.states_bytes
+
+
+def measure(ways: dict[str, Callable[[], None]], repeats: int, taken: dict[str, tuple[int, int]]) -> dict[str, dict]:
+    """Seconds and bytes of each objective, and their ratios to lm."""
+    for run in ways.values():
+        run()
+    seconds = in_turn({name: timed(run, time.process_time) for name, run in ways.items()}, repeats)
+    of_lm = taken["lm"]
+    return {
+        name: {
+            "seconds": spread(seconds[name]),
+            "times_as_long": ratio(seconds[name], seconds["lm"]),
+            "memory_mib": peak / 2**20,
+            "memory_ratio": peak / of_lm[0],
+            "states_mib": states / 2**20,
+            "memory_ratio_with_states": (peak + states) / sum(of_lm),
+        }
+        for name, (peak, states) in taken.items()
+    }
+
+
+def as_table(part: str, found: dict[str, dict], args: argparse.Namespace) -> str:
+    """What was measured of a part, to be read."""
+    head = ["lm = 1", "seconds", "times as long", "memory", "MiB", "states MiB", "memory with states"]
+    rows = [
+        [
+            name, f"{one['seconds']['median']:.3f}", words(one["times_as_long"]), f"{one['memory_ratio']:.2f}",
+            f"{one['memory_mib']:,.0f}", f"{one['states_mib']:,.0f}", f"{one['memory_ratio_with_states']:.2f}",
+        ]
+        for name, one in found.items()
+    ]  # fmt: skip
+    examples, length = PARTS[part]
+    title = f"{part}: {args.steps} steps of {examples} x {length:,} tokens, {args.precision}, {args.repeats} repeats"
+    return table(title, head, rows)
+
+
+def main():
+    args = options()
+    torch.set_num_threads(1)
+    rest = args.steps, args.precision
+    # Before anything runs here: what a run leaves to the allocator would serve the forks
+    taken = {part: {name: memory_of(part, name, *rest) for name in OBJECTIVES} for part in args.parts}
+    found: dict[str, dict] = {}
+    for part in args.parts:
+        found[part] = measure({name: Steps(part, name, *rest) for name in OBJECTIVES}, args.repeats, taken[part])
+        save_part("objectives", args, {"parts": found})
+    text = "\n\n".join(as_table(part, one, args) for part, one in found.items())
+    report(text, "objectives", args, {"parts": found})
+
+
+if __name__ == "__main__":
+    main()
