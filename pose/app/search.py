@@ -29,6 +29,8 @@ from pose.rope import NTK, Frequencies, Linear, LongRope, RopeGeometry, RopeScal
 log = logging.getLogger("pose.app.search")
 schema.register()
 
+CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than a question gains by it
+NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout")  # in what tells two searches apart
 COLUMNS = ("generation", "nll", "first", "divisors")
 BASELINES: dict[str, RopeScaling] = {
     "linear": Linear(), "ntk": NTK(), "yarn": Yarn(), "ntk, rcd_shift": NTK(rcd_shift=True),
@@ -100,18 +102,10 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     models.check_vocabulary(tokenizer, config, cfg.model.path)
     check_weights(config, path, cfg.model.revision)
     depths = far_depths(options.trials) if options.depths is None else list(options.depths)
-    prompts, digests = {}, {}
-    for key, seed in (("haystack", cfg.seed), ("heldout", cfg.seed + 1)):
-        text = read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search")
-        check_vocabulary(tokenizer, text, config.vocab_size, f"search.{key}")
-        digests[key] = hashlib.sha256(text.encode()).hexdigest()
-        prompts[key] = SwapPrompts(tokenizer, text, seed=seed)
-        shortest = prompts[key].shortest(target_len, depths, -(-options.trials // len(depths)))
-        if shortest > target_len:
-            raise ConfigError(
-                f"pose.target_len={target_len} is too short for a question about needles, which has {shortest} tokens "
-                "with this tokenizer"
-            )
+    texts = {
+        key: read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search")[:CHARS]
+        for key in ("haystack", "heldout")
+    }
     device = torch.device(
         "cuda" if cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
     )
@@ -120,15 +114,28 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     settings = {
         "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": target_len, "seed": cfg.seed,
         "factor": scaling.factor, "depths": depths, "attention": attention, "device": device.type,
-        **{key: value for key, value in asdict(options).items() if key not in ("num_generations", "depths")},
-        "attention_factor": scaling.attention_factor, **digests,
+        **{key: value for key, value in asdict(options).items() if key not in NAMED_OTHERWISE},
+        "attention_factor": scaling.attention_factor,
+        **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
     }  # fmt: skip
-    tried, generations = _go_on(folder, settings, space)
+    _check_folder(folder, settings)
+    prompts = []
+    for (key, text), seed in zip(texts.items(), (cfg.seed, cfg.seed + 1), strict=True):
+        check_vocabulary(tokenizer, text, config.vocab_size, f"search.{key}")
+        prompts.append(SwapPrompts(tokenizer, text, seed=seed))
+        shortest = prompts[-1].shortest(target_len, depths, -(-options.trials // len(depths)))
+        if shortest > target_len:
+            raise ConfigError(
+                f"pose.target_len={target_len} is too short for a question about needles, which has {shortest} tokens "
+                "with this tokenizer"
+            )
+    write_json(folder / "settings.json", settings)
+    tried, generations = _go_on(folder / "search.csv")
     runtime.save_config(cfg, folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
     scorer = Scorer(model)
-    own, heldout = (NeedleFitness(scorer, one, target_len, depths, options.trials) for one in prompts.values())
+    own, heldout = (NeedleFitness(scorer, one, target_len, depths, options.trials) for one in prompts)
 
     def of(candidate: Candidate) -> Frequencies:
         return replaced(scaling, candidate).frequencies(geometry)
@@ -183,15 +190,10 @@ def _try(
             file.flush()
 
 
-def _go_on(folder: Path, settings: dict, space: Space) -> tuple[dict[Candidate, float], dict[Candidate, int]]:
-    """What a search in this folder has tried before, with the generation of each.
-
-    Raises:
-        ConfigError: it was another search.
-    """
-    before, file = read_json(folder / "settings.json"), folder / "search.csv"
+def _check_folder(folder: Path, settings: dict[str, Any]):
+    """Raises a ConfigError where a folder holds another search."""
     changed = []
-    for key, value in before.items():
+    for key, value in read_json(folder / "settings.json").items():
         if value != settings.get(key):
             changed.append(f"{key}={settings.get(key)!r}, which was {value!r}")
     if changed:
@@ -199,20 +201,23 @@ def _go_on(folder: Path, settings: dict, space: Space) -> tuple[dict[Candidate, 
             f"{folder} holds another search: {'; '.join(changed)}. Give the earlier values to go on with it, or "
             "another hydra.run.dir"
         )
-    write_json(folder / "settings.json", settings)
+
+
+def _go_on(file: Path) -> tuple[dict[Candidate, float], dict[Candidate, int]]:
+    """What a search has tried before by its search.csv, with the generation of each; the file is there afterwards.
+
+    Raises:
+        DataError: a line that is none of a search.
+    """
     tried: dict[Candidate, float] = {}
     generations: dict[Candidate, int] = {}
     text = file.read_text() if file.exists() else ""
     whole = text[: text.rfind("\n") + 1]  # a process that was killed may have left half a line
     for row in csv.DictReader(io.StringIO(whole)):
         try:
-            index, first, divisors = (
-                int(row["generation"]),
-                int(row["first"]),
-                [float(x) for x in row["divisors"].split()],
-            )
+            first, divisors = int(row["first"]), [float(number) for number in row["divisors"].split()]
             one = Candidate(first, tuple(divisors[first:]))
-            tried[one], generations[one] = float(row["nll"]), index
+            tried[one], generations[one] = float(row["nll"]), int(row["generation"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file} has a line that is none of a search: {row}. Give another hydra.run.dir") from error
     with atomic_file(file, newline="") as new:

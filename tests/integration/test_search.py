@@ -1,15 +1,22 @@
 """python -m pose.search on the shipped model: what it leaves, that it goes on, and that train.py takes it."""
 
 import csv
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pose.app import schema
+from pose.app.build import build_scaling
+from pose.app.search import search
+from pose.errors import PoseError
+from pose.files import CONF
 from pose.modeling.load import build_model, load_config, scale_config
 from pose.rope import LongRope
 
@@ -21,7 +28,16 @@ SMALL = (
 
 
 def command(folder, *overrides):
-    return [sys.executable, "-m", "pose.search", *SMALL, f"hydra.run.dir={folder}", *overrides]
+    texts = (f"search.{key}={folder.parent}/{key}.txt" for key in ("haystack", "heldout"))
+    return [sys.executable, "-m", "pose.search", *SMALL, *texts, f"hydra.run.dir={folder}", *overrides]
+
+
+def with_texts(folder):
+    """A folder beside the texts that are hidden in."""
+    for key, subject in (("haystack", "dog"), ("heldout", "cat")):
+        lines = [f"The {subject} of house {i} has seen the {i % 7} other ones today." for i in range(300)]
+        (folder / f"{key}.txt").write_text(" ".join(lines))
+    return folder
 
 
 def run(*arguments):
@@ -29,9 +45,16 @@ def run(*arguments):
     return result.returncode, result.stdout + result.stderr
 
 
+@pytest.fixture
+def hydra():
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("search") / "whole"
+    folder = with_texts(tmp_path_factory.mktemp("search")) / "whole"
     code, output = run(*command(folder))
     assert code == 0, output
     return folder, output
@@ -58,7 +81,7 @@ def test_what_a_search_leaves(found):
 
 
 def test_a_search_that_was_killed_goes_on_to_the_same_end(found, tmp_path):
-    folder = tmp_path / "killed"
+    folder = with_texts(tmp_path) / "killed"
     process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file, end = folder / "search.csv", time.monotonic() + 120
     while time.monotonic() < end and not (file.exists() and len(file.read_text().splitlines()) > 6):
@@ -91,10 +114,10 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, tmp_path):
         (["model.path=null"], "model.path is not set"),
     ],
 )
-def test_what_cannot_be_searched_is_an_error_at_once(found, overrides, words):
+def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, words):
     folder, _ = found
-    code, output = run(*command(folder, *overrides))
-    assert code == 1 and words in output and "Traceback" not in output, output
+    with pytest.raises(PoseError, match=re.escape(words)):
+        search(compose("search", [*command(folder, *overrides)[3:]]), folder)
 
 
 def test_training_takes_what_was_found(found, tmp_path):
@@ -135,18 +158,15 @@ def test_training_takes_what_was_found(found, tmp_path):
         (["rope.mixed=1"], "rope.mixed=1"),
     ],
 )
-def test_factors_that_do_not_belong_are_errors(found, tmp_path, overrides, words):
+def test_factors_that_do_not_belong_are_errors(found, hydra, overrides, words):
     folder, _ = found
-    code, output = run(
-        sys.executable, "train.py", "rope=searched", f"rope.factors={folder}", "pose.target_len=512", "eval=none",
-        f"hydra.run.dir={tmp_path}/run", *overrides,
-    )  # fmt: skip
-    assert code == 1 and words in output and "Traceback" not in output, output
+    given = ("rope=searched", f"rope.factors={folder}", "pose.target_len=512", *overrides)
+    with pytest.raises(PoseError, match=re.escape(words)):
+        cfg = compose("train", list(given))
+        scale_config(load_config("assets/tiny"), build_scaling(cfg.rope), cfg.pose.target_len)
 
 
 def test_mixed_windows_keep_short_texts(found):
-    from pose.app.build import build_scaling
-
     folder, _ = found
     node = OmegaConf.load("conf/rope/searched.yaml")
     node.factors, node.mixed = str(folder), True
