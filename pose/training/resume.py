@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 RESUME_GROUPS: dict[str, tuple[str, ...]] = {
     "pose": (), "rope": (), "objective": (), "data": ("documents", "heldout", "num_workers"), "finetune": ()
 }  # fmt: skip
-BEFORE_OBJECTIVES = {"objective._target_": "pose.training.objectives.LanguageModel"}  # of runs that name none
+# Of runs from before there were such keys
+BEFORE = {
+    "objective._target_": "pose.training.objectives.LanguageModel", "rope.rcd_shift": False, "rope.rcd_periods": 10.0
+}  # fmt: skip
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
 # Keys of a config that change nothing in the weights that are trained
 WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -153,7 +156,7 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
 
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):
-    before = {key: value for key, value in BEFORE_OBJECTIVES.items() if key in settings} | before
+    before = {key: value for key, value in BEFORE.items() if key in settings} | before
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
         for key in sorted(settings.keys() | before.keys())
