@@ -227,8 +227,10 @@ class _Shifted(RopeScaling):
 
     def shifted_from(self, geometry: RopeGeometry) -> int | None:
         """j_rcd, the first frequency that is shifted; None where none is."""
+        if not self.rcd_shift:
+            return None
         first = real_critical_dimension(geometry, self.rcd_periods) // 2
-        return first if self.rcd_shift and first < geometry.dim // 2 else None
+        return first if first < geometry.dim // 2 else None
 
 
 @dataclass(frozen=True)

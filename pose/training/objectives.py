@@ -70,7 +70,7 @@ class Objective(ABC):
     def _require_skips(self, sampler: PositionSampler):
         if not sampler.skips:
             raise ConfigError(
-                f"objective={self.name} compares plain positions with those of the sampler, and pose={sampler.name} "
+                f"objective={self.name} compares plain positions with a sampler's, and the sampler {sampler.name} "
                 "draws plain ones alone: choose a sampler with skips, or objective=lm"
             )
 

@@ -27,6 +27,7 @@ from pose.rope import (
     LongRope,
     NTKByParts,
     RopeGeometry,
+    Searched,
     Theta,
     Unscaled,
     Yarn,
@@ -721,7 +722,8 @@ def test_resolving_leaves_the_original_alone_and_a_second_time_changes_nothing(m
 
 
 def test_names_are_those_of_the_config_group():
-    names = {method().name for method in [Unscaled, *SCALED, *ALSO]} | {LongRope(long_factor=[1]).name}
+    lists = [method(long_factor=[1]) for method in (LongRope, Searched)]
+    names = {method.name for method in [Unscaled(), *(method() for method in [*SCALED, *ALSO]), *lists]}
     assert names == {file.stem for file in (Path(__file__).parents[2] / "conf" / "rope").iterdir()}
 
 

@@ -155,7 +155,7 @@ def test_what_to_change_is_what_train_takes(overrides):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["objective=self_distill", "pose.num_chunks=1"], ["objective=self_distill", "pose=pose"]),
+        (["objective=self_distill", "pose.num_chunks=1"], ["objective=self_distill", "sampler PoSE"]),
         (["model=lama"], ["lama", "llama7b"]),
         (["trainer.micro_bach=2"], ["trainer.micro_bach"]),
         (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
