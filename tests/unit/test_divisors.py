@@ -49,6 +49,14 @@ def test_every_candidate_is_one_of_the_space(seed, geometry, factor, mutation):
         assert one.first == 0 or divisors[0] == 1
 
 
+def test_a_draft_is_brought_into_the_space():
+    """Sorted, between s and 2s, rounded; j_rcd between the two critical dimensions."""
+    space = Space.of(TINY, 8)
+    one = space.repaired(99, [0.0] * 20 + [100, 1, 9.123456, *[12.0] * 9])
+    assert one == Candidate(20, (8.0, 9.1235, *[12.0] * 9, 16.0))
+    assert space.repaired(-3, [1.0] * 32) == Candidate(8, (8.0,) * 24)
+
+
 def test_a_child_has_what_its_parents_have_or_what_was_drawn():
     rng, space = np.random.default_rng(0), Space.of(TINY, 8)
     a, b = (space.repaired(10, [value] * 32) for value in (9.0, 15.0))
