@@ -186,8 +186,13 @@ def _try(
         writer = csv.writer(file)
         for one in tqdm(left, desc=f"generation {index}", unit="candidate", leave=False):
             tried[one], generations[one] = fitness(one), index
-            writer.writerow([index, repr(tried[one]), one.first, " ".join(map(repr, one.divisors()))])
+            writer.writerow(_row(one, tried[one], index))
             file.flush()
+
+
+def _row(one: Candidate, nll: float, generation: int) -> list:
+    """A line of search.csv, by COLUMNS, from which `_go_on` has the candidate back to the bit."""
+    return [generation, repr(nll), one.first, " ".join(map(repr, one.divisors()))]
 
 
 def _check_folder(folder: Path, settings: dict[str, Any]):
@@ -223,8 +228,7 @@ def _go_on(file: Path) -> tuple[dict[Candidate, float], dict[Candidate, int]]:
     with atomic_file(file, newline="") as new:
         writer = csv.writer(new)
         writer.writerow(COLUMNS)
-        for one, nll in tried.items():
-            writer.writerow([generations[one], repr(nll), one.first, " ".join(map(repr, one.divisors()))])
+        writer.writerows(_row(one, nll, generations[one]) for one, nll in tried.items())
     if tried:
         log.info(f"Going on with {len(tried):,} candidates tried before")
     return tried, generations
