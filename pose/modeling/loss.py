@@ -1,22 +1,22 @@
 """Next-token cross-entropy, and the distance to a teacher's, from hidden states, without the logits of a whole batch.
 
-What trains goes through `weighted_nll` or `weighted_kl`: each token's weight in the loss is known beforehand, so the
-gradients of the hidden states and of the head are made beside the logits of a chunk, which are then forgotten. No logit
-of what trains is computed twice, and none is kept. (Liger, arXiv 2410.10989, and torch's `linear_cross_entropy` do the
-same, without weights by token.)
+What trains goes through `weighted_nll` or `weighted_nll_and_kl`: each token's weight in the loss is known beforehand,
+so the gradients of the hidden states and of the head are made beside the logits of a chunk, which are then forgotten.
+No logit of what trains is computed twice, and none is kept. (Liger, arXiv 2410.10989, and torch's
+`linear_cross_entropy` do the same, without weights by token.)
 
 Shapes: B batch, L tokens, H hidden size, V vocabulary, C chunk, n scored tokens.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pose.data.examples import IGNORE, Targets, scored_tokens
+from pose.data.examples import IGNORE, Pairs, Targets, scored_tokens
 from pose.modeling.compat import is_partitioned
 from pose.modeling.held import HeldLinear
 
@@ -39,37 +39,52 @@ def token_nll(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chun
         fp32 [n], in nats.
     """
 
-    def chunk_nll(logits, part, logits_of):
-        return F.cross_entropy(logits, targets[part], ignore_index=IGNORE, reduction="none")
+    def chunk_nll(logits, part):
+        return F.cross_entropy(logits, targets[part.rows], ignore_index=IGNORE, reduction="none")
 
-    return _chunked(hidden, head, chunk_nll, chunk_len)
+    return _chunked(hidden, head, chunk_nll, _chunks(0, len(hidden), chunk_len))
+
+
+class _Part(NamedTuple):
+    """Rows whose logits exist at one time.
+
+    Attributes:
+        rows: of the states.
+        num_pairs: so many tokens are there twice, first all of the teacher, then all of the student; 0 where no row
+            belongs to a pair.
+        num_fixed: so many rows, the first ones, get no gradient.
+    """
+
+    rows: slice
+    num_pairs: int = 0
+    num_fixed: int = 0
+
+
+def _chunks(begin: int, end: int, size: int) -> list[_Part]:
+    return [_Part(slice(at, min(at + size, end))) for at in range(begin, end, size)]
 
 
 def _chunked(
-    hidden: torch.Tensor, head: nn.Module, loss: Callable, chunk_len: int, at_most: int | None = None
+    hidden: torch.Tensor, head: nn.Module, loss: Callable, parts: Sequence[_Part], num_calls: int | None = None
 ) -> torch.Tensor:
-    """A loss (as of `_weighted`) of each token, fp32 [n]; the logits of a chunk are made again in the backward pass.
+    """A loss (as of `_weighted`) of each row, fp32 [n]; the logits of a part are made again in the backward pass.
 
-    Each call of a head that ZeRO-3 has dealt out puts it together, with all processes. So there are as many calls in
-    each of them, of nothing at last, as `at_most` tokens would need.
+    Each call of a head that ZeRO-3 has partitioned gathers it from all processes. So all make `num_calls` of them, the
+    last ones with nothing.
     """
 
-    def logits_of(states):
-        return head(states).float()
+    def of_part(states, part):
+        return loss(head(states).float(), part)
 
-    def of_chunk(states, part):
-        return loss(logits_of(states), part, logits_of)
-
-    losses, num = [], len(hidden)
-    if at_most is not None and any(is_partitioned(p) for p in head.parameters()):
-        num = at_most
-    for begin in range(0, num, chunk_len):
-        part = slice(begin, begin + chunk_len)
+    if num_calls is not None and any(is_partitioned(p) for p in head.parameters()):
+        parts = [*parts, *[_Part(slice(len(hidden), None))] * (num_calls - len(parts))]
+    losses = []
+    for part in parts or [_Part(slice(0))]:  # a loss of nothing has gradients too
         if torch.is_grad_enabled():
-            losses.append(checkpoint(of_chunk, hidden[part], part, use_reentrant=False))
+            losses.append(checkpoint(of_part, hidden[part.rows], part, use_reentrant=False))
         else:
-            losses.append(of_chunk(hidden[part], part))
-    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+            losses.append(of_part(hidden[part.rows], part))
+    return torch.cat(losses)
 
 
 def weighted_nll(
@@ -96,49 +111,93 @@ def weighted_nll(
         The sum, fp32 scalar, and without gradients the cross-entropy of each token, fp32 [n], in nats.
     """
 
-    def turn(logits, part, scale, logits_of):
-        return _turn(logits, targets[part, None], scale)
+    def turn(logits, part, scale):
+        return _turn(logits, targets[part.rows, None], scale)
 
-    def nll(logits, part, logits_of):
-        return F.cross_entropy(logits, targets[part], reduction="none")
+    def nll(logits, part):
+        return F.cross_entropy(logits, targets[part.rows], reduction="none")
 
-    return _weighted(hidden, head, weights, turn, nll, chunk_len, at_most)
+    num_calls = None if at_most is None else -(-at_most // chunk_len)
+    return _weighted(hidden, head, weights, turn, nll, _chunks(0, len(hidden), chunk_len), num_calls)
 
 
-def weighted_kl(
-    hidden: torch.Tensor,
+class NllAndKl(NamedTuple):
+    """What `weighted_nll_and_kl` returns.
+
+    Attributes:
+        loss: fp32 scalar.
+        nll: fp32 [N] without gradients, in nats; meaningless where nothing is scored.
+        kl: fp32 [m] without gradients, in nats.
+    """
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    kl: torch.Tensor
+
+
+def weighted_nll_and_kl(
     teacher: torch.Tensor,
+    student: torch.Tensor,
     head: nn.Module,
-    weights: torch.Tensor,
-    chunk_len: int = CHUNK_LEN // 4,
-    at_most: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of how far a student's next-token distributions are from a teacher's, sum_i w_i KL(p_i || q_i).
+    targets: torch.Tensor,
+    scored: Targets,
+    distilled: Targets,
+    pairs: Pairs,
+    factor: float = 1.0,
+    chunk_len: int = CHUNK_LEN,
+) -> NllAndKl:
+    """The weighted cross-entropies of a teacher, and how far a student's next-token distributions are from its own.
 
-    p is the teacher's, q the student's, both by the same head. Neither's logits ever exist for more than a chunk, and
-    no gradient reaches the teacher, nor the head by its logits.
+    It is sum_i w_i nll_i + factor * sum_j v_j KL(p_j || q_j), with p the teacher's and q the student's distribution,
+    both by the same head. The same logits of the teacher serve both sums. The KL gives no gradient to the teacher, nor
+    to the head by the teacher's logits. Logits exist for half a chunk at a time where a token has both.
 
     Args:
-        hidden: [n, H], the student's states.
-        teacher: [n, H], the teacher's states for the same tokens.
-        head, weights: as of `weighted_nll`.
-        chunk_len: C; there are three times the logits of a chunk.
-        at_most: as of `weighted_nll`.
-
-    Returns:
-        The sum, fp32 scalar, and without gradients the divergence of each token, fp32 [n], in nats.
+        teacher: [N, H], the states of all tokens.
+        student: [m, H], the student's of the tokens in `distilled`.
+        head: as of `weighted_nll`.
+        targets: int64 [N]; any token where nothing is scored.
+        scored: the n tokens that have a cross-entropy, with w.
+        distilled: the m tokens that have a student, with v.
+        pairs: which are both.
+        factor: of the KL.
+        chunk_len: C.
     """
-    teacher = teacher.detach()
+    num, device, size = len(teacher), teacher.device, max(chunk_len // 4, 1)
+    # Rows are of the teacher's states, and of the student's after them
+    places = torch.cat([torch.arange(num, device=device), distilled.at])
+    rows, parts, begin = [], [], 0
+    for chosen, is_scored in ((pairs.scored, True), (pairs.unscored, False)):
+        for students in chosen.split(size) if len(chosen) else ():
+            num_pairs = len(students)
+            rows += [distilled.at[students], num + students]
+            part = slice(begin, begin + 2 * num_pairs)
+            parts.append(_Part(part, num_pairs, 0 if is_scored else num_pairs))
+            begin = part.stop
+    parts += _chunks(begin, begin + len(pairs.alone), chunk_len)
+    order = torch.cat([*rows, pairs.alone])
+    of_teacher = torch.zeros(num, device=device).index_copy(0, scored.at, scored.weights)
+    weights = torch.cat([of_teacher, factor * distilled.weights])[order]
+    answers = targets[places[order]]
 
-    def turn(logits, part, scale, logits_of):
-        return _turn_to_teacher(logits, logits_of(teacher[part]), scale)
+    def turn(logits, part, scale):
+        target = answers[part.rows, None]
+        return _turn_pairs(logits, target, scale, part) if part.num_pairs else _turn(logits, target, scale)
 
-    def kl(logits, part, logits_of):
-        with torch.no_grad():
-            wanted = logits_of(teacher[part]).log_softmax(-1)
-        return F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1)
+    def losses_of(logits, part):
+        wanted, found = logits.split([len(logits) - part.num_pairs, part.num_pairs])
+        nll = F.cross_entropy(wanted, answers[part.rows][: len(wanted)], reduction="none")
+        if not part.num_pairs:
+            return nll
+        kl = F.kl_div(found.log_softmax(-1), wanted.detach().log_softmax(-1), log_target=True, reduction="none")
+        return torch.cat([nll, kl.sum(-1)])
 
-    return _weighted(hidden, head, weights, turn, kl, chunk_len, at_most)
+    # Tokens with a student, in two groups, and tokens without
+    num_calls = -(-num // size) + 1 + -(-num // chunk_len)
+    states = torch.cat([teacher, student])[order]
+    loss, losses = _weighted(states, head, weights, turn, losses_of, parts, num_calls)
+    by_row = torch.zeros(len(places), device=device).index_copy(0, order, losses)
+    return NllAndKl(loss, by_row[:num], by_row[num:])
 
 
 def _weighted(
@@ -147,16 +206,18 @@ def _weighted(
     weights: torch.Tensor,
     turn: Callable,
     loss: Callable,
-    chunk_len: int,
-    at_most: int | None,
+    parts: Sequence[_Part],
+    num_calls: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of a loss of each token's logits, and these losses without gradients.
+    """The weighted sum of a loss of each row's logits, and these losses without gradients.
 
     Args:
-        hidden, head, weights, chunk_len, at_most: as of `weighted_nll`.
-        turn: (logits [C, V], part, scale [C, 1] or None, logits_of) -> losses [C]; makes of the logits, in place, scale
-            times the gradient of the loss by them. `part` says which tokens; `logits_of` gives states' logits.
-        loss: (logits, part, logits_of) -> losses [C], differentiable.
+        hidden, head, weights: as of `weighted_nll`.
+        turn: (logits [C, V], part, scale [C, 1] or None) -> losses [C]; makes of the logits, in place, scale times the
+            gradient of the loss by them, but for the part's fixed rows.
+        loss: (logits, part) -> losses [C], differentiable.
+        parts: of all rows, in their order.
+        num_calls: as of `_chunked`.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -164,15 +225,15 @@ def _weighted(
     is_frozen = not any(p.requires_grad or is_partitioned(p) for p in head.parameters())
     # Gradients in fp16 have to be made of the scaled loss, which is known in the backward pass alone
     if dtype == torch.float16 or not (is_plain or is_frozen):
-        losses = _chunked(hidden, head, loss, chunk_len, at_most)
+        losses = _chunked(hidden, head, loss, parts, num_calls)
         return (losses * weights).sum(), losses.detach()
     if not is_plain:
-        return _FrozenWeightedLoss.apply(hidden, head, weights, turn, chunk_len, torch.is_grad_enabled())
+        return _FrozenWeightedLoss.apply(hidden, head, weights, turn, parts, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
         # Cast out here, so that their gradients are cast back
         states, weight = hidden.to(dtype), head.weight.to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
-        return _WeightedLoss.apply(states, weight, bias, weights, turn, chunk_len, torch.is_grad_enabled())
+        return _WeightedLoss.apply(states, weight, bias, weights, turn, parts, torch.is_grad_enabled())
 
 
 def _is_plain(head: nn.Module, dtype: torch.dtype) -> bool:
@@ -189,36 +250,36 @@ class _WeightedLoss(torch.autograd.Function):
     """Gradients beside the loss (`_weighted`), with a head that is one weight and a bias."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, weights, turn, chunk_len, has_gradients):
-        def logits_of(states):
-            return F.linear(states.to(weight.dtype), weight, bias).float()
-
+    def forward(ctx: Any, hidden, weight, bias, weights, turn, parts, has_gradients):
         of_hidden, of_weight, of_bias = (has_gradients and needed for needed in ctx.needs_input_grad[:3])
         hidden_grad = torch.empty_like(hidden) if of_hidden else None
-        # The sum over chunks is in fp32
+        # The sum over parts is in fp32
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         bias_grad = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for begin in range(0, len(hidden), chunk_len):
-            part = slice(begin, begin + chunk_len)
-            states = hidden[part]
-            logits = logits_of(states)
-            scale = weights[part, None] if of_hidden or of_weight or of_bias else None
-            losses[part] = turn(logits, part, scale, logits_of)
+        for part in parts:
+            states = hidden[part.rows]
+            logits = F.linear(states, weight, bias).float()
+            scale = weights[part.rows, None] if of_hidden or of_weight or of_bias else None
+            losses[part.rows] = turn(logits, part, scale)
             if scale is None:
                 del logits
                 continue
+            gradient = logits[part.num_fixed :]
             if bias_grad is not None:
-                bias_grad += logits.sum(0)
-            gradient = logits.to(weight.dtype)
+                bias_grad += gradient.sum(0)
+            gradient = gradient.to(weight.dtype)
             if hidden_grad is not None:
-                torch.mm(gradient, weight, out=hidden_grad[part])
+                fixed, moved = hidden_grad[part.rows].tensor_split([part.num_fixed])
+                fixed.zero_()
+                torch.mm(gradient, weight, out=moved)
             if weight_grad is not None:
+                states = states[part.num_fixed :]
                 if gradient.dtype == torch.float32:
                     weight_grad.addmm_(gradient.T, states)
                 else:
                     weight_grad += gradient.T @ states
-            del logits, gradient  # or they would be there while the next chunk's are made
+            del logits, gradient  # or they would be there while the next part's are made
         ctx.grads, ctx.dtypes = (hidden_grad, weight_grad, bias_grad), (hidden.dtype, weight.dtype, weight.dtype)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -241,22 +302,19 @@ class _FrozenWeightedLoss(torch.autograd.Function):
     """The same with a head that does not train, whatever it is made of: autograd knows the gradient of its input."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, head, weights, turn, chunk_len, has_gradients):
-        def logits_of(states):
-            return head(states).float()
-
+    def forward(ctx: Any, hidden, head, weights, turn, parts, has_gradients):
         has_gradients = has_gradients and ctx.needs_input_grad[0]
         hidden_grad = torch.empty_like(hidden) if has_gradients else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for begin in range(0, len(hidden), chunk_len):
-            part = slice(begin, begin + chunk_len)
-            states = hidden[part].detach().requires_grad_(has_gradients)
+        for part in parts:
+            states = hidden[part.rows].detach().requires_grad_(has_gradients)
             with torch.set_grad_enabled(has_gradients):
                 output = head(states)
             logits = output.detach().float()
-            losses[part] = turn(logits, part, weights[part, None] if has_gradients else None, logits_of)
+            losses[part.rows] = turn(logits, part, weights[part.rows, None] if has_gradients else None)
             if hidden_grad is not None:
-                (hidden_grad[part],) = torch.autograd.grad(output, states, logits.to(output.dtype))
+                logits[: part.num_fixed] = 0
+                (hidden_grad[part.rows],) = torch.autograd.grad(output, states, logits.to(output.dtype))
             del output, logits
         ctx.hidden_grad = hidden_grad
         ctx.mark_non_differentiable(losses)
@@ -289,24 +347,26 @@ def _turn(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | None
     return (total.log() + largest - of_target).squeeze(1)
 
 
-def _turn_to_teacher(logits: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Turns a student's logits into the gradient by them of KL(teacher || student), in place: scale (q - p).
+def _turn_pairs(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | None, part: _Part) -> torch.Tensor:
+    """As `_turn`, of a part of pairs: cross-entropies of the teacher's rows, and KL(teacher || student) of the others.
 
-    Args:
-        logits: fp32 [C, V], the student's.
-        wanted: fp32 [C, V], the teacher's logits; used up.
-        scale: as of `_turn`.
-
-    Returns:
-        The divergence of each token, fp32 [C].
+    Fixed rows are left with anything.
     """
-    logits.sub_(logits.logsumexp(1, keepdim=True))
-    wanted.sub_(wanted.logsumexp(1, keepdim=True))
-    probabilities = wanted.exp()
-    divergence = wanted.sub_(logits).mul_(probabilities).sum(1)
+    teacher, student = logits.split(part.num_pairs)
+    target = target[: part.num_pairs]
+    of_target, largest = teacher.gather(1, target), teacher.amax(1, keepdim=True)
+    likely = teacher.sub_(largest).exp()  # probabilities, but for their total
+    student.sub_(student.amax(1, keepdim=True))
+    total = likely.sum(1, keepdim=True)
+    kl = teacher.sub_(student).mul_(likely).sum(1, keepdim=True) / total
+    total_of_student = student.exp_().sum(1, keepdim=True)
+    losses = torch.cat([total.log() + largest - of_target, kl + (total_of_student / total).log()])
     if scale is not None:
-        logits.exp_().sub_(probabilities).mul_(scale)
-    return divergence
+        of_nll, of_kl = scale.split(part.num_pairs)
+        student.mul_(of_kl / total_of_student).addcmul_(likely, -of_kl / total)
+        if not part.num_fixed:
+            torch.mul(likely, of_nll / total, out=teacher).scatter_add_(1, target, -of_nll)
+    return losses.squeeze(1)
 
 
 def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) -> torch.Tensor:

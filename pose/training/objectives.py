@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pose.data.examples import Targets, collate_scored, collate_views
+from pose.data.examples import Pairs, Targets, collate_scored, collate_views
 from pose.errors import ConfigError, require_int, require_number
 from pose.modeling.layers import decoder_layers
-from pose.modeling.loss import loss_and_example_losses, weighted_kl
+from pose.modeling.loss import loss_and_example_losses, weighted_nll_and_kl
 from pose.modeling.teacher import Teacher, states_of_layers
 from pose.modeling.views import hidden_states_of_views
 from pose.positions import PositionSampler
@@ -131,7 +131,8 @@ class SelfDistill(Objective):
         require_number("objective.weight", self.weight, at_least=0)
 
     def collate(self, items):
-        return collate_views(items)
+        batch = collate_views(items)
+        return batch | Pairs.of_tokens(_tokens(batch, "scored"), _tokens(batch, "skipped")).in_batch()
 
     def check(self, sampler, num_layers):
         self._require_skips(sampler)
@@ -147,19 +148,19 @@ class SelfDistill(Objective):
             plain = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
             loss, by_example, _ = _language_model(model, batch, plain.expand_as(batch["input_ids"]))
             return Losses(loss, by_example, (loss.detach(), torch.zeros_like(loss)))
-        labels, skipped = batch["labels"], _skipped(batch)
+        labels, skipped = batch["labels"], _tokens(batch, "skipped")
         views = hidden_states_of_views(model, batch["input_ids"], batch["position_ids"], skipped.at)
-        head = model.get_output_embeddings()
-        lm, by_example = loss_and_example_losses(
-            views.plain.view(*labels.shape, -1), head, labels, Targets.of_batch(batch)
-        )
-        kl, by_token = weighted_kl(
-            views.skipped, views.plain[skipped.at], head, skipped.weights, at_most=labels.numel()
-        )
-        by_example = by_example.index_add(
-            0, skipped.at // labels.shape[1], self.weight * len(labels) * skipped.weights * by_token
-        )
-        return Losses(lm + self.weight * kl, by_example, (lm.detach(), kl.detach()))
+        scored = _tokens(batch, "scored")
+        targets = labels.roll(-1, 1).clamp(min=0).flatten()
+        loss, nll, kl = weighted_nll_and_kl(
+            views.plain, views.skipped, model.get_output_embeddings(), targets, scored, skipped,
+            Pairs.of_batch(batch), self.weight,
+        )  # fmt: skip
+        nll, kl = nll[scored.at] * scored.weights, kl * skipped.weights
+        by_example = torch.zeros(len(labels), device=labels.device)
+        by_example.index_add_(0, scored.at // labels.shape[1], nll * len(labels))
+        by_example.index_add_(0, skipped.at // labels.shape[1], kl * self.weight * len(labels))
+        return Losses(loss, by_example, (nll.sum(), kl.sum()))
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class LongShort(Objective):
 
     def losses(self, model, batch, teacher=None):
         assert teacher is not None
-        labels, skipped = batch["labels"], _skipped(batch)
+        labels, skipped = batch["labels"], _tokens(batch, "skipped")
         num, num_examples = labels.numel(), len(labels)
         last = len(decoder_layers(model))
         layers = self.layers_of(last)
@@ -273,7 +274,7 @@ def _language_model(model: PreTrainedModel, batch: dict[str, torch.Tensor], posi
     )
 
 
-def _skipped(batch: dict[str, torch.Tensor]) -> Targets:
-    found = Targets.of_batch(batch, "skipped")
+def _tokens(batch: dict[str, torch.Tensor], name: str) -> Targets:
+    found = Targets.of_batch(batch, name)
     assert found is not None, "a batch of `collate_views`"
     return found

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pose.data.examples import IGNORE, Targets, collate_scored, scored_tokens
+from pose.data.examples import IGNORE, Pairs, Targets, collate_scored, scored_tokens
 from pose.modeling.held import HeldLinear
-from pose.modeling.loss import causal_lm_loss, loss_and_example_losses, token_nll, weighted_kl, weighted_nll
+from pose.modeling.loss import causal_lm_loss, loss_and_example_losses, token_nll, weighted_nll, weighted_nll_and_kl
 
 NUM_TOKENS, HIDDEN, VOCAB = 37, 16, 29
 
@@ -333,56 +333,107 @@ HEADS_OF_KL = {
 }
 
 
+def tokens(is_in, weights):
+    (at,) = is_in.nonzero(as_tuple=True)
+    return Targets(at, weights[at])
+
+
+def distillation(scored, distilled):
+    """What `weighted_nll_and_kl` is given of tokens of which some are scored, and some have a student."""
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(2, len(scored), generator=generator) + 0.1
+    both = tokens(scored, weights[0]), tokens(distilled, weights[1])
+    targets = torch.randint(VOCAB, (len(scored),), generator=generator)
+    return targets, *both, Pairs.of_tokens(*both)
+
+
+SOME = torch.rand(2, NUM_TOKENS, generator=torch.Generator().manual_seed(4)) < torch.tensor([[0.7], [0.5]])
+ALL = torch.ones(NUM_TOKENS, dtype=torch.bool)
+SCORED_AND_DISTILLED = {
+    "some": tuple(SOME),
+    "all": (ALL, ALL),
+    "none scored": (~ALL, SOME[1]),
+    "none distilled": (SOME[0], ~ALL),
+    "apart": (SOME[0], ~SOME[0]),
+    "nothing": (~ALL, ~ALL),
+}
+
+
+@pytest.mark.parametrize("which", SCORED_AND_DISTILLED)
 @pytest.mark.parametrize("kind", HEADS_OF_KL)
-@pytest.mark.parametrize("chunk_len", [1, 5, 37, 256])
-def test_weighted_kl_by_hand(head, hidden, kind, chunk_len):
-    """Values, their weighted sum and its gradients, in fp64; none reaches the teacher."""
+@pytest.mark.parametrize("chunk_len", [4, 20, 1024])
+def test_weighted_nll_and_kl_by_hand(head, hidden, which, kind, chunk_len):
+    """Values, their weighted sum and its gradients, in fp64; the KL gives none to the teacher."""
     head = HEADS_OF_KL[kind](head)
-    teacher = (hidden + torch.randn(NUM_TOKENS, HIDDEN, generator=torch.Generator().manual_seed(3))).detach()
-    teacher.requires_grad_()
-    weights = torch.linspace(0.1, 2, NUM_TOKENS)
-    loss, kl = weighted_kl(hidden, teacher, head, weights, chunk_len)
-    wanted = kl_by_hand(head, hidden, teacher)
-    assert wanted.min() > 0.01
-    torch.testing.assert_close(kl.double(), wanted.detach(), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(loss.double(), (wanted * weights).sum(), atol=1e-6, rtol=1e-6)
-    trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
-    *got, of_teacher = torch.autograd.grad(2 * loss, [*trained, teacher], allow_unused=True)
-    for a, b in zip(got, torch.autograd.grad(2 * (wanted * weights).sum(), trained), strict=True):
-        torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-5)
-    assert of_teacher is None and not kl.requires_grad
+    is_scored, is_distilled = SCORED_AND_DISTILLED[which]
+    targets, scored, distilled, pairs = distillation(is_scored, is_distilled)
+    noise = torch.randn(NUM_TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5))
+    student = (hidden + noise).detach()[distilled.at].requires_grad_()
+    got = weighted_nll_and_kl(hidden, student, head, targets, scored, distilled, pairs, 0.7, chunk_len)
+
+    logits = F.linear(hidden.double(), head.weight.double(), head.bias.double())
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    kl = kl_by_hand(head, student, hidden.detach()[distilled.at])
+    wanted = (nll[scored.at] * scored.weights).sum() + 0.7 * (kl * distilled.weights).sum()
+    torch.testing.assert_close(got.nll[scored.at].double(), nll[scored.at].detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got.kl.double(), kl.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got.loss.double(), wanted, atol=1e-6, rtol=1e-6)
+    assert got.loss.dtype == torch.float32 and not got.nll.requires_grad and not got.kl.requires_grad
+    trained = [hidden, student, *(p for p in head.parameters() if p.requires_grad)]
+    pairs = zip(*(torch.autograd.grad(2 * one, trained, allow_unused=True) for one in (got.loss, wanted)), strict=True)
+    for a, b in pairs:
+        zero = torch.zeros(())
+        a, b = (zero if a is None else a), (zero if b is None else b.float())
+        torch.testing.assert_close(a, b.expand_as(a), atol=1e-5, rtol=1e-5)
 
 
-def test_weighted_kl_of_nothing_and_without_gradients(head, hidden):
-    loss, kl = weighted_kl(hidden[:0], hidden[:0], head, torch.zeros(0))
-    loss.backward()
-    assert loss == 0 and len(kl) == 0 and (head.weight.grad == 0).all()
+def test_weighted_nll_and_kl_without_gradients(head, hidden):
+    targets, scored, distilled, pairs = distillation(*SOME)
+    given = hidden, hidden[distilled.at] + 1, head, targets, scored, distilled, pairs
     with torch.no_grad():
-        loss, kl = weighted_kl(hidden, hidden + 1, head, torch.ones(NUM_TOKENS))
-    torch.testing.assert_close(kl.double(), kl_by_hand(head, hidden, hidden + 1).detach(), atol=1e-6, rtol=1e-6)
+        got = weighted_nll_and_kl(*given)
+    assert not got.loss.requires_grad
+    torch.testing.assert_close(got.loss, weighted_nll_and_kl(*given).loss.detach())
 
 
-def test_logits_of_teacher_and_student_exist_for_a_chunk_alone(monkeypatch, head, hidden):
+def test_logits_of_teacher_and_student_are_made_once_and_exist_for_a_chunk_alone(monkeypatch, head, hidden):
+    """The teacher's serve both losses: 12 tokens have both, 20 a student alone, 5 a cross-entropy alone."""
     shapes, honest = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, *given: shapes.append(len(x)) or honest(x, *given))
-    weighted_kl(hidden, hidden + 1, head, torch.ones(NUM_TOKENS), 10)[0].backward()
-    assert shapes == [10, 10, 10, 10, 10, 10, 7, 7]
+    place = torch.arange(NUM_TOKENS)
+    targets, scored, distilled, pairs = distillation((place < 12) | (place >= 32), place < 32)
+    weighted_nll_and_kl(hidden, hidden[:32] + 1, head, targets, scored, distilled, pairs, 1, 40)[0].backward()
+    assert shapes == [20, 4, 20, 20, 5]
 
 
 @pytest.mark.parametrize("num", [0, 5, 12])
-@pytest.mark.parametrize(("loss", "times"), [(weighted_nll, 1), (weighted_kl, 2)])
-def test_a_head_in_parts_is_called_as_often_in_every_process(loss, times, num):
-    """Each call puts it together with all processes, whatever number of tokens they score: as for 12 here."""
+def test_a_head_in_parts_is_called_as_often_in_every_process(num):
+    """Each call gathers it from all processes, whatever number of tokens they score: as for 12 here."""
     torch.manual_seed(0)
     hidden, head, calls = torch.randn(num, 8, requires_grad=True), nn.Linear(8, 11), []
     head.weight.ds_id = 0
     head.register_forward_hook(lambda *args: calls.append(1))
-    weights, teacher, targets = torch.rand(num), torch.randn(num, 8), torch.randint(11, (num,))
-    given = (hidden, head, targets, weights) if loss is weighted_nll else (hidden, teacher, head, weights)
-    total, by_token = loss(*given, chunk_len=4, at_most=12)
-    assert len(calls) == 3 * times
+    given = hidden, head, torch.randint(11, (num,)), torch.rand(num)
+    total, by_token = weighted_nll(*given, chunk_len=4, at_most=12)
+    assert len(calls) == 3
     total.backward()
-    assert len(calls) == 2 * 3 * times, "the backward pass makes the logits again"
-    wanted, wanted_by_token = loss(*given, chunk_len=4)
+    assert len(calls) == 2 * 3, "the backward pass makes the logits again"
+    wanted, wanted_by_token = weighted_nll(*given, chunk_len=4)
     torch.testing.assert_close(total, wanted)
     torch.testing.assert_close(by_token, wanted_by_token)
+
+
+@pytest.mark.parametrize("which", SCORED_AND_DISTILLED)
+def test_a_head_in_parts_is_called_as_often_whichever_tokens_have_a_student(head, hidden, which):
+    targets, scored, distilled, pairs = distillation(*SCORED_AND_DISTILLED[which])
+    student, calls = hidden.detach()[distilled.at] + 1, []
+    given = hidden, student, head, targets, scored, distilled, pairs, 1.0, 16
+    wanted = weighted_nll_and_kl(*given)
+    head.weight.ds_id = 0
+    head.register_forward_hook(lambda *args: calls.append(1))
+    got = weighted_nll_and_kl(*given)
+    assert len(calls) == 10 + 1 + 3
+    got.loss.backward()
+    assert len(calls) == 2 * (10 + 1 + 3)
+    torch.testing.assert_close(got.loss, wanted.loss)
+    torch.testing.assert_close(got.kl, wanted.kl)
