@@ -235,17 +235,18 @@ class Run:
         """The estimates of a model that is not in memory, of which nothing is measured twice."""
         path = path or locate(self.cfg.model.path)
         device = self.plan.trainer.strategy.root_device
+        dtype = getattr(torch, self.cfg.eval_dtype)
         attention = models.attention_on(self.cfg.model.attention, device)
         under = identity(
             fingerprint(path, self.cfg.model.revision, Memo(Path(self.cfg.cache_dir).expanduser() / ".memo")),
             config,
-            dtype=torch.float32,
+            dtype=dtype,
             attention=resolve_backend(attention),
             device=device,
         )
 
         def load():
-            model = build_model(config, path, attention, revision=self.cfg.model.revision)
+            model = build_model(config, path, attention, dtype, self.cfg.model.revision)
             return model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's method
 
         log.info(f"Measuring {what} ...")
