@@ -72,6 +72,7 @@ class Run:
     Attributes:
         plan: what the checks have prepared; of `__call__`'s first step.
         results: estimates by model: untuned, scaled, extended.
+        took: seconds that measuring each took.
         covered: the summary of the sampler's coverage.
     """
 
@@ -80,6 +81,7 @@ class Run:
     def __init__(self, cfg: DictConfig, folder: Path):
         self.cfg, self.folder = cfg, folder
         self.results: dict[str, dict[str, Estimate]] = {}
+        self.took: dict[str, float] = {}
         self.covered: dict[str, float] = {}
 
     def __call__(self):
@@ -210,6 +212,7 @@ class Run:
             self.results["extended"] = self._measure(
                 "the extended model", plan.suite, load_config(str(folder)), str(folder)
             )
+            self.took["extended"] = plan.suite.seconds
 
     def measure(self, name: str, config: PretrainedConfig):
         """Adds the metrics of the model that is not trained yet to the results; every process must call this.
@@ -222,6 +225,7 @@ class Run:
         assert suite is not None
         found = from_rank_zero(self.folder, name, lambda: self._measure(f"the {name} model", suite, config))
         self.results[name] = {metric: Estimate(*estimate) for metric, estimate in found.items()}
+        self.took[name] = suite.seconds
 
     def _measure_short(self, short: Suite) -> float:
         """Perplexity of the untuned model at its own window, which `watch` compares with."""
@@ -343,6 +347,7 @@ class Run:
         logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
         logged["train/steps"] = steps = plan.trainer.global_step
         logged["train/tokens"] = steps * self.cfg.trainer.global_batch * plan.sampler.example_len
+        logged |= {f"measuring/{name}_seconds": round(seconds, 1) for name, seconds in self.took.items()}
         if plan.watch is not None and plan.watch.found is not None:
             best = plan.watch.found
             logged |= {f"best/{best['metric']}": best["value"], "best/step": best["step"]}

@@ -493,7 +493,9 @@ def test_documents_with_a_text_that_is_left_out_are_not_trained_on(make, files, 
     """By the text, not by the name: wherever they stand, as often as they do; one that only begins alike is kept."""
     first, second, third = (json.loads(line)["text"] for path in files for line in path.read_text().splitlines())
     others = tmp_path / "others.jsonl"
-    others.write_text("\n".join(json.dumps({"id": "else", "text": text}) for text in (second, first[:-8] + " 4 4", "7")))
+    others.write_text(
+        "\n".join(json.dumps({"id": "else", "text": text}) for text in (second, first[:-8] + " 4 4", "7"))
+    )
     module = ready(make([*files, files[0]], leave_out=str(others)))
     trained = [" ".join(map(str, document[:].tolist())) for document in module.dataset.documents]
     assert trained == [first, third, first]
