@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from benchmarks import Options, commit, report, words
-from pose.files import REPOSITORY, atomic_file, read_json, write_json
+from benchmarks import Options, commit, put_between, report, words
+from pose.files import REPOSITORY, read_json, write_json
 
 LIMIT, GRACE = 120, 5  # seconds of a stage, and from the signal that asks it to end to the one that ends it
 LOG_END = 4000  # characters of a log that the summary keeps
@@ -458,13 +458,7 @@ def write(folder: Path, doc: Path = DOC):
     summary = read_json(folder / "summary.json")
     if summary.get("rehearsal", True):
         raise SystemExit(f"{folder} holds a rehearsal, whose figures say nothing of a GPU: not written")
-    text = doc.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{doc} has no place for it: put {BEGIN} and {END} there")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    with atomic_file(doc) as file:
-        file.write(f"{before}{BEGIN}\n{as_table(summary)}\n{END}{after}")
+    put_between(doc, BEGIN, END, as_table(summary))
 
 
 def main():

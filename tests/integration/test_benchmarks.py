@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks
-from benchmarks import gpu, parts, scaled
+from benchmarks import gpu, parts, scaled, smollm2
 from pose.files import sha256
 from pose.modeling.load import load_config, rope_geometry, scale_config
 from pose.rope import Yarn
@@ -31,7 +31,7 @@ def run(script, name, *arguments) -> tuple[str, dict]:
     assert content["benchmark"] == name and content["complete"] is True
     assert content["hardware"]["cpu"] and content["hardware"]["threads"] >= content["hardware"]["cores"] >= 1
     assert content["hardware"]["gpu"] is None or content["hardware"]["gpu_memory_gib"] > 1
-    assert all(content["versions"][package] for package in ("python", "torch", "transformers", "lightning"))
+    assert all(content["versions"][package] for package in ("python", "torch", "transxyzs", "lightning"))
     return "\n".join(lines), content
 
 
@@ -189,11 +189,11 @@ def test_step_of_the_head(script):
 
 
 def test_step_of_a_model(script):
-    """Each lever alone and all together, against transformers' loss and against the loss alone."""
+    """Each lever alone and all together, against transxyzs' loss and against the loss alone."""
     table, content = run(script, "step", "model", "--tokens", "64", "--repeats", "1", "--precision", "bf16-mixed")
     ways = content["parts"]["model bf16-mixed"]
     assert list(ways) == [
-        "transformers' loss", "loss", "loss, eager attention", "loss, recomputed", "loss, selective", "loss, compiled",
+        "transxyzs' loss", "loss", "loss, eager attention", "loss, recomputed", "loss, selective", "loss, compiled",
         "loss, bf16 residuals", "all",
     ]  # fmt: skip
     loss = ways["loss"]
@@ -326,10 +326,50 @@ def test_a_real_model_is_measured_before_and_after(rehearsal):
     assert set(ruler["scaled"]) == {f"ruler/niah_{t}@{n}" for t in ("single_2", "multikey_1") for n in (512, 1024)}
     full = stages["smollm2-100-full"]["result"]
     assert full["train/tokens"] == 2 * 2 * 1024 and full["tail_ppl@1024"] == full["extended"]["tail_ppl@1024"]
-    assert (
-        f"| smollm2-before | SmolLM2, untuned | untuned: ppl@1024 {stages['smollm2-before']['result']['untuned']['ppl@1024']:.4g}"
-        in table
-    )  # noqa: E501
+    ppl = stages["smollm2-before"]["result"]["untuned"]["ppl@1024"]
+    assert f"| smollm2-before | SmolLM2, untuned | untuned: ppl@1024 {ppl:.4g}" in table
+
+
+def test_the_tables_of_a_real_model(rehearsal, tmp_path, capsys):
+    """From the folders that the stages leave: each figure beside what it took; what is missing is said to be."""
+    out, (_, content) = rehearsal
+    folders = sorted(str(folder) for folder in out.glob("run-smollm2-*") if folder.name != "run-smollm2-scale")
+    file, doc = tmp_path / "found.json", tmp_path / "doc.md"
+    doc.write_text(f"above\n{smollm2.BEGIN}\n{smollm2.END}\nbelow\n")
+    arguments = ["--found", str(file), "--doc", str(doc)]
+    smollm2.main(arguments)
+    assert doc.read_text().count("Not run yet.") == 2, "no number without a run"
+    smollm2.main([*folders, "--hardware", "a rehearsal", *arguments])
+    rows = {row["model"]: row for row in json.loads(file.read_text())["rows"]}
+    assert set(rows) == {"untuned", "scaled", "PoSE, 0.000256 M tokens", "Full, 0.0041 M tokens"}
+    stages = content["stages"]
+    pose = rows["PoSE, 0.000256 M tokens"]
+    assert set(pose["measuring"]) == {"run-smollm2-after", "run-smollm2-ruler"}
+    assert (pose["tokens"], pose["steps"], pose["target"], pose["hardware"]) == (256, 2, 1024, "a rehearsal")
+    assert pose["seconds"] == pytest.approx(stages["smollm2-train"]["result"]["train/seconds"])
+    assert "smollm2_32k" in pose["command"] and rows["untuned"]["target"] is None
+    after, ruler = (stages[f"smollm2-{name}"]["result"]["extended"] for name in ("after", "ruler"))
+    for name, value in (after | ruler).items():
+        assert pose["metrics"][name][0] == pytest.approx(value, nan_ok=True), name
+    text = doc.read_text()
+    assert text.startswith("above\n") and text.endswith(f"{smollm2.END}\nbelow\n")
+    assert f"| scaled, to 1,024 | {stages['smollm2-scaled']['result']['scaled']['tail_ppl@512']:.2f}" in text
+    assert text.count("| ShortPI | not run yet") == text.count("**Needle gain, nats per token**") * 9
+    assert "- **PoSE, 0.000256 M tokens, to 1,024**: perplexity of the last tokens at 1,024 is" in text
+    assert str(out) not in text, "no folder of one machine"
+    smollm2.main([*folders, "--hardware", "a rehearsal", *arguments])
+    assert doc.read_text() == text, "the same folders again change nothing"
+    smollm2.main(arguments)
+    assert doc.read_text() == text
+    with pytest.raises(SystemExit, match="is no run, sweep or evaluation"):
+        smollm2.main([str(tmp_path), *arguments])
+
+
+def test_the_documents_tables_are_those_of_its_file():
+    """docs/SMOLLM2.md was written by the command, from docs/smollm2.json."""
+    rows = json.loads(smollm2.FOUND.read_text())["rows"] if smollm2.FOUND.exists() else []
+    text = smollm2.DOC.read_text()
+    assert text.split(smollm2.BEGIN)[1].split(smollm2.END)[0].strip("\n") == smollm2.tables(rows)
 
 
 def test_what_is_done_is_not_done_again(script, rehearsal):
@@ -365,11 +405,11 @@ def test_results_go_into_the_document(rehearsal, tmp_path):
     summary = json.loads((out / "summary.json").read_text()) | {"rehearsal": False, "card": "NVIDIA H100"}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     doc = tmp_path / "doc.md"
-    doc.write_text(f"above\n{gpu.BEGIN}\nold\n{gpu.END}\nbelow\n")
+    doc.write_text(f"above\n{gpu.BEGIN}\nxyz\n{gpu.END}\nbelow\n")
     gpu.write(tmp_path, doc)
     text = doc.read_text()
     assert text.startswith(f"above\n{gpu.BEGIN}\nNVIDIA H100, 2") and text.endswith(f"{gpu.END}\nbelow\n")
-    assert "old" not in text and summary["versions"]["torch"] in text and "| speed-7b-lora | 7B LoRA, eager | " in text
+    assert "xyz" not in text and summary["versions"]["torch"] in text and "| speed-7b-lora | 7B LoRA, eager | " in text
     gpu.write(tmp_path, doc)
     assert doc.read_text() == text
     doc.write_text("no marks")
