@@ -6,7 +6,6 @@ docs/SMOLLM2.md from that file. No number is typed by hand. Without a folder the
 """
 
 import argparse
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
         hardware: what a CPU is called; a GPU names itself.
 
     Returns:
-        Rows: model, hardware, on_gpu, target, command, commit, versions; of a training tokens, steps, seconds;
-        measuring, seconds by folder; metrics, [value, low, high, num] by name.
+        Rows: model, hardware, on_gpu, target, commit, versions; of a training tokens, steps, seconds; by folder measuring
+        (seconds) and commands; metrics, [value, low, high, num] by name.
 
     Raises:
         SystemExit: a folder is neither; names it.
@@ -52,7 +51,9 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
         sources = {folder: source for folder in map(Path, folders) for source in report.read(folder)}
     except PoseError as error:
         raise SystemExit(str(error)) from error
-    trained = {folder.name: _trained(source) for folder, source in sources.items() if source.kind == "training"}
+    trained = {
+        folder.name: _trained(folder.name, source) for folder, source in sources.items() if source.kind == "training"
+    }
     rows: list[dict[str, Any]] = []
     for folder, source in sources.items():
         provenance = read_json(folder / "provenance.json")
@@ -74,19 +75,19 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
                 took = source.cost[f"measuring {name}"].get("seconds")
                 target = checkpoints[name].get("target") if name != "untuned" else None
             row = {"model": own.get("model", name), "target": target if name != "untuned" else None, **common}
-            row |= {"command": source.facts.get("Command", ""), **own}
+            row |= {**own, "commands": own.get("commands", {}) | {folder.name: source.facts.get("Command", "")}}
             row |= {"measuring": {} if took is None else {folder.name: took}}
             row |= {"metrics": {key: list(found) for key, found in metrics.items()}}
             rows.append(row)
     return rows
 
 
-def _trained(source) -> dict[str, Any]:
+def _trained(name: str, source) -> dict[str, Any]:
     """What a training was, and what it cost."""
     cost, sampler = source.cost.get("training", {}), source.config.get("pose._target_", "").rpartition(".")[2]
     found = {name: cost[name] for name in ("tokens", "steps", "seconds", "mfu", "peak_memory_gib") if name in cost}
     tokens = f", {found['tokens'] / 1e6:.3g} M tokens" if "tokens" in found else ""
-    return {"model": f"{sampler}{tokens}", "command": source.facts.get("Command", ""), **found}
+    return {"model": f"{sampler}{tokens}", "commands": {name: source.facts.get("Command", "")}, **found}
 
 
 def merge(rows: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,7 +96,7 @@ def merge(rows: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> lis
     for row in more:
         before = merged.get(_key(row))
         if before is not None:
-            row = before | row | {key: before[key] | row[key] for key in ("measuring", "metrics")}
+            row = before | row | {key: before[key] | row[key] for key in ("measuring", "commands", "metrics")}
         merged[_key(row)] = row
     return list(merged.values())
 
@@ -136,7 +137,7 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [[_cell(row, f"position_ppl@{a}-{b}", ".1f", interval=False) for a, b in shown] for row in rows]
         title = "Perplexity by position in the longest window"
         lines.append(_table(title, [f"{a:,} to {b:,}" for a, b in shown], rows, cells, missing))
-    return [*lines, *_verdicts(rows)]
+    return [*lines, *_verdicts(rows), _commands(rows)]
 
 
 def _costs(rows: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
@@ -148,13 +149,15 @@ def _costs(rows: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
         [*(f"{cost[key]:{form}}" if cost.get(key) is not None else "–" for key, form in forms.items()), cost["commit"]]
         for cost in costs
     ]
-    commands = "\n".join(f"{_name(row)}: `{_portable(row['command'])}`  " for row in rows if row["command"])
-    return _table("What it took", head, rows, cells, missing) + (f"\n\n{commands}" if commands else "")
+    return _table("What it took", head, rows, cells, missing)
 
 
-def _portable(command: str) -> str:
-    """A command without folders of one machine."""
-    return re.sub(r"/[^\s,:}\]]*/", "…/", command)
+def _commands(rows: Sequence[Mapping[str, Any]]) -> str:
+    from pose.reporting.card import without_folders
+
+    by_folder = {folder: command for row in rows for folder, command in row["commands"].items() if command}
+    lines = [f"- {folder}: `{without_folders(command)}`" for folder, command in sorted(by_folder.items())]
+    return "\n".join(["**Commands**, by the folder that they left", "", *lines])
 
 
 def _table(title: str, head: Sequence[str], rows, cells: Iterable[Sequence[str]], missing: Sequence[str]) -> str:

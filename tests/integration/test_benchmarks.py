@@ -347,7 +347,7 @@ def test_the_tables_of_a_real_model(rehearsal, tmp_path, capsys):
     assert set(pose["measuring"]) == {"run-smollm2-after", "run-smollm2-ruler"}
     assert (pose["tokens"], pose["steps"], pose["target"], pose["hardware"]) == (256, 2, 1024, "a rehearsal")
     assert pose["seconds"] == pytest.approx(stages["smollm2-train"]["result"]["train/seconds"])
-    assert "smollm2_32k" in pose["command"] and rows["untuned"]["target"] is None
+    assert "smollm2_32k" in pose["commands"]["run-smollm2-train"] and rows["untuned"]["target"] is None
     after, ruler = (stages[f"smollm2-{name}"]["result"]["extended"] for name in ("after", "ruler"))
     for name, value in (after | ruler).items():
         assert pose["metrics"][name][0] == pytest.approx(value, nan_ok=True), name
