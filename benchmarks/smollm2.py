@@ -6,6 +6,7 @@ docs/SMOLLM2.md from that file. No number is typed by hand. Without a folder the
 """
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ FAMILIES = {  # of metrics, in order: title, format
 }
 BINS = 8  # of perplexity by position that a table shows
 NOT_YET = "not run yet"
+FOLDERS = re.compile(r"(?<![\w.])/[^\s,:}\]']*/")  # of one machine, in a command
 
 
 def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str, Any]]:
@@ -38,8 +40,8 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
         hardware: what a CPU is called; a GPU names itself.
 
     Returns:
-        Rows: model, hardware, on_gpu, target, commit, versions; of a training tokens, steps, seconds; by folder measuring
-        (seconds) and commands; metrics, [value, low, high, num] by name.
+        Rows: model, hardware, on_gpu, target, commit, versions; of a training tokens, steps, seconds; by folder
+        measuring (seconds) and commands; metrics, [value, low, high, num] by name.
 
     Raises:
         SystemExit: a folder is neither; names it.
@@ -51,9 +53,8 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
         sources = {folder: source for folder in map(Path, folders) for source in report.read(folder)}
     except PoseError as error:
         raise SystemExit(str(error)) from error
-    trained = {
-        folder.name: _trained(folder.name, source) for folder, source in sources.items() if source.kind == "training"
-    }
+    trainings = {folder.name: source for folder, source in sources.items() if source.kind == "training"}
+    trained = {name: _trained(name, source) for name, source in trainings.items()}
     rows: list[dict[str, Any]] = []
     for folder, source in sources.items():
         provenance = read_json(folder / "provenance.json")
@@ -153,10 +154,8 @@ def _costs(rows: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
 
 
 def _commands(rows: Sequence[Mapping[str, Any]]) -> str:
-    from pose.reporting.card import without_folders
-
     by_folder = {folder: command for row in rows for folder, command in row["commands"].items() if command}
-    lines = [f"- {folder}: `{without_folders(command)}`" for folder, command in sorted(by_folder.items())]
+    lines = [f"- {folder}: `{FOLDERS.sub('', command)}`" for folder, command in sorted(by_folder.items())]
     return "\n".join(["**Commands**, by the folder that they left", "", *lines])
 
 
