@@ -119,7 +119,7 @@ def strategy(name: str, tells: str, *needs: str) -> Stage:
 
 MEASURED = (  # of SmolLM2, before and after: what evaluate.py is asked for
     "eval=long", "eval.documents=[assets/corpora/books.heldout.jsonl.gz,assets/corpora/proofs.heldout.jsonl.gz]",
-    "eval.lengths=[8192,16384,32768]", "hydra.run.dir={out}/run-{name}",
+    "eval.lengths=[8192,16384,32768]", "eval.batch_tokens=131072", "hydra.run.dir={out}/run-{name}",
 )  # fmt: skip
 SHORT = ("eval.lengths=[512,1024]", "eval.max_documents=1", "eval.windows=1", "eval.trials=2")
 SHORT_TRAINING = (
