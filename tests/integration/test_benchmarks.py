@@ -31,7 +31,7 @@ def run(script, name, *arguments) -> tuple[str, dict]:
     assert content["benchmark"] == name and content["complete"] is True
     assert content["hardware"]["cpu"] and content["hardware"]["threads"] >= content["hardware"]["cores"] >= 1
     assert content["hardware"]["gpu"] is None or content["hardware"]["gpu_memory_gib"] > 1
-    assert all(content["versions"][package] for package in ("python", "torch", "transxyzs", "lightning"))
+    assert all(content["versions"][package] for package in ("python", "torch", "transformers", "lightning"))
     return "\n".join(lines), content
 
 
@@ -189,11 +189,11 @@ def test_step_of_the_head(script):
 
 
 def test_step_of_a_model(script):
-    """Each lever alone and all together, against transxyzs' loss and against the loss alone."""
+    """Each lever alone and all together, against transformers' loss and against the loss alone."""
     table, content = run(script, "step", "model", "--tokens", "64", "--repeats", "1", "--precision", "bf16-mixed")
     ways = content["parts"]["model bf16-mixed"]
     assert list(ways) == [
-        "transxyzs' loss", "loss", "loss, eager attention", "loss, recomputed", "loss, selective", "loss, compiled",
+        "transformers' loss", "loss", "loss, eager attention", "loss, recomputed", "loss, selective", "loss, compiled",
         "loss, bf16 residuals", "all",
     ]  # fmt: skip
     loss = ways["loss"]
@@ -330,7 +330,7 @@ def test_a_real_model_is_measured_before_and_after(rehearsal):
     assert f"| smollm2-before | SmolLM2, untuned | untuned: ppl@1024 {ppl:.4g}" in table
 
 
-def test_the_tables_of_a_real_model(rehearsal, tmp_path, capsys):
+def test_the_tables_of_a_real_model(rehearsal, tmp_path):
     """From the folders that the stages leave: each figure beside what it took; what is missing is said to be."""
     out, (_, content) = rehearsal
     folders = sorted(str(folder) for folder in out.glob("run-smollm2-*") if folder.name != "run-smollm2-scale")
