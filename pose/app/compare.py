@@ -181,8 +181,8 @@ def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate],
 
     suite = candidate.suite
     metrics = suite.run(load=load, outcomes=Outcomes(cfg.cache_dir, cfg.reuse), under=candidate.under)
-    peak = max(took.peak_memory_gib for took in suite.took)
-    return metrics, {"seconds": round(suite.seconds, 1), "peak_memory_gib": round(peak, 2)}
+    seconds, peaks = zip(*suite.took, strict=True)
+    return metrics, {"seconds": round(sum(seconds), 1), "peak_memory_gib": round(max(peaks), 2)}
 
 
 def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: Results, took: Mapping[str, Any]):
