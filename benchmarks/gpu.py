@@ -295,11 +295,12 @@ def run(
         return {"status": f"not installed: {', '.join(missing)}"}
     file, log, folder = out / f"{stage.name}.json", out / f"{stage.name}.log", out / f"run-{stage.name}"
     file.unlink(missing_ok=True)  # of a call before, which was ended
-    if "resume=auto" not in stage.command:
+    if "resume=auto" not in stage.command:  # else it goes on
         shutil.rmtree(folder, ignore_errors=True)
+    grace = 4 * GRACE if "resume=auto" in stage.command else GRACE  # for a last checkpoint
     arguments, start = stage.arguments(out, rehearse, model or "", documents), time.monotonic()
     with open(log, "wb") as output:
-        status = _run_within(limit, [sys.executable, *arguments], output)
+        status = _run_within(limit, grace, [sys.executable, *arguments], output)
     found = {"status": status, "seconds": round(time.monotonic() - start, 1), "command": " ".join(arguments)}
     text = log.read_text(errors="replace")
     if stage.name.startswith("tests"):
@@ -316,8 +317,8 @@ def run(
     return found
 
 
-def _run_within(limit: float, command: list[str], output) -> str:
-    """Runs a command and all that it starts for so many seconds at most; how it ended."""
+def _run_within(limit: float, grace: float, command: list[str], output) -> str:
+    """Runs a command and all that it starts for so many seconds at most, and `grace` to end; how it ended."""
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=_environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         process_group=0,
@@ -332,7 +333,7 @@ def _run_within(limit: float, command: list[str], output) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(grace)
 
 
 def go_through(args: argparse.Namespace) -> dict:

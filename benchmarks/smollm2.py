@@ -50,7 +50,7 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
     from pose.errors import PoseError
 
     try:
-        sources = {folder: source for folder in map(Path, folders) for source in report.read(folder)}
+        sources = {Path(source.folder): source for folder in folders for source in report.read(folder)}
     except PoseError as error:
         raise SystemExit(str(error)) from error
     trainings = {folder.name: source for folder, source in sources.items() if source.kind == "training"}

@@ -22,8 +22,8 @@ PATHS = {
 # Keys whose type would allow for a path, and which are none
 OTHERS = {
     "offline", "revision", "attention", "export_dtype", "engine", "text_field", "on_broken", "schedule",
-    "target_modules",
-    "accelerator", "devices", "precision", "on_nonfinite", "prefix", "tasks", "best", "dtype", "eval_dtype", "device", "init",
+    "target_modules", "eval_dtype",
+    "accelerator", "devices", "precision", "on_nonfinite", "prefix", "tasks", "best", "dtype", "device", "init",
     "curriculum", "pose", "rope", "objective", "strategy", "logger", "optimizer", "weights_dtype", "frozen_dtype",
     "gradient_checkpointing", "compile", "micro_batch",
 }  # fmt: skip
@@ -85,7 +85,8 @@ def test_every_key_is_a_path_or_is_none():
     assert {key.rsplit(".")[-1] for key in found} == PATHS | OTHERS
     assert {key for key in found if is_path(key)} == {
         "model.path", "model.tokenizer", "data.documents", "data.heldout", "data.leave_out", "eval.documents",
-        "eval.haystack", "eval.include_path", "watch.documents", "watch.haystack", "watch.include_path", "resume", "cache_dir", "ckpt",
+        "eval.haystack", "eval.include_path", "watch.documents", "watch.haystack", "watch.include_path",
+        "resume", "cache_dir", "ckpt",
     }  # fmt: skip
 
 
