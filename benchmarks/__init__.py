@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pose.files import REPOSITORY, write_json
+from pose.files import REPOSITORY, atomic_file, write_json
 
 PACKAGES = ("torch", "transformers", "lightning", "tokenizers", "numpy", "peft", "bitsandbytes", "deepspeed")
 
@@ -180,6 +180,21 @@ def _cpu() -> tuple[str, int | None]:
     model = next((cpu["model name"] for cpu in lines if "model name" in cpu), platform.processor())
     cores = {(cpu.get("physical id"), cpu["core id"]) for cpu in lines if "core id" in cpu}
     return model or platform.machine(), len(cores) or os.cpu_count()
+
+
+def put_between(doc: Path, begin: str, end: str, text: str):
+    """Puts text between two marks of a document, in place of what stands there.
+
+    Raises:
+        SystemExit: the document has no marks.
+    """
+    whole = doc.read_text()
+    if begin not in whole or end not in whole:
+        raise SystemExit(f"{doc} has no place for it: put {begin} and {end} there")
+    before, rest = whole.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    with atomic_file(doc) as file:
+        file.write(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def commit() -> str | None:

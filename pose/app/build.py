@@ -161,6 +161,7 @@ def build_data(
         heldout_share=d.heldout_share if wanted else 0.0,
         heldout_len=heldout_len,
         heldout_asked_by=asked_by,
+        leave_out=find_documents("data.leave_out", d.leave_out),
         window_len=d.window_len,
         add_bos=d.add_bos,
         synthetic={name: share for name, share in vars(d.synthetic).items() if share},

@@ -18,9 +18,9 @@ from yaml import YAMLError
 from pose.app import build, models
 from pose.app.holding import check_holding, check_teacher
 from pose.app.runtime import write_config
-from pose.app.schema import FinetuneConfig, TrainConfig, to_options
+from pose.app.schema import DTYPES, FinetuneConfig, TrainConfig, to_options
 from pose.data.datamodule import PoseDataModule
-from pose.errors import ConfigError, PoseError, first_line, require_int
+from pose.errors import ConfigError, PoseError, first_line, require_choice, require_int
 from pose.evaluation.options import MAX_SEED, EvalOptions
 from pose.evaluation.suite import Suite
 from pose.files import REPOSITORY, is_inside, locate
@@ -156,6 +156,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
             OmegaConf.to_object(cfg[group])
         except PoseError as error:
             raise error.under(group) from None
+    require_choice("eval_dtype", cfg.eval_dtype, DTYPES)
     checkpoint = find_resume(cfg, run_dir)
     models.find_model(cfg)
     base, config = models.model_config(cfg), models.model_config(cfg)

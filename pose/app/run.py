@@ -72,6 +72,7 @@ class Run:
     Attributes:
         plan: what the checks have prepared; of `__call__`'s first step.
         results: estimates by model: untuned, scaled, extended.
+        took: seconds that measuring each took.
         covered: the summary of the sampler's coverage.
     """
 
@@ -80,6 +81,7 @@ class Run:
     def __init__(self, cfg: DictConfig, folder: Path):
         self.cfg, self.folder = cfg, folder
         self.results: dict[str, dict[str, Estimate]] = {}
+        self.took: dict[str, float] = {}
         self.covered: dict[str, float] = {}
 
     def __call__(self):
@@ -210,6 +212,7 @@ class Run:
             self.results["extended"] = self._measure(
                 "the extended model", plan.suite, load_config(str(folder)), str(folder)
             )
+            self.took["extended"] = plan.suite.seconds
 
     def measure(self, name: str, config: PretrainedConfig):
         """Adds the metrics of the model that is not trained yet to the results; every process must call this.
@@ -222,6 +225,7 @@ class Run:
         assert suite is not None
         found = from_rank_zero(self.folder, name, lambda: self._measure(f"the {name} model", suite, config))
         self.results[name] = {metric: Estimate(*estimate) for metric, estimate in found.items()}
+        self.took[name] = suite.seconds
 
     def _measure_short(self, short: Suite) -> float:
         """Perplexity of the untuned model at its own window, which `watch` compares with."""
@@ -235,17 +239,18 @@ class Run:
         """The estimates of a model that is not in memory, of which nothing is measured twice."""
         path = path or locate(self.cfg.model.path)
         device = self.plan.trainer.strategy.root_device
+        dtype = getattr(torch, self.cfg.eval_dtype)
         attention = models.attention_on(self.cfg.model.attention, device)
         under = identity(
             fingerprint(path, self.cfg.model.revision, Memo(Path(self.cfg.cache_dir).expanduser() / ".memo")),
             config,
-            dtype=torch.float32,
+            dtype=dtype,
             attention=resolve_backend(attention),
             device=device,
         )
 
         def load():
-            model = build_model(config, path, attention, revision=self.cfg.model.revision)
+            model = build_model(config, path, attention, dtype, self.cfg.model.revision)
             return model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's method
 
         log.info(f"Measuring {what} ...")
@@ -342,6 +347,7 @@ class Run:
         logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
         logged["train/steps"] = steps = plan.trainer.global_step
         logged["train/tokens"] = steps * self.cfg.trainer.global_batch * plan.sampler.example_len
+        logged |= {f"measuring/{name}_seconds": round(seconds, 1) for name, seconds in self.took.items()}
         if plan.watch is not None and plan.watch.found is not None:
             best = plan.watch.found
             logged |= {f"best/{best['metric']}": best["value"], "best/step": best["step"]}

@@ -67,6 +67,7 @@ class DataConfig:
     documents: Any = MISSING  # file, folder, glob, or dataset {path, name, split, ...}, or a list: docs/DATA.md
     heldout: Any = None  # the same, of documents kept for evaluation; null: heldout_share of the documents
     heldout_share: float = 0.05  # of whole documents, set aside for evaluation where heldout is null; 0: none
+    leave_out: Any = None  # the same: documents with the text of one of these are not trained on
     text_field: str = "text"  # the key of the text, for documents that do not name their own
     min_tokens: int = 1  # tokens; shorter documents are left out
     max_documents: int | None = None  # the first so many of the others; null: all
@@ -165,6 +166,7 @@ class TrainConfig:
     logger: Any = MISSING
     eval: EvalOptions = field(default_factory=EvalOptions)
     watch: WatchOptions = field(default_factory=WatchOptions)
+    eval_dtype: str = "float32"  # of the weights while eval measures: float32, bfloat16, float16
     resume: str | None = None  # auto: go on in the run folder, or start; or a run folder, or a checkpoint
     trust_pickle: bool = False  # resume from another folder under fsdp or zero, whose checkpoints can run code
     seed: int = 0  # of data, dropout and initialisation

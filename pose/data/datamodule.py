@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from pose.data.cache import TokenCache
-from pose.data.documents import MAX_DOCUMENT_CHARS
+from pose.data.documents import MAX_DOCUMENT_CHARS, Keys
 from pose.data.examples import Curriculum, PoseDataset, collate_scored
-from pose.data.heldout import SetAside, without
+from pose.data.heldout import SetAside, found_again, without
 from pose.data.tokenizer import beyond_vocabulary
-from pose.errors import ConfigError, require_int
+from pose.errors import ConfigError, DataError, require_int
 from pose.positions import PositionSampler
 from pose.tasks.synthetic import TASKS
 
@@ -63,6 +63,7 @@ class PoseDataModule(L.LightningDataModule):
         heldout_share: share of whole documents set aside for evaluation (`set_aside`), in [0, 1); 0 keeps none.
         heldout_len: tokens that such a document has at least; None: the sampler's target.
         heldout_asked_by: the key of the config that asks for so many, for errors.
+        leave_out: documents, as `documents`, that no example is drawn from: those with the same text are left out.
         window_len: tokens of a document that one example is drawn from; None takes documents whole.
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
         synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
@@ -98,6 +99,7 @@ class PoseDataModule(L.LightningDataModule):
         heldout_share: float = 0.0,
         heldout_len: int | None = None,
         heldout_asked_by: str = "eval.lengths",
+        leave_out: str | Path | Mapping | Sequence | None = None,
         max_document_chars: int = MAX_DOCUMENT_CHARS,
         vocab_size: int | None = None,
         window_len: int | None = None,
@@ -117,6 +119,7 @@ class PoseDataModule(L.LightningDataModule):
             "min_tokens": min_tokens, "max_documents": max_documents, "on_broken": on_broken,
             "max_document_chars": max_document_chars,
         }  # fmt: skip
+        self.leave_out = leave_out
         self.set_aside = None
         if heldout_share:
             length = sampler.target_len if heldout_len is None else heldout_len
@@ -185,7 +188,9 @@ class PoseDataModule(L.LightningDataModule):
         if kept_back:
             self.fingerprint += f", without {len(kept_back)} for evaluation: " + _fingerprint(kept_back)
             log.info(f"Held out    {len(kept_back):,} of {len(cache):,} documents (data.heldout_share)")
-        documents = _Documents(cache, kept_back)
+        if left_out := self._left_out(cache):
+            self.fingerprint += f", without {len(left_out)} of data.leave_out: " + _fingerprint(left_out)
+        documents = _Documents(cache, [*kept_back, *left_out])
         lengths = cache.lengths[documents.indices]
         tasks: dict[Any, float] = {
             TASKS[name](self.tokenizer, documents, self.vocab_size): share for name, share in self.synthetic.items()
@@ -235,6 +240,18 @@ class PoseDataModule(L.LightningDataModule):
 
     def _open(self) -> TokenCache:
         return TokenCache.build(self.documents, self.tokenizer, self.cache_dir, self.text_field, **self.choice)
+
+    def _left_out(self, cache: TokenCache) -> list[int]:
+        """Which documents have the text of one of `leave_out`."""
+        if self.leave_out is None:
+            return []
+        keys = Keys("data.leave_out", max_document_chars=None)
+        others = TokenCache.build(self.leave_out, self.tokenizer, self.cache_dir, self.text_field, keys=keys)
+        left_out = found_again(cache, others)
+        log.info(f"Left out    {len(left_out):,} of {len(cache):,} documents: they are of data.leave_out")
+        if len(left_out) == len(cache):
+            raise DataError("data.leave_out leaves no document to train on: give others with data.documents")
+        return left_out
 
     def train_dataloader(self) -> DataLoader:
         step, rank, world, pinned = 0, 0, 1, False

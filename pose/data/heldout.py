@@ -1,4 +1,4 @@
-"""Whole documents of the training data that are kept for evaluation, where no other documents are given."""
+"""Whole documents that are kept for evaluation: a share of the training data, or those that are named."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -67,3 +67,10 @@ class SetAside:
 def without(num: int, left_out: Sequence[int]) -> np.ndarray:
     """The indices of num documents, but for those left out; int64."""
     return np.setdiff1d(np.arange(num), np.asarray(left_out, np.int64))
+
+
+def found_again(cache: TokenCache, others: TokenCache) -> list[int]:
+    """Which documents of a cache have the same tokens as one of another's, sorted; of one tokenizer."""
+    same_length = np.flatnonzero(np.isin(cache.lengths, others.lengths)).tolist()
+    texts = {others[i].tobytes() for i in range(len(others))} if same_length else set()
+    return [i for i in same_length if cache[i].tobytes() in texts]

@@ -87,6 +87,11 @@ class Suite:
             else:
                 self.tasks.append(self._retrieval(name, haystack))
 
+    @property
+    def seconds(self) -> float:
+        """That the units of the last run took when they were measured."""
+        return sum(took.seconds for took in self.took)
+
     def metrics(self) -> dict[str, Metric]:
         """What `run` will give, by name."""
         return {name: metric for task in self.tasks for name, metric in task.metrics().items()}

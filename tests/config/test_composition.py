@@ -105,6 +105,37 @@ def test_the_papers_experiments_name_its_method(name, target_len):
     assert cfg.model.path == "huggyllama/llama-7b" and cfg.finetune.lr == 2e-5
 
 
+@pytest.mark.parametrize("target_len", [32768, 65536])
+def test_the_real_model_has_the_papers_optimiser_and_tokens(target_len):
+    """From 8,192 to 32,768, and to 65,536 by one key: lengths and scaling follow the target."""
+    cfg = compose("train", ["experiment=smollm2_32k"] + [f"pose.target_len={target_len}"] * (target_len != 32768))
+    assert (cfg.finetune.lr, cfg.finetune.schedule, cfg.finetune.warmup_steps) == (2e-5, "linear", 10)
+    assert (cfg.finetune.optimizer, cfg.finetune.weight_decay, list(cfg.finetune.betas)) == ("adamw", 0.0, [0.9, 0.999])
+    sampler = build.build_sampler(cfg.pose, 8192)
+    assert isinstance(sampler, PoSE) and (sampler.train_len, sampler.target_len) == (2048, target_len)
+    assert cfg.trainer.max_steps * cfg.trainer.global_batch * sampler.example_len == 131_072_000
+    scaling = build.build_scaling(cfg.rope).resolve(RopeGeometry(100000.0, 64, 8192), target_len)
+    assert isinstance(scaling, Yarn) and scaling.factor == target_len / 8192
+    assert cfg.eval.lengths is None and cfg.watch.lengths is None and cfg.watch.every_n_steps == 250
+    kept = {*cfg.data.heldout, cfg.eval.haystack}
+    assert kept <= set(cfg.data.leave_out) and not kept & set(cfg.data.documents)
+    assert list(cfg.eval.documents) == list(cfg.watch.documents) == list(cfg.data.heldout)
+
+
+@pytest.mark.parametrize("name", ["smollm2_32k", "smollm2_32k_cpu"])
+def test_the_real_models_arms_compose(name):
+    """As the heads of the experiments have them; what is measured can be left out of each."""
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    for arm in ("pose=short_pi", "pose=full"):
+        line = next(line for line in text.splitlines() if arm in line)
+        cfg = compose("train", [f"experiment={name}", "eval=none", *re.findall(r"[\w.]+=[\w\[\],]+", line)])
+        sampler = build.build_sampler(cfg.pose, 8192)
+        tokens = cfg.trainer.max_steps * cfg.trainer.global_batch * sampler.example_len
+        plain = compose("train", [f"experiment={name}"]).trainer
+        assert tokens == plain.max_steps * plain.global_batch * 2048, "equal tokens"
+        assert list(cfg.eval.tasks) == []
+
+
 def test_the_mixed_windows_are_those_of_the_shifted_yarn():
     """On the shipped model's geometry: base 500, 64 rotary dimensions, window 256, at 8 times."""
     cfg = compose("train", ["experiment=mixed_windows_tiny"])

@@ -16,11 +16,13 @@ from pose.app.preflight import plan_training
 from pose.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-PATHS = {"path", "tokenizer", "documents", "heldout", "haystack", "include_path", "resume", "cache_dir", "ckpt"}
+PATHS = {
+    "path", "tokenizer", "documents", "heldout", "leave_out", "haystack", "include_path", "resume", "cache_dir", "ckpt",
+}  # fmt: skip
 # Keys whose type would allow for a path, and which are none
 OTHERS = {
     "offline", "revision", "attention", "export_dtype", "engine", "text_field", "on_broken", "schedule",
-    "target_modules",
+    "target_modules", "eval_dtype",
     "accelerator", "devices", "precision", "on_nonfinite", "prefix", "tasks", "best", "dtype", "device", "init",
     "curriculum", "pose", "rope", "objective", "strategy", "logger", "optimizer", "weights_dtype", "frozen_dtype",
     "gradient_checkpointing", "compile", "micro_batch",
@@ -82,8 +84,9 @@ def test_every_key_is_a_path_or_is_none():
     found = [key for schema_keys in SCHEMAS.values() for key in schema_keys]
     assert {key.rsplit(".")[-1] for key in found} == PATHS | OTHERS
     assert {key for key in found if is_path(key)} == {
-        "model.path", "model.tokenizer", "data.documents", "data.heldout", "eval.documents", "eval.haystack",
-        "eval.include_path", "watch.documents", "watch.haystack", "watch.include_path", "resume", "cache_dir", "ckpt",
+        "model.path", "model.tokenizer", "data.documents", "data.heldout", "data.leave_out", "eval.documents",
+        "eval.haystack", "eval.include_path", "watch.documents", "watch.haystack", "watch.include_path",
+        "resume", "cache_dir", "ckpt",
     }  # fmt: skip
 
 

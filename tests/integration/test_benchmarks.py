@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import benchmarks
-from benchmarks import gpu
+from benchmarks import gpu, parts, scaled, smollm2
+from pose.files import sha256
+from pose.modeling.load import load_config, rope_geometry, scale_config
+from pose.rope import Yarn
 
 pytestmark = pytest.mark.slow
 FOLDER = Path(benchmarks.__file__).parent
@@ -78,7 +81,9 @@ print(json.dumps(found))
         ("fits", ["--length", "5000"], "--length 5000 is beyond the window"),
         ("plan", ["--cases", "none"], "invalid choice: 'none'"),
         ("gpu", ["--minutes", "0"], "--minutes 0.0 is not accepted"),
-        ("gpu", ["--only", "real", "--skip", "real"], "leave no stage"),
+        ("gpu", ["--only", "plan", "--skip", "plan"], "leave no stage"),
+        ("gpu", ["--model", "no/such"], "--model no/such is not there"),
+        ("gpu", ["--documents", "no/such"], "--documents no/such is not there"),
         ("gpu", ["--write", "--out", "no/such"], "holds no results"),
     ],
 )
@@ -257,7 +262,8 @@ def test_weights_are_held_as_in_a_run():
 
 REHEARSED = (
     "tests", "speed-135m-compiled", "speed-7b-lora", "speed-7b-adamw8bit", "efficiency-135m", "strategy-ddp",
-    "strategy-zero3", "real",
+    "strategy-zero3", "smollm2-train", "smollm2-after", "smollm2-before", "smollm2-scale", "smollm2-scaled",
+    "smollm2-ruler", "smollm2-100-full",
 )  # fmt: skip
 
 
@@ -265,19 +271,20 @@ REHEARSED = (
 def rehearsal(script, tmp_path_factory):
     """One stage of each kind, as on a GPU but for the sizes."""
     out = tmp_path_factory.mktemp("gpu")
-    return out, run(script, "gpu", "--rehearse", "--out", out, "--only", *REHEARSED)
+    return out, run(script, "gpu", "--rehearse", "--minutes", "30", "--out", out, "--only", *REHEARSED)
 
 
 def test_the_gpu_programme_is_rehearsed(rehearsal):
     out, (table, content) = rehearsal
     stages = content["stages"]
     assert {name: found["status"] for name, found in stages.items()} == dict.fromkeys(REHEARSED, "done") | {
-        "strategy-zero3": "needs a GPU", "real": "not there yet"
+        "strategy-zero3": "needs a GPU"
     }, [found.get("log") for found in stages.values()]  # fmt: skip
     assert json.loads((out / "summary.json").read_text())["stages"] == stages
-    for name in REHEARSED[:-2]:
-        assert json.loads((out / f"{name}.json").read_text()) == stages[name]["result"]
-        assert (out / f"{name}.log").exists()
+    for name in REHEARSED:
+        if name not in ("strategy-zero3", "smollm2-scale"):
+            assert json.loads((out / f"{name}.json").read_text()) == stages[name]["result"]
+            assert (out / f"{name}.log").exists()
     assert stages["tests"]["result"]["skipped"] > 40 and stages["tests"]["result"]["failed"] == 0
     assert stages["strategy-ddp"]["result"]["train/loss"] > 0
     speed = stages["speed-7b-lora"]["result"]
@@ -291,14 +298,100 @@ def test_the_gpu_programme_is_rehearsed(rehearsal):
         and "measured by FLOPs" in table
         and f"{stages['tests']['result']['skipped']} skipped" in table
     )
-    assert list(out.glob("run-*")) == []
+    assert sorted(folder.name for folder in out.glob("run-*")) == sorted(
+        f"run-{name}" for name in REHEARSED if name.startswith("smollm2-")
+    )
+
+
+def test_a_real_model_is_measured_before_and_after(rehearsal):
+    """The stages of SmolLM2, by the shipped model: trained, rescaled alone, untouched."""
+    out, (table, content) = rehearsal
+    stages = content["stages"]
+    trained = stages["smollm2-train"]["result"]
+    assert trained["train/steps"] == 2 and trained["train/tokens"] == 2 * 2 * 64 and trained["train/seconds"] > 0
+    for stage, model in (("after", "extended"), ("before", "untuned"), ("scaled", "scaled")):
+        (found,) = (stages[f"smollm2-{stage}"]["result"],)
+        assert list(found) == [model]
+        for name in ("tail_ppl@512", "tail_ppl@1024", "passkey@1024", "needle_gain@1024", "needle_gain@256"):
+            assert name in found[model]
+    untuned, scaled, extended = (
+        stages[f"smollm2-{stage}"]["result"][model]["tail_ppl@1024"]
+        for stage, model in (("before", "untuned"), ("scaled", "scaled"), ("after", "extended"))
+    )
+    assert scaled < untuned / 1.1, "the window of the shipped model is 256 tokens"
+    assert 1e-6 < abs(extended / scaled - 1) < 0.1, "two steps of training"
+    assert json.loads((out / "run-smollm2-scale" / "config.json").read_text())["rope_parameters"]["factor"] == 4.0
+    ruler = stages["smollm2-ruler"]["result"]
+    assert list(ruler) == ["untuned", "scaled", "extended"]
+    assert set(ruler["scaled"]) == {f"ruler/niah_{t}@{n}" for t in ("single_2", "multikey_1") for n in (512, 1024)}
+    full = stages["smollm2-100-full"]["result"]
+    assert full["train/tokens"] == 2 * 2 * 1024 and full["tail_ppl@1024"] == full["extended"]["tail_ppl@1024"]
+    ppl = stages["smollm2-before"]["result"]["untuned"]["ppl@1024"]
+    assert f"| smollm2-before | SmolLM2, untuned | untuned: ppl@1024 {ppl:.4g}" in table
+
+
+def test_the_tables_of_a_real_model(rehearsal, tmp_path):
+    """From the folders that the stages leave: each figure beside what it took; what is missing is said to be."""
+    out, (_, content) = rehearsal
+    folders = sorted(str(folder) for folder in out.glob("run-smollm2-*") if folder.name != "run-smollm2-scale")
+    file, doc = tmp_path / "found.json", tmp_path / "doc.md"
+    doc.write_text(f"above\n{smollm2.BEGIN}\n{smollm2.END}\nbelow\n")
+    arguments = ["--found", str(file), "--doc", str(doc)]
+    smollm2.main(arguments)
+    assert doc.read_text().count("Not run yet.") == 2, "no number without a run"
+    smollm2.main([*folders, "--hardware", "a rehearsal", *arguments])
+    rows = {row["model"]: row for row in json.loads(file.read_text())["rows"]}
+    assert set(rows) == {"untuned", "scaled", "PoSE, 0.000256 M tokens", "Full, 0.0041 M tokens"}
+    stages = content["stages"]
+    pose = rows["PoSE, 0.000256 M tokens"]
+    assert set(pose["measuring"]) == {"run-smollm2-after", "run-smollm2-ruler"}
+    assert (pose["tokens"], pose["steps"], pose["target"], pose["hardware"]) == (256, 2, 1024, "a rehearsal")
+    assert pose["seconds"] == pytest.approx(stages["smollm2-train"]["result"]["train/seconds"])
+    assert "smollm2_32k" in pose["commands"]["run-smollm2-train"] and rows["untuned"]["target"] is None
+    after, ruler = (stages[f"smollm2-{name}"]["result"]["extended"] for name in ("after", "ruler"))
+    for name, value in (after | ruler).items():
+        assert pose["metrics"][name][0] == pytest.approx(value, nan_ok=True), name
+    text = doc.read_text()
+    assert text.startswith("above\n") and text.endswith(f"{smollm2.END}\nbelow\n")
+    assert f"| scaled, to 1,024 | {stages['smollm2-scaled']['result']['scaled']['tail_ppl@512']:.2f}" in text
+    assert text.count("| ShortPI | not run yet") == text.count("**Needle gain, nats per token**") * 9
+    assert "- **PoSE, 0.000256 M tokens, to 1,024**: perplexity of the last tokens at 1,024 is" in text
+    assert str(out) not in text, "no folder of one machine"
+    smollm2.main([*folders, "--hardware", "a rehearsal", *arguments])
+    assert doc.read_text() == text, "the same folders again change nothing"
+    smollm2.main(arguments)
+    assert doc.read_text() == text
+    with pytest.raises(SystemExit, match="is no run, sweep or evaluation"):
+        smollm2.main([str(tmp_path), *arguments])
+
+
+def test_the_documents_tables_are_those_of_its_file():
+    """docs/SMOLLM2.md was written by the command, from docs/smollm2.json."""
+    rows = json.loads(smollm2.FOUND.read_text())["rows"] if smollm2.FOUND.exists() else []
+    text = smollm2.DOC.read_text()
+    assert text.split(smollm2.BEGIN)[1].split(smollm2.END)[0].strip("\n") == smollm2.tables(rows)
 
 
 def test_what_is_done_is_not_done_again(script, rehearsal):
     out, _ = rehearsal
     before = json.loads((out / "summary.json").read_text())
-    _, content = run(script, "gpu", "--rehearse", "--out", out, "--only", "speed-7b-lora", "real")
+    _, content = run(script, "gpu", "--rehearse", "--out", out, "--only", "speed-7b-lora", "smollm2-train")
     assert content["stages"] == before["stages"]
+
+
+def test_stages_of_a_real_model_are_the_papers_run():
+    """What is asked for on a GPU: all 131 M tokens, a folder that a training goes on in, the user's own documents."""
+    stages = {stage.name: stage for stage in gpu.STAGES}
+    train = stages["smollm2-train"].arguments(Path("OUT"), False, "MODEL", "TEXTS")
+    assert train == [
+        "train.py", "experiment=smollm2_32k", "model.path=MODEL", "data.documents=TEXTS", "eval=none", "resume=auto",
+        "hydra.run.dir=OUT/run-smollm2-train",
+    ]  # fmt: skip
+    assert "data.documents=" not in " ".join(stages["smollm2-train"].arguments(Path("OUT"), False, "MODEL"))
+    after = stages["smollm2-after"].arguments(Path("OUT"), False, "MODEL")
+    assert after[1] == "ckpt={extended:OUT/run-smollm2-train}" and "eval.lengths=[8192,16384,32768]" in after
+    assert stages["smollm2-before"].arguments(Path("OUT"), False, "MODEL")[1] == "ckpt={untuned:MODEL}"
+    assert {stage.limit for stage in gpu.SMOLLM2} == {540, 240, 300, None} and gpu.LIMIT < 540 < 600
 
 
 def test_a_rehearsal_is_not_written(script, rehearsal):
@@ -312,11 +405,11 @@ def test_results_go_into_the_document(rehearsal, tmp_path):
     summary = json.loads((out / "summary.json").read_text()) | {"rehearsal": False, "card": "NVIDIA H100"}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     doc = tmp_path / "doc.md"
-    doc.write_text(f"above\n{gpu.BEGIN}\nold\n{gpu.END}\nbelow\n")
+    doc.write_text(f"above\n{gpu.BEGIN}\nxyz\n{gpu.END}\nbelow\n")
     gpu.write(tmp_path, doc)
     text = doc.read_text()
     assert text.startswith(f"above\n{gpu.BEGIN}\nNVIDIA H100, 2") and text.endswith(f"{gpu.END}\nbelow\n")
-    assert "old" not in text and summary["versions"]["torch"] in text and "| speed-7b-lora | 7B LoRA, eager | " in text
+    assert "xyz" not in text and summary["versions"]["torch"] in text and "| speed-7b-lora | 7B LoRA, eager | " in text
     gpu.write(tmp_path, doc)
     assert doc.read_text() == text
     doc.write_text("no marks")
@@ -334,7 +427,8 @@ def go_through(monkeypatch, out, *stages, limit=10, card="cpu", minutes=5):
     monkeypatch.setattr(gpu, "STAGES", stages)
     monkeypatch.setattr(gpu, "LIMIT", limit)
     monkeypatch.setattr(gpu, "GRACE", 1)
-    return gpu.go_through(Namespace(out=out, rehearse=True, only=[], skip=[], minutes=minutes))["stages"]
+    args = Namespace(out=out, rehearse=True, only=[], skip=[], minutes=minutes, model=None, documents=None)
+    return gpu.go_through(args)["stages"]
 
 
 def test_a_stage_that_fails_takes_no_other_with_it(monkeypatch, tmp_path):
@@ -348,6 +442,25 @@ def test_a_stage_that_fails_takes_no_other_with_it(monkeypatch, tmp_path):
     assert "began" in found["breaks"]["log"] and "ValueError: so it is" in found["breaks"]["log"]
     assert found["lacks"]["status"] == "not installed: no_such_package"
     assert found["fine"]["status"] == "done" and (tmp_path / "fine.log").read_text() == "well\n"
+
+
+def test_a_stage_waits_for_what_it_follows_and_for_its_model(monkeypatch, tmp_path):
+    """What it follows leaves a folder to it; a training that was ended finds its own."""
+    keep = "import pathlib; folder = pathlib.Path(r'{out}/run-{name}'); folder.mkdir(exist_ok=True)"
+    goes_on = keep + "; tries = folder / 'tries'; tries.open('a').write('x'); assert len(tries.read_text()) > 1"
+    stages = (
+        gpu.Stage("first", ("-c", goes_on, "resume=auto"), (), "first", keeps=True),
+        gpu.Stage("second", ("-c", keep + "; print(open(r'{out}/run-first/tries').read())"), (), "second", keeps=True,
+                  follows=("first",)),
+    )  # fmt: skip
+    found = go_through(monkeypatch, tmp_path, *stages)
+    assert found["first"]["status"] == "failed with status 1" and "second" not in found
+    found = go_through(monkeypatch, tmp_path, *stages)
+    assert found["first"]["status"] == found["second"]["status"] == "done"
+    assert (tmp_path / "second.log").read_text() == "xx\n" and (tmp_path / "run-second").is_dir()
+    monkeypatch.setattr(gpu, "find_model", lambda given, rehearse: None)
+    found = go_through(monkeypatch, tmp_path / "other", gpu.Stage("real", ("-c", "print(r'{model}')"), (), "real"))
+    assert found["real"]["status"] == "no model: give --model"
 
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_it_started(monkeypatch, tmp_path):
@@ -415,3 +528,45 @@ def test_the_time_left_ends_the_programme(monkeypatch, tmp_path, capsys):
     stages = (fake("first", "import time; time.sleep(3)"), fake("second", "pass"))
     assert list(go_through(monkeypatch, tmp_path, *stages, minutes=0.1)) == ["first"]
     assert "second: no time left" in capsys.readouterr().out
+
+
+# ----- a file in parts -----
+
+
+def test_a_file_travels_in_parts(tmp_path, capsys):
+    """Byte for byte, in any order; what is missing, or another, is said."""
+    file, folder, back = tmp_path / "model.gguf", tmp_path / "parts", tmp_path / "there" / "back.gguf"
+    file.write_bytes(bytes(range(256)) * 1000 + b"end")
+    parts.main(["split", str(file), str(folder), "--mib", "0.1"])
+    found = sorted(folder.iterdir())
+    assert len(found) == 3 and max(part.stat().st_size for part in found) == 104_857
+    parts.main(["join", str(folder), str(back)])
+    assert back.read_bytes() == file.read_bytes() and "256,003 bytes" in capsys.readouterr().out
+    away = found[1].rename(tmp_path / found[1].name)
+    with pytest.raises(SystemExit, match=rf"lacks {found[1].name}"):
+        parts.main(["join", str(folder), str(back)])
+    found[1].write_bytes(b"x" + away.read_bytes()[1:])
+    with pytest.raises(SystemExit, match=r"are not those of model\.gguf: copy them again"):
+        parts.main(["join", str(folder), str(tmp_path / "broken")])
+    assert not (tmp_path / "broken").exists()
+    parts.main(["split", str(away), str(folder)])
+    with pytest.raises(SystemExit, match="the parts of one file"):
+        parts.main(["join", str(folder), str(back)])
+    with pytest.raises(SystemExit, match="is no file"):
+        parts.main(["split", str(tmp_path / "none"), str(folder)])
+
+
+def test_a_model_that_is_rescaled_alone(tmp_path):
+    """The frequencies are those that train.py measures under `scaled`; the weights are untouched."""
+    scaled.main(["assets/tiny", str(tmp_path / "scaled"), "--target-len", "2048"])
+    config = load_config(str(tmp_path / "scaled"))
+    wanted = load_config("assets/tiny")
+    scale_config(wanted, Yarn(), 2048)
+    assert config.rope_parameters == wanted.rope_parameters and config.max_position_embeddings == 2048
+    assert rope_geometry(config).window == 256
+    assert sha256(tmp_path / "scaled" / "model.safetensors") == sha256("assets/tiny/model.safetensors")
+    with pytest.raises(SystemExit):
+        scaled.main(["assets/tiny", str(tmp_path / "scaled"), "--target-len", "2048"])
+    with pytest.raises(SystemExit, match="below the model's own window"):
+        scaled.main(["assets/tiny", str(tmp_path / "other"), "--target-len", "128"])
+    assert not (tmp_path / "other").exists()

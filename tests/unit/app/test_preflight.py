@@ -370,6 +370,15 @@ def test_documents_that_are_given_for_evaluation_are_taken(plan, tmp_path):
         assert len(planned.data.dataset.documents) == 3
 
 
+def test_examples_may_be_shorter_than_the_models_own_window(plan):
+    """What counts for the scaling is target / window, as ever: here 1,024 / 256 with examples of 64."""
+    planned = plan("pose.train_len=64", "pose.target_len=1024", "eval=none", "watch.every_n_steps=1")
+    assert (planned.sampler.train_len, planned.scaling.factor, planned.geometry.window) == (64, 4.0, 256)
+    assert planned.watch.short.lengths == [256], "what is kept is measured at the model's own window"
+    example = planned.data.dataset[0]
+    assert len(example["input_ids"]) == 64 and int(example["position_ids"].max()) > 256
+
+
 # ----- classes that a config names -----
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pose.app import compare, run, schema
 from pose.app.preflight import plan_training
-from pose.errors import TrainingError
+from pose.errors import ConfigError, TrainingError
 from pose.evaluation.task import Estimate
 from pose.reporting.results_csv import read_results
 from pose.training import micro_batch
@@ -87,6 +87,25 @@ def test_what_was_measured_belongs_to_the_weights_and_the_text(start, tmp_path):
     save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     other_weights, num = start("a", *overrides)
     assert num == 1 and other_weights != other_text
+
+
+def test_the_dtype_of_what_is_measured(start, tmp_path):
+    """Half the bits on request; another model than the one in fp32, for whoever looks for what was measured before."""
+    text = ("eval.tasks=[perplexity]", "eval.windows=1", "eval.max_documents=1", "rope=none")
+    wide, num = start("a", *text)
+    narrow, also = start("b", *text, "eval_dtype=bfloat16")
+    assert num == also == 1
+    wide, narrow = wide["untuned"]["ppl@256"].value, narrow["untuned"]["ppl@256"].value
+    assert 1e-6 < abs(narrow / wide - 1) < 0.02
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("evaluate", ["ckpt=assets/tiny", f"cache_dir={tmp_path}/cache", "device=cpu", *COMMON, *text[:3]])
+    for dtype, found in (("bfloat16", narrow), ("float32", wide)):
+        cfg.dtype = dtype
+        (candidate,) = compare.plan_evaluation(cfg)
+        metrics, took = compare.measure(cfg, candidate)
+        assert metrics["ppl@256"].value == found and took["seconds"] >= 0, "evaluate.py takes it over"
+    with pytest.raises(ConfigError, match=r"eval_dtype='half' is unknown: choose float32, bfloat16, float16"):
+        start("c", "eval_dtype=half")
 
 
 def test_memory_that_runs_out_names_what_helps(tmp_path):

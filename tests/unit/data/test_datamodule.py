@@ -484,3 +484,25 @@ def test_readers_end_with_the_process_they_read_for(make):
     while is_running(reader) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_running(reader)
+
+
+# Documents that are named, and left out
+
+
+def test_documents_with_a_text_that_is_left_out_are_not_trained_on(make, files, tmp_path, capsys):
+    """By the text, not by the name: wherever they stand, as often as they do; one that only begins alike is kept."""
+    first, second, third = (json.loads(line)["text"] for path in files for line in path.read_text().splitlines())
+    others = tmp_path / "others.jsonl"
+    others.write_text(
+        "\n".join(json.dumps({"id": "else", "text": text}) for text in (second, first[:-8] + " 4 4", "7"))
+    )
+    module = ready(make([*files, files[0]], leave_out=str(others)))
+    trained = [" ".join(map(str, document[:].tolist())) for document in module.dataset.documents]
+    assert trained == [first, third, first]
+    assert "Left out    2 of 5 documents" in capsys.readouterr().out
+    plain = ready(make([*files, files[0]]))
+    assert module.fingerprint != plain.fingerprint == ready(make([*files, files[0]])).fingerprint
+    with pytest.raises(DataError, match=r"data\.leave_out leaves no document to train on"):
+        ready(make(files, leave_out=list(files)))
+    with pytest.raises(DataError, match=r"no/such"):
+        ready(make(files, leave_out="no/such.jsonl"))
