@@ -175,13 +175,14 @@ def finished(tmp_path, monkeypatch):
 
 def test_intervals_window_and_target_reach_the_plots(finished, tmp_path):
     one, drawn = finished
+    one.flops_per_token = 1e6
     one.report()
     ((results, folder, window, target),) = drawn
     assert results["untuned"]["tail_ppl@8"] == Estimate(3.0, 2.5, 3.5, 4), "with its interval"
     assert (folder, window, target) == (tmp_path / "plots", 8, 32)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["passkey@8"] == 1.0 and metrics["untuned"]["tail_ppl@8"] == 3.0 and metrics["train/steps"] == 5
-    assert metrics["train/tokens"] == 5 * 4 * 8
+    assert metrics["cost/tokens"] == 5 * 4 * 8 and metrics["cost/flops"] == 1.6e8
     assert read_results(tmp_path / "results.csv") == results, "of all models, with their intervals"
 
 
