@@ -6,6 +6,7 @@ them fragments of records; each record is a message of `wandb.proto.wandb_intern
 
 import json
 import struct
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from wandb.proto.wandb_internal_pb2 import Record
 
 HEADER = b":W&B\xe1\xbe\x00"
-BLOCK, FULL, FIRST, LAST = 2**15, 1, 2, 4
+BLOCK, FULL, LAST = 2**15, 1, 4
 
 
 @dataclass
@@ -47,8 +48,7 @@ def read_run(folder: Path) -> WandbRun:
     """The only run that is in FOLDER/wandb."""
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     found = WandbRun(file.parent)
-    for message in _messages(file.read_bytes()):
-        record = Record.FromString(message)
+    for record in _records(file):
         if record.HasField("run"):
             found.run = record.run
             _update(found.config, record.run.config.update)
@@ -63,6 +63,16 @@ def read_run(folder: Path) -> WandbRun:
         elif record.HasField("metric"):
             found.metrics[record.metric.name or record.metric.glob_name] = record.metric
     return found
+
+
+def _records(file: Path) -> list[Record]:
+    """All of a finished run: W&B's own process may still be writing when `finish` returns."""
+    for _ in range(100):
+        records = [Record.FromString(message) for message in _messages(file.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{file} has no end")
 
 
 def _update(target: dict[str, Any], items):
@@ -81,11 +91,13 @@ def _value(item) -> Any:
 def _messages(data: bytes):
     assert data.startswith(HEADER), "another form of file"
     at, message = len(HEADER), b""
-    while at < len(data):
+    while at + 7 <= len(data):
         if BLOCK - at % BLOCK < 7:  # too little for a fragment's head
             at += BLOCK - at % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):  # not whole yet
+            return
         message += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (FULL, LAST):

@@ -106,7 +106,7 @@ def test_each_is_logged_once_a_step(monkeypatch):
     monkeypatch.setattr(L.LightningModule, "log_dict", counted)
     fit(Throughput(), steps=4, log_every=2, accumulate=3)
     speed = ["data_seconds", "optimizer_seconds", "seconds", "step_seconds", "tokens", "tokens_per_second"]
-    assert calls == [(step, [f"train/{name}" for name in speed]) for step in (2, 4)]
+    assert calls == [(step, [f"cost/{name}" for name in speed]) for step in (2, 4)]
 
 
 def test_a_step_is_split_into_what_it_waits_for_and_computes(monkeypatch):
