@@ -76,8 +76,9 @@ def log_finished(loggers: Sequence[Logger], run: Finished):
 def summary(run: Finished) -> dict[str, float]:
     """Single numbers: eval/METRIC of the extended model, eval/MODEL/METRIC of the others, costs and coverage.
 
-    A metric at the model's own window or at the target is there a second time as METRIC@window and METRIC@target, by
-    which models of different lengths are compared. Depths and positions are in the tables alone.
+    A metric at the model's own window or at the target is there a second time as eval/window/FAMILY and
+    eval/target/FAMILY, by which models of different lengths are compared; W&B sorts and filters by names without an @.
+    Depths and positions are in the tables alone.
     """
     found = {
         name: value
@@ -91,7 +92,7 @@ def summary(run: Finished) -> dict[str, float]:
                 found[_prefix(model) + name] = estimate.value
                 family, _, length = name.partition("@")
                 if length in places:
-                    found[f"{_prefix(model)}{family}@{places[length]}"] = estimate.value
+                    found[f"{_prefix(model)}{places[length]}/{family}"] = estimate.value
     return found
 
 
@@ -188,7 +189,7 @@ def _to_tensorboard(logger: TensorBoardLogger, run: Finished):
     for key, png in _figures(run).items():
         logger.experiment.add_image(key, imread(png)[..., :3], run.step, dataformats="HWC")
     found = summary(run)
-    compared = {name: value for name, value in found.items() if name.endswith(("@window", "@target"))}
+    compared = {name: value for name, value in found.items() if "/window/" in name or "/target/" in name}
     compared |= {name: found[name] for name in ("cost/seconds", "cost/tokens") if name in found}
     logger.log_metrics({name: value for name, value in found.items() if name not in compared}, run.step)
     logger.log_hyperparams(dict(run.settings), compared, run.step)

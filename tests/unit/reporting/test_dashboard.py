@@ -81,12 +81,12 @@ def test_single_numbers_are_grouped(finished):
     found = summary(finished)
     assert found == {
         "cost/seconds": 9.5, "cost/tokens": 4096, "coverage/pair_share": 0.5,
-        "eval/untuned/ppl@256": 3.0, "eval/untuned/ppl@window": 3.0, "eval/untuned/tail_ppl@512": math.inf,
-        "eval/ppl@256": 3.125, "eval/ppl@window": 3.125, "eval/tail_ppl@512": 4.0,
-        "eval/tail_ppl@1024": 5.0, "eval/tail_ppl@target": 5.0, "eval/passkey@1024": 1.0, "eval/passkey@target": 1.0,
-        "eval/needle@1024": 0.5, "eval/needle@target": 0.5,
-        "eval/ruler/niah_single_1@1024": 0.75, "eval/ruler/niah_single_1@target": 0.75,
-        "eval/ruler/niah_multikey_1@1024": 0.25, "eval/ruler/niah_multikey_1@target": 0.25,
+        "eval/untuned/ppl@256": 3.0, "eval/untuned/window/ppl": 3.0, "eval/untuned/tail_ppl@512": math.inf,
+        "eval/ppl@256": 3.125, "eval/window/ppl": 3.125, "eval/tail_ppl@512": 4.0,
+        "eval/tail_ppl@1024": 5.0, "eval/target/tail_ppl": 5.0, "eval/passkey@1024": 1.0, "eval/target/passkey": 1.0,
+        "eval/needle@1024": 0.5, "eval/target/needle": 0.5,
+        "eval/ruler/niah_single_1@1024": 0.75, "eval/target/ruler/niah_single_1": 0.75,
+        "eval/ruler/niah_multikey_1@1024": 0.25, "eval/target/ruler/niah_multikey_1": 0.25,
         "eval/harness/boolq": 0.625,
     }  # fmt: skip
 
@@ -197,7 +197,7 @@ def test_tensorboard_has_figures_and_hparams(finished):
     assert hparams["method"] == "pose + yarn" and hparams["target_len"] == 1024 and hparams["cfg/rope/factor"] == 4
     experiment = HParamsPluginData.FromString(stored["_hparams_/experiment"].plugin_data.content).experiment
     columns = {info.name.tag for info in experiment.metric_infos}
-    assert {"eval/tail_ppl@target", "eval/ppl@window", "eval/untuned/ppl@window", "cost/seconds"} <= columns
+    assert {"eval/target/tail_ppl", "eval/window/ppl", "eval/untuned/window/ppl", "cost/seconds"} <= columns
     assert "hp_metric" not in columns | set(events.Tags()["scalars"]) and "eval/tail_ppl@512" not in columns
 
 
