@@ -90,7 +90,7 @@ def says(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
         wandb_workspace.main(list(arguments))
     assert end.value.code == 1
-    return capsys.readouterr().out
+    return capsys.readouterr().err
 
 
 @needs_package
