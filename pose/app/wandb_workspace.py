@@ -68,6 +68,6 @@ def save(project: str, entity: str | None, name: str) -> str:
     import wandb
 
     try:
-        return dashboard(project, entity or wandb.Api().default_entity, name).save().url
+        return dashboard(project, entity or str(wandb.Api().default_entity), name).save().url
     except Exception as error:  # of the network, the account, the project, the package
         raise DataError(f"W&B has not taken the view of {project}: {first_line(error)}") from error

@@ -123,6 +123,7 @@ def tables(run: Finished) -> Tables:
         "tables/benchmarks": (["model", "metric", *BOUNDS], []),
         "tables/coverage": (["from", "to", "probability", "pair_share"], _coverage(run.folder / "coverage.csv")),
     }
+    row: list[Any]
     for model, estimates in run.results.items():
         for name, estimate in estimates.items():
             if match := POSITION.fullmatch(name):
@@ -167,7 +168,7 @@ def _to_wandb(logger: WandbLogger, run: Finished):
         for at, row in rows.items():
             experiment.log({over: at} | row)
     shown: dict[str, Any] = {
-        key: wandb.Table(columns=columns, data=rows) for key, (columns, rows) in tables(run).items()
+        key: wandb.Table(columns=[*columns], data=rows) for key, (columns, rows) in tables(run).items()
     }
     shown |= {key: wandb.Image(str(png)) for key, png in _figures(run).items()}
     logger.log_metrics(summary(run) | shown, run.step)
