@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import logging
+from collections.abc import Sequence
 
 from pose.app import command
 from pose.errors import ConfigError, DataError, first_line
@@ -15,6 +16,7 @@ Saves a view of a project's runs in W&B: curves by length, sampler x method, tra
 saves a new one; older ones are deleted in W&B.
 
   python -m pose.wandb_workspace pose --entity TEAM
+  python -m pose.wandb_workspace pose --entity TEAM --name Matrix --group-by sampler rope
   python -m pose.wandb_workspace pose --json view.json        # what would be sent; needs no network"""
 PACKAGE = "wandb-workspaces"
 
@@ -31,6 +33,11 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("project", help="as in logger.project")
     parser.add_argument("--entity", help="your team, as in logger.entity (default: your default)")
     parser.add_argument("--name", default="PoSE", help="of the view (default: PoSE)")
+    parser.add_argument(
+        "--group-by", nargs="+", default=[], metavar="KEY",
+        help="keys of the runs' config, such as sampler rope or cfg.pose.num_chunks: panels have a mean and a range of "
+        "each group of runs",
+    )  # fmt: skip
     parser.add_argument("--json", type=command.path, metavar="FILE", help="writes the view into a file, and ends")
     given = parser.parse_args(arguments)
     with command.running():
@@ -43,15 +50,15 @@ def main(arguments: list[str] | None = None):
         if given.json is not None:
             try:
                 with atomic_file(given.json) as file:
-                    file.write(as_json(dashboard(given.project, given.entity or "", given.name)))
+                    file.write(as_json(dashboard(given.project, given.entity or "", given.name, given.group_by)))
             except OSError as error:
                 raise DataError(f"--json {given.json} cannot be written: {error.strerror or error}") from error
             log.info(given.json)
             return
-        log.info(save(given.project, given.entity, given.name))
+        log.info(save(given.project, given.entity, given.name, given.group_by))
 
 
-def save(project: str, entity: str | None, name: str) -> str:
+def save(project: str, entity: str | None, name: str, group_by: Sequence[str] = ()) -> str:
     """Saves the view, and returns its address.
 
     Raises:
@@ -68,6 +75,6 @@ def save(project: str, entity: str | None, name: str) -> str:
     import wandb
 
     try:
-        return dashboard(project, entity or str(wandb.Api().default_entity), name).save().url
+        return dashboard(project, entity or str(wandb.Api().default_entity), name, group_by).save().url
     except Exception as error:  # of the network, the account, the project, the package
         raise DataError(f"W&B has not taken the view of {project}: {first_line(error)}") from error

@@ -4,6 +4,7 @@ Its panels read the names that `pose.reporting.dashboard` and the training log.
 """
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pose.evaluation.task import describe
@@ -33,16 +34,19 @@ TABLES = ("by_length", "by_depth", "by_position", "benchmarks", "coverage")
 MAX_RUNS = 50  # drawn in a panel
 
 
-def dashboard(project: str, entity: str, name: str = "PoSE") -> "Workspace":
+def dashboard(project: str, entity: str, name: str = "PoSE", group_by: Sequence[str] = ()) -> "Workspace":
     """The view, not saved yet.
 
     Args:
         project: that runs are logged to.
         entity: of the project; "" where it is not to be saved.
         name: of the view.
+        group_by: keys of the config by which the table of runs is grouped, the outermost first; then panels have a mean
+            and a range for each group.
     """
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.expr import Config
 
     def over(x: str, y: str, title: str, **options: Any):
         return wr.LinePlot(title=title, x=x, y=[y], max_runs_to_show=MAX_RUNS, **options)
@@ -116,7 +120,9 @@ def dashboard(project: str, entity: str, name: str = "PoSE") -> "Workspace":
             for i, (title, panels) in enumerate(sections.items())
         ],
         settings=ws.WorkspaceSettings(max_runs=MAX_RUNS, group_by_prefix="first"),
-        runset_settings=ws.RunsetSettings(pinned_columns=[*columns, "summary:cost/seconds"]),
+        runset_settings=ws.RunsetSettings(
+            pinned_columns=[*columns, "summary:cost/seconds"], groupby=[Config(key) for key in group_by]
+        ),
     )
 
 

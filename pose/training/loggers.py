@@ -52,9 +52,7 @@ def build_loggers(
         raise ConfigError(f"logger.{next(iter(options))} is not accepted: logger={name} takes name alone")
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
     if name == "tensorboard":
-        loggers.append(
-            TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None, default_hp_metric=False)
-        )
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None))
     elif name == "wandb":
         loggers.append(_wandb(dict(options or {}), run_dir, goes_on, title))
     return loggers
@@ -112,10 +110,9 @@ def _of_sweep(run_dir: Path) -> tuple[str | None, str | None]:
     The sweep's folder is known by the file that Hydra writes into it, also to the processes of a job, and where a job
     goes on alone. The name is what the job was given and not all jobs were.
     """
-    sweep = next((folder for folder in run_dir.absolute().parents if (folder / "multirun.yaml").is_file()), None)
-    if sweep is None:
+    sweep, name = run_dir.absolute().parent, None
+    if not (sweep / "multirun.yaml").is_file():
         return None, None
-    name = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         of_all = yaml.safe_load((sweep / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]["task"]
         given = yaml.safe_load((run_dir / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))

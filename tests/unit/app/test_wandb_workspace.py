@@ -84,6 +84,18 @@ def test_the_table_of_runs_begins_with_method_and_result(view):
     columns = runs["runFeed"]["columnOrder"]
     assert columns[0] == "run:displayName" and columns[3:5] == ["config:sampler.value", "config:rope.value"]
     assert "summary:eval/target/tail_ppl" in columns and columns[-1] == "summary:cost/seconds"
+    assert runs["grouping"] == []
+
+
+@needs_package
+def test_runs_are_grouped_by_keys_of_their_config(tmp_path):
+    wandb_workspace.main(
+        ["long", "--group-by", "sampler", "cfg.pose.num_chunks", "--json", str(tmp_path / "view.json")]
+    )
+    (runs,) = json.loads((tmp_path / "view.json").read_text())["spec"]["section"]["runSets"]
+    assert [(key["section"], key["name"]) for key in runs["grouping"]] == [
+        ("config", "sampler.value"), ("config", "cfg.value.pose.num_chunks"),
+    ]  # fmt: skip
 
 
 def says(capsys, *arguments):

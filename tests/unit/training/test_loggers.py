@@ -147,7 +147,8 @@ def test_what_is_given_names_a_run(job):
 
 
 def test_a_run_alone_is_called_by_its_method(tmp_path):
-    run = stored(tmp_path / "run")
+    (tmp_path / "multirun.yaml").write_text("")  # of a sweep into outputs/, where other runs lie in folders by date
+    run = stored(tmp_path / "2026-11-27" / "run")
     assert (run.run_group, run.display_name) == ("", "tiny 2048: pose + yarn")
 
 
