@@ -93,10 +93,11 @@ def _wandb(options: dict, run_dir: Path, goes_on: bool, title: str | None) -> Lo
     group, name = _of_sweep(run_dir)
     options["group"] = options.get("group") or group
     options["job_type"] = options.get("job_type") or "train"
-    options["name"] = options.pop("run_name", None) or name or title
+    options["name"] = options.pop("run_name", None)
     id_file = run_dir / ".wandb_id"  # under which a run goes on
     run_id = _kept_id(id_file) if goes_on else None
-    if run_id is None:
+    if run_id is None:  # one that goes on keeps its name, which may have been changed in W&B
+        options["name"] = options["name"] or name or title
         run_id = uuid.uuid4().hex[:8]
         run_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # then the next start is another run of W&B

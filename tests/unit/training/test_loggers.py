@@ -1,5 +1,6 @@
 """Loggers end with their job, and one that goes on is the same."""
 
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -125,10 +126,11 @@ def job(tmp_path):
     return job_
 
 
-def stored(folder, **options):
+def stored(folder, goes_on=False, **options):
     """What W&B has of a run in a folder."""
+    options = {"project": "pose", "offline": True} | options
     csv, logger = loggers.build_loggers(
-        "wandb", folder, options={"project": "pose", "offline": True} | options, title="tiny 2048: pose + yarn"
+        "wandb", folder, goes_on=goes_on, options=options, title="tiny 2048: pose + yarn"
     )
     with loggers.closing([csv, logger]):
         logger.log_metrics({"train/loss": 1.0}, step=0)
@@ -150,6 +152,17 @@ def test_a_run_alone_is_called_by_its_method(tmp_path):
     (tmp_path / "multirun.yaml").write_text("")  # of a sweep into outputs/, where other runs lie in folders by date
     run = stored(tmp_path / "2026-11-27" / "run")
     assert (run.run_group, run.display_name) == ("", "tiny 2048: pose + yarn")
+
+
+def test_a_run_that_goes_on_keeps_the_name_that_it_has_in_wandb(job):
+    folder = job(0, "rope=ntk")
+    first = stored(folder)
+    shutil.rmtree(folder / "wandb")
+    again = stored(folder, goes_on=True)
+    assert (first.display_name, again.display_name) == ("rope=ntk", "") and first.run_id == again.run_id
+    assert again.run_group == first.run_group
+    shutil.rmtree(folder / "wandb")
+    assert stored(folder, goes_on=True, run_name="mine").display_name == "mine"
 
 
 @pytest.mark.parametrize("content", ["", "[", "hydra: 3", "hydra: {overrides: {task: null}}", None])
