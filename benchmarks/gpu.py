@@ -426,7 +426,7 @@ def _in_words(found: dict) -> str:
         told = ", ".join(f"{number} {name}" for name, number in result.items() if number) or "none ended"
     elif "train/loss" in result:
         told = f"loss {result['train/loss']:.3f}"
-        if peak := result.get("train/peak_memory_gib"):
+        if peak := result.get("cost/peak_memory_gib"):
             told += f", {peak:.2f} GiB"
         told += "".join(f"; {one}" for one in _of_models(result))
     elif models := _of_models(result):

@@ -44,6 +44,12 @@ def same_path(a: str | Path, b: str | Path) -> bool:
     return Path(a).resolve() == Path(b).resolve()
 
 
+def short_name(folder: str | Path) -> str:
+    """The end of a folder's path: with what it lies in where that is a date, and it a time."""
+    parts = Path(folder).resolve().parts
+    return "/".join(parts[-2:]) if parts[-1].replace("-", "").isdigit() else parts[-1]
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w", **options) -> Iterator[IO]:
     """Opens a file that appears under its name in one step, when the block ends without an error.

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from pose.app.documents import find_documents
 from pose.app.factors import read_factors
+from pose.app.method import title_of
 from pose.app.schema import DataConfig, TrainerConfig, to_options
 from pose.app.targets import make
 from pose.data.datamodule import PoseDataModule
@@ -70,7 +71,9 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
     """
     t = to_options(cfg.trainer, TrainerConfig)
     logger: Any = OmegaConf.to_container(cfg.logger)
-    loggers = build_loggers(logger.pop("name", None), run_dir, step, goes_on=cfg.resume is not None, options=logger)
+    loggers = build_loggers(
+        logger.pop("name", None), run_dir, step, goes_on=cfg.resume is not None, options=logger, title=title_of(cfg)
+    )
     strategy = make(cfg.strategy, Strategy, "strategy") if "_target_" in cfg.strategy else _strategy_name(cfg.strategy)
     try:
         trainer = L.Trainer(

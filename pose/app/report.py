@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pose.app import command
 from pose.errors import DataError, first_line
+from pose.files import atomic_file, read_json, short_name
 
 if TYPE_CHECKING:
     from pose.evaluation.task import Estimate
@@ -68,7 +69,6 @@ def write_report(folders: Sequence[Path], file: Path):
     Raises:
         DataError: a folder is no run, sweep or evaluation, or the file cannot be written; names it.
     """
-    from pose.files import atomic_file
     from pose.reporting.page import page
 
     sources = [source for folder in folders for source in read(folder)]
@@ -105,7 +105,6 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     """A run of train.py, or an evaluation. Files that are missing or damaged leave their parts out."""
     import yaml
 
-    from pose.files import read_json
     from pose.reporting.metrics_csv import logged_rows
     from pose.reporting.page import Source
 
@@ -235,15 +234,18 @@ def _estimates(found: Any) -> dict[str, "Estimate"]:
 
 
 def _training_cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Of the whole training; peak memory and MFU are the highest and the last that were logged."""
-    found = {name.removeprefix("train/"): value for name, value in _numbers(metrics).items()}
-    keys = ("seconds", "steps", "tokens", "step_seconds", "mfu")
+    """Of the whole training; peak memory and MFU are the highest and the last that were logged.
+
+    Older runs have them all under train/.
+    """
+    found = {re.sub("^(train|cost)/", "", name): value for name, value in _numbers(metrics).items()}
+    keys = ("seconds", "steps", "tokens", "step_seconds", "flops", "mfu")
     cost: dict[str, float] = {key: found[key] for key in keys if key in found}
     if cost.get("seconds") and "tokens" in cost:
         cost["tokens_per_second"] = cost["tokens"] / cost["seconds"]
     elif "tokens_per_second" in found:
         cost["tokens_per_second"] = found["tokens_per_second"]
-    peaks = [float(row["train/peak_memory_gib"]) for row in rows if "train/peak_memory_gib" in row]
+    peaks = [float(value) for row in rows for name, value in row.items() if name.endswith("/peak_memory_gib")]
     return cost | ({"peak_memory_gib": max(peaks)} if peaks else {})
 
 
@@ -290,7 +292,7 @@ def _with_names(sources: Sequence["Source"]) -> list["Source"]:
     for source in sources:
         folder = Path(source.folder).resolve()
         names = [source.name] if source.name else []
-        least = len(Path(_tail(folder)).parts)
+        least = len(Path(short_name(folder)).parts)
         names += [f"{'/'.join(folder.parts[-n:])} {source.name}".strip() for n in range(least, len(folder.parts))]
         name = next((name for each in names if (name := one_line(each)) and name not in taken), str(folder))
         taken.add(name)
@@ -301,20 +303,14 @@ def _with_names(sources: Sequence["Source"]) -> list["Source"]:
 def _title(folders: Sequence[Path], sources: Sequence["Source"]) -> str:
     """What the page is about, in a line."""
     if len(folders) > 1:
-        return f"{', '.join(map(_tail, folders[:3]))}{' ...' * (len(folders) > 3)}, compared"
+        return f"{', '.join(map(short_name, folders[:3]))}{' ...' * (len(folders) > 3)}, compared"
     if len(sources) > 1 or sources[0].folder != str(folders[0]):
-        return f"Sweep {_tail(folders[0])}: {len(sources)} jobs"
+        return f"Sweep {short_name(folders[0])}: {len(sources)} jobs"
     (source,) = sources
     if source.kind == "evaluation":
         return f"Evaluation of {', '.join(source.models)}"
     method = [source.facts[label].partition(" (")[0].partition(",")[0] for label in ("Sampler", "RoPE")]
     return f"{source.facts['Model']}: {source.facts['Window']}, {' and '.join(filter(None, method))}"
-
-
-def _tail(folder: Path) -> str:
-    """The end of a folder's path: with what it lies in where that is a date, and it a time."""
-    parts = folder.resolve().parts
-    return "/".join(parts[-2:]) if parts[-1].replace("-", "").isdigit() else parts[-1]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -14,10 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pose.app import models, plan, runtime
 from pose.app.holding import layout_of, layout_of_original
+from pose.app.method import method_of
 from pose.app.preflight import Plan, check_config, plan_training
 from pose.app.report import write_beside
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.coverage import coverage
+from pose.errors import first_line
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.suite import Suite, out_of_reach, values
 from pose.evaluation.task import Estimate
@@ -35,6 +37,7 @@ from pose.modeling.rotary import target_len_of
 from pose.modeling.teacher import Teacher, freeze
 from pose.reporting.card import Card, license_of, without_folders
 from pose.reporting.coverage import plot_coverage
+from pose.reporting.dashboard import Finished, log_finished, log_settings
 from pose.reporting.metrics_csv import logged_rows
 from pose.reporting.plots import plot_measured, plot_training
 from pose.reporting.results_csv import write_results
@@ -50,6 +53,8 @@ from pose.training.strategies import is_compiled
 from pose.training.watch import read_best, short_warning
 
 log = logging.getLogger(__name__)
+
+LOGGED = ("train/", "cost/")  # of what was logged, the groups that metrics.json has the last values of
 
 
 def train(cfg: DictConfig):
@@ -74,6 +79,7 @@ class Run:
         results: estimates by model: untuned, scaled, extended.
         took: seconds that measuring each took.
         covered: the summary of the sampler's coverage.
+        flops_per_token: of the training; None where they are not known.
     """
 
     plan: Plan
@@ -83,6 +89,7 @@ class Run:
         self.results: dict[str, dict[str, Estimate]] = {}
         self.took: dict[str, float] = {}
         self.covered: dict[str, float] = {}
+        self.flops_per_token: float | None = None
 
     def __call__(self):
         """Plans, measures, trains, reports."""
@@ -97,13 +104,15 @@ class Run:
             checkpoint = self.plan.checkpoint
             launch.run(self.plan.trainer.num_devices, self.folder, None if checkpoint is None else checkpoint.folder)
             return
-        training = plan.say(self.cfg, self.plan)
+        if (training := plan.say(self.cfg, self.plan)) is not None:
+            self.flops_per_token = training.flops_per_token
         for callback in self.plan.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Throughput) and training is not None:
-                callback.flops_per_token = training.flops_per_token
+            if isinstance(callback, Throughput):
+                callback.flops_per_token = self.flops_per_token
         runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step)
         with closing(self.plan.trainer.loggers):
             if self.plan.trainer.is_global_zero:
+                log_settings(self.plan.trainer.loggers, self.settings)
                 self.cover()
                 self.go_on()
             with runtime.explained_memory_errors(self.cfg):
@@ -257,28 +266,44 @@ class Run:
         return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under)
 
     def report(self):
-        """Model card, plots, loggers' last entries, results.csv, metrics.json (with it a run is complete), the page."""
+        """Model card, plots, results.csv, metrics.json (with it a run is complete), the page, dashboards."""
         plan, folder = self.plan, self.folder
         self.write_card()
         plot_training(folder / "metrics.csv", folder / "plots" / "training.png")
         window, target = plan.geometry.window, target_len_of(plan.config)
         plot_measured(self.results, folder / "plots", window, target)
         metrics = {name: values(found) for name, found in self.results.items()}
-        self.log_results(metrics | {"coverage": self.covered})
         write_results(folder / "results.csv", self.results)
         self.save_metrics(metrics)
         write_beside(folder)
+        self.fill_dashboards()
         self.print_results()
         self.warn_of_short(metrics)
 
-    def log_results(self, results: dict[str, dict[str, float]]):
-        """Gives every logger but the CSV the config and the evaluation."""
-        metrics = {f"{model}/{name}": value for model, found in results.items() for name, value in found.items()}
-        settings: Any = OmegaConf.to_container(self.cfg, resolve=True)
-        for logger in self.plan.trainer.loggers:
-            if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams(settings)
-                logger.log_metrics(metrics, step=self.plan.trainer.global_step)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config of W&B and of TensorBoard's hparams: what runs are told apart by, and under cfg all of it."""
+        cfg: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        return method_of(self.cfg) | {"cfg": cfg}
+
+    def fill_dashboards(self):
+        """Gives W&B or TensorBoard what was found. The run is complete: what goes wrong here is a warning."""
+        plan = self.plan
+        try:
+            log_finished(
+                plan.trainer.loggers,
+                Finished(
+                    self.folder,
+                    plan.trainer.global_step,
+                    self.settings,
+                    self.results,
+                    window=plan.geometry.window,
+                    target=target_len_of(plan.config),
+                    with_weights=bool(self.cfg.logger.get("log_weights")),
+                ),
+            )
+        except Exception as error:
+            log.warning(f"logger={self.cfg.logger.name} lacks results of {self.folder}: {first_line(error)}")
 
     def write_card(self):
         """README.md of RUN/model; reads the provenance that the run has written."""
@@ -343,11 +368,13 @@ class Run:
         plan = self.plan
         logged = {f"coverage/{name}": value for name, value in self.covered.items()}
         for row in logged_rows(self.folder / "metrics.csv"):
-            logged |= {name: float(value) for name, value in row.items() if name.startswith("train/")}
-        logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith("train/")}
+            logged |= {name: float(value) for name, value in row.items() if name.startswith(LOGGED)}
+        logged |= {k: float(v) for k, v in plan.trainer.callback_metrics.items() if k.startswith(LOGGED)}
         logged["train/steps"] = steps = plan.trainer.global_step
-        logged["train/tokens"] = steps * self.cfg.trainer.global_batch * plan.sampler.example_len
         logged |= {f"measuring/{name}_seconds": round(seconds, 1) for name, seconds in self.took.items()}
+        logged["cost/tokens"] = tokens = steps * self.cfg.trainer.global_batch * plan.sampler.example_len
+        if self.flops_per_token is not None:
+            logged["cost/flops"] = self.flops_per_token * tokens
         if plan.watch is not None and plan.watch.found is not None:
             best = plan.watch.found
             logged |= {f"best/{best['metric']}": best["value"], "best/step": best["step"]}

@@ -37,6 +37,7 @@ COSTS = {  # columns: label, and how a number is shown
     "tokens_per_second": ("Tokens/s", ",.0f"),
     "step_seconds": ("Seconds/step", ".3g"),
     "peak_memory_gib": ("Peak memory (GiB)", ".2f"),
+    "flops": ("FLOPs", ".3g"),
     "mfu": ("MFU", ".1%"),
 }
 

@@ -62,15 +62,15 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Throughput(L.Callback):
-    """Logs how fast training is, over all devices, since it was logged last; what is measured in between is left out.
+    """Logs what training costs, over all devices; what is measured in between is left out.
 
-    train/tokens_per_second; train/step_seconds, of it train/data_seconds (waiting for a batch) and
-    train/optimizer_seconds, each of one optimizer step. On a GPU train/peak_memory_gib; on one whose peak is known
-    train/mfu, the model FLOPs utilisation: 6 N + 6 n_layer n_head d_head L FLOPs a token (causal; `pose.plan`) over the
-    peak.
+    Since it was logged last: cost/tokens_per_second; cost/step_seconds, of it cost/data_seconds (waiting for a batch)
+    and cost/optimizer_seconds, each of one optimizer step; on a GPU whose peak is known cost/mfu, the model FLOPs
+    utilisation: 6 N + 6 n_layer n_head d_head L FLOPs a token (causal; `pose.plan`) over the peak. Of the whole run:
+    cost/seconds, cost/tokens, cost/flops; on a GPU cost/peak_memory_gib, since it was started.
 
     Attributes:
-        flops_per_token: of the training; None logs no MFU.
+        flops_per_token: of the training; None logs neither FLOPs nor MFU.
     """
 
     def __init__(self):
@@ -120,7 +120,7 @@ class Throughput(L.Callback):
         self.seconds_before = state_dict["seconds"]
 
     def on_train_end(self, trainer, pl_module):
-        trainer.callback_metrics["train/seconds"] = torch.tensor(self.seconds)
+        trainer.callback_metrics["cost/seconds"] = torch.tensor(self.seconds)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.tokens += batch["input_ids"].numel() * trainer.world_size
@@ -133,18 +133,22 @@ class Throughput(L.Callback):
             return
         seconds, steps = self.ended - self.start, step - self.step
         metrics = {
-            "train/tokens_per_second": self.tokens / seconds,
-            "train/step_seconds": seconds / steps,
-            "train/data_seconds": self.waited / steps,
-            "train/optimizer_seconds": self.optimizing / steps,
+            "cost/tokens_per_second": self.tokens / seconds,
+            "cost/step_seconds": seconds / steps,
+            "cost/data_seconds": self.waited / steps,
+            "cost/optimizer_seconds": self.optimizing / steps,
+            "cost/seconds": self.seconds,
+            "cost/tokens": step * self.tokens / steps,  # every step has as many
         }
-        self.shown = {"tokens/s": metrics["train/tokens_per_second"]}
-        if self.flops_per_token is not None and self.peak_flops is not None:
-            peak = self.peak_flops * trainer.world_size
-            metrics["train/mfu"] = self.shown["MFU"] = self.flops_per_token * self.tokens / seconds / peak
+        self.shown = {"tokens/s": metrics["cost/tokens_per_second"]}
+        if self.flops_per_token is not None:
+            metrics["cost/flops"] = self.flops_per_token * metrics["cost/tokens"]
+            if self.peak_flops is not None:
+                peak = self.peak_flops * trainer.world_size
+                metrics["cost/mfu"] = self.shown["MFU"] = self.flops_per_token * self.tokens / seconds / peak
         if self.device.type == "cuda":
             self.peak = max(self.peak, self._peak_memory())
-            metrics["train/peak_memory_gib"] = self.peak / 2**30
+            metrics["cost/peak_memory_gib"] = self.peak / 2**30
         pl_module.log_dict({name: torch.tensor(value) for name, value in metrics.items()})
         self._count_from(step)
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"training"},
     {"reporting"},
     {"app"},
-    {"export", "engines", "search", "report"},  # commands under short names
+    {"export", "engines", "search", "report", "wandb_workspace"},  # commands under short names
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(POSE.rglob("*.py"))

@@ -19,7 +19,7 @@ def run(script, folder, *overrides):
     result = script("train.py", *RUN, *overrides, f"hydra.run.dir={folder}", fresh=True)  # CUDA outlives no fork
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["train/peak_memory_gib"] > 0
+    assert metrics["cost/peak_memory_gib"] > 0
     return load_file(folder / "model" / "model.safetensors"), metrics["train/loss"]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wandb_run import read_run
 
 pytestmark = pytest.mark.slow
 FAST = ("experiment=smoke", "eval=none")
@@ -131,18 +132,46 @@ def test_text_alone_and_tensorboard(script, tmp_path):
     assert {"train/lr", "train/grad_norm", "train/loss"} <= set(events.Tags()["scalars"])
     assert "train/loss_text" not in events.Tags()["scalars"], "the same curve twice"
     assert events.Scalars("train/lr")[-1].value > 0
+    assert set(events.Tags()["images"]) == {"figures/coverage", "figures/training"}
+    assert events.Scalars("cost/tokens")[-1].value == 2 * 4 * 256 and "hp_metric" not in events.Tags()["scalars"]
 
 
-def test_wandb_offline(script, tmp_path):
-    train(script, tmp_path, *FAST, "logger=wandb", "trainer.max_steps=2")
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert next(run.glob("run-*.wandb")).stat().st_size > 0
+def test_wandb_offline(script, load_json, tmp_path):
+    """What the run has measured and logged is what W&B has stored; tests/unit/reporting/test_dashboard.py has more."""
+    train(
+        script, tmp_path, "experiment=smoke", "logger=wandb", "trainer.max_steps=2", "eval.lengths=[256,512]",
+        "eval.tasks=[perplexity,passkey]", "eval.before=false", "watch.every_n_steps=2", "watch.tasks=[passkey]",
+        "watch.lengths=[256]", "watch.trials=1",
+    )  # fmt: skip
+    found, metrics = read_run(tmp_path), load_json(tmp_path / "metrics.json")
+    method = {"sampler": "pose", "rope": "yarn", "objective": "lm", "model": "assets/tiny", "target_len": 512}
+    assert (method | {"train_len": 256, "seed": 0}).items() <= found.config.items()
+    assert found.config["cfg"]["trainer"]["max_steps"] == 2 and found.config["cfg"]["rope"]["factor"] == 2.0
+    assert (found.run.display_name, found.run.job_type) == ("assets/tiny 512: pose + yarn", "train")
+    groups = {name.partition("/")[0] for row in found.history for name in row if "/" in name}
+    assert groups == {"train", "val", "eval", "cost", "coverage", "tables", "figures", "trainer"}
+    with open(tmp_path / "metrics.csv") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert [row["train/loss"] for row in found.history if "train/loss" in row] == pytest.approx(losses)
+    for name in ("tail_ppl", "passkey"):
+        value = metrics[f"{name}@512"]
+        assert found.summary[f"eval/{name}@512"] == found.summary[f"eval/target/{name}"] == pytest.approx(value)
+        by_length = {row["eval/length"]: row[f"eval/{name}"] for row in found.history if f"eval/{name}" in row}
+        assert by_length == {256: metrics[f"{name}@256"], 512: value}
+    assert found.summary["cost/tokens"] == metrics["cost/tokens"] == 2 * 4 * 256
+    assert found.summary["cost/flops"] == metrics["cost/flops"] > 1e6
+    assert {"figures/evaluation", "figures/training", "figures/coverage", "tables/coverage"} <= found.summary.keys()
+    assert [row[:3] for row in found.table("tables/by_length")[1] if row[1] == "passkey"] == [
+        ["extended", "passkey", 256], ["extended", "passkey", 512],
+    ]  # fmt: skip
+    (results,) = (artifact for artifact in found.artifacts if artifact.type == "results")
+    assert {"README.md", "metrics.json"} <= {entry.path for entry in results.manifest.contents}
 
 
 def test_a_sweep_ends_with_one_table(script, tmp_path):
     result = script(
         "train.py", "-m", "experiment=smoke", "rope=linear,ntk", "trainer.max_steps=1", "eval.lengths=[256]",
-        "eval.tasks=[perplexity]", f"hydra.sweep.dir={tmp_path}",
+        "eval.tasks=[perplexity]", "logger=wandb", f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert "sweep.csv" in result.stdout and f"{tmp_path}/report.html" in result.stdout
@@ -155,6 +184,10 @@ def test_a_sweep_ends_with_one_table(script, tmp_path):
         (False, True),
     ]
     assert all(float(row["tail_ppl@256"]) > 1 for row in rows)
+    runs = [read_run(tmp_path / job) for job in ("0", "1")]
+    assert {run.run.run_group for run in runs} == {tmp_path.name}, "in W&B one group"
+    assert [run.run.display_name for run in runs] == ["rope=linear", "rope=ntk"]
+    assert [run.config["rope"] for run in runs] == ["linear", "ntk"]
 
 
 def test_a_sweep_goes_on_after_a_job_that_cannot_work(script, tmp_path):

@@ -206,10 +206,10 @@ def test_shipped_files_are_found_from_anywhere(plan, tmp_path, monkeypatch):
 def test_wandb_is_offline_without_an_account(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert not loggers._has_wandb_account()
+    assert not loggers.has_wandb_account()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert loggers._has_wandb_account()
+    assert loggers.has_wandb_account()
 
 
 # ----- what trains on what -----

@@ -37,10 +37,10 @@ def run(tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(config)
         (folder / "provenance.json").write_text(json.dumps(PROVENANCE))
-        (folder / "metrics.csv").write_text("step,train/loss,train/peak_memory_gib\n9,3.5,2.5\n19,3.25,1.5\n")
+        (folder / "metrics.csv").write_text("step,train/loss,cost/peak_memory_gib\n9,3.5,2.5\n19,3.25,1.5\n")
         (folder / "coverage.csv").write_text("distance,probability,pair_share\n1,1,0.75\n2,0.5,0.25\n")
         found = {"untuned": {"ppl@256": 9.0}, "extended": {"ppl@256": 3.0}}
-        numbers = {"train/seconds": 10.0, "train/steps": 20, "train/tokens": 5000, "train/tokens_per_second": 9.0}
+        numbers = {"cost/seconds": 10.0, "train/steps": 20, "cost/tokens": 5000, "cost/flops": 6e9}
         (folder / "metrics.json").write_text(json.dumps(found["extended"] | numbers | found))
         if overrides is not None:
             (folder / ".hydra").mkdir()
@@ -76,7 +76,7 @@ def test_a_run_is_read(run):
         "extended": {"ppl@256": Estimate(3.0, num=0)},
     }
     assert source.cost["training"] == {
-        "seconds": 10.0, "steps": 20, "tokens": 5000, "tokens_per_second": 500.0, "peak_memory_gib": 2.5,
+        "seconds": 10.0, "steps": 20, "tokens": 5000, "tokens_per_second": 500.0, "peak_memory_gib": 2.5, "flops": 6e9,
     }  # fmt: skip
     assert [row["train/loss"] for row in source.logged] == ["3.5", "3.25"]
     assert [list(column) for column in source.coverage] == [[1, 2], [1, 0.5], [0.75, 0.25]]
@@ -91,6 +91,15 @@ def test_a_run_is_read(run):
     estimates = {"extended": {"ppl@256": Estimate(3.0, 2.0, 4.0, 5)}}
     write_results(folder / "results.csv", estimates)
     assert read(folder)[0].models == estimates, "with intervals, as newer runs leave them"
+
+
+def test_what_an_older_run_has_cost_is_read(run):
+    """It has its costs under train/."""
+    folder = run()
+    for name in ("metrics.json", "metrics.csv"):
+        (folder / name).write_text((folder / name).read_text().replace("cost/", "train/"))
+    (source,) = read(folder)
+    assert {"seconds": 10.0, "tokens": 5000, "peak_memory_gib": 2.5}.items() <= source.cost["training"].items()
 
 
 def test_an_evaluation_is_read(evaluation):

@@ -181,8 +181,8 @@ def finished(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "plot_training", lambda *_: None)
     monkeypatch.setattr(run.Run, "write_card", lambda _: None)
     suite = SimpleNamespace(document_ids=["a book"], metrics=dict)
-    cfg = {"watch": {"max_short_increase": 0.05}, "trainer": {"global_batch": 4}}
-    one = run.Run(OmegaConf.create(cfg), tmp_path)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        one = run.Run(compose("train", ["experiment=smoke"]), tmp_path)
     one.plan = SimpleNamespace(
         geometry=SimpleNamespace(window=8), config=SimpleNamespace(max_position_embeddings=32), suite=suite, watch=None,
         scaling=SimpleNamespace(name="yarn"), sampler=SimpleNamespace(name="pose", target_len=32, example_len=8),
@@ -194,13 +194,14 @@ def finished(tmp_path, monkeypatch):
 
 def test_intervals_window_and_target_reach_the_plots(finished, tmp_path):
     one, drawn = finished
+    one.flops_per_token = 1e6
     one.report()
     ((results, folder, window, target),) = drawn
     assert results["untuned"]["tail_ppl@8"] == Estimate(3.0, 2.5, 3.5, 4), "with its interval"
     assert (folder, window, target) == (tmp_path / "plots", 8, 32)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["passkey@8"] == 1.0 and metrics["untuned"]["tail_ppl@8"] == 3.0 and metrics["train/steps"] == 5
-    assert metrics["train/tokens"] == 5 * 4 * 8
+    assert metrics["cost/tokens"] == 5 * 4 * 8 and metrics["cost/flops"] == 1.6e8
     assert read_results(tmp_path / "results.csv") == results, "of all models, with their intervals"
 
 
@@ -212,6 +213,21 @@ def test_a_page_that_cannot_be_written_is_a_warning(finished, tmp_path, monkeypa
     said = capsys.readouterr().out
     assert f"Warning: {tmp_path}/report.html was not written" in said and "python -m pose.report" in said
     assert json.loads((tmp_path / "metrics.json").read_text())["passkey@8"] == 1.0
+
+
+def test_what_goes_wrong_in_a_dashboard_is_a_warning(finished, tmp_path, monkeypatch, capsys):
+    """It comes last: the run is finished, and its command ends well."""
+    one, _ = finished
+
+    def fail(loggers, found):
+        assert (tmp_path / "metrics.json").is_file() and (tmp_path / "report.html").is_file()
+        assert (found.folder, found.step, found.window, found.target) == (tmp_path, 5, 8, 32)
+        assert found.results == one.results and found.with_weights is False
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(run, "log_finished", fail)
+    one.report()
+    assert f"Warning: logger=csv lacks results of {tmp_path}: no route to host" in capsys.readouterr().out
 
 
 def test_a_task_that_the_untuned_model_cannot_do_is_remarked_on(finished, capsys):

@@ -165,7 +165,7 @@ def test_a_noisy_loss_is_drawn_smoothed_over_what_was_logged(tmp_path, drawn):
     [
         ({"train/loss": 1}, ["training loss (nats per token)"]),
         (
-            {"train/loss": 1, "train/loss_text": 1, "train/loss_retrieval": 3, "train/step_seconds": 1},
+            {"train/loss": 1, "train/loss_text": 1, "train/loss_retrieval": 3, "cost/step_seconds": 1},
             ["training loss of text (nats per token)", "training loss of retrieval (nats per token)"],
         ),
         ({"train/loss": 1, "train/loss_text": 1, "train/loss_retrieval": 99}, None),

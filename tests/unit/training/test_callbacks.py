@@ -88,11 +88,11 @@ def test_speed_is_that_of_whole_steps(monkeypatch, accumulate):
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(callbacks, "time", clock)
     rows = fit(Clock(), Throughput(), log_every=2, accumulate=accumulate)
-    found = [(step, row) for step, row in rows if "train/tokens_per_second" in row]
+    found = [(step, row) for step, row in rows if "cost/tokens_per_second" in row]
     assert [step for step, _ in found] == [1, 3, 5]
     for _, row in found:
-        assert row["train/tokens_per_second"] == pytest.approx(TOKENS)
-        assert row["train/step_seconds"] == pytest.approx(accumulate)
+        assert row["cost/tokens_per_second"] == pytest.approx(TOKENS)
+        assert row["cost/step_seconds"] == pytest.approx(accumulate)
 
 
 def test_each_is_logged_once_a_step(monkeypatch):
@@ -105,8 +105,8 @@ def test_each_is_logged_once_a_step(monkeypatch):
 
     monkeypatch.setattr(L.LightningModule, "log_dict", counted)
     fit(Throughput(), steps=4, log_every=2, accumulate=3)
-    speed = ["data_seconds", "optimizer_seconds", "step_seconds", "tokens_per_second"]
-    assert calls == [(step, [f"train/{name}" for name in speed]) for step in (2, 4)]
+    speed = ["data_seconds", "optimizer_seconds", "seconds", "step_seconds", "tokens", "tokens_per_second"]
+    assert calls == [(step, [f"cost/{name}" for name in speed]) for step in (2, 4)]
 
 
 def test_a_step_is_split_into_what_it_waits_for_and_computes(monkeypatch):
@@ -132,10 +132,11 @@ def test_a_step_is_split_into_what_it_waits_for_and_computes(monkeypatch):
             with throughput.paused():
                 now[0] += 100
     assert len(logged) == 2
-    for metrics in logged:
+    for i, metrics in enumerate(logged, 1):
         assert {name: value.item() for name, value in metrics.items()} == {
-            "train/tokens_per_second": 4.0, "train/step_seconds": 12.0, "train/data_seconds": 2.0,
-            "train/optimizer_seconds": 2.0, "train/mfu": 1.0,
+            "cost/tokens_per_second": 4.0, "cost/step_seconds": 12.0, "cost/data_seconds": 2.0,
+            "cost/optimizer_seconds": 2.0, "cost/mfu": 1.0,
+            "cost/seconds": 24.0 * i, "cost/tokens": 96.0 * i, "cost/flops": 288.0 * i,
         }  # fmt: skip
     assert throughput.shown == {"tokens/s": 4.0, "MFU": 1.0}
 
@@ -157,7 +158,7 @@ def test_peak_memory_is_of_training_alone(monkeypatch):
     def step(bytes_needed):
         peak[0], trainer.global_step = max(peak[0], bytes_needed), trainer.global_step + 1
         throughput.on_train_batch_end(trainer, module, None, batch, 0)
-        return logged[-1]["train/peak_memory_gib"]
+        return logged[-1]["cost/peak_memory_gib"]
 
     throughput.on_train_start(trainer, module)
     with throughput.paused():  # a watch before the first step

@@ -1,5 +1,6 @@
 """Loggers end with their job, and one that goes on is the same."""
 
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from wandb_run import read_run
 
-from pose.errors import TrainingError
+from pose.errors import ConfigError, TrainingError
 from pose.training import loggers
 
 wandb = pytest.importorskip("wandb")
@@ -107,3 +109,74 @@ def test_wandb_has_nothing_to_warn_of(tmp_path, capsys, monkeypatch):
         assert logger.experiment.id == logger.version
     assert "anonymous" not in capsys.readouterr().err
     assert isinstance(csv, CSVLogger) and isinstance(logger, WandbLogger) and "wandb" in sys.modules
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Makes the folder of a sweep's job, with what Hydra writes into both."""
+
+    def job_(number, *overrides, of_all=("experiment=smoke", "rope=linear,ntk", "seed=0,1")):
+        folder = tmp_path / "2026-11-27" / "03-51-36" / str(number)
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
+        task = "".join(f"    - {override}\n" for override in of_all)
+        (folder.parent / "multirun.yaml").write_text(f"hydra:\n  overrides:\n    task:\n{task}")
+        return folder
+
+    return job_
+
+
+def stored(folder, goes_on=False, **options):
+    """What W&B has of a run in a folder."""
+    options = {"project": "pose", "offline": True} | options
+    csv, logger = loggers.build_loggers(
+        "wandb", folder, goes_on=goes_on, options=options, title="tiny 2048: pose + yarn"
+    )
+    with loggers.closing([csv, logger]):
+        logger.log_metrics({"train/loss": 1.0}, step=0)
+    return read_run(folder).run
+
+
+def test_a_sweep_is_a_group_whose_jobs_are_called_by_what_differs(job):
+    runs = [stored(job(i, "experiment=smoke", f"rope={rope}", "seed=1")) for i, rope in enumerate(("linear", "ntk"))]
+    assert [run.display_name for run in runs] == ["rope=linear seed=1", "rope=ntk seed=1"]
+    assert {run.run_group for run in runs} == {"2026-11-27 03-51-36"} and {run.job_type for run in runs} == {"train"}
+
+
+def test_what_is_given_names_a_run(job):
+    run = stored(job(0, "rope=ntk"), group="mine", job_type="ablation", run_name="first", tags=["a"])
+    assert (run.run_group, run.job_type, run.display_name, list(run.tags)) == ("mine", "ablation", "first", ["a"])
+
+
+def test_a_run_alone_is_called_by_its_method(tmp_path):
+    (tmp_path / "multirun.yaml").write_text("")  # of a sweep into outputs/, where other runs lie in folders by date
+    run = stored(tmp_path / "2026-11-27" / "run")
+    assert (run.run_group, run.display_name) == ("", "tiny 2048: pose + yarn")
+
+
+def test_a_run_that_goes_on_keeps_the_name_that_it_has_in_wandb(job):
+    folder = job(0, "rope=ntk")
+    first = stored(folder)
+    shutil.rmtree(folder / "wandb")
+    again = stored(folder, goes_on=True)
+    assert (first.display_name, again.display_name) == ("rope=ntk", "") and first.run_id == again.run_id
+    assert again.run_group == first.run_group
+    shutil.rmtree(folder / "wandb")
+    assert stored(folder, goes_on=True, run_name="mine").display_name == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "[", "hydra: 3", "hydra: {overrides: {task: null}}", None])
+def test_a_job_whose_overrides_cannot_be_read_is_called_by_its_method(job, content):
+    """Or that differs in nothing from the others."""
+    folder = job(0, "rope=ntk")
+    if content is None:
+        (folder / ".hydra" / "overrides.yaml").write_text("- experiment=smoke\n")
+    else:
+        (folder.parent / "multirun.yaml").write_text(content)
+    run = stored(folder)
+    assert (run.run_group, run.display_name) == ("2026-11-27 03-51-36", "tiny 2048: pose + yarn")
+
+
+def test_weights_are_asked_for_by_yes_or_no(tmp_path):
+    with pytest.raises(ConfigError, match=r"logger\.log_weights='all'"):
+        build(tmp_path, log_weights="all")

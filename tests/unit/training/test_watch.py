@@ -363,7 +363,7 @@ def test_measuring_is_no_time_of_training(data):
     _, recorder = fit(data, throughput, Watch(Slow(*[{"ppl@64": 3.0}] * 6), 1, throughput=throughput))
     taken = time.perf_counter() - begin - 6 * 0.2
     assert 0 < throughput.seconds < taken
-    seconds = [metrics["train/step_seconds"] for _, metrics in recorder.rows if "train/step_seconds" in metrics]
+    seconds = [metrics["cost/step_seconds"] for _, metrics in recorder.rows if "cost/step_seconds" in metrics]
     assert len(seconds) == STEPS and sum(seconds) < taken, "of a step too"
 
 
