@@ -1,9 +1,11 @@
 """Runs what is missing of the claims' runs, and writes docs/RESULTS.md and the tables of docs/METHODS.md.
 
 python -m benchmarks.results --dry-run                     what is missing, its commands, and how long it may take
-python -m benchmarks.results --jobs 2                      all of it: many hours; what is finished is kept
+python -m benchmarks.results                               all of it: many hours; what is finished is kept
 python -m benchmarks.results --only table4 methods16x/lm*  some claims, or some arms of one
 python -m benchmarks.results --only '*/*/0'                the first seed of every arm
+python -m benchmarks.results --pages                       the pages alone, from docs/results/runs.json
+python -m benchmarks.results --check --only table4         runs them anew: do the numbers lie within the spread?
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from pose.errors import PoseError
 from pose.files import REPOSITORY
 
 log = logging.getLogger("pose.results")
+DOCS = REPOSITORY / "docs"
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,8 +33,15 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="CLAIM, CLAIM/ARM or CLAIM/ARM/SEED; * is any text"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at one time, a core each")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and their commands, and do nothing")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at one time, one core each (default: all)"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="list the runs and their commands, and do nothing")
+    mode.add_argument("--pages", action="store_true", help="run nothing, write the pages")
+    mode.add_argument(
+        "--check", action="store_true", help="run again what is chosen, and compare it with the runs that are known"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps and tokens: figures mean nothing")
     parser.add_argument("--no-compile", action="store_true", help="training steps are not compiled")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the runs (default: outputs/results)")
@@ -38,26 +49,34 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} is not accepted: give a whole number of at least 1")
     args.out = (args.out or REPOSITORY / "outputs" / ("results-quick" if args.quick else "results")).resolve()
+    args.docs = args.out / "docs" if args.quick else DOCS
     return args
 
 
-def chosen(patterns: list[str], claims: dict[str, tuple[str, ...]], arms: dict) -> list[tuple[str, int]]:
+def chosen(patterns: Sequence[str], claims: Mapping[str, Sequence[str]], arms: Mapping) -> list[tuple[str, int]]:
     """The runs that patterns choose, each once.
+
+    Args:
+        patterns: of --only.
+        claims: the names of the arms of each.
+        arms: by name.
 
     Raises:
         SystemExit: a pattern chooses none; names it.
     """
     labels = {
-        f"{claim}/{name}/{seed}": (name, seed) for claim, names in claims.items() for name in names
-        for seed in arms[name].seeds
+        f"{claim}/{name}/{seed}": (name, seed)
+        for claim, names in claims.items() for name in names for seed in arms[name].seeds
     }  # fmt: skip
     found: dict[tuple[str, int], None] = {}
     for pattern in patterns:
         whole = pattern + "/*" * (2 - pattern.count("/"))
         runs = [run for label, run in labels.items() if fnmatchcase(label, whole)]
         if not runs:
-            raise SystemExit(f"--only {pattern} is none of the runs: give CLAIM, CLAIM/ARM or CLAIM/ARM/SEED of "
-                             f"{', '.join(claims)}")  # fmt: skip
+            raise SystemExit(
+                f"--only {pattern} is none of the runs: give CLAIM, CLAIM/ARM or CLAIM/ARM/SEED, with one of "
+                f"{', '.join(claims)} and an arm that --dry-run lists"
+            )
         found |= dict.fromkeys(runs)
     return list(found)
 
@@ -65,26 +84,39 @@ def chosen(patterns: list[str], claims: dict[str, tuple[str, ...]], arms: dict) 
 def main(arguments: list[str] | None = None) -> int:
     """Runs and writes; the status of the process."""
     args = options(arguments)
-    from benchmarks.results.arms import Scale, arms
-    from benchmarks.results.claims import arms_of
-    from benchmarks.results.records import read_runs, write_runs
+    from benchmarks.results.arms import Scale, arms, arms_of_methods
+    from benchmarks.results.claims import claims
+    from benchmarks.results.pages import pages, write
+    from benchmarks.results.records import current, read_runs, write_runs
     from benchmarks.results.runner import Failed, Runner, compiler
     from pose.app.console import log_to_terminal
 
     log_to_terminal()
     scale = Scale(is_quick=args.quick, seeds=(0,) if args.quick else (0, 1, 2))
     every = arms(scale)
-    wanted = chosen(args.only, arms_of(scale), every)
-    file = args.out / "runs.json"
-    runner = Runner(every, args.out, read_runs(file), not args.no_compile and compiler())
-    runner.min_steps = 0 if args.quick else runner.min_steps
-    runner.save = lambda: write_runs(file, runner.runs.values())
+    names = {name: claim.arms for name, claim in claims(scale).items()} | arms_of_methods(scale)
+    wanted = chosen(args.only, names, every)
+    file = args.docs / "results" / "runs.json"
+    known = read_runs(file)
+
+    def tell(runs):
+        write_runs(file, current(runs, every).values())
+        write(args.docs, pages(runs, every, scale, _methods_text(args.docs)))
+        log.info(f"Written     {', '.join(str(args.docs / name) for name in ('RESULTS.md', 'METHODS.md'))}")
+
+    if args.pages:
+        tell(known)
+        return 0
+    out = args.out / "check" if args.check else args.out
+    runner = Runner(every, out, {} if args.check else dict(known), not (args.no_compile or args.quick) and compiler())
+    runner.min_steps = 1 if args.quick else runner.min_steps
     runner.collect()
+    if not args.check:
+        runner.save = lambda: write_runs(file, current(runner.runs, every).values())
     todo = runner.missing(wanted)
-    seconds = sum(runner.estimate(name) for name, _ in todo)
     log.info(
         f"{len(wanted)} runs, of which {sum(runner.is_done(*run) for run in wanted)} are finished; {len(todo)} to do, "
-        f"{seconds / 3600:.1f} hours of one core"
+        f"about {sum(runner.estimate(name) for name, _ in todo) / 3600:.1f} hours of one core"
     )
     if args.dry_run:
         for name, seed in todo:
@@ -97,12 +129,54 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # Ended from outside, it ends its runs first
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    runner.run(todo, args.jobs)
-    runner.collect()
-    runner.save()
+    try:
+        runner.run(todo, args.jobs)
+    finally:
+        runner.collect()
+        if not args.check:
+            tell(runner.runs)
+    is_within = not args.check or compare(wanted, runner.runs, known, every)
     for (name, seed), reason in runner.failures.items():
         log.error(f"{name}, seed {seed} failed: {reason}")
-    return 1 if runner.failures else 0
+    return 1 if runner.failures or not is_within else 0
+
+
+def compare(wanted: Sequence[tuple[str, int]], new: Mapping, known: Mapping, arms: Mapping) -> bool:
+    """Says of each number of new runs whether it lies within the spread of the known ones; whether all do.
+
+    Args:
+        wanted: arm and seed of each.
+        new, known: runs.
+        arms: by name.
+    """
+    from benchmarks.results.pages import half_digit, number, values
+    from benchmarks.results.records import current
+
+    known, is_within = current(known, arms), True
+    for name, seed in wanted:
+        if (name, seed) not in new:
+            continue
+        outside, told = [], 0
+        for metric, value in new[name, seed]["metrics"].items():
+            before = values(known, arms[name], metric)
+            told += bool(before)
+            slack = half_digit(value, metric)
+            if before and not min(before) - slack <= value <= max(before) + slack:
+                low, high = (number(one(before), metric) for one in (min, max))
+                outside.append(f"{metric} is {number(value, metric)}, and was {low} to {high}")
+        log.info(
+            f"{name}, seed {seed}: {told - len(outside)} of {told} numbers within the spread"
+            + "".join(f"\n  {line}" for line in outside)
+            + " (no run of it is known)" * (not told)
+        )
+        is_within &= bool(told) and not outside
+    return is_within
+
+
+def _methods_text(docs: Path) -> str:
+    """METHODS.md of a folder; the repository's, where there is none yet."""
+    file = docs / "METHODS.md"
+    return (file if file.is_file() else DOCS / "METHODS.md").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -166,12 +166,14 @@ def _paper(scale: Scale) -> Iterator[Arm]:
     yield arm("linear.pose", 16, "rope=linear")
     yield arm("linear.randpos", 16, "rope=linear", "pose=randpos")
     for times, lengths in LONG.items():
+        books = (f"eval.documents={TEXTS.format('books')}", f"eval.lengths={listed(scale.lengths(*lengths))}",
+                 "eval.tasks=[perplexity]")  # fmt: skip
         for rope in ("linear", "ntk", "yarn"):
-            books = (
-                f"eval.documents={TEXTS.format('books')}", f"eval.lengths={listed(scale.lengths(*lengths))}",
-                "eval.tasks=[perplexity]",
-            )  # fmt: skip
-            yield arm(f"{rope}.pose", times, f"rope={rope}", *books, also={})
+            yield Arm(
+                f"{rope}.pose.{times}x",
+                (*PAPER, f"pose.target_len={scale.at(times)}", f"rope={rope}", *books),
+                seeds=scale.seeds,
+            )
 
 
 def _families(scale: Scale) -> Iterator[Arm]:
@@ -189,10 +191,10 @@ def _families(scale: Scale) -> Iterator[Arm]:
         yield Arm(
             f"base.{family}", ("experiment=pretrain_tiny", *init, "trainer.max_steps=2000", "eval=none"), keep=True
         )
-        model = ("model.path={base.%s}/model" % family,)
+        model = (f"model.path={{base.{family}}}/model",)
         measured = ("eval=perplexity", f"eval.documents={TEXTS.format('reports')}", f"eval.lengths={listed(lengths)}",
                     "eval.windows=4", "eval.max_documents=5", "eval.tasks=[perplexity,passkey]")  # fmt: skip
-        yield Arm(f"untuned.{family}", ("ckpt={base.%s}/model" % family, *measured), EVALUATE)
+        yield Arm(f"untuned.{family}", (f"ckpt={{base.{family}}}/model", *measured), EVALUATE)
         for rope in ("linear", "ntk", "yarn"):
             yield Arm(
                 f"{rope}.{family}",
@@ -226,16 +228,21 @@ METHOD_LENGTHS = {16: (1, 8, 16), 32: (1, 32)}
 MIXED = ("pose=mix", "rope.attention_factor=1")
 COSTS = {"self_distill": 1.8, "long_short": 2.0}
 RATES = ("2.5e-4", "5e-4", "1e-3")
-DEFAULT_RATE = "5e-4"  # of the model's recipe
-# Of each method the peak learning rate that suits it: the best of the arms lr.*, by needle gain at the target, seed 10
+# Of a method the peak learning rate that suits it, where that is not the recipe's: the best of the arms lr.*
 RATE_OF: dict[str, str] = {}
+RATED = ("lm", "self_distill", "long_short", "searched", "searched_mixed")  # for which one is looked for
 LR_SEED = 10  # no figure of a table is of it
+
+
+def rate_arm(name: str, lr: str) -> str:
+    """The name of the arm that tries a learning rate."""
+    return f"lr.{name}.{lr.replace('.', '_')}"
 
 
 def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
     """The methods that docs/METHODS.md compares, by name: their overrides."""
     target = scale.at(times)
-    searched = ("rope=searched", "rope.factors={search.%dx}" % times)
+    searched = ("rope=searched", f"rope.factors={{search.{times}x}}")
     return {
         "lm": (),
         "self_distill": ("objective=self_distill",),
@@ -284,12 +291,22 @@ def _methods(scale: Scale) -> Iterator[Arm]:
         as_long = AsLong(f"searched.{times}x", f"lm.{times}x")
         yield Arm(f"lm_as_searched.{times}x", (*common, *rate("lm")), seeds=scale.seeds, as_long=as_long, cost=4.0)
         if times == 16:
-            for name in ("lm", "self_distill", "long_short", "searched", "searched_mixed"):
+            for name in RATED:
                 for lr in RATES:
                     yield Arm(
-                        f"lr.{name}.{lr.replace('.', '_')}", (*common, *every[name], f"finetune.lr={lr}"),
+                        rate_arm(name, lr), (*common, *every[name], f"finetune.lr={lr}"),
                         seeds=(LR_SEED,), cost=COSTS.get(name, 1.0),
                     )  # fmt: skip
+
+
+def arms_of_methods(scale: Scale) -> dict[str, tuple[str, ...]]:
+    """The arms of docs/METHODS.md by the name that --only has for a comparison."""
+    found = {}
+    for times in METHOD_LENGTHS:
+        names = ("untuned_books", "search", *methods(scale, times), *(f"{name}_seconds" for name in COSTS),
+                 "lm_as_searched")  # fmt: skip
+        found[f"methods{times}x"] = tuple(f"{name}.{times}x" for name in names)
+    return found | {"lr": tuple(rate_arm(name, lr) for name in RATED for lr in RATES)}
 
 
 @cache

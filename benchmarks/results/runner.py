@@ -19,8 +19,8 @@ from pathlib import Path
 
 from benchmarks.results.arms import EVALUATE, REFERENCE, SEARCH, TRAIN, Arm
 from benchmarks.results.records import Fingerprints, Record, Runs, record, seed_of
-from pose.errors import DataError, PoseError
-from pose.files import REPOSITORY, load_json, read_json, remove_folder, write_json
+from pose.errors import PoseError
+from pose.files import REPOSITORY, read_json, remove_folder, write_json
 
 log = logging.getLogger("pose.results")
 
@@ -244,6 +244,7 @@ class Runner:
                 found = self._measured(arm, seed, folder)
         with self._lock:
             self.runs[name, seed] = found
+            self.collect()  # of other processes that work in the same folder
             self.save()
 
     def _measured(self, arm: Arm, seed: int, folder: Path) -> Record:
@@ -261,7 +262,7 @@ class Runner:
         spent |= before if goes_on else {}
         first: dict[str, float] = {}
         with open(folder / "log.txt", "ab" if goes_on else "wb") as output:
-            for into, command in commands:
+            for _, command in commands:
                 try:
                     status = self._run([sys.executable, *command], output, spent)
                 finally:
