@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping
 from datetime import date
@@ -15,7 +16,7 @@ import yaml
 
 from benchmarks import cpu
 from benchmarks.results.arms import EVALUATE, SEARCH, TINY, TRAIN, Arm
-from pose.files import CONF, REPOSITORY, atomic_file, load_json, read_json, sha256
+from pose.files import CONF, REPOSITORY, atomic_file, load_json, read_json, sha256, write_json
 
 KEPT = re.compile(
     r"(ppl|tail_ppl|passkey|needle_gain|needle_gain_kept)@\d+|coverage/\w+"  # not by position, depth or byte
@@ -119,7 +120,10 @@ def measured(arm: Arm, folder: Path) -> dict[str, float]:
     if arm.script == SEARCH:
         found = yaml.safe_load((folder / "run" / "factors.yaml").read_text())
         return {"candidates": found["candidates"], **_rounded(found["needle_answers"]["searched"])}
-    metrics = _kept(load_json(folder / "run" / "metrics.json"))
+    found = load_json(folder / "run" / "metrics.json")
+    metrics = _kept(found)
+    for model in ("untuned", "scaled"):  # where train.py has measured them too
+        metrics |= {f"{model}: {key}": value for key, value in _kept(found.get(model, {})).items()}
     for name in arm.also:
         metrics |= {f"{name}: {key}": value for key, value in _kept(load_json(folder / name / "metrics.json")).items()}
     for row in _logged(folder / "run" / "metrics.csv"):
@@ -151,6 +155,36 @@ def _logged(file: Path) -> list[dict[str, str]]:
         return []
     with open(file, encoding="utf-8", newline="") as table:
         return list(csv.DictReader(table))
+
+
+def take(arm: Arm, fingerprint: str, source: Path, folder: Path) -> Record:
+    """The line of a run that was made elsewhere, on a GPU for one.
+
+    Args:
+        arm: that it is of; its first seed is meant.
+        fingerprint: of that.
+        source: the run's folder, of train.py.
+        folder: for what is kept of it.
+
+    Raises:
+        DataError: it is no finished run.
+    """
+    metrics = load_json(source / "metrics.json", required={"train/steps": (int, float)})
+    (folder / "run").mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "metrics.csv", "provenance.json", "config.yaml"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / "run" / name)
+    provenance = read_json(source / "provenance.json")
+    found = record(
+        arm, arm.seeds[0], fingerprint, folder,
+        commands=[str(provenance.get("command"))],
+        commit=str(provenance.get("commit"))[:7] + "+" * bool(provenance.get("uncommitted_changes")),
+        seconds=metrics.get("train/seconds", 0.0),
+        all_seconds=metrics.get("train/seconds", 0.0),
+        is_compiled=True,
+    ) | {"cpu": provenance.get("gpu") or cpu()[0]}  # fmt: skip
+    write_json(folder / "run.json", found)
+    return found
 
 
 def record(arm: Arm, seed: int, fingerprint: str, folder: Path, **how) -> Record:
