@@ -505,8 +505,8 @@ def _smollm2() -> Claim:
         "smollm2",
         "A real model: SmolLM2-135M, 8,192 to 32,768 tokens",
         "PoSE extends a real model to 4 times its window, and what it does inside it stays.",
-        "By its experiments, on documents that were held out whole. These runs take hours or a GPU, so a pattern has to "
-        "name them; one that was made elsewhere is added by `--take`.",
+        "By its experiments, on documents that were held out whole. These runs take hours or a GPU: a pattern has to "
+        "name them, and one that was made elsewhere is added by `--take`.",
         tuple(checks),
         rows,
         {f"untuned {kind} @{n:,}": f"untuned: {metric}@{n}" for kind, metric in kinds.items() for n in lengths}

@@ -1,5 +1,6 @@
 """docs/RESULTS.md and the tables of docs/METHODS.md, from the lines of docs/results/runs.json."""
 
+import re
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ A claim is a list of checks, each a number with a bound (`benchmarks/results/cla
 has a number holds for every seed. **Not at this scale**: none does for any seed. **Holds in part**: what is between.
 **Not tested**: no check has a number yet.
 """
+EQUAL = 1.1  # times as long is called equal
 BEGIN, END = "<!-- from python -m benchmarks.results: {} -->", "<!-- until here: {} -->"
 
 
@@ -227,9 +229,8 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
         return arms[f"{name}.{times}x"]
 
     def row(name: str, beside: str | None) -> list[str]:
-        arm = of(name)
-        overrides = " ".join(methods(scale, times).get(name.removesuffix("_seconds"), ()))
-        told = f"`{name}`" + (f" (`{_short(overrides)}`)" if overrides and not name.endswith("_seconds") else "")
+        arm, overrides = of(name), _short(" ".join(methods(scale, times).get(name, ())))
+        told = "untuned" if name == "untuned_books" else f"`{name}`" + (f" (`{overrides}`)" if overrides else "")
         cost = spread([seconds / 60 for seconds in _seconds(runs, arms, arm)], lambda value: f"{value:.1f}")
         against = "–" if beside is None else _against(runs, arm, of(beside), gain, short)
         steps = spread(values(runs, arm, "training/steps"), lambda value: f"{value:.0f}")
@@ -263,8 +264,7 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
 
 def _short(overrides: str) -> str:
     """Without a list of numbers that nobody reads."""
-    head, sep, tail = overrides.partition("long_factor=[")
-    return f"`{head}{sep}...{tail[tail.index(']') :] if sep else ''}`"
+    return re.sub(r"long_factor=\[[^]]*]", "long_factor=[...]", overrides)
 
 
 def _seconds(runs: Runs, arms: Mapping[str, Arm], arm: Arm) -> list[float]:
@@ -281,8 +281,8 @@ def _seconds(runs: Runs, arms: Mapping[str, Arm], arm: Arm) -> list[float]:
 
 
 def compare(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Whether numbers are all above, all below, or among others; "" where some are missing."""
-    if not mine or not theirs:
+    """Whether numbers are all above, all below, or among others; "" where either has no two seeds."""
+    if min(len(mine), len(theirs)) < 2:
         return ""
     if min(mine) > max(theirs):
         return "above"
@@ -291,15 +291,14 @@ def compare(mine: Sequence[float], theirs: Sequence[float]) -> str:
 
 def _against(runs: Runs, arm: Arm, other: Arm, gain: str, short: str) -> str:
     gains, ppls = (compare(values(runs, arm, metric), values(runs, other, metric)) for metric in (gain, short))
-    if not gains:
+    if not gains or not ppls:
         return "–"
-    return {"above": "**better**", "below": "worse", "among": "no difference"}[gains] + {
-        "above": ", ppl higher", "below": ", ppl lower", "among": ""
-    }[ppls]  # fmt: skip
+    told = {"above": "**better**", "below": "worse", "among": "no difference"}[gains]
+    return told + {"above": ", ppl higher", "below": ", ppl lower", "among": ""}[ppls]
 
 
 def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
-    """The methods that beat lm at equal seconds: more needle gain at the target, perplexity in the window no higher."""
+    """The methods that beat lm at equal seconds: in needle gain at the target, perplexity in the window no higher."""
     lengths = scale.lengths(*METHOD_LENGTHS[times])
     same = {name: (name, "lm") for name in methods(scale, times) if name != "lm"}
     same |= {name: (f"{name}_seconds", "lm") for name in COSTS}
@@ -310,7 +309,9 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
         gains, ppls = (compare(values(runs, mine, m), values(runs, theirs, m))
                        for m in (f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"))  # fmt: skip
         is_tested |= bool(gains)
-        winners += [f"`{name}`"] if gains == "above" and ppls != "above" else []
+        if gains == "above" and ppls != "above":
+            taken, given = (statistics.mean(_seconds(runs, arms, one)) for one in (mine, theirs))
+            winners += [f"`{name}`"] if taken <= EQUAL * given else []
     if not is_tested:
         return "Not run yet."
     return f"At equal seconds better in needle gain, with perplexity no higher: {', '.join(winners) or 'none'}."
