@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pose.errors import PoseError
-from pose.files import REPOSITORY
+from pose.files import REPOSITORY, remove_folder
 
 log = logging.getLogger("pose.results")
 DOCS = REPOSITORY / "docs"
@@ -121,6 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
         tell(known)
         return 0
     out = args.out / "check" if args.check else args.out
+    if args.check:
+        remove_folder(out)
     runner = Runner(every, out, {} if args.check else dict(known), not (args.no_compile or args.quick) and compiler())
     runner.min_steps = 1 if args.quick else runner.min_steps
     runner.collect()
