@@ -244,6 +244,7 @@ METHOD_LENGTHS = {16: (1, 8, 16), 32: (1, 32)}
 MIXED = ("pose=mix", "rope.attention_factor=1")
 COSTS = {"self_distill": 1.8, "long_short": 2.0}
 RATES = ("2.5e-4", "5e-4", "1e-3")
+RECIPE_RATE = "5e-4"  # conf/model/tiny.yaml
 # Of a method the peak learning rate that suits it, where that is not the recipe's: the best of the arms lr.*
 RATE_OF: dict[str, str] = {}
 RATED = ("lm", "self_distill", "long_short", "searched", "searched_mixed")  # for which one is looked for

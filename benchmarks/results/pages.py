@@ -11,8 +11,10 @@ from benchmarks.results.arms import (
     EVALUATE,
     LR_SEED,
     METHOD_LENGTHS,
+    RATE_OF,
     RATED,
     RATES,
+    RECIPE_RATE,
     SEARCH,
     Arm,
     Scale,
@@ -318,12 +320,16 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
 
 
 def _rates(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
-    """Needle gain at the target by learning rate."""
+    """Needle gain at the target by learning rate; which is best, and which the tables have."""
     target = scale.lengths(*METHOD_LENGTHS[16])[-1]
-    rows = [[f"`{name}`", *(cell(runs, arms[rate_arm(name, lr)], f"needle_gain@{target}") for lr in RATES)]
-            for name in RATED if any(is_begun(runs, arms[rate_arm(name, lr)]) for lr in RATES)]  # fmt: skip
+    rows = []
+    for name in RATED:
+        gains = {lr: values(runs, arms[rate_arm(name, lr)], f"needle_gain@{target}") for lr in RATES}
+        if found := {lr: gain[0] for lr, gain in gains.items() if gain}:
+            shown = (f"{found[lr]:.2f}" if lr in found else "–" for lr in RATES)
+            rows.append([f"`{name}`", *shown, max(found, key=lambda lr: found[lr]), RATE_OF.get(name, RECIPE_RATE)])
     told = f"Needle gain at {target:,} tokens by peak learning rate, seed {LR_SEED}"
-    return f"{told}:\n\n{table(['', *RATES], rows)}" if rows else f"{told}: not run yet."
+    return f"{told}:\n\n{table(['', *RATES, 'best', 'in the tables'], rows)}" if rows else f"{told}: not run yet."
 
 
 # ----- files -----

@@ -209,8 +209,6 @@ class Runner:
                 for run in needed:
                     if run in self.failures:
                         raise Failed(f"it needs {run[0]}, seed {run[1]}, which has failed")
-                if self._is_ending:
-                    raise Failed("stopped")
                 self._one(name, seed)
                 ending = f"{(time.monotonic() - start) / 60:.1f} min"
             except Exception as error:  # one run is not to take the others with it

@@ -11,7 +11,20 @@ from omegaconf import OmegaConf
 
 from benchmarks.results import __main__ as results
 from benchmarks.results import pages, records, runner
-from benchmarks.results.arms import EVALUATE, REFERENCE, SEARCH, TRAIN, Arm, AsLong, Scale, arms, arms_of_methods
+from benchmarks.results.arms import (
+    EVALUATE,
+    RATE_OF,
+    RATES,
+    RECIPE_RATE,
+    REFERENCE,
+    SEARCH,
+    TRAIN,
+    Arm,
+    AsLong,
+    Scale,
+    arms,
+    arms_of_methods,
+)
 from benchmarks.results.claims import (
     Check,
     Claim,
@@ -116,6 +129,7 @@ def test_a_fingerprint_changes_with_what_decides_the_numbers(monkeypatch, tmp_pa
     before = of()
     assert before == of() and all(a != b for a, b in zip(before, of(seed=1), strict=True))
     assert all(a != b for a, b in zip(before, of(replace(one, overrides=("experiment=e", "rope=ntk"))), strict=True))
+    assert all(a != b for a, b in zip(before, of(replace(one, overrides=(*one.overrides, "x=1"))), strict=True))
     (tmp_path / "experiment/e.yaml").write_text("a: 1\nc: null")  # a comment, and keys that are null
     assert of() == before
     for file in ("experiment/e", "rope/yarn", "model/tiny"):  # given, given, by default
@@ -138,7 +152,7 @@ def test_what_is_read_of_a_run(tmp_path):
     })  # fmt: skip
     write_json(proofs / "metrics.json", {"tail_ppl@256": 50.0})
     (run / "metrics.csv").write_text(
-        "epoch,step,train/step_seconds,val/tail_ppl@2048\n0,-1,,70\n0,9,3.0,\n0,19,0.5,\n0,29,0.7,\n0,49,,60.5\n"
+        "epoch,step,train/step_seconds,val/tail_ppl@2048\n0,-1,,70\n0,9,3.0,\n0,19,0.7,\n0,29,0.5,\n0,49,,60.5\n"
     )
     assert measured(Arm("a", (), also={"proofs": ()}), tmp_path) == {
         "tail_ppl@256": 45.1235, "passkey@256": 1.0, "coverage/probability_beyond_window": 0.25,
@@ -181,7 +195,8 @@ def test_runs_of_other_overrides_seeds_or_models_are_not_current():
     assert current(runs, ARMS) == runs
     changed = ARMS | {"lm.16x": replace(ARMS["lm.16x"], overrides=("rope=ntk",))}
     assert current(runs, changed) == {} and current(runs, {}) == {}
-    assert current({("lm.16x", 7): runs["lm.16x", 0]}, ARMS) == {}
+    runs = {("lm.16x", seed): line(ARMS, "lm.16x", seed) for seed in (0, 1)}
+    assert set(current(runs, ARMS | {"lm.16x": replace(ARMS["lm.16x"], seeds=(0,))})) == {("lm.16x", 0)}
 
 
 # ----- the runner -----
@@ -318,7 +333,8 @@ def test_commands_are_what_a_user_would_type(tmp_path):
     ((_, search),) = made.commands("search.32x", 0)
     assert search[:2] == ["-m", "pose.search"] and "trainer.compile=true" not in search
     (_, untuned), (_, proofs) = made.commands("untuned.8x", 0)
-    assert proofs[:2] == ["evaluate.py", "ckpt=assets/tiny"] and "ckpt=assets/tiny" in untuned
+    assert proofs[:2] == untuned[:2] == ["evaluate.py", "ckpt=assets/tiny"]
+    assert not any(o.startswith("seed=") for o in untuned)
 
 
 # ----- which runs -----
@@ -395,7 +411,7 @@ def test_numbers_of_a_run():
 def synthetic(scale: Scale, of=lambda arm, seed, metric: 1.0) -> dict:
     """A run of every arm, with every metric that a check or a table asks for."""
     every = arms(scale)
-    lengths = {scale.at(2**n) for n in range(7)} | set(scale.lengths(1, 8, 16))
+    lengths = {scale.at(2**n) for n in range(8)} | set(scale.lengths(1, 8, 16))
     kinds = [f"{kind}@{n}" for kind in ("tail_ppl", "ppl", "passkey", "needle_gain") for n in lengths]
     names = [*kinds, *(f"proofs: {kind}" for kind in kinds), *(f"untuned: {kind}" for kind in kinds),
              *(f"after {step}: {kind}" for step in (50, 100, 150, 200, 250) for kind in kinds),
@@ -480,6 +496,16 @@ def test_the_tables_of_methods_tell_what_beats_lm():
     assert "better" not in pages.method_tables(one_seed, ARMS, SCALE)["methods16x"].partition("Against lm")[0]
 
 
+def test_the_learning_rates_that_were_tried():
+    runs = {(f"lr.{name}.{lr}", 10): line(ARMS, f"lr.{name}.{lr}", 10, {"needle_gain@4096": gain})
+            for name, lr, gain in (("lm", "5e-4", 0.7), ("lm", "1e-3", 0.9), ("searched", "2_5e-4", 1.2))}  # fmt: skip
+    text = pages.method_tables(runs, ARMS, SCALE)["lr"]
+    assert "| `lm` | – | 0.70 | 0.90 | 1e-3 | 5e-4 |" in text
+    assert "| `searched` | 1.20 | – | – | 2.5e-4 | 5e-4 |" in text and "`long_short`" not in text
+    recipe = OmegaConf.load(CONF / "model" / "tiny.yaml").finetune.lr
+    assert float(RECIPE_RATE) == recipe and set(RATE_OF.values()) <= set(RATES)
+
+
 def test_the_tables_without_runs_say_so():
     tables = pages.method_tables({}, ARMS, SCALE)
     assert all("not run yet" in text or "No runs yet" in text for text in tables.values()) and len(tables) == 3
@@ -491,6 +517,8 @@ def test_tables_have_their_places():
     assert found == text.replace("old", "new") and pages.placed(found, {"x": "new"}, "F.md") == found
     with pytest.raises(DataError, match=r"F.md has no place for y: put <!-- from"):
         pages.placed(text, {"y": "new"}, "F.md")
+    with pytest.raises(DataError, match=r"F.md has no place for x"):
+        pages.placed(text.replace("old", text.splitlines()[1]), {"x": "new"}, "F.md")
 
 
 def test_the_committed_pages_are_those_of_the_committed_runs():
