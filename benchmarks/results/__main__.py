@@ -199,3 +199,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except PoseError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell has it

@@ -504,7 +504,7 @@ def _smollm2() -> Claim:
     return Claim(
         "smollm2",
         "A real model: SmolLM2-135M, 8,192 to 32,768 tokens",
-        "PoSE extends a real model to 4 times its window, and what it does inside it stays.",
+        "PoSE extends LLaMA-7B to 16 times its window, and what it does inside it stays.",
         "By its experiments, on documents that were held out whole. These runs take hours or a GPU: a pattern has to "
         "name them, and one that was made elsewhere is added by `--take`.",
         tuple(checks),

@@ -38,7 +38,8 @@ class Fingerprints:
     """Of runs: the same as long as nothing has changed that their numbers come from, but the code.
 
     It is made of the overrides, the values of the YAML files that they and the defaults choose (without those that are
-    null), the files of the base model, the texts, and the fingerprints of the runs that it needs.
+    null), the files of the tiny base model (not where a real one is trained), the texts, and the fingerprints of the runs
+    that it needs.
 
     Args:
         arms: by name.
@@ -53,7 +54,8 @@ class Fingerprints:
         key = (arm.name, seed)
         if key not in self._known:
             content = [
-                arm.script, arm.overrides, sorted(arm.also.items()), seed, repr(arm.as_long), _chosen(arm), _shipped(),
+                arm.script, arm.overrides, sorted(arm.also.items()), seed, repr(arm.as_long), _chosen(arm),
+                _shipped()[3 * arm.is_large :],
                 [self.of(self.arms[name], seed_of(self.arms[name], seed)) for name in sorted(arm.needs())],
             ]  # fmt: skip
             self._known[key] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -68,11 +70,24 @@ def seed_of(needed: Arm, seed: int) -> int:
 def _chosen(arm: Arm) -> list:
     """The values of the YAML files that a command is composed of, each with its name."""
     given = dict(o.split("=", 1) for o in arm.overrides if "=" in o)
-    names = [("experiment", given["experiment"])] if "experiment" in given else []
-    if arm.script in GROUPS:
-        defaults = _defaults({TRAIN: "train", EVALUATE: "evaluate", SEARCH: "search"}[arm.script])
-        names += [(group, given.get(group, defaults.get(group))) for group in GROUPS[arm.script]]
-    return [[group, choice, _values(f"{group}/{choice}")] for group, choice in names if choice is not None]
+    experiments, choices = _experiment(given["experiment"]) if "experiment" in given else ([], {})
+    defaults = _defaults({TRAIN: "train", EVALUATE: "evaluate", SEARCH: "search"}[arm.script])
+    choices = defaults | choices | given
+    names = [("experiment", name) for name in experiments]
+    names += [(group, choices[group]) for group in GROUPS[arm.script] if group in choices]
+    return [[group, choice, _values(f"{group}/{choice}")] for group, choice in names]
+
+
+def _experiment(name: str) -> tuple[list[str], dict[str, str]]:
+    """An experiment and those that it is made of, and the choices of groups that they make."""
+    names, choices = [name], {}
+    for one in (_values(f"experiment/{name}") or {}).get("defaults", []):
+        if isinstance(one, dict):
+            choices |= {group.removeprefix("override /"): choice for group, choice in one.items()}
+        elif one != "_self_":
+            inner, chosen = _experiment(one)
+            names, choices = names + inner, choices | chosen
+    return names, choices
 
 
 @cache
@@ -94,7 +109,7 @@ def _values(name: str) -> Any:
 
 @cache
 def _shipped() -> list[str]:
-    """Digests of the base model's files and of the shipped texts."""
+    """Digests of the base model's three files, and of the shipped texts."""
     files = [TINY / name for name in ("config.json", "tokenizer.json", "model.safetensors")]
     return [sha256(file) for file in (*files, *sorted((REPOSITORY / "assets" / "corpora").glob("*.gz")))]
 

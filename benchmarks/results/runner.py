@@ -28,6 +28,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 GRACE = 10  # seconds from the signal that asks a command to end to the one that ends it
 TOKENS_A_SECOND = 7000  # of a training step of the shipped model on one core; for estimates alone
+LARGE_SECONDS = 2.5 * 3600  # the same, of a real model on a CPU
 MIN_STEPS = 25  # a tenth of lm's
 Run = tuple[str, int]  # arm and seed
 
@@ -352,6 +353,8 @@ def _last_line(file: Path) -> str:
 
 def guess(arm: Arm) -> float:
     """Seconds of a run on one core, roughly."""
+    if arm.is_large:
+        return LARGE_SECONDS
     times = 0.0
     evaluations = [arm.overrides, *(more for more in arm.also.values())]
     if arm.script == SEARCH:

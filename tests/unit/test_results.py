@@ -43,6 +43,7 @@ from pose.files import CONF, REPOSITORY, write_json
 
 schema.register()
 SCALE = Scale()
+SHIPPED = records._shipped()
 ARMS = arms(SCALE)
 
 
@@ -137,8 +138,29 @@ def test_a_fingerprint_changes_with_what_decides_the_numbers(monkeypatch, tmp_pa
         now = of()
         assert all(a != b for a, b in zip(before, now, strict=True)), file
         before = now
-    monkeypatch.setattr(records, "_shipped", lambda: ["another base model"])
+    large = replace(one, is_large=True)
+    before_large = of(large)
+    monkeypatch.setattr(records, "_shipped", lambda: ["another", "base", "model", *SHIPPED[3:]])
     assert all(a != b for a, b in zip(before, of(), strict=True))
+    assert of(large)[0] == before_large[0]  # it is another model's
+    records._values.cache_clear(), records._defaults.cache_clear()
+
+
+def test_a_fingerprint_follows_what_an_experiment_chooses(monkeypatch, tmp_path):
+    for file, text in {
+        "experiment/cpu": "defaults: [gpu, _self_]\nsteps: 2", "experiment/gpu": "defaults: [{override /model: real}]",
+        "model/real": "a: 1", "model/tiny": "a: 1", "model/other": "a: 3", "train": "defaults: [{model: tiny}]",
+    }.items():  # fmt: skip
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(text)
+    monkeypatch.setattr(records, "CONF", tmp_path)
+
+    def of(*overrides: str) -> list:
+        records._values.cache_clear(), records._defaults.cache_clear()
+        return [one[:2] for one in records._chosen(Arm("a", overrides))]
+
+    assert of("experiment=cpu") == [["experiment", "cpu"], ["experiment", "gpu"], ["model", "real"]]
+    assert of("experiment=cpu", "model=other")[-1] == ["model", "other"] and of() == [["model", "tiny"]]
     records._values.cache_clear(), records._defaults.cache_clear()
 
 
