@@ -38,7 +38,7 @@ class Fingerprints:
     """Of runs: the same as long as nothing has changed that their numbers come from, but the code.
 
     It is made of the overrides, the values of the YAML files that they and the defaults choose (without those that are
-    null), the files of the tiny base model (not where a real one is trained), the texts, and the fingerprints of the runs
+    null), the files of the tiny base model (not where a real one is trained), the texts, and the fingerprints of runs
     that it needs.
 
     Args:
