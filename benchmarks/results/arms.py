@@ -215,7 +215,7 @@ def _cost(scale: Scale) -> Iterator[Arm]:
         for pose in ("pose", "full"):
             yield Arm(
                 f"cost.{pose}.{times}x",
-                (*PAPER, "rope=linear", f"pose={pose}", f"pose.target_len={scale.at(times)}", "eval=none",
+                (*PAPER, "rope=linear", f"pose={pose}", f"pose.target_len={scale.at(times)}", "eval.tasks=[]",
                  "trainer.max_steps=8", "trainer.global_batch=2", "trainer.micro_batch=1",
                  "trainer.log_every_n_steps=1"),
                 seeds=scale.seeds,

@@ -83,6 +83,13 @@ def test_the_untuned_model_is_measured_as_the_trained_ones_are():
             assert ARMS[untuned].also == ARMS[trained].also
 
 
+def test_what_is_to_measure_nothing_measures_nothing():
+    """An experiment's eval.tasks come after the choice of eval."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for name in ("cost.full.32x", "cost.pose.8x", "base.phi"):
+            assert compose("train", list(ARMS[name].overrides)).eval.tasks == [], name
+
+
 def test_arms_of_a_comparison_differ_in_what_they_are_named_after():
     lm, randpos = ARMS["lm.16x"].overrides, ARMS["linear.randpos.8x"].overrides
     assert set(ARMS["rcd3.16x"].overrides) - set(lm) == {"rope.rcd_shift=true", "rope.rcd_periods=3"}
