@@ -158,9 +158,9 @@ def hardware() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    cpu, cores = _cpu()
+    name, cores = cpu()
     return {
-        "cpu": cpu,
+        "cpu": name,
         "cores": cores,
         "threads": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -170,7 +170,7 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _cpu() -> tuple[str, int | None]:
+def cpu() -> tuple[str, int | None]:
     """Model and number of cores, of which each may run several threads."""
     try:
         blocks = Path("/proc/cpuinfo").read_text().strip().split("\n\n")

@@ -1,0 +1,377 @@
+"""docs/RESULTS.md and the tables of docs/METHODS.md, from the lines of docs/results/runs.json."""
+
+import re
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.results.arms import (
+    COSTS,
+    EVALUATE,
+    LR_SEED,
+    METHOD_LENGTHS,
+    RATE_OF,
+    RATED,
+    RATES,
+    RECIPE_RATE,
+    SEARCH,
+    Arm,
+    Scale,
+    arms_of_methods,
+    methods,
+    rate_arm,
+)  # fmt: skip
+from benchmarks.results.claims import Checked, Claim, Missing, Numbers, checked, claims, verdict
+from benchmarks.results.records import Runs, base_model, current, seed_of
+from pose.errors import DataError
+from pose.files import atomic_file
+
+HEAD = """\
+# The paper, claim by claim
+
+What the paper claims, and what came of it on the shipped tiny model (window 256) or on what a section names. Every
+number and every verdict on this page is made from [the runs' metrics](results/runs.json) by `make results`
+(`python -m benchmarks.results`), none is typed by hand, and a test holds the page to the runs. A number is the mean
+over its seeds, with the lowest and the highest in brackets where there are several.
+
+A claim is a list of checks, each a number with a bound (`benchmarks/results/claims.py`). **Holds**: every check that
+has a number holds for every seed. **Not at this scale**: none does for any seed. **Holds in part**: what is between.
+**Not tested**: no check has a number yet.
+"""
+EQUAL = 1.1  # times as long is called equal
+BEGIN, END = "<!-- from python -m benchmarks.results: {} -->", "<!-- until here: {} -->"
+
+
+# ----- numbers in words -----
+
+
+def number(value: float, metric: str) -> str:
+    """As it is read: keys in percent, perplexities to a tenth."""
+    if "passkey@" in metric:
+        return f"{100 * value:.0f}"
+    if "ppl@" in metric:
+        return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def half_digit(value: float, metric: str) -> float:
+    """Half a unit of the last digit that `number` shows."""
+    if "passkey@" in metric:
+        return 0.005
+    return 0.05 if "ppl@" in metric and value < 1000 else 0.5 if abs(value) >= 100 else 0.005
+
+
+def spread(values: Sequence[float], form) -> str:
+    """Mean, lowest and highest; one value by itself.
+
+    Args:
+        values: one a seed.
+        form: puts a number into words.
+    """
+    if not values:
+        return "–"
+    mean, low, high = form(statistics.mean(values)), form(min(values)), form(max(values))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def cell(runs: Runs, arm: Arm, metric: str) -> str:
+    """A metric over the seeds of an arm; a dash where there is none."""
+    return spread(values(runs, arm, metric), lambda value: number(value, metric))
+
+
+def values(runs: Runs, arm: Arm, metric: str) -> list[float]:
+    """A metric of each seed of an arm that has been run, and has it."""
+    found = []
+    for seed in arm.seeds:
+        try:
+            found.append(Numbers(runs, {arm.name: arm}, seed)(arm.name, metric))
+        except Missing:
+            continue
+    return found
+
+
+def is_begun(runs: Runs, arm: Arm) -> bool:
+    """Whether any seed of an arm has been run."""
+    return any((arm.name, seed) in runs for seed in arm.seeds)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ----- docs/RESULTS.md -----
+
+
+def results(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
+    """The whole page.
+
+    Args:
+        runs: those that are still current.
+        arms: all, by name.
+        scale: of the claims.
+    """
+    found = {claim.name: (claim, checked(claim, runs, arms, scale.seeds)) for claim in claims(scale).values()}
+    summary = table(
+        ["claim", "verdict", "checks that hold", "runs"],
+        (
+            [f"[{claim.title}](#{anchor(claim.title)})", f"**{verdict(one)}**", _tally(one), _count(claim, runs, arms)]
+            for claim, one in found.values()
+        ),
+    )
+    sections = [_section(claim, one, runs, arms) for claim, one in found.values()]
+    names = {name: None for claim, _ in found.values() for name in claim.arms}
+    listed = table(["arm", "seeds", "command"], ([f"`{n}`", _seeds(arms[n]), f"`{command(arms[n])}`"] for n in names))
+    return "\n\n".join([HEAD.strip(), summary, *sections, "## The runs", _machines(runs, names), listed]) + "\n"
+
+
+def anchor(title: str) -> str:
+    """Of a heading, as GitHub makes it."""
+    return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+
+
+def command(arm: Arm) -> str:
+    """Of an arm, for all its seeds; {NAME} is the folder of another arm's run."""
+    script = ["-m", SEARCH] if arm.script == SEARCH else [arm.script]
+    many = ["-m"] if len(arm.seeds) > 1 else []
+    seeds = [] if arm.script == EVALUATE else [f"seed={','.join(map(str, arm.seeds))}"]
+    steps = ["trainer.max_steps=STEPS"] if arm.as_long else []
+    return shlex.join(["python", *script, *arm.overrides, *steps, *many, *seeds]).replace("|", "\\|")
+
+
+def _seeds(arm: Arm) -> str:
+    return ", ".join(map(str, arm.seeds))
+
+
+def _tally(found: Sequence[Checked]) -> str:
+    tested = [one for one in found if one.share is not None]
+    held = sum(one.share == 1 for one in tested)
+    return f"{held} of {len(tested)}" + (f"; {len(found) - len(tested)} not tested" if len(tested) < len(found) else "")
+
+
+def _count(claim: Claim, runs: Runs, arms: Mapping[str, Arm]) -> str:
+    every = [(name, seed) for name in claim.arms for seed in arms[name].seeds]
+    return f"{sum(run in runs for run in every)} of {len(every)}"
+
+
+def _section(claim: Claim, found: Sequence[Checked], runs: Runs, arms: Mapping[str, Arm]) -> str:
+    verdict_of = verdict(found)
+    parts = [
+        f"## {claim.title}",
+        f"**{verdict_of[:1].upper()}{verdict_of[1:]}.**",
+        f"*The paper.* {claim.paper} *Here.* {claim.ours}",
+        table(["check", "bound", "paper", "here", "holds"], map(_check, found)),
+        _numbers(claim, runs, arms),
+    ]
+    if missing := [name for name in claim.arms if not is_begun(runs, arms[name])]:
+        parts.append(f"Not run yet: {', '.join(f'`{name}`' for name in missing)}.")
+    lines = [f"python -m benchmarks.results --only {claim.name}", *claim.commands]
+    parts.append("```\n" + "\n".join(lines) + "\n```")
+    return "\n\n".join(filter(None, parts))
+
+
+def _check(one: Checked) -> list[str]:
+    check = one.check
+    ours = spread(one.values, lambda value: f"{value:{check.form}}")
+    held = sum(map(check.holds, one.values))
+    holds = {None: "not tested", 1: "yes", 0: "no"}.get(one.share, f"for {held} of {len(one.values)} seeds")
+    return [check.says, check.bound(), check.paper or "–", ours, holds]
+
+
+def _numbers(claim: Claim, runs: Runs, arms: Mapping[str, Arm]) -> str:
+    """The table of a claim; "" where none of its arms has been run."""
+    rows = [[label, *(cell(runs, arms[name], metric) for metric in claim.columns.values())]
+            for label, name in claim.rows.items() if is_begun(runs, arms[name])]  # fmt: skip
+    return table(["", *claim.columns], rows) if rows else ""
+
+
+def _machines(runs: Runs, names: Iterable[str]) -> str:
+    """With what the runs of some arms were made."""
+    wanted = set(names)
+    found = [one for (name, _), one in runs.items() if name in wanted]
+    if not found:
+        return f"No runs yet of the base model whose weights' SHA-256 begins with `{base_model()}`."
+    facts = {
+        "commit": {str(one["commit"]) for one in found},
+        "torch": {str(one["torch"]) for one in found},
+        "processor": {one["cpu"] for one in found},
+        "date": {one["date"] for one in found},
+    }
+    compiled = {one["is_compiled"] for one in found if one["training"]}
+    said = "; ".join(f"{key} {', '.join(sorted(of))}" for key, of in facts.items())
+    steps = "not compiled" if not any(compiled) else "compiled" if all(compiled) else "partly compiled"
+    return (
+        f"{len(found)} runs, one core each, training steps {steps}; {said}. The base model's weights: SHA-256 "
+        f"`{base_model()}`..."
+    )
+
+
+# ----- docs/METHODS.md -----
+
+
+def method_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str, str]:
+    """The tables of docs/METHODS.md by the name of their place."""
+    found = {f"methods{times}x": _methods(runs, arms, scale, times) for times in METHOD_LENGTHS}
+    found["lr"] = _rates(runs, arms, scale)
+    return found
+
+
+def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
+    lengths = scale.lengths(*METHOD_LENGTHS[times])
+    gain, short = f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"
+    columns = {
+        **{f"ppl@{n:,}": f"tail_ppl@{n}" for n in lengths},
+        **{f"passkey@{n:,}": f"passkey@{n}" for n in lengths},
+        **{f"needle gain@{n:,}": f"needle_gain@{n}" for n in lengths},
+    }
+
+    def of(name: str) -> Arm:
+        return arms[f"{name}.{times}x"]
+
+    def row(name: str, beside: str | None) -> list[str]:
+        arm, overrides = of(name), _short(" ".join(methods(scale, times).get(name, ())))
+        told = "untuned" if name == "untuned_books" else f"`{name}`" + (f" (`{overrides}`)" if overrides else "")
+        cost = spread([seconds / 60 for seconds in _seconds(runs, arms, arm)], lambda value: f"{value:.1f}")
+        against = "–" if beside is None else _against(runs, arm, of(beside), gain, short)
+        steps = spread(values(runs, arm, "training/steps"), lambda value: f"{value:.0f}")
+        return [told, steps, cost, *(cell(runs, arm, metric) for metric in columns.values()), against]
+
+    def rows(beside: Mapping[str, str | None]) -> str:
+        head = ["", "steps", "minutes", *columns, "against lm"]
+        return table(head, (row(name, other) for name, other in beside.items() if is_begun(runs, of(name))))
+
+    used = arms_of_methods(scale)[f"methods{times}x"]
+    machines = _machines(runs, used)
+    if not any(is_begun(runs, arms[name]) for name in used):
+        return machines
+    names = dict.fromkeys(methods(scale, times), "lm")
+    searched = ("searched", "searched_mixed")
+    slower = {"lm": None, **{f"{name}_seconds": "lm" for name in COSTS}, "lm_as_searched": None,
+              **dict.fromkeys(searched, "lm_as_searched")}  # fmt: skip
+    return "\n\n".join(
+        [
+            f"Equal tokens; minutes are those of the steps, and of the search. {machines}",
+            rows({"untuned_books": None} | names | {"lm": None}),
+            "Equal seconds: `_seconds` has as many steps as fit into `lm`'s time, and `lm_as_searched` as many as fit "
+            "into that of a search and the training after it.",
+            rows(slower),
+            f"Against lm: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
+            f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule. What is searched "
+            "stands against `lm_as_searched` in the second table. " + _best(runs, arms, scale, times),
+        ]
+    )
+
+
+def _short(overrides: str) -> str:
+    """Without a list of numbers that nobody reads."""
+    return re.sub(r"long_factor=\[[^]]*]", "long_factor=[...]", overrides)
+
+
+def _seconds(runs: Runs, arms: Mapping[str, Arm], arm: Arm) -> list[float]:
+    """Of the steps of each seed, and of the search before them."""
+    searches = [arms[name] for name in arm.needs() if arms[name].script == SEARCH]
+    found = []
+    for seed in arm.seeds:
+        one = runs.get((arm.name, seed))
+        before = [runs.get((search.name, seed_of(search, seed))) for search in searches]
+        if one is not None and all(before) and "step_seconds" in one["training"]:
+            steps = one["training"]["steps"] * one["training"]["step_seconds"]
+            found.append(steps + sum(search["seconds"] for search in before))
+    return found
+
+
+def compare(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    """Whether numbers are all above, all below, or among others; "" where either has no two seeds."""
+    if min(len(mine), len(theirs)) < 2:
+        return ""
+    if min(mine) > max(theirs):
+        return "above"
+    return "below" if max(mine) < min(theirs) else "among"
+
+
+def _against(runs: Runs, arm: Arm, other: Arm, gain: str, short: str) -> str:
+    gains, ppls = (compare(values(runs, arm, metric), values(runs, other, metric)) for metric in (gain, short))
+    if not gains or not ppls:
+        return "–"
+    told = {"above": "**better**", "below": "worse", "among": "no difference"}[gains]
+    return told + {"above": ", ppl higher", "below": ", ppl lower", "among": ""}[ppls]
+
+
+def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
+    """The methods that beat lm at equal seconds: in needle gain at the target, perplexity in the window no higher."""
+    lengths = scale.lengths(*METHOD_LENGTHS[times])
+    same = {name: (name, "lm") for name in methods(scale, times) if name != "lm"}
+    same |= {name: (f"{name}_seconds", "lm") for name in COSTS}
+    same |= {name: (name, "lm_as_searched") for name in ("searched", "searched_mixed")}
+    winners, is_tested = [], False
+    for name, pair in same.items():
+        mine, theirs = (arms[f"{one}.{times}x"] for one in pair)
+        gains, ppls = (compare(values(runs, mine, m), values(runs, theirs, m))
+                       for m in (f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"))  # fmt: skip
+        is_tested |= bool(gains)
+        if gains == "above" and ppls != "above":
+            taken, given = (statistics.mean(_seconds(runs, arms, one)) for one in (mine, theirs))
+            winners += [f"`{name}`"] if taken <= EQUAL * given else []
+    if not is_tested:
+        return "Not run yet."
+    return f"At equal seconds better in needle gain, with perplexity no higher: {', '.join(winners) or 'none'}."
+
+
+def _rates(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
+    """Needle gain at the target by learning rate; which is best, and which the tables have."""
+    target = scale.lengths(*METHOD_LENGTHS[16])[-1]
+    rows = []
+    for name in RATED:
+        gains = {lr: values(runs, arms[rate_arm(name, lr)], f"needle_gain@{target}") for lr in RATES}
+        if found := {lr: gain[0] for lr, gain in gains.items() if gain}:
+            shown = (f"{found[lr]:.2f}" if lr in found else "–" for lr in RATES)
+            rows.append([f"`{name}`", *shown, max(found, key=lambda lr: found[lr]), RATE_OF.get(name, RECIPE_RATE)])
+    told = f"Needle gain at {target:,} tokens by peak learning rate, seed {LR_SEED}"
+    return f"{told}:\n\n{table(['', *RATES, 'best', 'in the tables'], rows)}" if rows else f"{told}: not run yet."
+
+
+# ----- files -----
+
+
+def placed(text: str, tables: Mapping[str, str], name: str) -> str:
+    """A document with tables at their places.
+
+    Args:
+        text: of the document.
+        tables: by the names of their places.
+        name: of the document, for errors.
+
+    Raises:
+        DataError: it has no place for one.
+    """
+    for place, content in tables.items():
+        begin, end = BEGIN.format(place), END.format(place)
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise DataError(f"{name} has no place for {place}: put {begin} and {end} there, each on a line of its own")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def pages(runs: Runs, arms: Mapping[str, Arm], scale: Scale, methods_text: str) -> dict[str, str]:
+    """RESULTS.md and METHODS.md.
+
+    Args:
+        runs: by arm and seed; those that are not current any more are left out.
+        arms, scale: that they are of.
+        methods_text: METHODS.md as it is.
+    """
+    now = current(runs, arms)
+    return {
+        "RESULTS.md": results(now, arms, scale),
+        "METHODS.md": placed(methods_text, method_tables(now, arms, scale), "METHODS.md"),
+    }
+
+
+def write(docs: Path, content: Mapping[str, str]):
+    """Writes pages into a folder."""
+    for name, text in content.items():
+        with atomic_file(docs / name) as file:
+            file.write(text)

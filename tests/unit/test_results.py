@@ -1,0 +1,596 @@
+"""benchmarks.results: arms, fingerprints, the runner, verdicts, pages. Nothing is trained here."""
+
+import json
+import re
+import threading
+from dataclasses import replace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from benchmarks.results import __main__ as results
+from benchmarks.results import pages, records, runner
+from benchmarks.results.arms import (
+    EVALUATE,
+    RATE_OF,
+    RATES,
+    RECIPE_RATE,
+    REFERENCE,
+    SEARCH,
+    TRAIN,
+    Arm,
+    AsLong,
+    Scale,
+    arms,
+    arms_of_methods,
+)
+from benchmarks.results.claims import (
+    Check,
+    Claim,
+    Missing,
+    Numbers,
+    Verdict,
+    checked,
+    claims,
+    verdict,
+)
+from benchmarks.results.records import Fingerprints, current, measured, read_runs, training, write_runs
+from benchmarks.results.runner import Failed, Runner
+from pose.app import schema
+from pose.errors import DataError
+from pose.files import CONF, REPOSITORY, write_json
+
+schema.register()
+SCALE = Scale()
+SHIPPED = records._shipped()
+ARMS = arms(SCALE)
+
+
+# ----- arms -----
+
+
+def test_every_arm_is_a_command_that_composes():
+    """With the configs of today, of training, evaluation and search; of arms that differ in numbers alone the first."""
+    seen = set()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for arm in ARMS.values():
+            overrides = [REFERENCE.sub("FOLDER", override) for override in arm.overrides]
+            kind = (arm.script, *(re.sub(r"\d+", "0", override) for override in overrides))
+            if kind not in seen:
+                config = {TRAIN: "train", EVALUATE: "evaluate", SEARCH: "search"}[arm.script]
+                assert compose(config, overrides) is not None
+                for more in arm.also.values():
+                    assert compose("evaluate", ["ckpt=x", *more]).eval.tasks == ["perplexity"]
+            seen.add(kind)
+
+
+def test_the_untuned_model_is_measured_as_the_trained_ones_are():
+    """Otherwise tail_ppl would be of other tokens, and no ratio would mean anything."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for untuned, trained in (
+            ("untuned.8x", "linear.pose.8x"), ("untuned.16x", "linear.randpos.16x"),
+            ("untuned_books.16x", "lm.16x"), ("untuned_books.32x", "searched.32x"),
+        ):  # fmt: skip
+            first, second = (
+                OmegaConf.to_container(
+                    compose(config, [REFERENCE.sub("x", o) for o in ARMS[name].overrides]).eval, resolve=True
+                )
+                for config, name in (("evaluate", untuned), ("train", trained))
+            )
+            del first["before"], second["before"], first["stride"], second["stride"]
+            assert first == second, untuned
+            assert ARMS[untuned].also == ARMS[trained].also
+
+
+def test_what_is_to_measure_nothing_measures_nothing():
+    """An experiment's eval.tasks come after the choice of eval."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for name in ("cost.full.32x", "cost.pose.8x", "base.phi"):
+            assert compose("train", list(ARMS[name].overrides)).eval.tasks == [], name
+
+
+def test_arms_of_a_comparison_differ_in_what_they_are_named_after():
+    lm, randpos = ARMS["lm.16x"].overrides, ARMS["linear.randpos.8x"].overrides
+    assert set(ARMS["rcd3.16x"].overrides) - set(lm) == {"rope.rcd_shift=true", "rope.rcd_periods=3"}
+    assert set(randpos) - set(ARMS["linear.short.8x"].overrides) == {"pose=randpos"}
+    assert all(ARMS[f"{name}.16x"].seeds == (0, 1, 2) for name in ("lm", "searched", "self_distill_seconds"))
+    full = ARMS["linear.full_tokens.8x"]
+    batch, target = int(full.value("trainer.global_batch", "")), int(full.value("pose.target_len", ""))
+    assert batch * target == 16 * 256  # as many tokens a step as PoSE's 16 examples of the window
+
+
+def test_the_mixed_windows_have_the_divisors_of_yarn():
+    from pose.rope import RopeGeometry, Yarn
+
+    divisors = json.loads(ARMS["yarn_mixed.16x"].value("rope.long_factor", ""))
+    geometry = RopeGeometry(500.0, 64, 256)
+    expected = geometry.theta() / Yarn().resolve(geometry, 4096).inv_freq(geometry)
+    assert divisors == pytest.approx(expected.tolist(), rel=1e-5) and divisors[-1] == 16
+
+
+def test_every_claim_has_its_arms_and_they_are_run():
+    named = {name for claim in claims(SCALE).values() for name in claim.arms}
+    named |= {name for names in arms_of_methods(SCALE).values() for name in names}
+    assert named == set(ARMS)  # what no claim needs is not run, and what one needs is there
+
+
+# ----- what tells a run from another -----
+
+
+def test_a_fingerprint_changes_with_what_decides_the_numbers(monkeypatch, tmp_path):
+    one = Arm("one", ("experiment=e", "rope=yarn"), seeds=(0, 1))
+    two = Arm("two", ("rope.factors={one}/x",), seeds=(0, 1))
+    files = {"experiment/e": "a: 1  # comment\nb: null", "rope/yarn": "beta: 32", "model/tiny": "path: x",
+             "train": "defaults:\n- model: tiny"}  # fmt: skip
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(text)
+    monkeypatch.setattr(records, "CONF", tmp_path)
+
+    def of(*changed: Arm, seed: int = 0) -> list[str]:
+        records._values.cache_clear(), records._defaults.cache_clear()
+        every = {arm.name: arm for arm in (one, two, *changed)}
+        fingerprints = Fingerprints(every)
+        return [fingerprints.of(every[name], seed) for name in ("one", "two")]
+
+    before = of()
+    assert before == of() and all(a != b for a, b in zip(before, of(seed=1), strict=True))
+    assert all(a != b for a, b in zip(before, of(replace(one, overrides=("experiment=e", "rope=ntk"))), strict=True))
+    assert all(a != b for a, b in zip(before, of(replace(one, overrides=(*one.overrides, "x=1"))), strict=True))
+    (tmp_path / "experiment/e.yaml").write_text("a: 1\nc: null")  # a comment, and keys that are null
+    assert of() == before
+    for file in ("experiment/e", "rope/yarn", "model/tiny"):  # given, given, by default
+        (tmp_path / f"{file}.yaml").write_text("a: 2")
+        now = of()
+        assert all(a != b for a, b in zip(before, now, strict=True)), file
+        before = now
+    large = replace(one, is_large=True)
+    before_large = of(large)
+    monkeypatch.setattr(records, "_shipped", lambda: ["another", "base", "model", *SHIPPED[3:]])
+    assert all(a != b for a, b in zip(before, of(), strict=True))
+    assert of(large)[0] == before_large[0]  # it is another model's
+    records._values.cache_clear(), records._defaults.cache_clear()
+
+
+def test_a_fingerprint_follows_what_an_experiment_chooses(monkeypatch, tmp_path):
+    for file, text in {
+        "experiment/cpu": "defaults: [gpu, _self_]\nsteps: 2", "experiment/gpu": "defaults: [{override /model: real}]",
+        "model/real": "a: 1", "model/tiny": "a: 1", "model/other": "a: 3", "train": "defaults: [{model: tiny}]",
+    }.items():  # fmt: skip
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(text)
+    monkeypatch.setattr(records, "CONF", tmp_path)
+
+    def of(*overrides: str) -> list:
+        records._values.cache_clear(), records._defaults.cache_clear()
+        return [one[:2] for one in records._chosen(Arm("a", overrides))]
+
+    assert of("experiment=cpu") == [["experiment", "cpu"], ["experiment", "gpu"], ["model", "real"]]
+    assert of("experiment=cpu", "model=other")[-1] == ["model", "other"] and of() == [["model", "tiny"]]
+    records._values.cache_clear(), records._defaults.cache_clear()
+
+
+def test_what_is_read_of_a_run(tmp_path):
+    run, proofs = tmp_path / "run", tmp_path / "proofs"
+    run.mkdir(), proofs.mkdir()
+    write_json(run / "metrics.json", {
+        "tail_ppl@256": 45.1234567, "position_ppl@0-256": 1.0, "needle_gain@256/0.5": 1.0, "passkey@256": 1.0,
+        "coverage/probability_beyond_window": 0.25, "train/seconds": 200.0, "train/steps": 250, "train/tokens": 1024,
+        "untuned": {"tail_ppl@256": 40.0, "position_ppl@0-256": 2.0},
+    })  # fmt: skip
+    write_json(proofs / "metrics.json", {"tail_ppl@256": 50.0})
+    (run / "metrics.csv").write_text(
+        "epoch,step,train/step_seconds,val/tail_ppl@2048\n0,-1,,70\n0,9,3.0,\n0,19,0.7,\n0,29,0.5,\n0,49,,60.5\n"
+    )
+    assert measured(Arm("a", (), also={"proofs": ()}), tmp_path) == {
+        "tail_ppl@256": 45.1235, "passkey@256": 1.0, "coverage/probability_beyond_window": 0.25,
+        "untuned: tail_ppl@256": 40.0, "proofs: tail_ppl@256": 50.0, "after 0: tail_ppl@2048": 70.0,
+        "after 50: tail_ppl@2048": 60.5,
+    }  # fmt: skip
+    assert training(tmp_path) == {"seconds": 200.0, "steps": 250.0, "tokens": 1024.0, "step_seconds": 0.7}
+
+
+def test_a_search_is_read_too(tmp_path):
+    (tmp_path / "run").mkdir()
+    answers = {"searched": {"nll": 3.5, "heldout_nll": 4.2}, "yarn": {"nll": 4.8, "heldout_nll": 4.0}}
+    write_json(tmp_path / "run" / "factors.yaml", {"candidates": 120, "needle_answers": answers})
+    assert measured(Arm("s", (), SEARCH), tmp_path) == {"candidates": 120, "nll": 3.5, "heldout_nll": 4.2}
+
+
+def line(arms_of, name: str, seed: int, metrics=(), took=(), **more) -> dict:
+    """A line of runs.json."""
+    return {
+        "arm": name, "seed": seed, "fingerprint": Fingerprints(arms_of).of(arms_of[name], seed),
+        "metrics": dict(metrics), "training": dict(took), "seconds": 100.0, "all_seconds": 100.0, "commit": "abc1234",
+        "torch": "2.13.0", "cpu": "A CPU", "date": "2026-11-27", "is_compiled": True, "peak_mib": 800.0, **more,
+    }  # fmt: skip
+
+
+def test_runs_are_written_and_read_a_line_each(tmp_path):
+    file = tmp_path / "results" / "runs.json"
+    assert read_runs(file) == {}
+    runs = [line(ARMS, "lm.16x", seed, {"tail_ppl@256": 45.0}) for seed in (1, 0)]
+    write_runs(file, runs)
+    assert read_runs(file) == {("lm.16x", 0): runs[1], ("lm.16x", 1): runs[0]}
+    assert len(file.read_text().splitlines()) == 4
+    file.write_text('{"runs": 3}')
+    with pytest.raises(DataError, match="runs"):
+        read_runs(file)
+
+
+def test_runs_of_other_overrides_seeds_or_models_are_not_current():
+    runs = {("lm.16x", 0): line(ARMS, "lm.16x", 0)}
+    assert current(runs, ARMS) == runs
+    changed = ARMS | {"lm.16x": replace(ARMS["lm.16x"], overrides=("rope=ntk",))}
+    assert current(runs, changed) == {} and current(runs, {}) == {}
+    runs = {("lm.16x", seed): line(ARMS, "lm.16x", seed) for seed in (0, 1)}
+    assert set(current(runs, ARMS | {"lm.16x": replace(ARMS["lm.16x"], seeds=(0,))})) == {("lm.16x", 0)}
+
+
+# ----- the runner -----
+
+
+SMALL = {
+    arm.name: arm
+    for arm in (
+        Arm("search", ("search.trials=1",), SEARCH),
+        Arm("a", ("x=1",), seeds=(0, 1)),
+        Arm("b", ("rope.factors={search}",), seeds=(0, 1)),
+        Arm("slow", ("y=1",), seeds=(0, 1)),
+        Arm("slow_seconds", ("y=1",), seeds=(0, 1), as_long=AsLong("a", "slow")),
+        Arm("a_as_b", ("x=1",), seeds=(0, 1), as_long=AsLong("b", "a")),
+    )
+}
+
+
+class Fake(Runner):
+    """Its commands take no time: they write what a run leaves."""
+
+    fails: frozenset = frozenset()
+
+    def commands(self, name, seed):
+        folder = self.folder(name, seed) / "run"
+        code = (
+            f"import pathlib, json; p = pathlib.Path({str(folder)!r}); p.mkdir(exist_ok=True); "
+            f"(p / 'metrics.json').write_text(json.dumps({{'tail_ppl@256': {seed}}})); "
+            "(p / 'factors.yaml').write_text('candidates: 1\\nneedle_answers: {searched: {nll: 1, heldout_nll: 2}}'); "
+            "(p / 'model').mkdir(); print('SomeError: no luck'); "
+            f"raise SystemExit({int((name, seed) in self.fails)})"
+        )
+        return [("run", ["-c", code])]
+
+
+def test_what_is_missing_comes_in_order_with_what_it_needs(tmp_path):
+    made = Fake(SMALL, tmp_path, {})
+    assert made.missing([("b", 1)]) == [("search", 0), ("b", 1)]
+    assert made.missing([("slow_seconds", 1)]) == [("a", 1), ("slow", 1), ("slow_seconds", 1)]
+    wanted = [(name, seed) for seed in (1, 0) for name in ("b", "a")]
+    assert made.missing(wanted) == [("search", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    made.runs["a", 0] = line(SMALL, "a", 0)
+    assert made.missing([("a", 0), ("a", 1)]) == [("a", 1)]
+    made.runs["a", 0]["fingerprint"] = "another"
+    assert made.missing([("a", 0)]) == [("a", 0)]
+    # Its numbers are known, but b needs its files
+    made.runs["search", 0] = line(SMALL, "search", 0)
+    assert made.missing([("search", 0), ("b", 0)]) == [("search", 0), ("b", 0)]
+    assert made.missing([("search", 0)]) == []
+    # The numbers alone are needed
+    made.runs |= {(name, seed): line(SMALL, name, seed) for name in ("a", "slow") for seed in (0, 1)}
+    assert made.missing([("slow_seconds", 0)]) == [("slow_seconds", 0)]
+
+
+def test_one_that_fails_takes_no_other_with_it(tmp_path, capsys):
+    saved = []
+    made = Fake(SMALL, tmp_path, {})
+    made.fails, made.save = {("search", 0)}, lambda: saved.append(len(made.runs))
+    made.run(made.missing([("b", 0), ("a", 0), ("a", 1)]), jobs=2)
+    assert set(made.runs) == {("a", 0), ("a", 1)} and sorted(saved) == [1, 2]
+    assert made.runs["a", 1]["metrics"] == {"tail_ppl@256": 1.0} and made.runs["a", 1]["peak_mib"] > 1
+    assert "SomeError: no luck" in made.failures["search", 0]
+    assert "it needs search, seed 0, which has failed" in made.failures["b", 0]
+    assert not (tmp_path / "b" / "s0" / "run").exists()
+    printed = capsys.readouterr().out
+    assert "[4/4]" in printed and "FAILED: status 1" in printed
+
+
+def test_what_is_finished_is_kept(tmp_path):
+    first = Fake(SMALL, tmp_path, {})
+    first.run(first.missing([("b", 0)]), jobs=1)
+    assert not (tmp_path / "b" / "s0" / "run" / "model").exists()  # measured: it only takes room
+    second = Fake(SMALL, tmp_path, {})
+    second.collect()
+    assert second.runs == first.runs and second.missing([("b", 0)]) == []
+    changed = SMALL | {"b": replace(SMALL["b"], overrides=("rope.factors={search}", "z=2"))}
+    third = Fake(changed, tmp_path, {})
+    third.collect()
+    assert third.missing([("b", 0)]) == [("b", 0)]  # and not the search
+
+
+def test_a_kept_model_stays(tmp_path):
+    made = Fake({"base": Arm("base", (), keep=True)}, tmp_path, {})
+    made.run([("base", 0)], jobs=1)
+    assert (tmp_path / "base" / "s0" / "run" / "model").is_dir() and not made.failures
+
+
+def test_two_runners_do_not_do_the_same(tmp_path):
+    made = Fake(SMALL, tmp_path, {})
+    folder = made.folder("a", 0)
+    folder.mkdir(parents=True)
+    with runner.alone(folder):
+        made.run([("a", 0)], jobs=1)
+    assert "another process is at work" in made.failures["a", 0] and not (folder / "run").exists()
+
+
+def test_a_runner_that_is_ended_ends_its_commands(tmp_path):
+    class Endless(Fake):
+        def commands(self, name, seed):
+            return [("run", ["-c", "import time; time.sleep(600)"])]
+
+    made = Endless(SMALL, tmp_path, {})
+    threading.Timer(1.0, made.end).start()
+    made.run([("a", 0), ("a", 1)], jobs=1)
+    assert set(made.failures) == {("a", 0), ("a", 1)} and "stopped" in made.failures["a", 1]
+
+
+def test_equal_seconds_are_steps(tmp_path):
+    made = Runner(SMALL, tmp_path, {})
+    with pytest.raises(Failed, match="a is not done, whose steps are timed"):
+        made.commands("slow_seconds", 0)
+    for name, seconds in (("a", 0.5), ("b", 0.4), ("slow", 1.0)):
+        for seed in (0, 1):
+            made.runs[name, seed] = line(SMALL, name, seed, took={"steps": 250, "step_seconds": seconds})
+    made.runs["search", 0] = line(SMALL, "search", 0, seconds=60.0)
+    assert made.steps(SMALL["slow_seconds"], 0) == 125  # 250 steps of 0.5 s, in steps of 1 s
+    assert made.steps(SMALL["a_as_b"], 1) == (250 * 0.4 + 60) / 0.5
+    ((_, command),) = made.commands("slow_seconds", 1)
+    assert "trainer.max_steps=125" in command and "seed=1" in command
+    made.runs["a", 0]["training"]["steps"] = made.runs["a", 1]["training"]["steps"] = 20
+    with pytest.raises(Failed, match="10 steps left in the time of a"):
+        made.steps(SMALL["slow_seconds"], 0)
+
+
+def test_commands_are_what_a_user_would_type(tmp_path):
+    made = Runner(ARMS, tmp_path, {}, is_compiled=True)
+    (_, train), (also, evaluate) = made.commands("linear.randpos.8x", 2)
+    run = tmp_path / "linear.randpos.8x" / "s2" / "run"
+    assert train[:2] == ["train.py", "experiment=paper_tiny"] and also == "proofs"
+    assert {"seed=2", "trainer.compile=true", "num_threads=1", f"hydra.run.dir={run}"} <= set(train)
+    assert evaluate[:2] == ["evaluate.py", f"ckpt={run}"] and not any("seed=" in o for o in evaluate)
+    ((_, searched),) = made.commands("searched.32x", 1)
+    assert f"rope.factors={tmp_path / 'search.32x' / 's0' / 'run'}" in searched
+    ((_, search),) = made.commands("search.32x", 0)
+    assert search[:2] == ["-m", "pose.search"] and "trainer.compile=true" not in search
+    (_, untuned), (_, proofs) = made.commands("untuned.8x", 0)
+    assert proofs[:2] == untuned[:2] == ["evaluate.py", "ckpt=assets/tiny"]
+    assert not any(o.startswith("seed=") for o in untuned)
+
+
+# ----- which runs -----
+
+
+def test_patterns_choose_runs():
+    names = {"table4": ("a", "b"), "fig2": ("b",)}
+    chosen = lambda *patterns: results.chosen(patterns, names, SMALL)  # noqa: E731
+    assert chosen("*") == chosen("table4") == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert chosen("fig2", "table4/a/0") == [("b", 0), ("b", 1), ("a", 0)]
+    assert chosen("*/*/1") == [("a", 1), ("b", 1)]
+    with pytest.raises(SystemExit, match="--only table9 is none of the runs"):
+        chosen("table4", "table9")
+
+
+def test_what_takes_hours_has_to_be_named():
+    large = SMALL | {"a": replace(SMALL["a"], is_large=True)}
+    names = {"table4": ("a", "b")}
+    assert results.chosen(["*"], names, large) == [("b", 0), ("b", 1)]
+    assert results.chosen(["table4/a"], names, large) == [("a", 0), ("a", 1)]
+
+
+# ----- verdicts -----
+
+
+def claim(*checks: Check) -> Claim:
+    return Claim(
+        "c", "A claim", "the paper's", "ours", checks, {"row of a": "a", "row of b": "b"}, {"ppl": "tail_ppl@256"}
+    )
+
+
+HIGH = Check("a over b", lambda n: n.ratio("a", "tail_ppl@256", "b"), least=1.5, paper="3.00")
+LOW = Check("b", lambda n: n("b", "tail_ppl@256"), most=10.0, form=".1f")
+
+
+def runs_of(**metrics) -> dict:
+    return {(name, seed): line(SMALL, name, seed, {"tail_ppl@256": value})
+            for name, values in metrics.items() for seed, value in enumerate(values)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shares", "expected"),
+    [
+        ({"a": [20, 30], "b": [10, 10]}, [1, 1], Verdict.HOLDS),
+        ({"a": [20, 14], "b": [10, 10]}, [0.5, 1], Verdict.IN_PART),
+        ({"a": [20, 30], "b": [11, 12]}, [1, 0], Verdict.IN_PART),
+        ({"a": [14, 14], "b": [11, 12]}, [0, 0], Verdict.NOT_HERE),
+        ({"b": [10, 10]}, [None, 1], Verdict.HOLDS),
+        ({"a": [10]}, [None, None], Verdict.NOT_TESTED),
+        ({"a": [20], "b": [10, 10]}, [1, 1], Verdict.HOLDS),  # one seed has no a yet
+        ({}, [None, None], Verdict.NOT_TESTED),
+    ],
+)
+def test_a_verdict_follows_from_the_numbers(metrics, shares, expected):
+    found = checked(claim(HIGH, LOW), runs_of(**metrics), SMALL, (0, 1))
+    assert [one.share for one in found] == shares and verdict(found) == expected
+
+
+def test_a_bound_is_met_at_its_edge():
+    assert Check("", float, least=-0.05).holds(0.95 - 1.0) and not Check("", float, least=-0.05).holds(-0.06)
+    assert Check("", float, most=1.1).holds(1.1) and not Check("", float, most=1.1).holds(1.11)
+
+
+def test_numbers_of_a_run():
+    runs = {("search", 0): line(SMALL, "search", 0, {"nll": 3.0}, {"steps": 5})}
+    numbers = Numbers(runs, SMALL, seed=1)
+    assert numbers("search", "nll") == 3.0  # it has no other seed
+    assert numbers("search", "training/steps") == 5 and numbers("search", "peak_mib/") == 800.0
+    for arm, metric in (("search", "other"), ("a", "nll"), ("search", "training/seconds"), ("search", "nothing/")):
+        with pytest.raises(Missing, match=arm):
+            numbers(arm, metric)
+
+
+def synthetic(scale: Scale, of=lambda arm, seed, metric: 1.0) -> dict:
+    """A run of every arm, with every metric that a check or a table asks for."""
+    every = arms(scale)
+    lengths = {scale.at(2**n) for n in range(8)} | set(scale.lengths(1, 8, 16))
+    kinds = [f"{kind}@{n}" for kind in ("tail_ppl", "ppl", "passkey", "needle_gain") for n in lengths]
+    names = [*kinds, *(f"proofs: {kind}" for kind in kinds), *(f"untuned: {kind}" for kind in kinds),
+             *(f"after {step}: {kind}" for step in (50, 100, 150, 200, 250) for kind in kinds),
+             "coverage/probability_beyond_window", "coverage/probability_last_window"]  # fmt: skip
+    return {
+        (arm.name, seed): line(
+            every, arm.name, seed, {name: of(arm.name, seed, name) for name in names},
+            {"steps": 250, "step_seconds": 0.5, "seconds": 125} if arm.script == TRAIN else {},
+        )
+        for arm in every.values() for seed in arm.seeds
+    }  # fmt: skip
+
+
+def test_every_check_of_the_paper_has_a_number():
+    """From the runs that are declared for its claim, and no others."""
+    runs = synthetic(SCALE)
+    for one in claims(SCALE).values():
+        own = {(name, seed): run for (name, seed), run in runs.items() if name in one.arms}
+        for result in checked(one, own, ARMS, SCALE.seeds):
+            assert len(result.values) == 3 and not result.missing, (one.name, result.check.says, result.missing)
+
+
+def test_the_papers_own_ratios():
+    """Against its table, by hand."""
+    found = {check.says: check.paper for one in claims(SCALE).values() for check in one.checks}
+    assert found["RandPos 8× over PoSE 8× at 2,048 tokens, reports"] == f"{15.16 / 4.60:.2f}"
+    assert found["untuned, 2,048 over 256 tokens, proofs"] == "> 353"
+    assert found["64×: NTK over YaRN at 16,384 tokens"] == f"{34.80 / 11.33:.2f}"
+    assert found["32×: NTK, 8,192 over 2,048 tokens"] == f"{38.73 / 7.98:.2f}"
+    assert found["aligned and random apart at 2,048 tokens, proofs"] == f"{2.60 / 2.56:.2f}"
+
+
+# ----- pages -----
+
+
+def test_a_number_is_the_mean_over_seeds_with_its_spread():
+    assert pages.spread([], str) == "–"
+    assert pages.spread([45.12, 45.13], lambda v: pages.number(v, "tail_ppl@256")) == "45.1"
+    assert pages.spread([44.0, 46.0], lambda v: pages.number(v, "tail_ppl@256")) == "45.0 (44.0–46.0)"
+    assert pages.spread([0.9, 1.0], lambda v: pages.number(v, "passkey@256")) == "95 (90–100)"
+    assert pages.number(12345.6, "tail_ppl@256") == "12,346" and pages.number(0.123, "needle_gain@256") == "0.12"
+
+
+def test_the_page_has_verdicts_numbers_and_what_is_not_run():
+    """No check can hold or fail here but by these numbers: RandPos twice as bad as everything else."""
+    runs = synthetic(SCALE, lambda arm, seed, metric: (2.0 if "randpos" in arm else 1.0) + 0.1 * seed)
+    text = pages.results({key: run for key, run in runs.items() if key[0] != "linear.n3.8x"}, ARMS, SCALE)
+    summary = dict(re.findall(r"^\| \[([^\]]+)\]\S+ \| \*\*([^*]+)\*\*", text, re.MULTILINE))
+    assert summary["Table 4: content of the chunks"] == "holds"
+    assert summary["Table 5: number of chunks"] == "holds in part"  # untuned does not break; RandPos does
+    row = "| N = 256 (RandPos) over N = 2 at 2,048 tokens | ≥ 1.20 | 2.97 | 1.91 (1.83–2.00) | yes |"
+    assert row in text and "Not run yet: `linear.n3.8x`." in text
+    assert "| N = 3 over N = 2 at 2,048 tokens | ≤ 1.03 | 1.00 | – | not tested |" in text
+    assert "not tested" not in pages.results(runs, ARMS, SCALE).replace("**Not tested**: no check", "").lower()
+    for title in re.findall(r"\]\(#([^)]+)\)", text):
+        assert f"\n## {next(c.title for c in claims(SCALE).values() if pages.anchor(c.title) == title)}\n" in text
+
+
+def test_the_tables_of_methods_tell_what_beats_lm():
+    gains = {"searched.16x": 3.0, "lm_as_searched.16x": 2.0, "self_distill_seconds.16x": 3.0, "end_anchor.16x": 0.5,
+             "cope.16x": 3.0, "yarn_mixed.16x": 3.0}  # fmt: skip
+
+    def of(arm: str, seed: int, metric: str) -> float:
+        if metric == "needle_gain@4096":
+            return gains.get(arm, 1.0) + 0.1 * seed
+        return 60.0 if metric == "tail_ppl@256" and arm == "cope.16x" else 45.0 + seed
+
+    runs = synthetic(SCALE, of)
+    for seed in SCALE.seeds:
+        runs["lm_as_searched.16x", seed]["training"]["steps"] = 450  # as long as 250 steps and 100 s of search
+        runs["yarn_mixed.16x", seed]["training"]["step_seconds"] = 0.6
+    text = pages.method_tables(runs, ARMS, SCALE)["methods16x"]
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    rows = {row[0].split(" ")[1]: row[-1].removesuffix(" |") for row in cells}
+    assert rows["`searched`"] == "**better**" and rows["`end_anchor`"] == "worse"
+    assert rows["`cope`"] == "**better**, ppl higher" and rows["`rcd3`"] == "no difference" and rows["`lm`"] == "–"
+    # Not end_anchor (worse), cope (perplexity), yarn_mixed (1.2 times as long)
+    assert text.endswith("perplexity no higher: `self_distill`, `searched`.")
+    assert "| `searched` (`rope=searched rope.factors={search.16x}`) | 250 | 3.8 |" in text  # 125 s, and the search
+    assert "rope.long_factor=[...]" in text and "| untuned | – | – |" in text
+    one_seed = {key: run for key, run in runs.items() if key[1] == 0}
+    assert "better" not in pages.method_tables(one_seed, ARMS, SCALE)["methods16x"].partition("Against lm")[0]
+
+
+def test_the_learning_rates_that_were_tried():
+    runs = {(f"lr.{name}.{lr}", 10): line(ARMS, f"lr.{name}.{lr}", 10, {"needle_gain@4096": gain})
+            for name, lr, gain in (("lm", "5e-4", 0.7), ("lm", "1e-3", 0.9), ("searched", "2_5e-4", 1.2))}  # fmt: skip
+    text = pages.method_tables(runs, ARMS, SCALE)["lr"]
+    assert "| `lm` | – | 0.70 | 0.90 | 1e-3 | 5e-4 |" in text
+    assert "| `searched` | 1.20 | – | – | 2.5e-4 | 5e-4 |" in text and "`long_short`" not in text
+    recipe = OmegaConf.load(CONF / "model" / "tiny.yaml").finetune.lr
+    assert float(RECIPE_RATE) == recipe and set(RATE_OF.values()) <= set(RATES)
+
+
+def test_the_tables_without_runs_say_so():
+    tables = pages.method_tables({}, ARMS, SCALE)
+    assert all("not run yet" in text or "No runs yet" in text for text in tables.values()) and len(tables) == 3
+
+
+def test_tables_have_their_places():
+    text = "A\n<!-- from python -m benchmarks.results: x -->\nold\n<!-- until here: x -->\nB"
+    found = pages.placed(text, {"x": "new"}, "F.md")
+    assert found == text.replace("old", "new") and pages.placed(found, {"x": "new"}, "F.md") == found
+    with pytest.raises(DataError, match=r"F.md has no place for y: put <!-- from"):
+        pages.placed(text, {"y": "new"}, "F.md")
+    with pytest.raises(DataError, match=r"F.md has no place for x"):
+        pages.placed(text.replace("old", text.splitlines()[1]), {"x": "new"}, "F.md")
+
+
+def test_the_committed_pages_are_those_of_the_committed_runs():
+    docs = REPOSITORY / "docs"
+    methods = (docs / "METHODS.md").read_text()
+    made = pages.pages(read_runs(docs / "results" / "runs.json"), ARMS, SCALE, methods)
+    again = "make them again: python -m benchmarks.results --pages"
+    assert made["RESULTS.md"] == (docs / "RESULTS.md").read_text(), again
+    assert made["METHODS.md"] == methods, again
+
+
+# ----- checking -----
+
+
+def test_new_runs_are_compared_with_the_spread(capsys):
+    known = runs_of(a=[44.0, 46.0], b=[1.0, 1.0])
+    new = runs_of(a=[46.04, 43.9])
+    assert not results.compare([("a", 0), ("a", 1)], new, known, SMALL)
+    printed = capsys.readouterr().out
+    assert "a, seed 0: 1 of 1 numbers within the spread" in printed  # 46.04 reads 46.0
+    assert "a, seed 1: 0 of 1 numbers" in printed and "tail_ppl@256 is 43.9, and was 44.0 to 46.0" in printed
+    assert results.compare([("a", 0)], new, known, SMALL)
+    assert not results.compare([("a", 0)], new, {}, SMALL)
+    assert "no run of it is known" in capsys.readouterr().out
+
+
+# ----- a run made elsewhere -----
+
+
+def test_a_run_that_was_made_elsewhere_is_taken(tmp_path, monkeypatch):
+    source = tmp_path / "elsewhere"
+    source.mkdir()
+    write_json(source / "metrics.json", {"tail_ppl@256": 45.0, "train/steps": 250, "train/seconds": 60.0})
+    how = {"gpu": "NVIDIA H100", "commit": "abcdef0123", "command": "python train.py x=1", "packages": {}}
+    write_json(source / "provenance.json", how)
+    monkeypatch.setattr(results, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "METHODS.md").write_text((REPOSITORY / "docs" / "METHODS.md").read_text())
+    out = tmp_path / "out"
+    assert results.main(["--take", "lm.16x", str(source), "--out", str(out)]) == 0
+    found = read_runs(tmp_path / "docs" / "results" / "runs.json")["lm.16x", 0]
+    assert (found["cpu"], found["commit"], found["seconds"]) == ("NVIDIA H100", "abcdef0", 60.0)
+    assert found["metrics"] == {"tail_ppl@256": 45.0} and found["commands"] == ["python train.py x=1"]
+    assert "NVIDIA H100" in (tmp_path / "docs" / "METHODS.md").read_text()
+    with pytest.raises(DataError, match=r"nowhere/metrics.json cannot be read"):
+        results.main(["--take", "lm.16x", str(tmp_path / "nowhere"), "--out", str(out)])
