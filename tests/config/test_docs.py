@@ -38,11 +38,16 @@ WINDOWS = {name: shape["max_position_embeddings"] for name, shape in SHAPES.item
 schema.register()
 
 
+def filled(word: str) -> str:
+    """With something in place of what a reader fills in: a number for N, a folder for {name}."""
+    return re.sub(r"\{[\w.]+\}", "FOLDER", re.sub("=N$", "=1", word))
+
+
 def commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
     """Program and arguments of each command in blocks of code, and in code within a sentence.
 
-    `$name` of a loop is its first value, and N is 1. What stands for more to be filled in is left out. So are commands
-    with options of Hydra's own.
+    `$name` of a loop is its first value. What stands for more to be filled in is left out. So are commands with options
+    of Hydra's own.
     """
     lines = []
     for block in BLOCK.findall(text):
@@ -56,7 +61,7 @@ def commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
             words = shlex.split(line[named.end() :], comments=True)
             ends = [i for i, word in enumerate(words) if word in ("&&", "|", ";") or word.startswith("[")]
             words = [word for word in words[: min(ends, default=len(words))] if not re.search(r"^\.\.\.|=NAME$", word)]
-            program, words = named[1].removeprefix("-m "), [re.sub("=N$", "=1", word) for word in words]
+            program, words = named[1].removeprefix("-m "), [filled(word) for word in words]
             if program.startswith("pose.") or not any(word.startswith("--") for word in words):
                 found.append((program, tuple(words)))
     return found
@@ -104,12 +109,12 @@ def test_commands_are_found():
     """In every form that the pages use."""
     text = "So `train.py seed=1` and\n`python -m pose.report\nRUN`, not `python -m other`.\n"
     text += "```bash\nfor a in x y; do\n  python train.py rope=$a \\\n    seed=2 # three\ndone\n"
-    text += "torchrun --nproc 2 train.py ... seed=N [more of them]\n.venv/bin/python evaluate.py 'ckpt={a:b}' && x\n"
+    text += "torchrun --nproc 2 train.py ... seed=N [more of them]\n.venv/bin/python evaluate.py 'ckpt={a:b}' x={a.b}/c && x\n"
     text += "train.py  evaluate.py  compose\npython train.py --help\n```\n"
     assert commands(text) == [
         ("train.py", ("rope=x", "seed=2")),
         ("train.py", ("seed=1",)),
-        ("evaluate.py", ("ckpt={a:b}",)),
+        ("evaluate.py", ("ckpt={a:b}", "x=FOLDER/c")),
         ("train.py", ("seed=1",)),
         ("pose.report", ("RUN",)),
     ]
