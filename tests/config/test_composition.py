@@ -150,8 +150,9 @@ def test_the_mixed_windows_are_those_of_the_shifted_yarn():
     assert (scaling.inv_freq(geometry, 256) / geometry.theta()).tolist() == [1.0] * 32
 
 
-def test_the_readmes_table_has_all_groups_and_choices():
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (CONF.parent / "README.md").read_text(), re.MULTILINE)
+def test_the_table_of_settings_has_all_groups_and_choices():
+    text = (CONF.parent / "docs" / "SETTINGS.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE)
     table = {group: sorted(choices.split(", ")) for group, choices in rows if (CONF / group).is_dir()}
     folders = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
     assert table == {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in folders}
