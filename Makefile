@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 ENGINES ?= .engines
 ASKED := $(ENGINES)/.installed
 
-.PHONY: demo test suite checks unit install engines clean
+.PHONY: demo test suite checks unit notebooks install engines clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +50,10 @@ checks: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Runs them and keeps their outputs: after a change, or with another assets/tiny.
+notebooks: $(INSTALLED)
+	$(RUN) notebooks/run.py
 
 clean:
 	rm -rf $(VENV) $(ENGINES) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -5,6 +5,7 @@ python notebooks/run.py [NAME ...]     such as rope_methods; all of them unless 
 
 import base64
 import io
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from nbclient import NotebookClient
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
+# Nothing is fetched; and without ipywidgets tqdm warns, with a path of this machine.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
 NOTEBOOKS = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
 
 
@@ -38,7 +41,8 @@ def execute(path: Path, folder: Path = FOLDER, instead: Mapping[str, str] | None
         for cell in cells:
             cell.source = cell.source.replace(old, new)
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=resources).execute()
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=resources)
+    client.execute(env=os.environ | ENVIRONMENT)
     return notebook
 
 
