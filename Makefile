@@ -8,7 +8,11 @@ INSTALLED := $(VENV)/.installed
 ENGINES ?= .engines
 ASKED := $(ENGINES)/.installed
 
+<<<<<<< HEAD
 .PHONY: demo test suite checks unit install engines results clean
+=======
+.PHONY: demo test suite checks unit notebooks install engines clean
+>>>>>>> B
 .DEFAULT_GOAL := help
 
 help:
@@ -54,6 +58,10 @@ checks: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Runs them and keeps their outputs: after a change, or with another assets/tiny.
+notebooks: $(INSTALLED)
+	$(RUN) notebooks/run.py
 
 clean:
 	rm -rf $(VENV) $(ENGINES) outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
