@@ -8,11 +8,7 @@ INSTALLED := $(VENV)/.installed
 ENGINES ?= .engines
 ASKED := $(ENGINES)/.installed
 
-<<<<<<< HEAD
-.PHONY: demo test suite checks unit install engines results clean
-=======
-.PHONY: demo test suite checks unit notebooks install engines clean
->>>>>>> B
+.PHONY: demo test suite checks unit notebooks install engines results clean
 .DEFAULT_GOAL := help
 
 help:

@@ -151,9 +151,10 @@ def measured(arm: Arm, folder: Path) -> dict[str, float]:
 def training(folder: Path) -> dict[str, float]:
     """What a training took: seconds, steps, tokens, and the median seconds of a step."""
     metrics = read_json(folder / "run" / "metrics.json")
-    found = {key: metrics[f"train/{key}"] for key in ("seconds", "steps", "tokens") if f"train/{key}" in metrics}
-    rows = [float(row["train/step_seconds"]) for row in _logged(folder / "run" / "metrics.csv")
-            if row.get("train/step_seconds")]  # fmt: skip
+    names = {"seconds": "cost/seconds", "steps": "train/steps", "tokens": "cost/tokens"}
+    found = {key: metrics[name] for key, name in names.items() if name in metrics}
+    rows = [float(row["cost/step_seconds"]) for row in _logged(folder / "run" / "metrics.csv")
+            if row.get("cost/step_seconds")]  # fmt: skip
     return _rounded(found | ({"step_seconds": statistics.median(rows)} if rows else {}))
 
 
@@ -194,8 +195,8 @@ def take(arm: Arm, fingerprint: str, source: Path, folder: Path) -> Record:
         arm, arm.seeds[0], fingerprint, folder,
         commands=[str(provenance.get("command"))],
         commit=str(provenance.get("commit"))[:7] + "+" * bool(provenance.get("uncommitted_changes")),
-        seconds=metrics.get("train/seconds", 0.0),
-        all_seconds=metrics.get("train/seconds", 0.0),
+        seconds=metrics.get("cost/seconds", 0.0),
+        all_seconds=metrics.get("cost/seconds", 0.0),
         is_compiled=True,
     ) | {"cpu": provenance.get("gpu") or cpu()[0]}  # fmt: skip
     write_json(folder / "run.json", found)

@@ -308,7 +308,7 @@ def test_a_real_model_is_measured_before_and_after(rehearsal):
     out, (table, content) = rehearsal
     stages = content["stages"]
     trained = stages["smollm2-train"]["result"]
-    assert trained["train/steps"] == 2 and trained["train/tokens"] == 2 * 2 * 64 and trained["train/seconds"] > 0
+    assert trained["train/steps"] == 2 and trained["cost/tokens"] == 2 * 2 * 64 and trained["cost/seconds"] > 0
     for stage, model in (("after", "extended"), ("before", "untuned"), ("scaled", "scaled")):
         (found,) = (stages[f"smollm2-{stage}"]["result"],)
         assert list(found) == [model]
@@ -325,7 +325,7 @@ def test_a_real_model_is_measured_before_and_after(rehearsal):
     assert list(ruler) == ["untuned", "scaled", "extended"]
     assert set(ruler["scaled"]) == {f"ruler/niah_{t}@{n}" for t in ("single_2", "multikey_1") for n in (512, 1024)}
     full = stages["smollm2-100-full"]["result"]
-    assert full["train/tokens"] == 2 * 2 * 1024 and full["tail_ppl@1024"] == full["extended"]["tail_ppl@1024"]
+    assert full["cost/tokens"] == 2 * 2 * 1024 and full["tail_ppl@1024"] == full["extended"]["tail_ppl@1024"]
     ppl = stages["smollm2-before"]["result"]["untuned"]["ppl@1024"]
     assert f"| smollm2-before | SmolLM2, untuned | untuned: ppl@1024 {ppl:.4g}" in table
 
@@ -346,7 +346,7 @@ def test_the_tables_of_a_real_model(rehearsal, tmp_path):
     pose = rows["PoSE, 0.000256 M tokens"]
     assert set(pose["measuring"]) == {"run-smollm2-after", "run-smollm2-ruler"}
     assert (pose["tokens"], pose["steps"], pose["target"], pose["hardware"]) == (256, 2, 1024, "a rehearsal")
-    assert pose["seconds"] == pytest.approx(stages["smollm2-train"]["result"]["train/seconds"])
+    assert pose["seconds"] == pytest.approx(stages["smollm2-train"]["result"]["cost/seconds"])
     assert "smollm2_32k" in pose["commands"]["run-smollm2-train"] and rows["untuned"]["target"] is None
     after, ruler = (stages[f"smollm2-{name}"]["result"]["extended"] for name in ("after", "ruler"))
     for name, value in (after | ruler).items():

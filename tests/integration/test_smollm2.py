@@ -57,7 +57,7 @@ def test_before_scaled_and_after(train, load_json):
             wanted = ("ppl", "tail_ppl", "passkey", "needle_gain", "ruler/niah_single_2", "ruler/niah_multikey_1")
             assert {f"{family}@{n}" for family in wanted} <= set(metrics[name])
         assert "position_ppl@1024-2048" in metrics[name] and metrics[f"measuring/{name}_seconds"] > 0
-    assert metrics["train/tokens"] == 2 * 2 * 128 and metrics["train/steps"] == 2
+    assert metrics["cost/tokens"] == 2 * 2 * 128 and metrics["train/steps"] == 2
     config = load_json(folder / "model" / "config.json")
     assert config["rope_parameters"]["factor"] == TARGET / WINDOW == 4
     assert config["max_position_embeddings"] == TARGET and config["pose"]["window"] == WINDOW
@@ -92,4 +92,4 @@ def test_the_arms_beside_it(train, load_json, overrides, example_len):
     folder, _ = train("smollm2_32k_cpu", *overrides, "trainer.compile=false", "watch.every_n_steps=null", "eval=none")
     metrics = load_json(folder / "metrics.json")
     steps, batch = metrics["train/steps"], 1 if example_len == TARGET else 2
-    assert metrics["train/tokens"] == steps * batch * example_len and "extended" not in metrics
+    assert metrics["cost/tokens"] == steps * batch * example_len and "extended" not in metrics

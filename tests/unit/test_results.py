@@ -176,12 +176,12 @@ def test_what_is_read_of_a_run(tmp_path):
     run.mkdir(), proofs.mkdir()
     write_json(run / "metrics.json", {
         "tail_ppl@256": 45.1234567, "position_ppl@0-256": 1.0, "needle_gain@256/0.5": 1.0, "passkey@256": 1.0,
-        "coverage/probability_beyond_window": 0.25, "train/seconds": 200.0, "train/steps": 250, "train/tokens": 1024,
+        "coverage/probability_beyond_window": 0.25, "cost/seconds": 200.0, "train/steps": 250, "cost/tokens": 1024,
         "untuned": {"tail_ppl@256": 40.0, "position_ppl@0-256": 2.0},
     })  # fmt: skip
     write_json(proofs / "metrics.json", {"tail_ppl@256": 50.0})
     (run / "metrics.csv").write_text(
-        "epoch,step,train/step_seconds,val/tail_ppl@2048\n0,-1,,70\n0,9,3.0,\n0,19,0.7,\n0,29,0.5,\n0,49,,60.5\n"
+        "epoch,step,cost/step_seconds,val/tail_ppl@2048\n0,-1,,70\n0,9,3.0,\n0,19,0.7,\n0,29,0.5,\n0,49,,60.5\n"
     )
     assert measured(Arm("a", (), also={"proofs": ()}), tmp_path) == {
         "tail_ppl@256": 45.1235, "passkey@256": 1.0, "coverage/probability_beyond_window": 0.25,
@@ -580,7 +580,7 @@ def test_new_runs_are_compared_with_the_spread(capsys):
 def test_a_run_that_was_made_elsewhere_is_taken(tmp_path, monkeypatch):
     source = tmp_path / "elsewhere"
     source.mkdir()
-    write_json(source / "metrics.json", {"tail_ppl@256": 45.0, "train/steps": 250, "train/seconds": 60.0})
+    write_json(source / "metrics.json", {"tail_ppl@256": 45.0, "train/steps": 250, "cost/seconds": 60.0})
     how = {"gpu": "NVIDIA H100", "commit": "abcdef0123", "command": "python train.py x=1", "packages": {}}
     write_json(source / "provenance.json", how)
     monkeypatch.setattr(results, "DOCS", tmp_path / "docs")
