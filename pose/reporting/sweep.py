@@ -41,16 +41,22 @@ def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
 
 
 def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
-    """Writes sweep.csv, a row for each job that is complete; returns overrides and metrics of each."""
+    """Writes sweep.csv, a row for each job that is complete; returns overrides and metrics of each.
+
+    An evaluation of several checkpoints is a row for each of them, with its name after the overrides.
+    """
     jobs: list[tuple[str, Metrics]] = []
     for file in sorted(folder.glob("*/metrics.json"), key=lambda f: (len(f.parent.name), f.parent.name)):
-        metrics = {name: value for name, value in read_json(file).items() if isinstance(value, int | float)}
+        content = read_json(file)
+        found = {"": _numbers(content)}
+        if not found[""]:
+            found = {name: _numbers(each) for name, each in content.items() if isinstance(each, dict)}
         try:
             overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             overrides = None
-        if metrics and isinstance(overrides, list):
-            jobs.append((" ".join(map(str, overrides)), metrics))
+        if any(found.values()) and isinstance(overrides, list):
+            jobs += [(" ".join(map(str, [*overrides, *filter(None, [name])])), each) for name, each in found.items()]
         else:
             log.warning(f"{file.parent} is left out of the sweep's table: its metrics or overrides cannot be read")
     if jobs:
@@ -60,3 +66,7 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
             writer.writeheader()
             writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
     return jobs
+
+
+def _numbers(found: dict) -> Metrics:
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}

@@ -62,6 +62,21 @@ def test_one_checkpoint(script, load_json, tmp_path):
     assert "sliding-window perplexity" in result.stdout and "@256" in result.stdout
 
 
+def test_a_sweep_ends_with_one_table_and_one_page(script, tmp_path):
+    result = script(
+        "evaluate.py", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", f"cache_dir={tmp_path / 'cache'}",
+        "ckpt=assets/tiny", "eval.tasks=[perplexity]", "eval.lengths=[128]", "eval.tail=16", "eval.windows=1,2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    with open(tmp_path / "sweep" / "sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["overrides"].split()[-1] for row in rows] == ["eval.windows=1", "eval.windows=2"]
+    assert rows[0]["tail_ppl@128"] != rows[1]["tail_ppl@128"]
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "eval.windows=1" in page and "eval.windows=2" in page
+    assert "Sweep" in result.stdout and "Page" in result.stdout
+
+
 def test_several_checkpoints_and_nothing_is_measured_twice(script, load_json, tmp_path, other):
     evaluate(script, tmp_path / "alone", "ckpt=assets/tiny", *QUICK)
     outcomes = tmp_path / "cache" / ".outcomes"

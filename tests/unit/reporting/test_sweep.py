@@ -43,6 +43,19 @@ def test_sweep_table_joins_the_jobs(tmp_path, capsys):
         assert text in printed
 
 
+def test_an_evaluation_of_several_checkpoints_has_a_row_for_each(tmp_path):
+    job(tmp_path / "0", ["eval.trials=5"], {"base": {"ppl@256": 20.5}, "mine": {"ppl@256": 19.5, "passkey@256": 1.0}})
+    job(tmp_path / "1", ["eval.trials=9"], {"ppl@256": 18.5})
+    SweepTable().on_multirun_end(config(tmp_path))
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["overrides", "passkey@256", "ppl@256"],
+            ["eval.trials=5 base", "", "20.5"],
+            ["eval.trials=5 mine", "1.0", "19.5"],
+            ["eval.trials=9", "", "18.5"],
+        ]
+
+
 def test_a_sweep_of_other_tasks_shows_what_was_measured(tmp_path, capsys):
     job(tmp_path / "0", ["rope=ntk"], {"needle@256": 0.375, "train/loss": 2.0})
     SweepTable().on_multirun_end(config(tmp_path))
