@@ -14,7 +14,7 @@ place of 6, since gradients still go through them. Recomputation is no part of i
 
 Objectives of two views (`pose.training.objectives`): a token goes through the layers once, and once more from the first
 skip on, for a share s of the tokens on average; attention sees two whole rows. self_distill has the head's logits of
-both views (6 and 6 s), and the teacher's once more without gradients (2 s). long_short has those of one view, and a
+both views (6 and 6 s; the teacher's are those of the language model's loss). long_short has those of one view, and a
 forward pass of the original's layers: 2 for each of its weights, and a third of attention. Memory is that of s = 1.
 """
 
@@ -424,7 +424,7 @@ class Training:
         of_head = 6.0 if self.trains_head else 4.0
         teacher = 0.0
         if self.objective == "self_distill":
-            of_head += (of_head + 2) * self.skipped
+            of_head *= 1 + self.skipped
         elif self.objective == "long_short":
             teacher = 2.0 * layers + self.attention_flops / self.num_views / 3
         return of_layers + of_head * shape.embedding + self.attention_flops + teacher
@@ -723,8 +723,8 @@ def loss_working(training: Training) -> tuple[float, float]:
     backward pass: the log-probabilities and the gradients by them and by the logits, 12 C V; then beside the logits'
     gradient that of the head, 4 V H; with several chunks its sum too, all the time.
 
-    self_distill: both gradients again for the divergence, the teacher's states, and for a chunk of 256 tokens three
-    times the logits: the student's, the teacher's, and its probabilities. long_short: the second view whole, and what
+    self_distill: states and their gradients of both views, and for a chunk of 256 tokens three times the logits: the
+    teacher's, the student's, and the teacher's probabilities. long_short: the second view whole, and what
     the original made of each layer that is compared.
 
     All that is known here of the loss is in this function.
@@ -748,11 +748,11 @@ def loss_working(training: Training) -> tuple[float, float]:
     forward += by_token * chunk + cast
     backward = max(gradients + head + cast, states + output)
     if training.objective == "self_distill":
-        chunk = min(KL_CHUNK_LEN, tokens)
-        kept = 2 * (gradients + head)
-        working = max(3 * MASTER * shape.vocab_size * chunk, by_token * chunk + cast)
-        forward = max(forward, output + states + kept + working)
-        backward = max(kept + cast, states + output)
+        pairs = min(KL_CHUNK_LEN, tokens)
+        rows = 2 * (states + gradients + (gradients if training.is_autocast else 0.0))
+        working = max(3 * MASTER * shape.vocab_size * pairs, by_token * max(2 * pairs, chunk) + cast)
+        forward = output + rows + head + working
+        backward = max(2 * gradients + head + cast, 2 * states + output)
     return forward, backward
 
 
