@@ -238,36 +238,6 @@ def skipped_tokens(position_ids: torch.Tensor) -> Targets:
     return Targets(row * position_ids.shape[1] + column, weights)
 
 
-class Pairs(NamedTuple):
-    """Which tokens of a batch are scored, and which stand at or after the first skip of their rows, as two `Targets`.
-
-    Attributes:
-        scored: int64, of the skipped tokens (their numbers, not their places) those that are scored.
-        unscored: int64, the other skipped tokens.
-        alone: int64, the places of the scored tokens before a skip.
-    """
-
-    scored: torch.Tensor
-    unscored: torch.Tensor
-    alone: torch.Tensor
-
-    @classmethod
-    def of_tokens(cls, scored: Targets, skipped: Targets) -> "Pairs":
-        """Of a batch, on the CPU."""
-        is_scored = torch.isin(skipped.at, scored.at)
-        (both,), (unscored,) = is_scored.nonzero(as_tuple=True), (~is_scored).nonzero(as_tuple=True)
-        return cls(both, unscored, scored.at[~torch.isin(scored.at, skipped.at)])
-
-    def in_batch(self) -> dict[str, torch.Tensor]:
-        """As a batch carries them."""
-        return {f"pairs_{name}": value for name, value in self._asdict().items()}
-
-    @classmethod
-    def of_batch(cls, batch: Mapping[str, torch.Tensor]) -> "Pairs":
-        """Those that a batch carries, on its device."""
-        return cls(*(batch[f"pairs_{name}"] for name in cls._fields))
-
-
 def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Joins items to a batch [B, L]."""
     return {name: torch.cat([torch.atleast_2d(item[name]) for item in items]) for name in items[0]}

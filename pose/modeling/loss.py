@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pose.data.examples import IGNORE, Pairs, Targets, scored_tokens
+from pose.data.examples import IGNORE, Targets, scored_tokens
 from pose.modeling.compat import is_partitioned
 from pose.modeling.held import HeldLinear
 
@@ -52,12 +52,10 @@ class _Part(NamedTuple):
         rows: of the states.
         num_pairs: so many tokens are there twice, first all of the teacher, then all of the student; 0 where no row
             belongs to a pair.
-        num_fixed: so many rows, the first ones, get no gradient.
     """
 
     rows: slice
     num_pairs: int = 0
-    num_fixed: int = 0
 
 
 def _chunks(begin: int, end: int, size: int) -> list[_Part]:
@@ -142,7 +140,7 @@ def weighted_nll_and_kl(
     targets: torch.Tensor,
     scored: Targets,
     distilled: Targets,
-    pairs: Pairs,
+    alone: torch.Tensor,
     factor: float = 1.0,
     chunk_len: int = CHUNK_LEN,
 ) -> NllAndKl:
@@ -159,30 +157,28 @@ def weighted_nll_and_kl(
         targets: int64 [N]; any token where nothing is scored.
         scored: the n tokens that have a cross-entropy, with w.
         distilled: the m tokens that have a student, with v.
-        pairs: which are both.
+        alone: int64, the places of the tokens that are scored and have no student.
         factor: of the KL.
         chunk_len: C.
     """
     num, device, size = len(teacher), teacher.device, max(chunk_len // 4, 1)
-    # Rows are of the teacher's states, and of the student's after them
+    # Rows are of the teacher's states, and of the student's after them. Every token with a student is one of a pair:
+    # where it is not scored, its cross-entropy has no weight.
     places = torch.cat([torch.arange(num, device=device), distilled.at])
     rows, parts, begin = [], [], 0
-    for chosen, is_scored in ((pairs.scored, True), (pairs.unscored, False)):
-        for students in chosen.split(size) if len(chosen) else ():
-            num_pairs = len(students)
-            rows += [distilled.at[students], num + students]
-            part = slice(begin, begin + 2 * num_pairs)
-            parts.append(_Part(part, num_pairs, 0 if is_scored else num_pairs))
-            begin = part.stop
-    parts += _chunks(begin, begin + len(pairs.alone), chunk_len)
-    order = torch.cat([*rows, pairs.alone])
+    for students in torch.arange(len(student), device=device).split(size) if len(student) else ():
+        rows += [distilled.at[students], num + students]
+        parts.append(_Part(slice(begin, begin + 2 * len(students)), len(students)))
+        begin += 2 * len(students)
+    parts += _chunks(begin, begin + len(alone), chunk_len)
+    order = torch.cat([*rows, alone])
     of_teacher = torch.zeros(num, device=device).index_copy(0, scored.at, scored.weights)
     weights = torch.cat([of_teacher, factor * distilled.weights])[order]
     answers = targets[places[order]]
 
     def turn(logits, part, scale):
         target = answers[part.rows, None]
-        return _turn_pairs(logits, target, scale, part) if part.num_pairs else _turn(logits, target, scale)
+        return (_turn_pairs if part.num_pairs else _turn)(logits, target, scale)
 
     def losses_of(logits, part):
         wanted, found = logits.split([len(logits) - part.num_pairs, part.num_pairs])
@@ -192,8 +188,7 @@ def weighted_nll_and_kl(
         kl = F.kl_div(found.log_softmax(-1), wanted.detach().log_softmax(-1), log_target=True, reduction="none")
         return torch.cat([nll, kl.sum(-1)])
 
-    # Tokens with a student, in two groups, and tokens without
-    num_calls = -(-num // size) + 1 + -(-num // chunk_len)
+    num_calls = -(-num // size) + -(-num // chunk_len)  # as if all tokens had a student, and none
     states = torch.cat([teacher, student])[order]
     loss, losses = _weighted(states, head, weights, turn, losses_of, parts, num_calls)
     by_row = torch.zeros(len(places), device=device).index_copy(0, order, losses)
@@ -214,7 +209,7 @@ def _weighted(
     Args:
         hidden, head, weights: as of `weighted_nll`.
         turn: (logits [C, V], part, scale [C, 1] or None) -> losses [C]; makes of the logits, in place, scale times the
-            gradient of the loss by them, but for the part's fixed rows.
+            gradient of the loss by them.
         loss: (logits, part) -> losses [C], differentiable.
         parts: of all rows, in their order.
         num_calls: as of `_chunked`.
@@ -265,16 +260,12 @@ class _WeightedLoss(torch.autograd.Function):
             if scale is None:
                 del logits
                 continue
-            gradient = logits[part.num_fixed :]
             if bias_grad is not None:
-                bias_grad += gradient.sum(0)
-            gradient = gradient.to(weight.dtype)
+                bias_grad += logits.sum(0)
+            gradient = logits.to(weight.dtype)
             if hidden_grad is not None:
-                fixed, moved = hidden_grad[part.rows].tensor_split([part.num_fixed])
-                fixed.zero_()
-                torch.mm(gradient, weight, out=moved)
+                torch.mm(gradient, weight, out=hidden_grad[part.rows])
             if weight_grad is not None:
-                states = states[part.num_fixed :]
                 if gradient.dtype == torch.float32:
                     weight_grad.addmm_(gradient.T, states)
                 else:
@@ -313,7 +304,6 @@ class _FrozenWeightedLoss(torch.autograd.Function):
             logits = output.detach().float()
             losses[part.rows] = turn(logits, part, weights[part.rows, None] if has_gradients else None)
             if hidden_grad is not None:
-                logits[: part.num_fixed] = 0
                 (hidden_grad[part.rows],) = torch.autograd.grad(output, states, logits.to(output.dtype))
             del output, logits
         ctx.hidden_grad = hidden_grad
@@ -347,13 +337,10 @@ def _turn(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | None
     return (total.log() + largest - of_target).squeeze(1)
 
 
-def _turn_pairs(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | None, part: _Part) -> torch.Tensor:
-    """As `_turn`, of a part of pairs: cross-entropies of the teacher's rows, and KL(teacher || student) of the others.
-
-    Fixed rows are left with anything.
-    """
-    teacher, student = logits.split(part.num_pairs)
-    target = target[: part.num_pairs]
+def _turn_pairs(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """As `_turn`, of pairs: cross-entropies of the teacher's rows, and KL(teacher || student) of the student's."""
+    teacher, student = logits.chunk(2)
+    target = target[: len(teacher)]
     of_target, largest = teacher.gather(1, target), teacher.amax(1, keepdim=True)
     likely = teacher.sub_(largest).exp()  # probabilities, but for their total
     student.sub_(student.amax(1, keepdim=True))
@@ -362,10 +349,9 @@ def _turn_pairs(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor 
     total_of_student = student.exp_().sum(1, keepdim=True)
     losses = torch.cat([total.log() + largest - of_target, kl + (total_of_student / total).log()])
     if scale is not None:
-        of_nll, of_kl = scale.split(part.num_pairs)
+        of_nll, of_kl = scale.chunk(2)
         student.mul_(of_kl / total_of_student).addcmul_(likely, -of_kl / total)
-        if not part.num_fixed:
-            torch.mul(likely, of_nll / total, out=teacher).scatter_add_(1, target, -of_nll)
+        torch.mul(likely, of_nll / total, out=teacher).scatter_add_(1, target, -of_nll)
     return losses.squeeze(1)
 
 

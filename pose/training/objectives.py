@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pose.data.examples import Pairs, Targets, collate_scored, collate_views
+from pose.data.examples import Targets, collate_scored, collate_views
 from pose.errors import ConfigError, require_int, require_number
 from pose.modeling.layers import decoder_layers
 from pose.modeling.loss import loss_and_example_losses, weighted_nll_and_kl
@@ -132,7 +132,8 @@ class SelfDistill(Objective):
 
     def collate(self, items):
         batch = collate_views(items)
-        return batch | Pairs.of_tokens(_tokens(batch, "scored"), _tokens(batch, "skipped")).in_batch()
+        scored, skipped = batch["scored_at"], batch["skipped_at"]
+        return batch | {"alone_at": scored[~torch.isin(scored, skipped)]}
 
     def check(self, sampler, num_layers):
         self._require_skips(sampler)
@@ -154,7 +155,7 @@ class SelfDistill(Objective):
         targets = labels.roll(-1, 1).clamp(min=0).flatten()
         loss, nll, kl = weighted_nll_and_kl(
             views.plain, views.skipped, model.get_output_embeddings(), targets, scored, skipped,
-            Pairs.of_batch(batch), self.weight,
+            batch["alone_at"], self.weight,
         )  # fmt: skip
         nll, kl = nll[scored.at] * scored.weights, kl * skipped.weights
         by_example = torch.zeros(len(labels), device=labels.device)

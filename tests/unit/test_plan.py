@@ -190,11 +190,11 @@ def test_flops_of_two_views_are_those_that_torch_counts(name):
     once, norms = training.attention_flops / 2, shape.norm_weights  # which it does not count
     teacher_attention = once / 3 if name == "long_short" else 0.0
     vectors = norms * (6 * 1.75 + (2 if name == "long_short" else 0))
-    # The last token is not scored; where it has a student, the teacher's logits are made all the same
-    last = (4 if name == "self_distill" else 6) * shape.embedding / length
-    in_place = (
-        2 * shape.embedding * (15 / 16 + (0.75 if name == "self_distill" else 0))
-    )  # the head's gradient, not counted
+    # The last token is not scored, and goes through the head all the same where it has a student
+    of_head = 1 if name == "self_distill" else 15 / 16
+    last = 6 * shape.embedding * (1 - of_head)
+    # Of the head's gradient it does not count what is added in place
+    in_place = 2 * shape.embedding * (of_head + (0.75 if name == "self_distill" else 0))
     expected = training.flops_per_token + training.attention_flops + teacher_attention - vectors - last - in_place
     assert counted.get_total_flops() / length == pytest.approx(expected, rel=1e-9)
 
@@ -236,7 +236,7 @@ def test_states_of_adapters_and_of_fp32():
 @pytest.mark.slow
 def test_memory_of_two_views_is_what_is_measured(name, checkpointing, objective):
     planned, measured = compare(SHAPES[name], checkpointing=checkpointing, objective=objective)
-    assert planned == pytest.approx(measured, rel=0.1)
+    assert 0.99 < planned / measured < 1.05
 
 
 def test_a_frozen_original_is_in_the_weights():
@@ -264,7 +264,7 @@ def test_micro_batches_of_views(given, num_views, share, taken):
 @pytest.mark.slow
 def test_memory_is_what_is_measured(name, attention, checkpointing):
     planned, measured = compare(SHAPES[name], attention=attention, checkpointing=checkpointing)
-    assert planned == pytest.approx(measured, rel=0.05)
+    assert 0.99 < planned / measured < 1.05
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

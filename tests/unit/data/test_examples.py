@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pose.data.examples import IGNORE, Curriculum, Pairs, PoseDataset, Targets, collate, collate_scored
+from pose.data.examples import IGNORE, Curriculum, PoseDataset, collate, collate_scored
 from pose.errors import DataError
 from pose.positions import EndAnchor, Full, Layout, Mix, PoSE, PositionSampler, RandPos, SentenceSkip
 
@@ -422,14 +422,3 @@ def test_collate_joins_rows():
     batch = collate(short)
     assert {tuple(tensor.shape) for tensor in batch.values()} == {(12, 8)}
     assert torch.equal(batch["input_ids"][4:8], short[1]["input_ids"])
-
-
-def test_pairs_of_tokens():
-    """Skipped tokens by their numbers among the skipped, those before a skip by their places."""
-    scored = Targets(torch.tensor([0, 2, 3, 6]), torch.ones(4))
-    skipped = Targets(torch.tensor([2, 3, 4, 7]), torch.ones(4))
-    pairs = Pairs.of_tokens(scored, skipped)
-    assert [x.tolist() for x in pairs] == [[0, 1], [2, 3], [0, 6]]
-    assert all(torch.equal(a, b) for a, b in zip(Pairs.of_batch(pairs.in_batch()), pairs, strict=True))
-    nothing = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    assert [len(x) for x in Pairs.of_tokens(nothing, nothing)] == [0, 0, 0]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pose.data.examples import IGNORE, Pairs, Targets, collate_scored, scored_tokens
+from pose.data.examples import IGNORE, Targets, collate_scored, scored_tokens
 from pose.modeling.held import HeldLinear
 from pose.modeling.loss import causal_lm_loss, loss_and_example_losses, token_nll, weighted_nll, weighted_nll_and_kl
 
@@ -344,7 +344,7 @@ def distillation(scored, distilled):
     weights = torch.rand(2, len(scored), generator=generator) + 0.1
     both = tokens(scored, weights[0]), tokens(distilled, weights[1])
     targets = torch.randint(VOCAB, (len(scored),), generator=generator)
-    return targets, *both, Pairs.of_tokens(*both)
+    return targets, *both, (scored & ~distilled).nonzero()[:, 0]
 
 
 SOME = torch.rand(2, NUM_TOKENS, generator=torch.Generator().manual_seed(4)) < torch.tensor([[0.7], [0.5]])
@@ -366,10 +366,10 @@ def test_weighted_nll_and_kl_by_hand(head, hidden, which, kind, chunk_len):
     """Values, their weighted sum and its gradients, in fp64; the KL gives none to the teacher."""
     head = HEADS_OF_KL[kind](head)
     is_scored, is_distilled = SCORED_AND_DISTILLED[which]
-    targets, scored, distilled, pairs = distillation(is_scored, is_distilled)
+    targets, scored, distilled, alone = distillation(is_scored, is_distilled)
     noise = torch.randn(NUM_TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5))
     student = (hidden + noise).detach()[distilled.at].requires_grad_()
-    got = weighted_nll_and_kl(hidden, student, head, targets, scored, distilled, pairs, 0.7, chunk_len)
+    got = weighted_nll_and_kl(hidden, student, head, targets, scored, distilled, alone, 0.7, chunk_len)
 
     logits = F.linear(hidden.double(), head.weight.double(), head.bias.double())
     nll = F.cross_entropy(logits, targets, reduction="none")
@@ -388,8 +388,8 @@ def test_weighted_nll_and_kl_by_hand(head, hidden, which, kind, chunk_len):
 
 
 def test_weighted_nll_and_kl_without_gradients(head, hidden):
-    targets, scored, distilled, pairs = distillation(*SOME)
-    given = hidden, hidden[distilled.at] + 1, head, targets, scored, distilled, pairs
+    targets, scored, distilled, alone = distillation(*SOME)
+    given = hidden, hidden[distilled.at] + 1, head, targets, scored, distilled, alone
     with torch.no_grad():
         got = weighted_nll_and_kl(*given)
     assert not got.loss.requires_grad
@@ -401,9 +401,9 @@ def test_logits_of_teacher_and_student_are_made_once_and_exist_for_a_chunk_alone
     shapes, honest = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, *given: shapes.append(len(x)) or honest(x, *given))
     place = torch.arange(NUM_TOKENS)
-    targets, scored, distilled, pairs = distillation((place < 12) | (place >= 32), place < 32)
-    weighted_nll_and_kl(hidden, hidden[:32] + 1, head, targets, scored, distilled, pairs, 1, 40)[0].backward()
-    assert shapes == [20, 4, 20, 20, 5]
+    targets, scored, distilled, alone = distillation((place < 12) | (place >= 32), place < 32)
+    weighted_nll_and_kl(hidden, hidden[:32] + 1, head, targets, scored, distilled, alone, 1, 40)[0].backward()
+    assert shapes == [20, 20, 20, 4, 5]
 
 
 @pytest.mark.parametrize("num", [0, 5, 12])
@@ -425,15 +425,15 @@ def test_a_head_in_parts_is_called_as_often_in_every_process(num):
 
 @pytest.mark.parametrize("which", SCORED_AND_DISTILLED)
 def test_a_head_in_parts_is_called_as_often_whichever_tokens_have_a_student(head, hidden, which):
-    targets, scored, distilled, pairs = distillation(*SCORED_AND_DISTILLED[which])
+    targets, scored, distilled, alone = distillation(*SCORED_AND_DISTILLED[which])
     student, calls = hidden.detach()[distilled.at] + 1, []
-    given = hidden, student, head, targets, scored, distilled, pairs, 1.0, 16
+    given = hidden, student, head, targets, scored, distilled, alone, 1.0, 16
     wanted = weighted_nll_and_kl(*given)
     head.weight.ds_id = 0
     head.register_forward_hook(lambda *args: calls.append(1))
     got = weighted_nll_and_kl(*given)
-    assert len(calls) == 10 + 1 + 3
+    assert len(calls) == 10 + 3
     got.loss.backward()
-    assert len(calls) == 2 * (10 + 1 + 3)
+    assert len(calls) == 2 * (10 + 3)
     torch.testing.assert_close(got.loss, wanted.loss)
     torch.testing.assert_close(got.kl, wanted.kl)
