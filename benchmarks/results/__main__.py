@@ -42,9 +42,6 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument(
         "--check", action="store_true", help="run again what is chosen, and compare it with the runs that are known"
     )
-    mode.add_argument(
-        "--take", nargs=2, metavar=("ARM", "FOLDER"), help="take over a finished run that was made elsewhere"
-    )
     parser.add_argument("--quick", action="store_true", help="one seed, a few steps and tokens: figures mean nothing")
     parser.add_argument("--no-compile", action="store_true", help="training steps are not compiled")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the runs (default: outputs/results)")
@@ -80,18 +77,17 @@ def chosen(patterns: Sequence[str], claims: Mapping[str, Sequence[str]], arms: M
                 f"--only {pattern} is none of the runs: give CLAIM, CLAIM/ARM or CLAIM/ARM/SEED, with one of "
                 f"{', '.join(claims)} and an arm that --dry-run lists"
             )
-        # What takes hours, or a GPU, is not meant by *
-        found |= {run: None for run in runs if not (arms[run[0]].is_large and pattern.startswith("*"))}
+        found |= dict.fromkeys(runs)
     return list(found)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs and writes; the status of the process."""
     args = options(arguments)
-    from benchmarks.results.arms import TRAIN, Scale, arms, arms_of_methods
+    from benchmarks.results.arms import Scale, arms, arms_of_methods
     from benchmarks.results.claims import claims
     from benchmarks.results.pages import pages, write
-    from benchmarks.results.records import Fingerprints, current, read_runs, take, write_runs
+    from benchmarks.results.records import current, read_runs, write_runs
     from benchmarks.results.runner import Failed, Runner, compiler
     from pose.app.console import log_to_terminal
 
@@ -109,15 +105,6 @@ def main(arguments: list[str] | None = None) -> int:
         log.info(f"Written     {', '.join(str(args.docs / name) for name in ('RESULTS.md', 'METHODS.md'))}")
 
     if args.pages:
-        tell(known)
-        return 0
-    if args.take:
-        name, folder = args.take
-        if name not in every or every[name].script != TRAIN:
-            raise SystemExit(f"--take {name} is no arm of train.py")
-        seed = every[name].seeds[0]
-        fingerprint = Fingerprints(every).of(every[name], seed)
-        known[name, seed] = take(every[name], fingerprint, Path(folder), args.out / name / f"s{seed}")
         tell(known)
         return 0
     out = args.out / "check" if args.check else args.out

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from pose.files import CONF, REPOSITORY
+from pose.files import REPOSITORY
 
 TRAIN, EVALUATE, SEARCH = "train.py", "evaluate.py", "pose.search"
 TEXTS = "assets/corpora/{}.heldout.jsonl.gz"
@@ -68,7 +68,6 @@ class Arm:
         as_long: decides trainer.max_steps, where given.
         cost: seconds of a training token, relative to those of objective=lm.
         keep: whether the model stays when all is measured, for other arms.
-        is_large: whether it is run only where a pattern names it, not by *: hours of a machine, or a GPU.
     """
 
     name: str
@@ -79,7 +78,6 @@ class Arm:
     as_long: AsLong | None = None
     cost: float = 1.0
     keep: bool = False
-    is_large: bool = False
 
     def needs(self) -> set[str]:
         """The arms that have to be finished first."""
@@ -99,9 +97,9 @@ def listed(values) -> str:
 def arms(scale: Scale) -> dict[str, Arm]:
     """All arms by name; those that others need come before them."""
     found: dict[str, Arm] = {}
-    for arm in (*_paper(scale), *_families(scale), *_cost(scale), *_methods(scale), *_real()):
+    for arm in (*_paper(scale), *_families(scale), *_cost(scale), *_methods(scale)):
         assert arm.name not in found and arm.needs() <= found.keys(), arm.name
-        found[arm.name] = _small(arm) if scale.is_quick and not arm.is_large else arm
+        found[arm.name] = _small(arm) if scale.is_quick else arm
     return found
 
 
@@ -220,20 +218,6 @@ def _cost(scale: Scale) -> Iterator[Arm]:
                  "trainer.log_every_n_steps=1"),
                 seeds=scale.seeds,
             )  # fmt: skip
-
-
-REAL = {"smollm2.cpu": "smollm2_32k_cpu", "smollm2.gpu": "smollm2_32k"}  # experiments of SmolLM2-135M
-
-
-def real() -> dict[str, str]:
-    """The experiments of the real model that there are, by the names of their arms."""
-    return {name: one for name, one in REAL.items() if (CONF / "experiment" / f"{one}.yaml").is_file()}
-
-
-def _real() -> Iterator[Arm]:
-    """SmolLM2-135M from 8,192 to 32,768 tokens, as its experiments have it."""
-    for name, experiment in real().items():
-        yield Arm(name, (f"experiment={experiment}",), is_large=True)
 
 
 # ----- docs/METHODS.md -----

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from benchmarks.results import paper
-from benchmarks.results.arms import COST_TARGETS, LONG, Arm, Scale, paper_lengths, real
+from benchmarks.results.arms import COST_TARGETS, LONG, Arm, Scale, paper_lengths
 from benchmarks.results.records import Runs, seed_of
 
 ROUNDING = 1e-9  # of differences of shares
@@ -180,9 +180,9 @@ def apart(ratio: float) -> float:
 
 
 def claims(scale: Scale) -> dict[str, Claim]:
-    """All claims by name: those of the paper, and the real model's."""
+    """All claims by name."""
     found = (_table1, _fig2, _fig3, _fig4, _table2, _table3, _table4, _table5, _fig5)
-    made = [make(scale) for make in found] + ([_smollm2()] if real() else [])
+    made = [make(scale) for make in found]
     return {claim.name: claim for claim in made}
 
 
@@ -480,35 +480,3 @@ def _fig5(scale: Scale) -> Claim:
         {"beyond the window": beyond, "in its last window": "coverage/probability_last_window"},
         commands=("python -m pose.coverage pose.train_len=256 pose.target_len=2048 beside=[short_pi,pose_n3,randpos]",),
     )  # fmt: skip
-
-
-def _smollm2() -> Claim:
-    window, target = 8192, 32768
-    machines = {"smollm2.gpu": "GPU", "smollm2.cpu": "CPU"}
-    checks, rows = [], {}
-    for name in sorted(real(), reverse=True):
-        at = f" ({machines[name]})"
-        rows[machines[name]] = name
-        checks += [
-            Check(f"untuned, {target:,} over {window:,} tokens{at}",
-                  lambda n, a=name: n.ratio(a, f"untuned: tail_ppl@{target}", a, f"untuned: tail_ppl@{window}"),
-                  least=20),
-            Check(f"extended at {target:,} tokens over untuned at {window:,}{at}",
-                  lambda n, a=name: n.ratio(a, f"tail_ppl@{target}", a, f"untuned: tail_ppl@{window}"), most=1.05),
-            Check(f"extended over untuned at {window:,} tokens{at}",
-                  lambda n, a=name: n.ratio(a, f"ppl@{window}", a, f"untuned: ppl@{window}"), most=1.03),
-            Check(f"keys at {target:,} tokens{at}", lambda n, a=name: n(a, f"passkey@{target}"), least=0.9, form=".0%"),
-        ]  # fmt: skip
-    kinds = {"ppl": "tail_ppl", "passkey": "passkey", "needle gain": "needle_gain"}
-    lengths = (window, 2 * window, target)
-    return Claim(
-        "smollm2",
-        "A real model: SmolLM2-135M, 8,192 to 32,768 tokens",
-        "PoSE extends LLaMA-7B to 16 times its window, and what it does inside it stays.",
-        "By its experiments, on documents that were held out whole. These runs take hours or a GPU: a pattern has to "
-        "name them, and one that was made elsewhere is added by `--take`.",
-        tuple(checks),
-        rows,
-        {f"untuned {kind} @{n:,}": f"untuned: {metric}@{n}" for kind, metric in kinds.items() for n in lengths}
-        | {f"{kind} @{n:,}": f"{metric}@{n}" for kind, metric in kinds.items() for n in lengths},
-    )

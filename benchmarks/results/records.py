@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import re
-import shutil
 import statistics
 from collections.abc import Iterable, Mapping
 from datetime import date
@@ -16,7 +15,7 @@ import yaml
 
 from benchmarks import cpu
 from benchmarks.results.arms import EVALUATE, SEARCH, TINY, TRAIN, Arm
-from pose.files import CONF, REPOSITORY, atomic_file, load_json, read_json, sha256, write_json
+from pose.files import CONF, REPOSITORY, atomic_file, load_json, read_json, sha256
 
 KEPT = re.compile(
     r"(ppl|tail_ppl|passkey|needle_gain|needle_gain_kept)@\d+|coverage/\w+"  # not by position, depth or byte
@@ -38,8 +37,7 @@ class Fingerprints:
     """Of runs: the same as long as nothing has changed that their numbers come from, but the code.
 
     It is made of the overrides, the values of the YAML files that they and the defaults choose (without those that are
-    null), the files of the tiny base model (not where a real one is trained), the texts, and the fingerprints of runs
-    that it needs.
+    null), the files of the base model, the texts, and the fingerprints of runs that it needs.
 
     Args:
         arms: by name.
@@ -55,7 +53,7 @@ class Fingerprints:
         if key not in self._known:
             content = [
                 arm.script, arm.overrides, sorted(arm.also.items()), seed, repr(arm.as_long), _chosen(arm),
-                _shipped()[3 * arm.is_large :],
+                _shipped(),
                 [self.of(self.arms[name], seed_of(self.arms[name], seed)) for name in sorted(arm.needs())],
             ]  # fmt: skip
             self._known[key] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -171,36 +169,6 @@ def _logged(file: Path) -> list[dict[str, str]]:
         return []
     with open(file, encoding="utf-8", newline="") as table:
         return list(csv.DictReader(table))
-
-
-def take(arm: Arm, fingerprint: str, source: Path, folder: Path) -> Record:
-    """The line of a run that was made elsewhere, on a GPU for one.
-
-    Args:
-        arm: that it is of; its first seed is meant.
-        fingerprint: of that.
-        source: the run's folder, of train.py.
-        folder: for what is kept of it.
-
-    Raises:
-        DataError: it is no finished run.
-    """
-    metrics = load_json(source / "metrics.json", required={"train/steps": (int, float)})
-    (folder / "run").mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "metrics.csv", "provenance.json", "config.yaml"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / "run" / name)
-    provenance = read_json(source / "provenance.json")
-    found = record(
-        arm, arm.seeds[0], fingerprint, folder,
-        commands=[str(provenance.get("command"))],
-        commit=str(provenance.get("commit"))[:7] + "+" * bool(provenance.get("uncommitted_changes")),
-        seconds=metrics.get("cost/seconds", 0.0),
-        all_seconds=metrics.get("cost/seconds", 0.0),
-        is_compiled=True,
-    ) | {"cpu": provenance.get("gpu") or cpu()[0]}  # fmt: skip
-    write_json(folder / "run.json", found)
-    return found
 
 
 def record(arm: Arm, seed: int, fingerprint: str, folder: Path, **how) -> Record:

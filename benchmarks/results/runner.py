@@ -24,11 +24,9 @@ from pose.files import REPOSITORY, read_json, remove_folder, write_json
 
 log = logging.getLogger("pose.results")
 
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 GRACE = 10  # seconds from the signal that asks a command to end to the one that ends it
 TOKENS_A_SECOND = 7000  # of a training step of the shipped model on one core; for estimates alone
-LARGE_SECONDS = 2.5 * 3600  # the same, of a real model on a CPU
 MIN_STEPS = 25  # a tenth of lm's
 Run = tuple[str, int]  # arm and seed
 
@@ -147,9 +145,7 @@ class Runner:
             overrides.append(f"seed={seed}")
         if arm.as_long is not None:
             overrides.append(f"trainer.max_steps={self.steps(arm, seed)}")
-        if arm.is_large:
-            overrides.append("resume=auto")
-        elif arm.script == TRAIN:
+        if arm.script == TRAIN:
             overrides += ["trainer.checkpoint_every_n_steps=null"]
             overrides += ["trainer.compile=true"] if self.is_compiled else []
         script = ["-m", SEARCH] if arm.script == SEARCH else [arm.script]
@@ -157,8 +153,7 @@ class Runner:
         model = folder / "run"
         given = next((o for o in overrides if o.startswith("ckpt=")), f"ckpt={model}")
         found += [(also, [EVALUATE, given, *more]) for also, more in arm.also.items()]
-        threads = [] if arm.is_large else ["num_threads=1"]
-        return [(into, [*command, *threads, f"hydra.run.dir={folder / into}"]) for into, command in found]
+        return [(into, [*command, "num_threads=1", f"hydra.run.dir={folder / into}"]) for into, command in found]
 
     def steps(self, arm: Arm, seed: int) -> int:
         """The steps of an arm that takes as long as another, from what their runs took.
@@ -255,7 +250,7 @@ class Runner:
         commands = self.commands(arm.name, seed)
         before = read_json(folder / "spent.json")
         fingerprint = self.fingerprints.of(arm, seed)
-        goes_on = (arm.script == SEARCH or arm.is_large) and before.get("fingerprint") == fingerprint
+        goes_on = arm.script == SEARCH and before.get("fingerprint") == fingerprint
         (folder / "run.json").unlink(missing_ok=True)
         for into, _ in commands:
             if not goes_on:
@@ -267,7 +262,7 @@ class Runner:
         with open(folder / "log.txt", "ab" if goes_on else "wb") as output:
             for _, command in commands:
                 try:
-                    status = self._run([sys.executable, *command], output, spent, {} if arm.is_large else ONE_THREAD)
+                    status = self._run([sys.executable, *command], output, spent)
                 finally:
                     write_json(folder / "spent.json", spent)
                 if status != 0:
@@ -280,7 +275,7 @@ class Runner:
             all_seconds=round(spent["seconds"], 1),
             cpu_seconds=round(first["cpu_seconds"], 1),
             peak_mib=round(first["peak_mib"], 1),
-            is_compiled=self.is_compiled and arm.script == TRAIN and not arm.is_large,
+            is_compiled=self.is_compiled and arm.script == TRAIN,
             commit=at,
         )  # fmt: skip
         if arm.script == TRAIN and not arm.keep:
@@ -288,7 +283,7 @@ class Runner:
         write_json(folder / "run.json", found)
         return found
 
-    def _run(self, command: list[str], output, spent: dict, environment: Mapping[str, str]) -> int:
+    def _run(self, command: list[str], output, spent: dict) -> int:
         """Runs one command; its status. What it takes is added to `spent`."""
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         start = time.monotonic()
@@ -296,7 +291,7 @@ class Runner:
             if self._is_ending:
                 raise Failed("stopped")
             process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT | environment | {"PYTHONPATH": path},
+                command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0,
             )  # fmt: skip
             self._processes.add(process)
@@ -353,8 +348,6 @@ def _last_line(file: Path) -> str:
 
 def guess(arm: Arm) -> float:
     """Seconds of a run on one core, roughly."""
-    if arm.is_large:
-        return LARGE_SECONDS
     times = 0.0
     evaluations = [arm.overrides, *(more for more in arm.also.values())]
     if arm.script == SEARCH:

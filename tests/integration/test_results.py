@@ -14,7 +14,7 @@ def test_the_quick_form_goes_from_commands_to_pages(script, monkeypatch, tmp_pat
     """The commands run in forks, so that libraries are not imported for each of them."""
     commands = []
 
-    def run(self, command, output, spent, environment):
+    def run(self, command, output, spent):
         commands.append(command[1:])
         done = script(*command[1:])
         output.write((done.stdout + done.stderr).encode())
