@@ -26,6 +26,7 @@ from pose.reporting.tables import main_families, series
 ASSETS = Path(__file__).parent / "assets"
 LIBRARIES = ("vega-6.4.0", "vega-lite-6.5.0", "vega-embed-7.3.0")
 DOCUMENTS = "Measured on"  # the label of a fact
+TOKENS = ("eval.windows", "eval.max_documents", "eval.draw_documents", "eval.tail")  # say which tokens are scored
 NOTES = {  # below headings
     "position": "Perplexity of the tokens at each part of the longest window: a break cannot hide in an average.",
     "needle_gain": "What the needle's value saves of the answer: 0 where nothing comes from the needle.",
@@ -79,7 +80,8 @@ def page(sources: Sequence[Source], title: str, generated: str = "") -> str:
         has_intervals=any(each.low is not None for line in lines for each in line.estimates.values()),
         has_seeds=any(line.spread != INTERVAL for line in lines),
         sections=drawn,
-        notes=NOTES | _remark(sources),
+        notes=NOTES,
+        remark=_remark(sources),
         cost=_cost(sources),
         differences=[found for kind in ("training", "evaluation") if (found := _differences(sources, kind))],
         sources=sources,
@@ -106,12 +108,27 @@ def _facts(sources: Sequence[Source]) -> list[tuple[str, list[tuple[str, str]]]]
     return facts
 
 
-def _remark(sources: Sequence[Source]) -> dict[str, str]:
-    """A note on perplexities that cannot be compared."""
-    measured = [source for source in sources if any("ppl@" in name for each in source.models.values() for name in each)]
-    if len({source.facts.get(DOCUMENTS) for source in measured}) < 2:
-        return {}
-    return {"length": "Perplexity was measured on different documents (What was run): compare it within one of them."}
+def _remark(sources: Sequence[Source]) -> str:
+    """A note on perplexities that cannot be compared; "" where they can."""
+    longest = {source.name: _longest(source) for source in sources}
+    measured = [source for source in sources if longest[source.name]]
+    if len({source.facts.get(DOCUMENTS) for source in measured}) > 1:
+        return "Perplexity was measured on different documents (What was run): compare it within one of them."
+    settings = {"longest length": [f"{longest[source.name]:,}" for source in measured]}
+    settings |= {key: [source.config.get(key, "") for source in measured] for key in TOKENS}
+    differing = [f"{key} {' and '.join(dict.fromkeys(of))}" for key, of in settings.items() if len(set(of)) > 1]
+    if not differing:
+        return ""
+    return (
+        f"Perplexity was measured on different tokens ({'; '.join(differing)}): compare it within a run or an "
+        "evaluation, not between them."
+    )
+
+
+def _longest(source: Source) -> int:
+    """The longest length at which perplexity was measured, on which the scored tokens depend; 0 where none was."""
+    names = [name.partition("@") for each in source.models.values() for name in each]
+    return max((int(n) for family, _, n in names if family in ("ppl", "tail_ppl") and n.isdecimal()), default=0)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ def texts(output):
     ]
 
 
-@pytest.mark.parametrize("text", ["Run folder  /work/pose/run", "in '/tmp'", "at=/a/b.py:3", r"C:\Users\x", "\n/home"])
+@pytest.mark.parametrize("text", ["Run folder  /home/me/run", "in '/tmp'", "at=/a/b.py:3", r"C:\Users\x", "\n/home"])
 def test_an_absolute_path_is_seen(text):
     assert ABSOLUTE.search(text)
 

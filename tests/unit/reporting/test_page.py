@@ -202,6 +202,33 @@ def test_perplexities_of_different_documents_are_remarked_on():
     assert "different documents" not in page([on("a", "books"), on("b", "books")], "x")
 
 
+@pytest.mark.parametrize(
+    ("lengths", "settings", "said"),
+    [
+        (("8", "8"), ({}, {}), None),
+        (("8", "16"), ({}, {}), "longest length 8 and 16"),
+        (("8", "8"), ({"eval.windows": "4"}, {"eval.windows": "8"}), "eval.windows 4 and 8"),
+        (("8", "8"), ({"eval.trials": "4"}, {"eval.trials": "8"}), None),
+    ],
+)
+def test_perplexities_of_different_tokens_are_remarked_on(lengths, settings, said):
+    """Which tokens are scored depends on the longest length: the same model has another perplexity at 4."""
+    sources = [
+        Source(
+            name,
+            name,
+            "training",
+            config=config,
+            models={"extended": {"ppl@4": Estimate(3), f"tail_ppl@{n}": Estimate(3)}},
+        )
+        for name, n, config in zip("ab", lengths, settings, strict=True)
+    ]
+    text = page(sources, "x")
+    assert ("different tokens" in text) == (said is not None)
+    assert said is None or said in text
+    assert "different tokens" not in page(sources[:1], "x")
+
+
 def test_a_run_without_results_says_so():
     reader, specs = read(Source("a", "a", "training", logged=[{"step": "0", "train/loss": "3"}]))
     assert "models" not in reader.ids and "training" in reader.ids and len(specs) == 1
