@@ -25,7 +25,7 @@ def coverage_table(covered: Mapping[str, Coverage], title: str) -> Table:
     table = new_table(title)
     table.add_column("distance", overflow="fold", max_width=24)
     for low, high in bins:
-        table.add_column(f"{low}\n-{high - 1}", justify="right")
+        table.add_column(f"{low} to\n{high - 1}", justify="right")
     table.add_column("standard\nerror", justify="right")
     for part, values, errors, reduce in (
         ("mean probability", "probability", "probability_error", np.mean),

@@ -78,6 +78,7 @@ def page(sources: Sequence[Source], title: str, generated: str = "") -> str:
         columns=_table(lines),
         interval=INTERVAL,
         has_intervals=any(each.low is not None for line in lines for each in line.estimates.values()),
+        has_stages=any({"untuned", "scaled"} & source.models.keys() for source in sources),
         has_seeds=any(line.spread != INTERVAL for line in lines),
         sections=drawn,
         notes=NOTES,

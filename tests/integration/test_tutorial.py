@@ -62,7 +62,7 @@ def test_the_tutorial_can_be_followed(script, tmp_path):
         assert (outputs / "first" / name).exists(), f"{name}: the tutorial says that a run has it"
     assert (outputs / "compared.html").stat().st_size > 100_000 and (outputs / "sweep" / "sweep.csv").is_file()
     windows = [json.loads((outputs / run / "model" / "config.json").read_text()) for run in ("first", "second", "mine")]
-    assert [config["max_position_embeddings"] for config in windows] == [2048, 1024, 1024]
+    assert [config["max_position_embeddings"] for config in windows] == [2048, 2048, 1024]
 
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     said = python("-c", code)

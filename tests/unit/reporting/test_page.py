@@ -232,3 +232,10 @@ def test_perplexities_of_different_tokens_are_remarked_on(lengths, settings, sai
 def test_a_run_without_results_says_so():
     reader, specs = read(Source("a", "a", "training", logged=[{"step": "0", "train/loss": "3"}]))
     assert "models" not in reader.ids and "training" in reader.ids and len(specs) == 1
+
+
+def test_the_models_of_a_run_are_explained_where_there_are_any():
+    def of(*names):
+        return page([Source("a", "a", "training", models={name: {"ppl@4": Estimate(3)} for name in names})], "x")
+
+    assert "nothing trained" in of("untuned", "scaled", "extended") and "nothing trained" not in of("extended")
