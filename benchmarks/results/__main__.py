@@ -1,4 +1,5 @@
-"""Runs what is missing of the claims' runs, and writes docs/RESULTS.md and the tables of docs/METHODS.md.
+"""Runs what is missing of the claims' runs, and writes docs/RESULTS.md and the tables of docs/METHODS.md, docs/TINY.md
+and README.md.
 
 python -m benchmarks.results --dry-run                     what is missing, its commands, and how long it may take
 python -m benchmarks.results                               all of it: many hours; what is finished is kept
@@ -84,7 +85,7 @@ def chosen(patterns: Sequence[str], claims: Mapping[str, Sequence[str]], arms: M
 def main(arguments: list[str] | None = None) -> int:
     """Runs and writes; the status of the process."""
     args = options(arguments)
-    from benchmarks.results.arms import Scale, arms, arms_of_methods
+    from benchmarks.results.arms import Scale, arms, arms_of_methods, arms_of_tiny
     from benchmarks.results.claims import claims
     from benchmarks.results.pages import pages, write
     from benchmarks.results.records import current, read_runs, write_runs
@@ -95,14 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
     scale = Scale(is_quick=args.quick, seeds=(0,) if args.quick else (0, 1, 2))
     every = arms(scale)
     names = {name: claim.arms for name, claim in claims(scale).items()} | arms_of_methods(scale)
+    names["tiny"] = arms_of_tiny(scale)
     wanted = chosen(args.only, names, every)
     file = args.docs / "results" / "runs.json"
     known = read_runs(file)
 
     def tell(runs):
         write_runs(file, current(runs, every).values())
-        write(args.docs, pages(runs, every, scale, _methods_text(args.docs)))
-        log.info(f"Written     {', '.join(str(args.docs / name) for name in ('RESULTS.md', 'METHODS.md'))}")
+        made = pages(runs, every, scale, texts(args.docs))
+        write(args.docs, made)
+        log.info(f"Written     {', '.join(str((args.docs / name).resolve()) for name in made)}")
 
     if args.pages:
         tell(known)
@@ -175,10 +178,12 @@ def compare(wanted: Sequence[tuple[str, int]], new: Mapping, known: Mapping, arm
     return is_within
 
 
-def _methods_text(docs: Path) -> str:
-    """METHODS.md of a folder; the repository's, where there is none yet."""
-    file = docs / "METHODS.md"
-    return (file if file.is_file() else DOCS / "METHODS.md").read_text(encoding="utf-8")
+def texts(docs: Path) -> dict[str, str]:
+    """The pages that have tables, of a folder; the repository's where it has none yet."""
+    from benchmarks.results.pages import TABLES
+
+    files = {name: docs / name if (docs / name).is_file() else DOCS / name for name in TABLES}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
 
 
 if __name__ == "__main__":

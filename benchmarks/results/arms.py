@@ -97,7 +97,7 @@ def listed(values) -> str:
 def arms(scale: Scale) -> dict[str, Arm]:
     """All arms by name; those that others need come before them."""
     found: dict[str, Arm] = {}
-    for arm in (*_paper(scale), *_families(scale), *_cost(scale), *_methods(scale)):
+    for arm in (*_default(scale), *_paper(scale), *_families(scale), *_cost(scale), *_methods(scale)):
         assert arm.name not in found and arm.needs() <= found.keys(), arm.name
         found[arm.name] = _small(arm) if scale.is_quick else arm
     return found
@@ -115,6 +115,40 @@ def _small(arm: Arm) -> Arm:
     overrides = tuple(o for o in arm.overrides if not o.startswith("watch."))
     also = {name: (*one, *measured) for name, one in arm.also.items()}
     return Arm(arm.name, (*overrides, *more), arm.script, arm.seeds[:1], also, arm.as_long, arm.cost, arm.keep)
+
+
+# ----- docs/TINY.md, README.md -----
+
+
+DEFAULT_SEEDS = (0, 1, 2, 3, 4)  # of the default run
+
+
+def controls(scale: Scale) -> dict[str, tuple[str, ...]]:
+    """The default run and what it is compared with: their overrides. Full length has as many tokens a step."""
+    batch = 16 * scale.window // scale.at(8)
+    return {
+        "pose": (),
+        "short_pi": ("pose=short_pi",),
+        "randpos": ("pose=randpos",),
+        "full": ("pose=full", f"trainer.global_batch={batch}", f"trainer.micro_batch={batch}"),
+    }
+
+
+def arms_of_tiny(scale: Scale) -> tuple[str, ...]:
+    """The arms of docs/TINY.md's table."""
+    return tuple(f"default.{name}" for name in controls(scale))
+
+
+def _default(scale: Scale) -> Iterator[Arm]:
+    small = (f"pose.target_len={scale.at(8)}", f"eval.lengths={listed(tiny_lengths(scale))}") if scale.is_quick else ()
+    for name, overrides in controls(scale).items():
+        seeds = scale.seeds if name != "pose" or scale.is_quick else DEFAULT_SEEDS
+        yield Arm(f"default.{name}", (*overrides, *small, "eval.tasks=[perplexity,passkey,needle_gain]"), seeds=seeds)
+
+
+def tiny_lengths(scale: Scale) -> tuple[int, ...]:
+    """At which the default run is measured."""
+    return scale.lengths(1, 2, 4, 8)
 
 
 # ----- the paper -----
@@ -232,6 +266,7 @@ RECIPE_RATE = "5e-4"  # conf/model/tiny.yaml
 # Of a method the peak learning rate that suits it, where that is not the recipe's: the best of the arms lr.*
 RATE_OF: dict[str, str] = {}
 RATED = ("lm", "self_distill", "long_short", "searched", "searched_mixed")  # for which one is looked for
+VARIANTS = ("rcd3", "beta10", "yarn_mixed", "cope")
 LR_SEED = 10  # no figure of a table is of it
 
 
@@ -241,10 +276,10 @@ def rate_arm(name: str, lr: str) -> str:
 
 
 def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
-    """The methods that docs/METHODS.md compares, by name: their overrides."""
+    """The methods that docs/METHODS.md compares, by name: their overrides. At 32x variants of others are left out."""
     target = scale.at(times)
     searched = ("rope=searched", f"rope.factors={{search.{times}x}}")
-    return {
+    found = {
         "lm": (),
         "self_distill": ("objective=self_distill",),
         "long_short": ("objective=long_short",),
@@ -258,6 +293,7 @@ def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
         "curriculum": (f"pose.curriculum=[[0.25,{scale.at(times // 4)}],[0.5,{scale.at(times // 2)}]]",),
         "cope": ("rope=cope",),
     }
+    return found if times == 16 else {name: found[name] for name in found if name not in VARIANTS}
 
 
 def _methods(scale: Scale) -> Iterator[Arm]:

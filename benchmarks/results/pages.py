@@ -1,4 +1,4 @@
-"""docs/RESULTS.md and the tables of docs/METHODS.md, from the lines of docs/results/runs.json."""
+"""docs/RESULTS.md and the tables of docs/METHODS.md, docs/TINY.md and README.md, from docs/results/runs.json."""
 
 import re
 import shlex
@@ -19,8 +19,10 @@ from benchmarks.results.arms import (
     Arm,
     Scale,
     arms_of_methods,
+    arms_of_tiny,
     methods,
     rate_arm,
+    tiny_lengths,
 )  # fmt: skip
 from benchmarks.results.claims import Checked, Claim, Missing, Numbers, checked, claims, verdict
 from benchmarks.results.records import Runs, base_model, current, seed_of
@@ -333,6 +335,66 @@ def _rates(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
     return f"{told}:\n\n{table(['', *RATES, 'best', 'in the tables'], rows)}" if rows else f"{told}: not run yet."
 
 
+# ----- docs/TINY.md, README.md -----
+
+
+def tiny_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str, str]:
+    """The table of docs/TINY.md by the name of its place."""
+    names = arms_of_tiny(scale)
+    machines = _machines(runs, names)
+    lengths = tiny_lengths(scale)
+    columns = _by_length(lengths, {"ppl": "tail_ppl", "passkey": "passkey"})
+    columns += _by_length((lengths[0], lengths[-1]), {"needle gain": "needle_gain"})
+    rows = _before(runs, arms[names[0]], columns)
+    for name, marked in zip(names, (" (the default)", "", "", ""), strict=True):
+        if is_begun(runs, arms[name]):
+            rows.append([f"`{name.replace('default.', 'pose=')}`{marked}", *_cells(runs, arms[name], columns)])
+    if not rows:
+        return {"tiny": machines}
+    commands = "\n".join(command(arms[name]) for name in names)
+    return {"tiny": f"{table(['', *(head for head, _ in columns)], rows)}\n\n{machines}\n\n```\n{commands}\n```"}
+
+
+def readme_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str, str]:
+    """What the README says of the default run, by the names of the places."""
+    lengths = tiny_lengths(scale)
+    arm = arms[arms_of_tiny(scale)[0]]
+    if not is_begun(runs, arm):
+        return dict.fromkeys(("default", "default_table"), _machines(runs, [arm.name]))
+    ppl, key = f"tail_ppl@{lengths[-1]}", f"passkey@{lengths[-1]}"
+    before, after, own, found, keys = (
+        cell(runs, arm, metric)
+        for metric in (f"untuned: {ppl}", ppl, f"untuned: tail_ppl@{lengths[0]}", f"untuned: {key}", key)
+    )
+    columns = _by_length(lengths, {"ppl": "tail_ppl", "passkey": "passkey"})
+    rows = [*_before(runs, arm, columns), ["extended", *_cells(runs, arm, columns)]]
+    return {
+        "default": f"Perplexity at {lengths[-1]:,} tokens falls from {before} to {after} (before it {own} at "
+        f"{lengths[0]}), and passkeys found there rise from {found} to {keys} %.",
+        "default_table": table(["", *(head for head, _ in columns)], rows),
+    }  # fmt: skip
+
+
+Columns = list[tuple[str, str]]  # heads and metrics
+
+
+def _by_length(lengths: Sequence[int], metrics: Mapping[str, str]) -> Columns:
+    """Columns of metrics; lengths after the first stand without a name."""
+    return [(f"{name if n == lengths[0] else ''}@{n:,}", f"{metric}@{n}")
+            for name, metric in metrics.items() for n in lengths]  # fmt: skip
+
+
+def _cells(runs: Runs, arm: Arm, columns: Columns, model: str = "") -> list[str]:
+    return [cell(runs, arm, model + metric) for _, metric in columns]
+
+
+def _before(runs: Runs, arm: Arm, columns: Columns) -> list[list[str]]:
+    """The rows of the model as it is, and of it with its RoPE rescaled; none where no run has measured them."""
+    models = {"untuned": "untuned: ", "scaled, nothing trained": "scaled: "}
+    rows = [[label, *_cells(runs, arm, columns, model)] for label, model in models.items()]
+    return [row for row in rows if set(row[1:]) != {"–"}]
+
+
 # ----- files -----
 
 
@@ -356,23 +418,25 @@ def placed(text: str, tables: Mapping[str, str], name: str) -> str:
     return text
 
 
-def pages(runs: Runs, arms: Mapping[str, Arm], scale: Scale, methods_text: str) -> dict[str, str]:
-    """RESULTS.md and METHODS.md.
+TABLES = {"METHODS.md": method_tables, "TINY.md": tiny_tables, "../README.md": readme_tables}
+
+
+def pages(runs: Runs, arms: Mapping[str, Arm], scale: Scale, texts: Mapping[str, str]) -> dict[str, str]:
+    """RESULTS.md, and the pages that have tables, by their paths from docs/ on.
 
     Args:
         runs: by arm and seed; those that are not current any more are left out.
         arms, scale: that they are of.
-        methods_text: METHODS.md as it is.
+        texts: the pages of `TABLES` as they are.
     """
     now = current(runs, arms)
-    return {
-        "RESULTS.md": results(now, arms, scale),
-        "METHODS.md": placed(methods_text, method_tables(now, arms, scale), "METHODS.md"),
+    return {"RESULTS.md": results(now, arms, scale)} | {
+        name: placed(texts[name], tables(now, arms, scale), name) for name, tables in TABLES.items()
     }
 
 
 def write(docs: Path, content: Mapping[str, str]):
-    """Writes pages into a folder."""
+    """Writes pages, whose paths begin in a folder."""
     for name, text in content.items():
         with atomic_file(docs / name) as file:
             file.write(text)

@@ -8,10 +8,13 @@ from pose.tasks.tokens import fit, plain_tokens, token_ids
 
 
 class KeyValue:
-    """A list of key-value pairs, then the same keys in another order, to be answered.
+    """A list of key-value pairs, then the same keys in other orders, to be answered until the example is full.
 
-    Keys are two random tokens; a value is five digits or one to three random tokens.
+    Keys are two random tokens; the values of an example are numbers of three to seven digits, all of one length. The
+    list is of any length up to half of the example: with few pairs a model learns to look one up at all (docs/LOG.md).
     """
+
+    DIGITS = (3, 7)  # of a value, at least and at most
 
     def __init__(self, tokenizer, documents: Sequence[np.ndarray], vocab_size: int | None = None):
         self.words = plain_tokens(tokenizer, vocab_size)
@@ -20,15 +23,17 @@ class KeyValue:
 
     def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, and which of them are answers; see `pose.tasks.synthetic`."""
-        value_len, symbols = (5, self.digits) if rng.random() < 0.5 else (int(rng.integers(1, 4)), self.words)
+        value_len = int(rng.integers(*self.DIGITS, endpoint=True))
         pair_len = 2 + len(self.middle) + value_len + len(self.end)
-        num_pairs = max(1, length // (2 * pair_len))
+        room = max(2, length // pair_len)  # for pairs and questions
+        num_pairs = int(rng.integers(1, room // 2, endpoint=True))
         keys = rng.choice(self.words, (num_pairs, 2))
-        values = rng.choice(symbols, (num_pairs, value_len))
+        values = rng.choice(self.digits, (num_pairs, value_len))
         middle, end = (np.tile(ids, (num_pairs, 1)) for ids in (self.middle, self.end))
         pairs = np.concatenate([keys, middle, values, end], 1)
         answers = np.zeros((num_pairs, pair_len), bool)
         answers[:, 2 + len(self.middle) : 2 + len(self.middle) + value_len] = True
-        tokens = np.concatenate([pairs, pairs[rng.permutation(num_pairs)]]).ravel()
-        is_answer = np.concatenate([np.zeros_like(answers), answers]).ravel()
+        asked = np.concatenate([rng.permutation(num_pairs) for _ in range(-(-room // num_pairs))])
+        tokens = np.concatenate([pairs, pairs[asked]]).ravel()
+        is_answer = np.concatenate([np.zeros_like(answers), answers[asked]]).ravel()
         return fit(tokens, length, 0), fit(is_answer, length, False)

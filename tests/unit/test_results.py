@@ -24,6 +24,7 @@ from benchmarks.results.arms import (
     Scale,
     arms,
     arms_of_methods,
+    arms_of_tiny,
 )
 from benchmarks.results.claims import (
     Check,
@@ -111,7 +112,7 @@ def test_the_mixed_windows_have_the_divisors_of_yarn():
 
 def test_every_claim_has_its_arms_and_they_are_run():
     named = {name for claim in claims(SCALE).values() for name in claim.arms}
-    named |= {name for names in arms_of_methods(SCALE).values() for name in names}
+    named |= {name for names in arms_of_methods(SCALE).values() for name in names} | set(arms_of_tiny(SCALE))
     assert named == set(ARMS)  # what no claim needs is not run, and what one needs is there
 
 
@@ -540,13 +541,36 @@ def test_tables_have_their_places():
         pages.placed(text.replace("old", text.splitlines()[1]), {"x": "new"}, "F.md")
 
 
+def test_the_default_run_is_told_where_it_is_shown():
+    none = pages.tiny_tables({}, ARMS, SCALE) | pages.readme_tables({}, ARMS, SCALE)
+    assert set(none) == {"tiny", "default", "default_table"} and all("No runs yet" in text for text in none.values())
+    metrics = {f"{model}tail_ppl@{n}": n / 10 + i for i, model in enumerate(("", "untuned: ", "scaled: "))
+               for n in (256, 512, 1024, 2048)}  # fmt: skip
+    runs = {
+        ("default.pose", seed): line(
+            ARMS, "default.pose", seed, metrics | {"passkey@2048": 0.9 + seed / 10, "untuned: passkey@2048": 0.05}
+        )
+        for seed in (0, 1)
+    }
+    readme = pages.readme_tables(runs, ARMS, SCALE)
+    assert readme["default"] == (
+        "Perplexity at 2,048 tokens falls from 205.8 to 204.8 (before it 26.6 at 256), and passkeys found there rise "
+        "from 5 to 95 (90–100) %."
+    )
+    head, _, untuned, scaled, extended = readme["default_table"].splitlines()
+    assert head == "|  | ppl@256 | @512 | @1,024 | @2,048 | passkey@256 | @512 | @1,024 | @2,048 |"
+    assert untuned == "| untuned | 26.6 | 52.2 | 103.4 | 205.8 | – | – | – | 5 |"
+    assert scaled.startswith("| scaled, nothing trained | 27.6 |") and extended.startswith("| extended | 25.6 |")
+    tiny = pages.tiny_tables(runs, ARMS, SCALE)["tiny"]
+    assert "| `pose=pose` (the default) | 25.6 |" in tiny and "`pose=full`" not in tiny
+    assert "python train.py 'eval.tasks=[perplexity,passkey,needle_gain]' -m seed=0,1,2,3,4\n" in tiny
+
+
 def test_the_committed_pages_are_those_of_the_committed_runs():
-    docs = REPOSITORY / "docs"
-    methods = (docs / "METHODS.md").read_text()
-    made = pages.pages(read_runs(docs / "results" / "runs.json"), ARMS, SCALE, methods)
-    again = "make them again: python -m benchmarks.results --pages"
-    assert made["RESULTS.md"] == (docs / "RESULTS.md").read_text(), again
-    assert made["METHODS.md"] == methods, again
+    texts = results.texts(REPOSITORY / "docs")
+    made = pages.pages(read_runs(REPOSITORY / "docs" / "results" / "runs.json"), ARMS, SCALE, texts)
+    for name, text in made.items():
+        assert text == (REPOSITORY / "docs" / name).read_text(), "make them again: python -m benchmarks.results --pages"
 
 
 # ----- checking -----
