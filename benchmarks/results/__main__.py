@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = options(arguments)
     from benchmarks.results.arms import Scale, arms, arms_of_methods, arms_of_tiny
     from benchmarks.results.claims import claims
-    from benchmarks.results.pages import pages, write
+    from benchmarks.results.pages import draw, pages, write
     from benchmarks.results.records import current, read_runs, write_runs
     from benchmarks.results.runner import Failed, Runner, compiler
     from pose.app.console import log_to_terminal
@@ -105,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_runs(file, current(runs, every).values())
         made = pages(runs, every, scale, texts(args.docs))
         write(args.docs, made)
+        draw(runs, every, scale, args.docs.parent)
         log.info(f"Written     {', '.join(str((args.docs / name).resolve()) for name in made)}")
 
     if args.pages:

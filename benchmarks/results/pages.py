@@ -42,6 +42,7 @@ A claim is a list of checks, each a number with a bound (`benchmarks/results/cla
 has a number holds for every seed. **Not at this scale**: none does for any seed. **Holds in part**: what is between.
 **Not tested**: no check has a number yet.
 """
+PICTURE = "docs/images/default.png"  # of the README
 EQUAL = 1.1  # times as long is called equal
 BEGIN, END = "<!-- from python -m benchmarks.results: {} -->", "<!-- until here: {} -->"
 
@@ -368,11 +369,32 @@ def readme_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str
     )
     columns = _by_length(lengths, {"ppl": "tail_ppl", "passkey": "passkey"})
     rows = [*_before(runs, arm, columns), ["extended", *_cells(runs, arm, columns)]]
+    picture = f"![Perplexity, passkeys and needle gain by length: untuned, scaled, extended]({PICTURE})"
     return {
-        "default": f"Perplexity at {lengths[-1]:,} tokens falls from {before} to {after} (before it {own} at "
-        f"{lengths[0]}), and passkeys found there rise from {found} to {keys} %.",
+        "default": f"Perplexity at {lengths[-1]:,} tokens falls from {before} to {after}, where the untuned model has "
+        f"{own} at {lengths[0]}. Passkeys found there rise from {found} to {keys} %.\n\n{picture}",
         "default_table": table(["", *(head for head, _ in columns)], rows),
     }  # fmt: skip
+
+
+def draw(runs: Runs, arms: Mapping[str, Arm], scale: Scale, root: Path):
+    """Draws the default run: three metrics by length, mean and range over its seeds. Nothing where it has not been run.
+
+    Args:
+        runs: those that are not current any more are left out.
+        arms, scale: that they are of.
+        root: the folder of the README.
+    """
+    from pose.evaluation.task import Estimate
+    from pose.reporting.plots import plot_results
+
+    now, arm, lengths = current(runs, arms), arms[arms_of_tiny(scale)[0]], tiny_lengths(scale)
+    panels = ("tail_ppl", "passkey", "needle_gain")
+    results: dict[str, dict[str, Estimate]] = {}
+    for model, prefix in {"untuned": "untuned: ", "scaled": "scaled: ", "extended": ""}.items():
+        found = {f"{panel}@{n}": values(now, arm, f"{prefix}{panel}@{n}") for panel in panels for n in lengths}
+        results[model] = {m: Estimate(statistics.mean(v), min(v), max(v), len(v)) for m, v in found.items() if v}
+    plot_results(results, root / PICTURE, lengths[0], panels, lengths[-1])
 
 
 Columns = list[tuple[str, str]]  # heads and metrics

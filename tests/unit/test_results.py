@@ -553,9 +553,11 @@ def test_the_default_run_is_told_where_it_is_shown():
         for seed in (0, 1)
     }
     readme = pages.readme_tables(runs, ARMS, SCALE)
-    assert readme["default"] == (
-        "Perplexity at 2,048 tokens falls from 205.8 to 204.8 (before it 26.6 at 256), and passkeys found there rise "
-        "from 5 to 95 (90–100) %."
+    told, _, picture = readme["default"].partition("\n\n")
+    assert picture.endswith(f"({pages.PICTURE})") and (REPOSITORY / pages.PICTURE).parent.is_dir()
+    assert told == (
+        "Perplexity at 2,048 tokens falls from 205.8 to 204.8, where the untuned model has 26.6 at 256. Passkeys found "
+        "there rise from 5 to 95 (90–100) %."
     )
     head, _, untuned, scaled, extended = readme["default_table"].splitlines()
     assert head == "|  | ppl@256 | @512 | @1,024 | @2,048 | passkey@256 | @512 | @1,024 | @2,048 |"
@@ -564,6 +566,18 @@ def test_the_default_run_is_told_where_it_is_shown():
     tiny = pages.tiny_tables(runs, ARMS, SCALE)["tiny"]
     assert "| `pose=pose` (the default) | 25.6 |" in tiny and "`pose=full`" not in tiny
     assert "python train.py 'eval.tasks=[perplexity,passkey,needle_gain]' -m seed=0,1,2,3,4\n" in tiny
+
+
+def test_the_default_run_is_drawn_once_it_has_run(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr("pose.reporting.plots.plot_results", lambda results, png, *marks: drawn.update({png: results}))
+    metrics = {"tail_ppl@256": 44.0, "untuned: passkey@2048": 0.0}
+    runs = {("default.pose", i): line(ARMS, "default.pose", i, metrics | {"tail_ppl@2048": 45.0 + i}) for i in (0, 1)}
+    pages.draw(runs, ARMS, SCALE, tmp_path)
+    assert drawn[tmp_path / pages.PICTURE] == {
+        "untuned": {"passkey@2048": (0.0, 0.0, 0.0, 2)}, "scaled": {},
+        "extended": {"tail_ppl@256": (44.0, 44.0, 44.0, 2), "tail_ppl@2048": (45.5, 45.0, 46.0, 2)},
+    }  # fmt: skip
 
 
 def test_the_committed_pages_are_those_of_the_committed_runs():

@@ -241,7 +241,7 @@ def test_accuracy_is_that_of_a_plain_loop(harness, model, stock, options, kind, 
         assert printed.out == ""
     stderr = np.sqrt(acc * (1 - acc) / (num - 1))
     estimate = task.summarise({"choice": outcome})["harness/choice"]
-    bounds = np.clip([acc - 1.96 * stderr, acc + 1.96 * stderr], 0, 1)
+    bounds = np.clip([acc - 1.959964 * stderr, acc + 1.959964 * stderr], 0, 1)
     assert estimate == pytest.approx(Estimate(acc, *bounds, num), rel=1e-4)
 
 
