@@ -266,7 +266,7 @@ RECIPE_RATE = "5e-4"  # conf/model/tiny.yaml
 # Of a method the peak learning rate that suits it, where that is not the recipe's: the best of the arms lr.*
 RATE_OF: dict[str, str] = {}
 RATED = ("lm", "self_distill", "long_short", "searched", "searched_mixed")  # for which one is looked for
-VARIANTS = ("rcd3", "beta10", "yarn_mixed", "cope")
+VARIANTS = ("rcd3", "beta10", "yarn_mixed", "cope")  # compared at 16x alone
 LR_SEED = 10  # no figure of a table is of it
 
 

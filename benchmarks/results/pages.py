@@ -347,9 +347,9 @@ def tiny_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str, 
     columns = _by_length(lengths, {"ppl": "tail_ppl", "passkey": "passkey"})
     columns += _by_length((lengths[0], lengths[-1]), {"needle gain": "needle_gain"})
     rows = _before(runs, arms[names[0]], columns)
-    for name, marked in zip(names, (" (the default)", "", "", ""), strict=True):
-        if is_begun(runs, arms[name]):
-            rows.append([f"`{name.replace('default.', 'pose=')}`{marked}", *_cells(runs, arms[name], columns)])
+    for name in filter(lambda name: is_begun(runs, arms[name]), names):
+        marked = " (the default)" if name == names[0] else ""
+        rows.append([f"`{name.replace('default.', 'pose=')}`{marked}", *_cells(runs, arms[name], columns)])
     if not rows:
         return {"tiny": machines}
     commands = "\n".join(command(arms[name]) for name in names)
