@@ -281,6 +281,7 @@ def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
     searched = ("rope=searched", f"rope.factors={{search.{times}x}}")
     found = {
         "lm": (),
+        "short_pi": ("pose=short_pi",),  # the control: no position is skipped
         "self_distill": ("objective=self_distill",),
         "long_short": ("objective=long_short",),
         "rcd10": ("rope.rcd_shift=true",),
