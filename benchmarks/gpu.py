@@ -144,15 +144,21 @@ def measured(name: str, ckpt: str, tells: str, *follows: str, tasks: str, option
                  follows=follows)  # fmt: skip
 
 
-def arm(name: str, *options: str) -> Stage:
-    """A tenth of the run of SmolLM2, with its measurement: 13 M tokens by another sampler, or the same."""
+def arm(name: str, *options: str, rehearsal: tuple[str, ...] = ()) -> Stage:
+    """A tenth of the run of SmolLM2, with its measurement: 13 M tokens.
+
+    Args:
+        name: of the arm.
+        options: what is different from `experiment=smollm2_32k`.
+        rehearsal: what of it is different with small shapes.
+    """
     command = (
-        "train.py", f"experiment={REAL}", "model.path={model}", "{documents}", f"pose={name}", "trainer.max_steps=100",
-        *options, f"eval.tasks={USED}", "eval.before=false", "eval_dtype=bfloat16", "watch.every_n_steps=null",
-        "resume=auto", "hydra.run.dir={out}/run-{name}",
+        "train.py", f"experiment={REAL}", "model.path={model}", "{documents}", "trainer.max_steps=100", *options,
+        f"eval.tasks={USED}", "eval.before=false", "eval_dtype=bfloat16", "watch.every_n_steps=null", "resume=auto",
+        "hydra.run.dir={out}/run-{name}",
     )  # fmt: skip
     return Stage(
-        f"smollm2-100-{name}", command, (*SHORT_TRAINING, *SHORT), f"SmolLM2, 100 steps of pose={name}",
+        f"smollm2-100-{name}", command, (*SHORT_TRAINING, *SHORT, *rehearsal), f"SmolLM2, 100 steps: {name}",
         ("hydra", "lightning"), limit=300, keeps=True,
     )  # fmt: skip
 
@@ -175,9 +181,15 @@ SMOLLM2 = (
              "smollm2-train", "smollm2-scale", tasks="[ruler/niah_single_2,ruler/niah_multikey_1]",
              options=("eval.batch_tokens=655360",)),
     arm("pose"),
-    arm("short_pi"),
+    arm("short_pi", "pose=short_pi"),
     # Equal tokens in a step; whole examples need documents of 32,768 tokens
-    arm("full", "trainer.global_batch=4", "trainer.micro_batch=1", "data.window_len=32768"),
+    arm("full", "pose=full", "trainer.global_batch=4", "trainer.micro_batch=1", "data.window_len=32768"),
+    # docs/METHODS.md in short form
+    arm("self_distill", "objective=self_distill"),
+    arm("long_short", "objective=long_short"),
+    arm("rcd_shift", "rope.rcd_shift=true"),
+    arm("end_anchor", "pose=end_anchor"),
+    arm("curriculum", "pose.curriculum=[[0.25,16384],[0.5,24576]]", rehearsal=("pose.curriculum=[[0.5,512]]",)),
 )  # fmt: skip
 LORA = ("--shape", "7b", "--rank", "16", "--micro-batch", "2")
 STAGES = (

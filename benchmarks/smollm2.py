@@ -17,6 +17,8 @@ DOC, FOUND = REPOSITORY / "docs" / "SMOLLM2.md", REPOSITORY / "docs" / "smollm2.
 BEGIN, END = "<!-- from python -m benchmarks.smollm2 -->", "<!-- until here -->"
 UNTRAINED = ("untuned", "scaled")
 SAMPLERS = ("PoSE", "ShortPI", "Full")  # what is compared at equal tokens
+USUAL = ("LanguageModel", "Yarn")  # of the experiments, and not said
+OPTIONS = ("rope.rcd_shift", "pose.curriculum")  # said where they are on
 FAMILIES = {  # of metrics, in order: title, format
     "ppl": ("Perplexity of the first N tokens", ".2f"),
     "tail_ppl": ("Perplexity of the last 128 of N tokens, the same tokens for every N", ".2f"),
@@ -85,10 +87,13 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
 
 def _trained(name: str, source) -> dict[str, Any]:
     """What a training was, and what it cost."""
-    cost, sampler = source.cost.get("training", {}), source.config.get("pose._target_", "").rpartition(".")[2]
+    cost, config = source.cost.get("training", {}), source.config
     found = {name: cost[name] for name in ("tokens", "steps", "seconds", "mfu", "peak_memory_gib") if name in cost}
-    tokens = f", {found['tokens'] / 1e6:.3g} M tokens" if "tokens" in found else ""
-    return {"model": f"{sampler}{tokens}", "commands": {name: source.facts.get("Command", "")}, **found}
+    parts = [config.get(f"{group}._target_", "").rpartition(".")[2] for group in ("pose", "objective", "rope")]
+    parts += [key.rpartition(".")[2] for key in OPTIONS if config.get(key, "null") not in ("null", "false", "[]")]
+    parts = [part for part in parts if part and part not in USUAL]
+    parts += [f"{found['tokens'] / 1e6:.3g} M tokens"] if "tokens" in found else []
+    return {"model": ", ".join(parts), "commands": {name: source.facts.get("Command", "")}, **found}
 
 
 def merge(rows: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

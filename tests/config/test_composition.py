@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from benchmarks import gpu
 from pose.app import build, schema
 from pose.errors import ConfigError
 from pose.positions import Mix, PoSE
@@ -226,3 +227,14 @@ def test_without_a_model_the_training_length_has_to_be_given():
     with pytest.raises(ConfigError, match=r"pose.train_len=None is not accepted: give an integer of at least 2"):
         build.build_sampler(compose("train").pose)
     assert build.build_sampler(compose("train", ["pose.train_len=64", "pose.target_len=128"]).pose) == PoSE(64, 128)
+
+
+@pytest.mark.parametrize("stage", [s for s in gpu.STAGES if s.command[0].endswith(".py")], ids=lambda stage: stage.name)
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_every_stage_for_a_gpu_composes(stage, rehearse):
+    """What is to run on a machine that is there for minutes."""
+    script, *overrides = stage.arguments(Path("out"), rehearse, model="assets/tiny")
+    cfg = compose(script.removesuffix(".py"), [o for o in overrides if not o.startswith("hydra.")])
+    if script == "train.py":
+        build.build_scaling(cfg.rope)
+        build.build_sampler(cfg.pose, 256)

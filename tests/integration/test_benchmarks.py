@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -328,6 +329,24 @@ def test_a_real_model_is_measured_before_and_after(rehearsal):
     assert full["cost/tokens"] == 2 * 2 * 1024 and full["tail_ppl@1024"] == full["extended"]["tail_ppl@1024"]
     ppl = stages["smollm2-before"]["result"]["untuned"]["ppl@1024"]
     assert f"| smollm2-before | SmolLM2, untuned | untuned: ppl@1024 {ppl:.4g}" in table
+
+
+def test_arms_of_a_real_model_are_told_apart():
+    """By what is not usual of the experiment."""
+    usual = {
+        "pose._target_": "pose.positions.PoSE", "pose.curriculum": "null", "rope._target_": "pose.rope.Yarn",
+        "rope.rcd_shift": "false", "objective._target_": "pose.training.objectives.LanguageModel",
+    }  # fmt: skip
+
+    def name(**more):
+        source = SimpleNamespace(cost={"training": {"tokens": 13.1e6}}, config=usual | more, facts={})
+        return smollm2._trained("run", source)["model"]
+
+    assert name() == "PoSE, 13.1 M tokens"
+    objective = {"objective._target_": "pose.training.objectives.LongShort"}
+    assert name(**objective) == "PoSE, LongShort, 13.1 M tokens"
+    both = {"rope.rcd_shift": "true", "pose.curriculum": "[[0.5, 512]]"}
+    assert name(**both) == "PoSE, rcd_shift, curriculum, 13.1 M tokens"
 
 
 def test_the_tables_of_a_real_model(rehearsal, tmp_path):
