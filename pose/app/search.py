@@ -12,9 +12,9 @@ import io
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +25,9 @@ from pose.divisors import Candidate, Evolution, Space
 from pose.errors import ConfigError, DataError
 from pose.files import CONF, Memo, atomic_file, locate, read_json, write_json
 from pose.rope import NTK, Frequencies, Linear, LongRope, RopeGeometry, RopeScaling, Yarn
+
+if TYPE_CHECKING:
+    from pose.tasks.needle_gain import SwapPrompts
 
 log = logging.getLogger("pose.app.search")
 schema.register()
@@ -52,6 +55,41 @@ def main(cfg: DictConfig):
         search(cfg, folder)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a search has to do, once everything that it needs is known to be good.
+
+    Attributes:
+        geometry, target_len: of the model and its extension.
+        scaling: the method whose divisors are searched for.
+        evolution: how.
+        own, heldout: NLL of needle answers on the text that is searched on, and on another.
+        settings: by which two searches are told apart.
+        tried: NLL of the candidates that a process before has tried.
+        generations: in which each was.
+    """
+
+    geometry: RopeGeometry
+    target_len: int
+    scaling: LongRope
+    evolution: Evolution
+    own: Callable[[Frequencies], float]
+    heldout: Callable[[Frequencies], float]
+    settings: dict[str, Any]
+    tried: dict[Candidate, float]
+    generations: dict[Candidate, int]
+
+    @property
+    def space(self) -> Space:
+        """Where candidates lie."""
+        assert self.scaling.factor is not None
+        return Space.of(self.geometry, self.scaling.factor)
+
+    def frequencies(self, candidate: Candidate) -> Frequencies:
+        """Of a candidate."""
+        return replaced(self.scaling, candidate).frequencies(self.geometry)
+
+
 def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Searches for the divisors of a model.
 
@@ -65,19 +103,34 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         PoseError: what cannot be searched, before anything long.
     """
+    task = _prepare(cfg, folder)
+    best, tried = _evolve(task, cfg.seed, folder)
+    rows = {"searched": {"nll": tried[best], "heldout_nll": task.heldout(task.frequencies(best))}}
+    for name, method in BASELINES.items():
+        frequencies = method.resolve(task.geometry, task.target_len).frequencies(task.geometry)
+        rows[name] = {"nll": task.own(frequencies), "heldout_nll": task.heldout(frequencies)}
+    found = _factors(task, best, rows, len(tried))
+    with atomic_file(folder / "factors.yaml") as file:
+        file.write(f"# python train.py rope=searched rope.factors={folder}  (docs/ROPE.md)\n")
+        file.write(OmegaConf.to_yaml(OmegaConf.create(found)))
+    _say(rows, folder)
+    return found
+
+
+def _prepare(cfg: DictConfig, folder: Path) -> _Task:
+    """Checks everything, and then reads the weights.
+
+    Raises:
+        PoseError: what cannot be searched, or a folder with another search.
+    """
     import torch
 
     from pose.app import models, runtime
-    from pose.app.documents import find_documents
-    from pose.data.tokenizer import check_vocabulary
     from pose.evaluation.needle_fitness import NeedleFitness
-    from pose.evaluation.options import read_haystack
     from pose.evaluation.scoring import Scorer
     from pose.evaluation.suite import far_depths
     from pose.modeling.checkpoints.fingerprint import fingerprint
-    from pose.modeling.layers import check_layers
-    from pose.modeling.load import build_model, check_weights, load_tokenizer, rope_geometry, scale_config
-    from pose.tasks.needle_gain import SwapPrompts
+    from pose.modeling.load import build_model, check_weights, load_tokenizer
 
     options: schema.SearchOptions = schema.to_options(cfg.search, schema.SearchOptions)
     evolution = Evolution(options.population, options.num_generations, options.num_parents, options.mutation)
@@ -85,8 +138,50 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise ConfigError("model.path is not set: a search needs the weights of a model, a folder or a hub id")
     models.find_model(cfg)
     config = models.model_config(cfg)
+    geometry, scaling = _scaled(config, cfg.pose.target_len, options)
+    path = locate(cfg.model.path)
+    tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
+    models.check_vocabulary(tokenizer, config, cfg.model.path)
+    check_weights(config, path, cfg.model.revision)
+    depths = far_depths(options.trials) if options.depths is None else list(options.depths)
+    texts = _texts(options)
+    device = torch.device(
+        "cuda" if cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    )
+    attention = models.attention_on(cfg.model.attention, device)
+    files = fingerprint(path, cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
+    settings = {
+        "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": cfg.pose.target_len,
+        "seed": cfg.seed, "factor": scaling.factor, "depths": depths, "attention": attention, "device": device.type,
+        **{key: value for key, value in asdict(options).items() if key not in NAMED_OTHERWISE},
+        "attention_factor": scaling.attention_factor,
+        **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
+    }  # fmt: skip
+    _check_folder(folder, settings)
+    prompts = _prompts(texts, tokenizer, config.vocab_size, cfg.seed)
+    for one in prompts:
+        _check_length(one, cfg.pose.target_len, depths, options.trials)
+    write_json(folder / "settings.json", settings)
+    tried, generations = _go_on(folder / "search.csv")
+    runtime.save_config(cfg, folder)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
+    scorer = Scorer(model)
+    own, heldout = (NeedleFitness(scorer, one, cfg.pose.target_len, depths, options.trials) for one in prompts)
+    return _Task(geometry, cfg.pose.target_len, scaling, evolution, own, heldout, settings, tried, generations)
+
+
+def _scaled(config, target_len: Any, options: schema.SearchOptions) -> tuple[RopeGeometry, LongRope]:
+    """The geometry of a model, and the method that is searched for, in its config too.
+
+    Raises:
+        PoseError: the model cannot be extended, or not to this target.
+    """
+    from pose.modeling.layers import check_layers
+    from pose.modeling.load import rope_geometry, scale_config
+
     check_layers(config)
-    geometry, target_len = rope_geometry(config), cfg.pose.target_len
+    geometry = rope_geometry(config)
     if not isinstance(target_len, int) or target_len <= geometry.window:
         raise ConfigError(
             f"pose.target_len={target_len} is not above the model's own window of {geometry.window} tokens: there is "
@@ -95,71 +190,56 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     ones = [1.0] * (geometry.dim // 2)
     plain = LongRope(long_factor=ones, short_factor=ones, attention_factor=options.attention_factor)
     scaling = scale_config(config, plain, target_len)
-    assert isinstance(scaling, LongRope) and scaling.factor is not None
-    space = Space.of(geometry, scaling.factor)
-    path = locate(cfg.model.path)
-    tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
-    models.check_vocabulary(tokenizer, config, cfg.model.path)
-    check_weights(config, path, cfg.model.revision)
-    depths = far_depths(options.trials) if options.depths is None else list(options.depths)
-    texts = {
+    assert isinstance(scaling, LongRope)
+    return geometry, scaling
+
+
+def _texts(options: schema.SearchOptions) -> dict[str, str]:
+    """What is searched on, and what the winner is measured on besides."""
+    from pose.app.documents import find_documents
+    from pose.evaluation.options import read_haystack
+
+    return {
         key: read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search")[:CHARS]
         for key in ("haystack", "heldout")
     }
-    device = torch.device(
-        "cuda" if cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-    )
-    attention = models.attention_on(cfg.model.attention, device)
-    files = fingerprint(path, cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
-    settings = {
-        "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": target_len, "seed": cfg.seed,
-        "factor": scaling.factor, "depths": depths, "attention": attention, "device": device.type,
-        **{key: value for key, value in asdict(options).items() if key not in NAMED_OTHERWISE},
-        "attention_factor": scaling.attention_factor,
-        **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
-    }  # fmt: skip
-    _check_folder(folder, settings)
+
+
+def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int) -> list["SwapPrompts"]:
+    """Questions about needles in each text."""
+    from pose.data.tokenizer import check_vocabulary
+    from pose.tasks.needle_gain import SwapPrompts
+
     prompts = []
-    for (key, text), seed in zip(texts.items(), (cfg.seed, cfg.seed + 1), strict=True):
-        check_vocabulary(tokenizer, text, config.vocab_size, f"search.{key}")
-        prompts.append(SwapPrompts(tokenizer, text, seed=seed))
-        shortest = prompts[-1].shortest(target_len, depths, -(-options.trials // len(depths)))
-        if shortest > target_len:
-            raise ConfigError(
-                f"pose.target_len={target_len} is too short for a question about needles, which has {shortest} tokens "
-                "with this tokenizer"
-            )
-    write_json(folder / "settings.json", settings)
-    tried, generations = _go_on(folder / "search.csv")
-    runtime.save_config(cfg, folder)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
-    scorer = Scorer(model)
-    own, heldout = (NeedleFitness(scorer, one, target_len, depths, options.trials) for one in prompts)
+    for i, (key, text) in enumerate(texts.items()):
+        check_vocabulary(tokenizer, text, vocab_size, f"search.{key}")
+        prompts.append(SwapPrompts(tokenizer, text, seed=seed + i))
+    return prompts
 
-    def of(candidate: Candidate) -> Frequencies:
-        return replaced(scaling, candidate).frequencies(geometry)
 
-    for index in range(options.num_generations + 1):
+def _check_length(prompts: "SwapPrompts", target_len: int, depths: list[float], trials: int):
+    """Raises a ConfigError where a target is too short for a question."""
+    shortest = prompts.shortest(target_len, depths, -(-trials // len(depths)))
+    if shortest > target_len:
+        raise ConfigError(
+            f"pose.target_len={target_len} is too short for a question about needles, which has {shortest} tokens "
+            "with this tokenizer"
+        )
+
+
+def _evolve(task: _Task, seed: int, folder: Path) -> tuple[Candidate, dict[Candidate, float]]:
+    """Goes through the generations; the best candidate, and the NLL of all that were tried."""
+    tried, generations, space = task.tried, task.generations, task.space
+    for index in range(task.evolution.num_generations + 1):
         before = {one: nll for one, nll in tried.items() if generations[one] < index}
-        children = evolution.generation(space, cfg.seed, index, before)
-        _try(children, index, tried, generations, lambda one: own(of(one)), folder)
+        children = task.evolution.generation(space, seed, index, before)
+        _try(children, index, tried, generations, lambda one: task.own(task.frequencies(one)), folder)
         best = min(tried, key=_order(tried))
         log.info(
-            f"Generation {index} of {options.num_generations}: best {tried[best]:.4f} nats per token, from j = "
+            f"Generation {index} of {task.evolution.num_generations}: best {tried[best]:.4f} nats per token, from j = "
             f"{best.first} of {space.num} on"
         )
-    best = min(tried, key=_order(tried))
-    rows = {"searched": {"nll": tried[best], "heldout_nll": heldout(of(best))}}
-    for name, method in BASELINES.items():
-        frequencies = method.resolve(geometry, target_len).frequencies(geometry)
-        rows[name] = {"nll": own(frequencies), "heldout_nll": heldout(frequencies)}
-    found = _factors(best, scaling, geometry, target_len, settings, rows, len(tried))
-    with atomic_file(folder / "factors.yaml") as file:
-        file.write(f"# python train.py rope=searched rope.factors={folder}  (docs/ROPE.md)\n")
-        file.write(OmegaConf.to_yaml(OmegaConf.create(found)))
-    _say(rows, folder)
-    return found
+    return best, tried
 
 
 def replaced(scaling: LongRope, candidate: Candidate) -> LongRope:
@@ -234,16 +314,15 @@ def _go_on(file: Path) -> tuple[dict[Candidate, float], dict[Candidate, int]]:
     return tried, generations
 
 
-def _factors(
-    best: Candidate, scaling: LongRope, geometry: RopeGeometry, target_len: int, settings: dict, rows: dict, num: int
-) -> dict[str, Any]:
+def _factors(task: _Task, best: Candidate, rows: dict, num: int) -> dict[str, Any]:
+    geometry = task.geometry
     return {
         "long_factor": best.divisors(),
-        "attention_factor": scaling.attention_factor,
-        "factor": scaling.factor,
+        "attention_factor": task.scaling.attention_factor,
+        "factor": task.scaling.factor,
         "searched_for": {
-            "base": geometry.base, "dim": geometry.dim, "window": geometry.window, "target_len": target_len,
-            "model": settings["model"], "seed": settings["seed"],
+            "base": geometry.base, "dim": geometry.dim, "window": geometry.window, "target_len": task.target_len,
+            "model": task.settings["model"], "seed": task.settings["seed"],
         },
         "critical_dimension": 2 * best.first,
         "candidates": num,
