@@ -219,6 +219,7 @@ def method_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str
     """The tables of docs/METHODS.md by the name of their place."""
     found = {f"methods{times}x": _methods(runs, arms, scale, times) for times in METHOD_LENGTHS}
     found["lr"] = _rates(runs, arms, scale)
+    found["search"] = _searches(runs, arms, scale)
     return found
 
 
@@ -334,6 +335,24 @@ def _rates(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
             rows.append([f"`{name}`", *shown, max(found, key=lambda lr: found[lr]), RATE_OF.get(name, RECIPE_RATE)])
     told = f"Needle gain at {target:,} tokens by peak learning rate, seed {LR_SEED}"
     return f"{told}:\n\n{table(['', *RATES, 'best', 'in the tables'], rows)}" if rows else f"{told}: not run yet."
+
+
+def _searches(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
+    """What was found and the methods without a search, untrained: NLL of needle answers by target."""
+    searches = {scale.at(times): runs.get((f"search.{times}x", 0), {}).get("metrics", {}) for times in METHOD_LENGTHS}
+    searches = {target: found for target, found in searches.items() if found}
+    if not searches:
+        return "Not run yet."
+    texts = {"searched on": "nll", "held out": "heldout_nll"}
+    names = dict.fromkeys(
+        key.removesuffix(": nll") for found in searches.values() for key in found if key.endswith(": nll")
+    )
+    rows = [
+        [f"`{name}`", *(number(found[f"{name}: {key}"], key) for found in searches.values() for key in texts.values())]
+        for name in names
+    ]
+    head = [f"{target:,} tokens, {text}" for target in searches for text in texts]
+    return table(["", *head], rows)
 
 
 # ----- docs/TINY.md, README.md -----

@@ -132,7 +132,9 @@ def measured(arm: Arm, folder: Path) -> dict[str, float]:
     """
     if arm.script == SEARCH:
         found = yaml.safe_load((folder / "run" / "factors.yaml").read_text())
-        return {"candidates": found["candidates"], **_rounded(found["needle_answers"]["searched"])}
+        rows = found["needle_answers"].items()
+        numbers = {f"{name}: {key}": value for name, row in rows for key, value in row.items()}
+        return {"candidates": found["candidates"], **_rounded(numbers)}
     found = load_json(folder / "run" / "metrics.json")
     metrics = _kept(found)
     for model in ("untuned", "scaled"):  # where train.py has measured them too

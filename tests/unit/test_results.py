@@ -193,7 +193,10 @@ def test_a_search_is_read_too(tmp_path):
     (tmp_path / "run").mkdir()
     answers = {"searched": {"nll": 3.5, "heldout_nll": 4.2}, "yarn": {"nll": 4.8, "heldout_nll": 4.0}}
     write_json(tmp_path / "run" / "factors.yaml", {"candidates": 120, "needle_answers": answers})
-    assert measured(Arm("s", (), SEARCH), tmp_path) == {"candidates": 120, "nll": 3.5, "heldout_nll": 4.2}
+    assert measured(Arm("s", (), SEARCH), tmp_path) == {
+        "candidates": 120, "searched: nll": 3.5, "searched: heldout_nll": 4.2, "yarn: nll": 4.8,
+        "yarn: heldout_nll": 4.0,
+    }  # fmt: skip
 
 
 def line(arms_of, name: str, seed: int, metrics=(), took=(), **more) -> dict:
@@ -526,9 +529,18 @@ def test_the_learning_rates_that_were_tried():
     assert float(RECIPE_RATE) == recipe and set(RATE_OF.values()) <= set(RATES)
 
 
+def test_what_a_search_found_before_any_training():
+    """A column for each target and text; a target without a search has none."""
+    found = {"candidates": 120, "searched: nll": 4.8, "searched: heldout_nll": 3.5, "ntk, rcd_shift: nll": 7.1,
+             "ntk, rcd_shift: heldout_nll": 5.4}  # fmt: skip
+    text = pages.method_tables({("search.16x", 0): line(ARMS, "search.16x", 0, found)}, ARMS, SCALE)["search"]
+    assert text.splitlines()[0] == "|  | 4,096 tokens, searched on | 4,096 tokens, held out |"
+    assert "| `searched` | 4.80 | 3.50 |" in text and "| `ntk, rcd_shift` | 7.10 | 5.40 |" in text
+
+
 def test_the_tables_without_runs_say_so():
     tables = pages.method_tables({}, ARMS, SCALE)
-    assert all("not run yet" in text or "No runs yet" in text for text in tables.values()) and len(tables) == 3
+    assert all("not run yet" in text.lower() or "No runs yet" in text for text in tables.values()) and len(tables) == 4
 
 
 def test_tables_have_their_places():
