@@ -46,7 +46,17 @@ class WandbRun:
 
 def read_run(folder: Path) -> WandbRun:
     """The only run that is in FOLDER/wandb."""
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    (found,) = read_runs(folder)
+    return found
+
+
+def read_runs(folder: Path) -> list[WandbRun]:
+    """All runs that are in FOLDER/wandb, by their names."""
+    runs = map(_read, folder.glob("wandb/offline-run-*/run-*.wandb"))
+    return sorted(runs, key=lambda run: run.run.display_name)
+
+
+def _read(file: Path) -> WandbRun:
     found = WandbRun(file.parent)
     for record in _records(file):
         if record.HasField("run"):

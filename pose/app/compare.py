@@ -1,12 +1,13 @@
 """Several checkpoints measured alike: what `evaluate.py` plans, measures and leaves behind."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
@@ -14,7 +15,7 @@ from pose.app import build, models, runtime
 from pose.app.preflight import SHIPPED, check_config
 from pose.app.report import write_beside
 from pose.app.schema import DTYPES, EvaluateConfig, to_options
-from pose.errors import ConfigError
+from pose.errors import ConfigError, first_line
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
@@ -26,10 +27,12 @@ from pose.modeling.guards import check_loss
 from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, check_weights, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
+from pose.reporting.dashboard import Finished, log_finished
 from pose.reporting.plots import PANELS, plot_measured
 from pose.reporting.results_csv import write_results
 from pose.reporting.tables import comparison_tables, print_table
 from pose.training import signals
+from pose.training.loggers import closing, dashboards_of
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,8 @@ def evaluate(cfg: DictConfig):
         run_dir = runtime.run_folder()
         runtime.set_up(cfg)
         candidates = plan_evaluation(cfg)
+        options: Any = OmegaConf.to_container(cfg.logger)
+        dashboards = dashboards_of(options.pop("name", None), run_dir, [c.name for c in candidates], options)
         runtime.save_config(cfg, run_dir)
         results: Results = {}
         took: dict[str, Any] = {}
@@ -75,6 +80,7 @@ def evaluate(cfg: DictConfig):
                 results[candidate.name], took[candidate.name] = measure(cfg, candidate)
             save(cfg, run_dir, candidates, results, took)
         write_beside(run_dir)
+        fill_dashboards(cfg, run_dir, candidates, results, dashboards)
         show(run_dir, candidates, results)
 
 
@@ -214,6 +220,39 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
     window = min(c.window for c in candidates)
     target = max(target_len_of(c.config) for c in candidates)
     plot_measured(results, run_dir / "plots", window, target, tuple(PANELS))
+
+
+def fill_dashboards(
+    cfg: DictConfig,
+    run_dir: Path,
+    candidates: list[Candidate],
+    results: Results,
+    dashboards: Mapping[str, Sequence[Logger]],
+):
+    """Gives W&B or TensorBoard a run for each checkpoint. All is written: what goes wrong here is a warning."""
+    for candidate in candidates:
+        target = target_len_of(candidate.config)
+        settings = {
+            "model": candidate.name,
+            "rope": _rope_of(candidate.config),
+            "window": candidate.window,
+            "target_len": target,
+            "cfg": OmegaConf.to_container(cfg, resolve=True),
+        }
+        found = {"extended": results[candidate.name]}
+        try:
+            with closing(dashboards[candidate.name]):
+                log_finished(
+                    dashboards[candidate.name], Finished(run_dir, 0, settings, found, candidate.window, target)
+                )
+        except Exception as error:
+            log.warning(f"logger={cfg.logger.name} lacks results of {candidate.name}: {first_line(error)}")
+
+
+def _rope_of(config: PretrainedConfig) -> str:
+    """By the name of the group `rope`, where this package has written the config; else transformers'."""
+    noted, parameters = (getattr(config, name, None) or {} for name in ("pose", "rope_parameters"))
+    return noted.get("rope") or parameters.get("rope_type", "default")
 
 
 def show(run_dir: Path, candidates: list[Candidate], results: Results):

@@ -184,6 +184,7 @@ class EvaluateConfig:
     dtype: str = "auto"  # of the weights: float32, bfloat16, float16; auto is bfloat16 on a GPU, else float32
     device: str = "auto"  # cpu, cuda, cuda:1 ...
     eval: EvalOptions = field(default_factory=EvalOptions)
+    logger: Any = MISSING
     reuse: bool = True  # take over earlier results of the same model, task and code
     num_threads: int | None = None  # CPU threads of torch; null: all cores
     cache_dir: str = "~/.cache/pose"  # token caches, and outcomes

@@ -47,15 +47,57 @@ def build_loggers(
     Raises:
         ConfigError: an unknown name, options of a logger that takes none, or a value that is not accepted.
     """
-    require_choice("logger.name", name, NAMES)
-    if options and name != "wandb":
-        raise ConfigError(f"logger.{next(iter(options))} is not accepted: logger={name} takes name alone")
+    options = _checked(name, options)
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
     if name == "tensorboard":
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None))
     elif name == "wandb":
-        loggers.append(_wandb(dict(options or {}), run_dir, goes_on, title))
+        group, job = _of_sweep(run_dir)
+        run_id = _kept_id(run_dir / ".wandb_id") if goes_on else None
+        # One that goes on keeps its name, which may have been changed in W&B
+        named = {"group": group, "job_type": "train", "run_name": (job or title) if run_id is None else None}
+        loggers.append(_wandb(options, named, run_dir, run_id or _new_id(run_dir)))
     return loggers
+
+
+def dashboards_of(
+    name: str, run_dir: Path, models: Sequence[str], options: Mapping[str, Any] | None = None
+) -> dict[str, list[Logger]]:
+    """What the group `logger` adds for an evaluation: of each model a run of its own; none for csv.
+
+    Args:
+        name: csv, tensorboard or wandb.
+        run_dir: of the evaluation.
+        models: their names, by which the runs are called. Several are a group, which has the name of the folder.
+        options: of WandbLogger, `offline` and `run_name`.
+
+    Raises:
+        ConfigError: as of `build_loggers`; a name for several runs, or weights, of which an evaluation leaves none.
+    """
+    options = _checked(name, options)
+    if name == "tensorboard":
+        return {m: [TensorBoardLogger(run_dir, name="tensorboard", version=m.replace("/", " "))] for m in models}
+    if name != "wandb":
+        return {m: [] for m in models}
+    if options.get("log_weights"):
+        raise ConfigError("logger.log_weights=true is not accepted: an evaluation leaves no weights")
+    if options.get("run_name") and len(models) > 1:
+        raise ConfigError(
+            f"logger.run_name={options['run_name']} is one name for {len(models)} checkpoints: give them names in ckpt "
+            "(ckpt={base:assets/tiny,mine:RUN})"
+        )
+    group = _of_sweep(run_dir)[0] or (short_name(run_dir).replace("/", " ") if len(models) > 1 else None)
+    named = {"group": group, "job_type": "evaluate"}
+    return {m: [_wandb(options, named | {"run_name": m[-MAX_NAME:]}, run_dir, uuid.uuid4().hex[:8])] for m in models}
+
+
+def _checked(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a logger that may have them."""
+    require_choice("logger.name", name, NAMES)
+    if options and name != "wandb":
+        raise ConfigError(f"logger.{next(iter(options))} is not accepted: logger={name} takes name alone")
+    require_choice("logger.log_weights", (options or {}).get("log_weights", False), (True, False))
+    return dict(options or {})
 
 
 @contextlib.contextmanager
@@ -85,24 +127,31 @@ def _finish(logger: Logger, status: str):
         run.finish(exit_code=0 if status == "success" else 1)
 
 
-def _wandb(options: dict, run_dir: Path, goes_on: bool, title: str | None) -> Logger:
+def _wandb(given: Mapping[str, Any], named: Mapping[str, str | None], run_dir: Path, run_id: str) -> Logger:
+    """W&B's logger.
+
+    Args:
+        given: the group `logger`.
+        named: group, job_type and run_name, where they are not given.
+        run_dir: where it writes.
+        run_id: of its run.
+    """
+    options = dict(given) | {key: given.get(key) or name for key, name in named.items()}
+    options.pop("log_weights", None)  # at the end of the run
+    options["name"] = options.pop("run_name")
     offline = options.pop("offline", None)
     if offline is None:
         offline = not has_wandb_account()
-    require_choice("logger.log_weights", options.pop("log_weights", False), (True, False))  # at the end of the run
-    group, name = _of_sweep(run_dir)
-    options["group"] = options.get("group") or group
-    options["job_type"] = options.get("job_type") or "train"
-    options["name"] = options.pop("run_name", None)
-    id_file = run_dir / ".wandb_id"  # under which a run goes on
-    run_id = _kept_id(id_file) if goes_on else None
-    if run_id is None:  # one that goes on keeps its name, which may have been changed in W&B
-        options["name"] = options["name"] or name or title
-        run_id = uuid.uuid4().hex[:8]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # then the next start is another run of W&B
-            rank_zero_only(id_file.write_text)(run_id)
     return without_anonymous(WandbLogger(save_dir=run_dir, offline=offline, id=run_id, resume="allow", **options))
+
+
+def _new_id(run_dir: Path) -> str:
+    """Of a run of W&B, kept in its folder, so that it goes on under it."""
+    run_id = uuid.uuid4().hex[:8]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # then the next start is another run of W&B
+        rank_zero_only((run_dir / ".wandb_id").write_text)(run_id)
+    return run_id
 
 
 def _of_sweep(run_dir: Path) -> tuple[str | None, str | None]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from wandb_run import read_runs
 
 from pose.app import compare, runtime, schema
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
+from pose.training.loggers import dashboards_of
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "assets" / "tiny"
@@ -177,6 +181,84 @@ def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeyp
             },
         }  # fmt: skip
     assert windows == [(7, 32), (7, 32)] and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """Logs two measured checkpoints as evaluate.py does."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    extended = SimpleNamespace(
+        max_position_embeddings=32, rope_parameters={"rope_type": "longrope"}, pose={"rope": "searched"}
+    )
+    suite = SimpleNamespace(tasks=[], metrics=dict, document_ids=[])
+
+    def two_(logger, *overrides):
+        folder = tmp_path / "2026-11-27" / "10-00-00"
+        folder.mkdir(parents=True)
+        cfg = composed(tmp_path, "ckpt={base:a,mine:b}", f"logger={logger}", *overrides)
+        candidates = [
+            compare.Candidate(name, path, config, 8, suite, torch.device("cpu"), None, {})
+            for name, path, config in (("base", "a", LONG), ("mine", "b", extended))
+        ]
+        results = {"base": {"ppl@32": Estimate(9.0)}, "mine": {"ppl@8": Estimate(3.0), "ppl@32": Estimate(4.0)}}
+        options = OmegaConf.to_container(cfg.logger)
+        dashboards = dashboards_of(options.pop("name"), folder, list(results), options)
+        compare.save(cfg, folder, candidates, results, {name: {} for name in results})
+        compare.fill_dashboards(cfg, folder, candidates, results, dashboards)
+        return folder
+
+    return two_
+
+
+def test_each_checkpoint_is_a_run_of_wandb(two):
+    """Of one group, with the names of metrics that trainings have."""
+    base, mine = read_runs(two("wandb", "logger.project=long"))
+    assert [run.run.display_name for run in (base, mine)] == ["base", "mine"]
+    where = {(run.run.project, run.run.job_type, run.run.run_group) for run in (base, mine)}
+    assert where == {("long", "evaluate", "2026-11-27 10-00-00")}
+    assert (mine.config["rope"], mine.config["window"], mine.config["target_len"]) == ("searched", 8, 32)
+    assert base.config["rope"] == "default" and mine.config["cfg"]["ckpt"] == {"base": "a", "mine": "b"}
+    assert mine.summary["eval/target/ppl"] == 4.0 and mine.summary["eval/window/ppl"] == 3.0
+    assert base.summary["eval/target/ppl"] == 9.0 and "eval/window/ppl" not in base.summary
+    assert [row["eval/ppl"] for row in mine.history if "eval/ppl" in row] == [3.0, 4.0]
+    assert mine.table("tables/by_length")[1][1][:4] == ["extended", "ppl", 32, 4.0]
+
+
+def test_each_checkpoint_is_a_run_of_tensorboard(two):
+    folder = two("tensorboard")
+    assert sorted(one.name for one in (folder / "tensorboard").iterdir()) == ["base", "mine"]
+    assert all(list(one.glob("events.*")) for one in (folder / "tensorboard").iterdir())
+
+
+def test_without_a_dashboard_nothing_is_left(two):
+    folder = two("csv")
+    assert not list(folder.glob("wandb")) + list(folder.glob("tensorboard")) + list(folder.glob("metrics.csv"))
+
+
+def test_a_dashboard_that_fails_is_a_warning(two, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(compare, "log_finished", fail)
+    folder = two("tensorboard")
+    assert "Warning: logger=tensorboard lacks results of mine: no route to host" in capsys.readouterr().out
+    assert (folder / "results.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"log_weights": True}, "logger.log_weights=true is not accepted: an evaluation leaves no weights"),
+        ({"run_name": "x"}, "logger.run_name=x is one name for 2 checkpoints"),
+    ],
+)
+def test_settings_of_a_dashboard_that_no_evaluation_can_have(tmp_path, options, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        dashboards_of("wandb", tmp_path, ["a", "b"], {"offline": True, **options})
+    with pytest.raises(ConfigError, match=r"logger.name='comet' .*csv"):
+        dashboards_of("comet", tmp_path, ["a"])
 
 
 def test_a_table_that_could_not_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
