@@ -262,10 +262,9 @@ METHOD_LENGTHS = {16: (1, 8, 16), 32: (1, 32)}
 MIXED = ("pose=mix", "rope.attention_factor=1")
 COSTS = {"self_distill": 1.8, "long_short": 2.0}
 RATES = ("2.5e-4", "5e-4", "1e-3")
-RECIPE_RATE = "5e-4"  # conf/model/tiny.yaml
-# Of a method the peak learning rate that suits it, where that is not the recipe's: the best of the arms lr.*
-RATE_OF: dict[str, str] = {}
-RATED = ("lm", "self_distill", "long_short", "searched", "searched_mixed")  # for which one is looked for
+# Of a method the peak learning rate that suits it: the best of the arms lr.*, by needle gain at the target
+RATE_OF = {"lm": "1e-3", "self_distill": "2.5e-4", "long_short": "5e-4", "searched": "5e-4", "searched_mixed": "1e-3"}
+RATED_AS = {"yarn_mixed": "searched_mixed"}  # that of another, of a method for which none was looked for; else lm's
 VARIANTS = ("rcd3", "beta10", "yarn_mixed", "cope")  # compared at 16x alone
 LR_SEED = 10  # no figure of a table is of it
 
@@ -299,7 +298,7 @@ def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
 
 def _methods(scale: Scale) -> Iterator[Arm]:
     def rate(name: str) -> tuple[str, ...]:
-        return (f"finetune.lr={RATE_OF[name]}",) if name in RATE_OF else ()
+        return (f"finetune.lr={RATE_OF[name if name in RATE_OF else RATED_AS.get(name, 'lm')]}",)
 
     for times, of in METHOD_LENGTHS.items():
         target = f"pose.target_len={scale.at(times)}"
@@ -329,7 +328,7 @@ def _methods(scale: Scale) -> Iterator[Arm]:
         as_long = AsLong(f"searched.{times}x", f"lm.{times}x")
         yield Arm(f"lm_as_searched.{times}x", (*common, *rate("lm")), seeds=scale.seeds, as_long=as_long, cost=4.0)
         if times == 16:
-            for name in RATED:
+            for name in RATE_OF:
                 for lr in RATES:
                     yield Arm(
                         rate_arm(name, lr), (*common, *every[name], f"finetune.lr={lr}"),
@@ -344,7 +343,7 @@ def arms_of_methods(scale: Scale) -> dict[str, tuple[str, ...]]:
         names = ("untuned_books", "search", *methods(scale, times), *(f"{name}_seconds" for name in COSTS),
                  "lm_as_searched")  # fmt: skip
         found[f"methods{times}x"] = tuple(f"{name}.{times}x" for name in names)
-    return found | {"lr": tuple(rate_arm(name, lr) for name in RATED for lr in RATES)}
+    return found | {"lr": tuple(rate_arm(name, lr) for name in RATE_OF for lr in RATES)}
 
 
 @cache

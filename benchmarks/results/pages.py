@@ -12,9 +12,7 @@ from benchmarks.results.arms import (
     LR_SEED,
     METHOD_LENGTHS,
     RATE_OF,
-    RATED,
     RATES,
-    RECIPE_RATE,
     SEARCH,
     Arm,
     Scale,
@@ -328,11 +326,11 @@ def _rates(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
     """Needle gain at the target by learning rate; which is best, and which the tables have."""
     target = scale.lengths(*METHOD_LENGTHS[16])[-1]
     rows = []
-    for name in RATED:
+    for name in RATE_OF:
         gains = {lr: values(runs, arms[rate_arm(name, lr)], f"needle_gain@{target}") for lr in RATES}
         if found := {lr: gain[0] for lr, gain in gains.items() if gain}:
             shown = (f"{found[lr]:.2f}" if lr in found else "–" for lr in RATES)
-            rows.append([f"`{name}`", *shown, max(found, key=lambda lr: found[lr]), RATE_OF.get(name, RECIPE_RATE)])
+            rows.append([f"`{name}`", *shown, max(found, key=lambda lr: found[lr]), RATE_OF[name]])
     told = f"Needle gain at {target:,} tokens by peak learning rate, seed {LR_SEED}"
     return f"{told}:\n\n{table(['', *RATES, 'best', 'in the tables'], rows)}" if rows else f"{told}: not run yet."
 
