@@ -17,6 +17,9 @@ from pose.modeling.attention import Packing
 from pose.modeling.layers import hands_on
 from pose.modeling.rotary import depends_on_length
 
+# Of the row that both views are packed into, by the batch: libraries of matrix products prepare for each length anew
+LENGTHS = 16
+
 
 class Views(NamedTuple):
     """Hidden states of the two views.
@@ -60,13 +63,18 @@ def hidden_states_of_views(
         rows = torch.cat([input_ids, input_ids]), torch.cat([plain_ids, position_ids])
         states = _states(model, *rows).flatten(0, 1)
         return Views(states[:num], states[num + skipped_at], states[num:])
-    tokens = torch.cat([input_ids.flatten(), input_ids.flatten()[skipped_at]])
-    positions = torch.cat([plain_ids.flatten(), position_ids.flatten()[skipped_at]])
+    both = num + len(skipped_at)
+    # The first token again, which no text has and nothing is made of: else each batch would be of a length of its own
+    again = torch.zeros(-len(skipped_at) % max(num // LENGTHS, 1), dtype=torch.long, device=device)
+    tokens = torch.cat([input_ids.flatten(), input_ids.flatten()[skipped_at], input_ids.flatten()[again]])
+    positions = torch.cat([plain_ids.flatten(), position_ids.flatten()[skipped_at], again])
     places = torch.arange(num, device=device)
-    second = places.index_copy(0, skipped_at, torch.arange(num, len(tokens), device=device))
-    packing = Packing(torch.stack([places, second]).view(2 * batch, length), torch.cat([places, num + skipped_at]))
+    second = places.index_copy(0, skipped_at, torch.arange(num, both, device=device))
+    packing = Packing(
+        torch.stack([places, second]).view(2 * batch, length), torch.cat([places, num + skipped_at, again])
+    )
     states = _states(model, tokens[None], positions[None], packing=packing)[0]
-    return Views(states[:num], states[num:])
+    return Views(states[:num], states[num:both])
 
 
 def _states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, **keywords) -> torch.Tensor:

@@ -84,7 +84,35 @@ def test_tokens_before_the_first_skip_are_computed_once(batch):
     seen = []
     model.base_model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[:-1].numel()))
     hidden_states_of_views(model, batch["input_ids"], batch["position_ids"], batch["skipped_at"])
-    assert seen == [B * L + (L - 4) + (L - 19) + L]
+    wanted = (L - 4) + (L - 19) + L
+    assert wanted <= seen[0] - B * L < wanted + B * L // 16 and (seen[0] - B * L) % (B * L // 16) == 0
+
+
+def test_batches_are_of_few_lengths_and_the_same_whatever_is_added(batch, monkeypatch):
+    """States and gradients with tokens behind the texts are those without."""
+    model = build_model(CONFIGS["llama"], None, "sdpa")
+    found, lengths = {}, {}
+    for num in (16, B * L):
+        monkeypatch.setattr(views, "LENGTHS", num)
+        seen = set()
+        hook = model.base_model.layers[0].mlp.register_forward_hook(lambda m, args, out, seen=seen: seen.add(out.shape))
+        for first in range(B * L):
+            skipped = torch.arange(first, B * L)
+            given = model, batch["input_ids"], batch["position_ids"], skipped
+            if first in (1, 7, 40):
+                states = hidden_states_of_views(*given)
+                parts = states.plain.square().sum() + states.skipped.sum()
+                gradient = torch.autograd.grad(parts, model.get_input_embeddings().weight)
+                found[num, first] = (states.plain, states.skipped, *gradient)
+            else:
+                with torch.no_grad():
+                    hidden_states_of_views(*given)
+        hook.remove()
+        lengths[num] = len(seen)
+    assert lengths == {16: 16, B * L: B * L}
+    for first in (1, 7, 40):
+        for a, b in zip(found[16, first], found[B * L, first], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_who_hands_keywords_to_its_attention():
