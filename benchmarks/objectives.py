@@ -5,9 +5,10 @@ those of two views in micro-batches of half as many examples where there are sev
 tiny: assets/tiny, 16 examples of 256 tokens. llama: a small Llama (the width and vocabulary of SmolLM2-135M, 4 layers,
 random weights), 2 examples of 1,024. long: the same, one example of 2,048, of which no micro-batch can be halved.
 
-Time is CPU seconds of one thread for some steps, whose skips differ, taken in turn. Memory is the peak of these steps
-above what was there before (weights, optimizer states and a frozen original are; gradients and activations are not),
-each objective in a process of its own; `with states` is that of both. Ratios are to lm.
+Time is CPU seconds of one thread for some steps, whose skips differ, taken in turn; --compiled compiles the layers for
+it, as train.py does on a GPU. Memory, of layers that are not compiled, is the peak of these steps above what was there
+before (weights, optimizer states and a frozen original are; gradients and activations are not), each objective in a
+process of its own; `with states` is that of both. Ratios are to lm.
 """
 
 import argparse
@@ -27,6 +28,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--steps", type=whole(1), default=4, help="in one measurement")
     parser.add_argument("--repeats", type=whole(1), default=7)
+    parser.add_argument("--compiled", action="store_true", help="time is of compiled layers")
     parser.add_argument("--precision", default=PRECISIONS[0], choices=PRECISIONS)
     args = parser.read()
     if not memory.is_known():
@@ -46,6 +48,7 @@ from transformers import LlamaConfig
 
 from pose.files import locate
 from pose.modeling.load import build_model, load_config, scale_config
+from pose.modeling.speed import compile_layers
 from pose.modeling.teacher import Teacher, freeze
 from pose.positions import PoSE
 from pose.rope import Yarn
@@ -158,7 +161,8 @@ def as_table(part: str, found: dict[str, dict], args: argparse.Namespace) -> str
         for name, one in found.items()
     ]  # fmt: skip
     examples, length = PARTS[part]
-    title = f"{part}: {args.steps} steps of {examples} x {length:,} tokens, {args.precision}, {args.repeats} repeats"
+    how = f"{args.precision}, {'compiled' if args.compiled else 'eager'}"
+    title = f"{part}: {args.steps} steps of {examples} x {length:,} tokens, {how}, {args.repeats} repeats"
     return table(title, head, rows)
 
 
@@ -170,7 +174,11 @@ def main():
     taken = {part: {name: memory_of(part, name, *rest) for name in OBJECTIVES} for part in args.parts}
     found: dict[str, dict] = {}
     for part in args.parts:
-        found[part] = measure({name: Steps(part, name, *rest) for name in OBJECTIVES}, args.repeats, taken[part])
+        ways = {name: Steps(part, name, *rest) for name in OBJECTIVES}
+        if args.compiled:
+            for way in ways.values():
+                compile_layers(way.model)
+        found[part] = measure(ways, args.repeats, taken[part])
         save_part("objectives", args, {"parts": found})
     text = "\n\n".join(as_table(part, one, args) for part, one in found.items())
     report(text, "objectives", args, {"parts": found})
