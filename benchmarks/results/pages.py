@@ -205,8 +205,8 @@ def _machines(runs: Runs, names: Iterable[str]) -> str:
     said = "; ".join(f"{key} {', '.join(sorted(of))}" for key, of in facts.items())
     steps = "not compiled" if not any(compiled) else "compiled" if all(compiled) else "partly compiled"
     return (
-        f"{len(found)} runs, one core each, training steps {steps}; {said}. The base model's weights: SHA-256 "
-        f"`{base_model()}`..."
+        f"{len(found)} run{'s' * (len(found) > 1)}, one core each, training steps {steps}; {said}. The base model's "
+        f"weights: SHA-256 `{base_model()}`..."
     )
 
 
@@ -243,7 +243,8 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
 
     def rows(beside: Mapping[str, str | None]) -> str:
         head = ["", "steps", "minutes", *columns, "against lm"]
-        return table(head, (row(name, other) for name, other in beside.items() if is_begun(runs, of(name))))
+        found = [row(name, other) for name, other in beside.items() if is_begun(runs, of(name))]
+        return table(head, found) if found else "Not run yet."
 
     used = arms_of_methods(scale)[f"methods{times}x"]
     machines = _machines(runs, used)
