@@ -76,7 +76,10 @@ def dashboards_of(
     """
     options = _checked(name, options)
     if name == "tensorboard":
-        return {m: [TensorBoardLogger(run_dir, name="tensorboard", version=m.replace("/", " "))] for m in models}
+        return {
+            m: [TensorBoardLogger(run_dir, name="tensorboard", version=m.replace("/", " ").strip(". ") or "model")]
+            for m in models
+        }
     if name != "wandb":
         return {m: [] for m in models}
     if options.get("log_weights"):

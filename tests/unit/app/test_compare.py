@@ -232,6 +232,12 @@ def test_each_checkpoint_is_a_run_of_tensorboard(two):
     assert all(list(one.glob("events.*")) for one in (folder / "tensorboard").iterdir())
 
 
+def test_a_checkpoint_that_is_called_as_a_folder_above_stays_below(tmp_path):
+    """ckpt=.. would be logged into the folder of the evaluation."""
+    (logger,) = dashboards_of("tensorboard", tmp_path, [".."])[".."]
+    assert Path(logger.log_dir) == tmp_path / "tensorboard" / "model"
+
+
 def test_without_a_dashboard_nothing_is_left(two):
     folder = two("csv")
     assert not list(folder.glob("wandb")) + list(folder.glob("tensorboard")) + list(folder.glob("metrics.csv"))
