@@ -251,9 +251,8 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
     if not any(is_begun(runs, arms[name]) for name in used):
         return machines
     names = dict.fromkeys(methods(scale, times), "lm")
-    searched = ("searched", "searched_mixed")
     slower = {"lm": None, **{f"{name}_seconds": "lm" for name in COSTS}, "lm_as_searched": None,
-              **dict.fromkeys(searched, "lm_as_searched")}  # fmt: skip
+              **dict.fromkeys(_searched(scale, times), "lm_as_searched")}  # fmt: skip
     return "\n\n".join(
         [
             f"Equal tokens; minutes are those of the steps, and of the search. {machines}",
@@ -266,6 +265,11 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
             "stands against `lm_as_searched` in the second table. " + _best(runs, arms, scale, times),
         ]
     )
+
+
+def _searched(scale: Scale, times: int) -> list[str]:
+    """The methods that a search goes before."""
+    return [name for name, overrides in methods(scale, times).items() if "rope=searched" in overrides]
 
 
 def _short(overrides: str) -> str:
@@ -308,7 +312,7 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
     lengths = scale.lengths(*METHOD_LENGTHS[times])
     same = {name: (name, "lm") for name in methods(scale, times) if name != "lm"}
     same |= {name: (f"{name}_seconds", "lm") for name in COSTS}
-    same |= {name: (name, "lm_as_searched") for name in ("searched", "searched_mixed")}
+    same |= {name: (name, "lm_as_searched") for name in _searched(scale, times)}
     winners, is_tested = [], False
     for name, pair in same.items():
         mine, theirs = (arms[f"{one}.{times}x"] for one in pair)

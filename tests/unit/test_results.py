@@ -538,6 +538,7 @@ def test_the_comparison_has_the_learning_rates_that_were_found():
         "rcd10": "lm",
         "short_pi": "lm",
         "yarn_mixed": "searched_mixed",
+        "searched_plain": "searched",
         "long_short_seconds": "long_short",
     }.items():
         assert ARMS[f"{name}.16x"].value("finetune.lr", "") == RATE_OF[of]
