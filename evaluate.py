@@ -9,10 +9,12 @@ import hydra
 from omegaconf import DictConfig
 
 from pose.app import schema
+from pose.app.hints import naming_near_keys
 
 schema.register()
 
 
+@naming_near_keys("evaluate")
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig):
     from pose.app.compare import evaluate  # torch and the like are imported when the config stands

@@ -8,6 +8,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from pose.app import schema
+from pose.app.hints import naming_near_keys
 from pose.coverage import coverage
 from pose.errors import ConfigError
 from pose.files import CONF
@@ -38,6 +39,7 @@ def build_samplers(cfg: DictConfig) -> dict[str, PositionSampler]:
     return samplers
 
 
+@naming_near_keys("coverage")
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="coverage")
 def main(cfg: DictConfig):
     """Covers the sampler of the group `pose`, and those of `beside`."""

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pose.app import schema
+from pose.app.hints import hint
 from pose.app.shapes import SHAPES
 from pose.errors import ConfigError, PoseError, require_number
 from pose.files import CONF, locate
@@ -97,7 +98,9 @@ def compose_config(overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("train", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).strip()) from error
+        raise ConfigError(
+            "\n".join(filter(None, [str(error).strip(), hint(str(error), "train", overrides)]))
+        ) from error
 
 
 def plan(cfg: DictConfig) -> Training:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from pose.app import schema
+from pose.app.hints import naming_near_keys
 from pose.divisors import Candidate, Evolution, Space
 from pose.errors import ConfigError, DataError
 from pose.files import CONF, Memo, atomic_file, locate, read_json, write_json
@@ -41,6 +42,7 @@ BASELINES: dict[str, RopeScaling] = {
 }  # fmt: skip
 
 
+@naming_near_keys("search")
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="search")
 def main(cfg: DictConfig):
     """Searches, and writes what was found."""
