@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from benchmarks.results import paper
 from benchmarks.results.arms import COST_TARGETS, LONG, Arm, Scale, paper_lengths
-from benchmarks.results.records import Runs, seed_of
+from benchmarks.results.records import Record, Runs, seed_of
 
 ROUNDING = 1e-9  # of differences of shares
 
@@ -50,17 +50,32 @@ class Numbers:
         Raises:
             Missing: the run is not finished, or has no such number.
         """
-        found = self.runs.get((arm, seed_of(self.arms[arm], self.seed)))
-        if found is None:
-            raise Missing(arm)
+        found = self.run(arm)
         source = found["training"] if metric.startswith("training/") else found["metrics"]
         value = found.get(metric[:-1]) if metric.endswith("/") else source.get(metric.removeprefix("training/"))
         if value is None:
             raise Missing(f"{arm} ({metric})")
         return value
 
+    def run(self, arm: str) -> Record:
+        """The run of an arm.
+
+        Raises:
+            Missing: it is not finished.
+        """
+        found = self.runs.get((arm, seed_of(self.arms[arm], self.seed)))
+        if found is None:
+            raise Missing(arm)
+        return found
+
     def ratio(self, arm: str, metric: str, other: str, of_other: str | None = None) -> float:
-        """Of a number over another's."""
+        """Of a number over another's.
+
+        Raises:
+            Missing: one is not there; they are times of different processors.
+        """
+        if "seconds" in metric and self.run(arm)["cpu"] != self.run(other)["cpu"]:
+            raise Missing(f"{arm} and {other} on one kind of processor")
         return self(arm, metric) / self(other, of_other or metric)
 
 

@@ -233,10 +233,13 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
     def of(name: str) -> Arm:
         return arms[f"{name}.{times}x"]
 
+    used = arms_of_methods(scale)[f"methods{times}x"]
+    processor = _processor(runs, used)
+
     def row(name: str, beside: str | None) -> list[str]:
         arm, overrides = of(name), _short(" ".join(methods(scale, times).get(name, ())))
         told = "untuned" if name == "untuned_books" else f"`{name}`" + (f" (`{overrides}`)" if overrides else "")
-        cost = spread([seconds / 60 for seconds in _seconds(runs, arms, arm)], lambda value: f"{value:.1f}")
+        cost = spread([seconds / 60 for seconds in _seconds(runs, arms, arm, processor)], lambda value: f"{value:.1f}")
         against = "–" if beside is None else _against(runs, arm, of(beside), gain, short)
         steps = spread(values(runs, arm, "training/steps"), lambda value: f"{value:.0f}")
         return [told, steps, cost, *(cell(runs, arm, metric) for metric in columns.values()), against]
@@ -246,7 +249,6 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
         found = [row(name, other) for name, other in beside.items() if is_begun(runs, of(name))]
         return table(head, found) if found else "Not run yet."
 
-    used = arms_of_methods(scale)[f"methods{times}x"]
     machines = _machines(runs, used)
     if not any(is_begun(runs, arms[name]) for name in used):
         return machines
@@ -255,7 +257,8 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
               **dict.fromkeys(_searched(scale, times), "lm_as_searched")}  # fmt: skip
     return "\n\n".join(
         [
-            f"Equal tokens; minutes are those of the steps, and of the search. {machines}",
+            "Equal tokens; minutes are those of the steps, and of the search, on the processor of most runs. "
+            f"{machines}",
             rows({"untuned_books": None} | names | {"lm": None}),
             "Equal seconds: `_seconds` has as many steps as fit into `lm`'s time, and `lm_as_searched` as many as fit "
             "into that of a search and the training after it.",
@@ -277,14 +280,22 @@ def _short(overrides: str) -> str:
     return re.sub(r"long_factor=\[[^]]*]", "long_factor=[...]", overrides)
 
 
-def _seconds(runs: Runs, arms: Mapping[str, Arm], arm: Arm) -> list[float]:
-    """Of the steps of each seed, and of the search before them."""
+def _processor(runs: Runs, names: Iterable[str]) -> str:
+    """Of most of the runs of some arms: times of one kind of processor alone are compared."""
+    wanted = set(names)
+    found = [one["cpu"] for (name, _), one in runs.items() if name in wanted]
+    return max(sorted(set(found)), key=found.count, default="")
+
+
+def _seconds(runs: Runs, arms: Mapping[str, Arm], arm: Arm, processor: str) -> list[float]:
+    """Of the steps of each seed, and of the search before them; of the runs on a kind of processor."""
     searches = [arms[name] for name in arm.needs() if arms[name].script == SEARCH]
     found = []
     for seed in arm.seeds:
         one = runs.get((arm.name, seed))
         before = [runs.get((search.name, seed_of(search, seed))) for search in searches]
-        if one is not None and all(before) and "step_seconds" in one["training"]:
+        timed = [each is not None and each["cpu"] == processor for each in (one, *before)]
+        if one is not None and all(timed) and "step_seconds" in one["training"]:
             steps = one["training"]["steps"] * one["training"]["step_seconds"]
             found.append(steps + sum(search["seconds"] for search in before))
     return found
@@ -314,14 +325,16 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
     same |= {name: (f"{name}_seconds", "lm") for name in COSTS}
     same |= {name: (name, "lm_as_searched") for name in _searched(scale, times)}
     winners, is_tested = [], False
+    processor = _processor(runs, arms_of_methods(scale)[f"methods{times}x"])
     for name, pair in same.items():
         mine, theirs = (arms[f"{one}.{times}x"] for one in pair)
         gains, ppls = (compare(values(runs, mine, m), values(runs, theirs, m))
                        for m in (f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"))  # fmt: skip
         is_tested |= bool(gains)
         if gains == "above" and ppls != "above":
-            taken, given = (statistics.mean(_seconds(runs, arms, one)) for one in (mine, theirs))
-            winners += [f"`{name}`"] if taken <= EQUAL * given else []
+            taken, given = (_seconds(runs, arms, one, processor) for one in (mine, theirs))
+            if taken and given and statistics.mean(taken) <= EQUAL * statistics.mean(given):
+                winners.append(f"`{name}`")
     if not is_tested:
         return "Not run yet."
     return f"At equal seconds better in needle gain, with perplexity no higher: {', '.join(winners) or 'none'}."

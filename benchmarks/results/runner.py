@@ -156,29 +156,45 @@ class Runner:
         return [(into, [*command, "num_threads=1", f"hydra.run.dir={folder / into}"]) for into, command in found]
 
     def steps(self, arm: Arm, seed: int) -> int:
-        """The steps of an arm that takes as long as another, from what their runs took.
+        """The steps of an arm that takes as long as another, from what their runs took on one kind of processor.
 
         Raises:
-            Failed: these are not done, or the time is up before a training begins.
+            Failed: these are not done, or not on one kind of processor; the time is up before a training begins.
         """
         assert arm.as_long is not None
-        budget = self._training(arm.as_long.arm, seed, "steps") * self._training(arm.as_long.arm, seed, "step_seconds")
-        budget += self._search_seconds(self.arms[arm.as_long.arm], seed) - self._search_seconds(arm, seed)
-        steps = round(budget / self._training(arm.as_long.step_of, seed, "step_seconds"))
+        long, step_of = (self._timed(name) for name in (arm.as_long.arm, arm.as_long.step_of))
+        searches = {True: self._searches(self.arms[arm.as_long.arm], seed), False: self._searches(arm, seed)}
+        processors = {one["cpu"] for one in long} & {one["cpu"] for one in step_of}
+        for one in (*searches[True], *searches[False]):
+            processors &= {one["cpu"]}
+        if not processors:
+            raise Failed(
+                f"{arm.name} needs the times of {arm.as_long.arm} and {arm.as_long.step_of}, which were taken on "
+                f"different processors ({', '.join(sorted({one['cpu'] for one in (*long, *step_of)}))}): run one anew"
+            )
+        processor = max(sorted(processors), key=lambda cpu: sum(one["cpu"] == cpu for one in long))
+
+        def median(runs: Sequence[Record], key: str) -> float:
+            return statistics.median(one["training"][key] for one in runs if one["cpu"] == processor)
+
+        budget = median(long, "steps") * median(long, "step_seconds")
+        for is_given, runs in searches.items():
+            budget += sum(one["seconds"] for one in runs) * (1 if is_given else -1)
+        steps = round(budget / median(step_of, "step_seconds"))
         if steps < self.min_steps:
             raise Failed(f"{arm.name} has {steps} steps left in the time of {arm.as_long.arm}")
         return steps
 
-    def _training(self, name: str, seed: int, key: str) -> float:
-        """Of a run and its other seeds: the median."""
-        found = [self.runs[name, s]["training"][key] for s in self.arms[name].seeds if self.is_done(name, s)]
+    def _timed(self, name: str) -> list[Record]:
+        """The finished runs of an arm, by which its steps are timed."""
+        found = [self.runs[name, seed] for seed in self.arms[name].seeds if self.is_done(name, seed)]
         if not found:
             raise Failed(f"{name} is not done, whose steps are timed")
-        return statistics.median(found)
+        return found
 
-    def _search_seconds(self, arm: Arm, seed: int) -> float:
+    def _searches(self, arm: Arm, seed: int) -> list[Record]:
         needed = [self.arms[name] for name in _referenced(arm) if self.arms[name].script == SEARCH]
-        return sum(self.runs[one.name, seed_of(one, seed)]["seconds"] for one in needed)
+        return [self.runs[one.name, seed_of(one, seed)] for one in needed]
 
     def estimate(self, name: str) -> float:
         """Seconds of a run: what another seed of it took, or a rough guess."""

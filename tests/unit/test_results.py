@@ -347,7 +347,18 @@ def test_equal_seconds_are_steps(tmp_path):
     assert made.steps(SMALL["a_as_b"], 1) == (250 * 0.4 + 60) / 0.5
     ((_, command),) = made.commands("slow_seconds", 1)
     assert "trainer.max_steps=125" in command and "seed=1" in command
-    made.runs["a", 0]["training"]["steps"] = made.runs["a", 1]["training"]["steps"] = 20
+    # Times of another kind of processor are left out; those of two kinds alone are no budget
+    made.runs["a", 0] |= {"cpu": "Another", "training": {"steps": 250, "step_seconds": 9.0}}
+    assert made.steps(SMALL["slow_seconds"], 0) == 125
+    made.runs["a", 1]["cpu"] = "Another"
+    with pytest.raises(Failed, match=r"a and slow, which were taken on different processors \(A CPU, Another\)"):
+        made.steps(SMALL["slow_seconds"], 0)
+    made.runs["search", 0]["cpu"] = "Another"
+    with pytest.raises(Failed, match="different processors"):
+        made.steps(SMALL["a_as_b"], 0)
+    made.runs["search", 0]["cpu"] = "A CPU"
+    for seed in (0, 1):
+        made.runs["a", seed] |= {"cpu": "A CPU", "training": {"steps": 20, "step_seconds": 0.5}}
     with pytest.raises(Failed, match="10 steps left in the time of a"):
         made.steps(SMALL["slow_seconds"], 0)
 
@@ -430,6 +441,15 @@ def test_numbers_of_a_run():
     for arm, metric in (("search", "other"), ("a", "nll"), ("search", "training/seconds"), ("search", "nothing/")):
         with pytest.raises(Missing, match=arm):
             numbers(arm, metric)
+
+
+def test_times_of_different_processors_have_no_ratio():
+    runs = {(name, 0): line(SMALL, name, 0, {"nll": 3.0}, {"step_seconds": seconds}, cpu=cpu)
+            for name, seconds, cpu in (("a", 1.0, "X"), ("b", 2.0, "X"), ("slow", 3.0, "Y"))}  # fmt: skip
+    numbers = Numbers(runs, SMALL, seed=0)
+    assert numbers.ratio("b", "training/step_seconds", "a") == 2.0 and numbers.ratio("slow", "nll", "a") == 1.0
+    with pytest.raises(Missing, match="slow and a on one kind of processor"):
+        numbers.ratio("slow", "training/step_seconds", "a")
 
 
 def synthetic(scale: Scale, of=lambda arm, seed, metric: 1.0) -> dict:
@@ -516,6 +536,12 @@ def test_the_tables_of_methods_tell_what_beats_lm():
     assert text.endswith("perplexity no higher: `self_distill`, `searched`.")
     assert "| `searched` (`rope=searched rope.factors={search.16x}`) | 250 | 3.8 |" in text  # 125 s, and the search
     assert "rope.long_factor=[...]" in text and "| untuned | – | – |" in text
+    elsewhere = {
+        key: run | {"cpu": "Another"} if "self_distill_seconds" in key[0] else run for key, run in runs.items()
+    }
+    found = pages.method_tables(elsewhere, ARMS, SCALE)["methods16x"]
+    assert found.endswith("perplexity no higher: `searched`.")
+    assert "| `self_distill_seconds` | 250 | – |" in found  # no minutes
     one_seed = {key: run for key, run in runs.items() if key[1] == 0}
     assert "better" not in pages.method_tables(one_seed, ARMS, SCALE)["methods16x"].partition("Against lm")[0]
 
