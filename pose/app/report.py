@@ -141,7 +141,8 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
     return Source(
         kind="training",
-        facts=_training_facts(flat, window, target, is_finished=bool(metrics))
+        facts={"State": _state(flat, metrics)}
+        | _training_facts(flat, window, target)
         | _measured_on(flat)
         | _how(folder, provenance),
         models=_models(folder, metrics),
@@ -154,7 +155,17 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     )
 
 
-def _training_facts(flat: Mapping[str, str], window: int | None, target: int | None, is_finished: bool) -> dict:
+def _state(flat: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
+    """Of a training; "" where it is finished."""
+    if not metrics:
+        return "not finished: it has no metrics.json"
+    done, asked = _whole(metrics.get("train/steps")), flat.get("trainer.max_steps", "")
+    if done is None or not asked.isdecimal() or done >= int(asked):
+        return ""
+    return f"not finished: what was measured is of {done:,} of {int(asked):,} steps"
+
+
+def _training_facts(flat: Mapping[str, str], window: int | None, target: int | None) -> dict[str, str]:
     """What a run trained, from its config."""
 
     def of(key: str) -> str:
@@ -171,14 +182,13 @@ def _training_facts(flat: Mapping[str, str], window: int | None, target: int | N
     trained = "all weights" if rank in ("", "null") else f"LoRA of rank {rank}"
     batch = f"{of('trainer.max_steps')} steps of {of('trainer.global_batch')} examples"
     return {
-        "State": "" if is_finished else "not finished: it has no metrics.json",
-        "Model": of("model.path"),
+        "Model": "random weights" if of("model.path") == "null" else of("model.path"),
         "Window": f"{'?' if window is None else f'{window:,}'} → {'?' if target is None else f'{target:,}'} tokens",
         "Sampler": f"{method('pose', ('target_len', 'train_len'))}, examples of {of('pose.train_len')} tokens",
         "RoPE": method("rope", ()),
         "Training": f"{trained}, {batch}, learning rate {of('finetune.lr')}",
         "Seed": of("seed"),
-        "Data": _words(of("data.documents")),
+        "Data": _documents(flat, "data.documents"),
     }
 
 
@@ -187,7 +197,14 @@ def _measured_on(flat: Mapping[str, str]) -> dict[str, str]:
     from pose.reporting.page import DOCUMENTS
 
     is_measured = "perplexity" in flat.get("eval.tasks", "")
-    return {DOCUMENTS: _words(flat.get("eval.documents", ""))} if is_measured else {}
+    return {DOCUMENTS: _documents(flat, "eval.documents")} if is_measured else {}
+
+
+def _documents(flat: Mapping[str, str], key: str) -> str:
+    """Files or a data set, which has a path, a name and a split of its own."""
+    parts = {name.removeprefix(f"{key}."): value for name, value in flat.items() if name.startswith(f"{key}.")}
+    fields = [f"{name}={value}" for name, value in parts.items() if name != "path" and value != "null"]
+    return " ".join([parts["path"], *fields]) if "path" in parts else _words(flat.get(key, ""))
 
 
 def _how(folder: Path, provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -197,7 +214,7 @@ def _how(folder: Path, provenance: Mapping[str, Any]) -> dict[str, str]:
     versions += [f"Python {provenance['python']}"] if provenance.get("python") else []
     machine = provenance.get("gpu") or f"{provenance.get('processor')} CPU, {provenance.get('cpu_threads')} threads"
     commit = str(provenance.get("commit") or "not known")[:12]
-    done = next((folder / name for name in ("metrics.json", "provenance.json") if (folder / name).is_file()), None)
+    done = next((folder / name for name in ("metrics.json", "results.json") if (folder / name).is_file()), None)
     when = None if done is None else datetime.fromtimestamp(done.stat().st_mtime, UTC)
     return {
         "Command": str(provenance.get("command") or ""),

@@ -98,7 +98,10 @@ def _measured(lines: Sequence[Line], panel: str, sources: Sequence[Source]) -> P
             "encoding": base | {"shape": _by_line(lines, "shape"), "tooltip": tooltip},
         },
     ]
-    marks = _marks([("window", s.window) for s in sources] + [("target", s.target) for s in sources], rows)
+    places = [row["x"] for row in rows]
+    if panel == "position":  # points are at the middle of a bin: the target is where the last one ends
+        places = [0, max(plots.last_position(line.estimates) for line in lines)]
+    marks = _marks([("window", s.window) for s in sources] + [("target", s.target) for s in sources], places)
     return Panel(capital(plots.title_of(panel)), note, _chart(rows, [*marks, *layers]))
 
 
@@ -188,6 +191,9 @@ def training(sources: Sequence[Source], lines: Sequence[Line], name_of: Mapping[
                 for length in lengths
                 for step, value in _thinned(by_length[length])
             )
+    for name, rows in smooth.items():  # beside others, a run that has just begun is shown as it was logged
+        runs = {row["run"] for row in rows}
+        rows += [] if is_alone else [row for row in logged[name] if row["run"] not in runs]
     panels = {name: _curve(name, rows, smooth.get(name), lines, is_alone) for name, rows in logged.items()}
     losses = [panel for name, panel in panels.items() if name.startswith("train/loss")]
     others = [panel for name, panel in panels.items() if not name.startswith("train/loss")]
@@ -265,7 +271,7 @@ def coverage(sources: Sequence[Source], lines: Sequence[Line], name_of: Mapping[
         over = base | {"strokeDash": _by_line(lines, "dash"), "opacity": OPACITY}
         tooltip = [_tip("line", "model"), _tip("x", "distance (tokens)", ",d"), _tip(name, title, ".3~g")]
         layers = [
-            *_marks([("window", source.window) for source in sources], rows),
+            *_marks([("window", source.window) for source in sources], [row["x"] for row in rows]),
             {"mark": {"type": "line", "strokeWidth": 1.5}, "encoding": over},
             {"mark": UNDER_THE_POINTER, "encoding": base | {"tooltip": tooltip}},
         ]
@@ -321,9 +327,13 @@ def _tip(name: str, title: str, form: str | None = None) -> Spec:
     return {"field": name, "title": title} | number
 
 
-def _marks(marked: Sequence[tuple[str, int | None]], rows: Rows) -> list[Spec]:
-    """Upright lines, with their labels, inside of what is drawn; none where they would be too many."""
-    places = [row["x"] for row in rows]
+def _marks(marked: Sequence[tuple[str, int | None]], places: Sequence[float]) -> list[Spec]:
+    """Upright lines, with their labels, inside of what is drawn; none where they would be too many.
+
+    Args:
+        marked: labels, and where each is.
+        places: on the horizontal axis, of what is drawn.
+    """
     label_of: dict[int, str] = {}
     for label, at in marked:
         if at is not None and min(places) <= at <= max(places):

@@ -85,14 +85,14 @@ def summary(run: Finished) -> dict[str, float]:
         for name, value in read_json(run.folder / "metrics.json").items()
         if name.startswith(("cost/", "coverage/", "best/"))
     }
-    places = {str(run.window): "window", str(run.target): "target"}
+    places = {"window": str(run.window), "target": str(run.target)}
     for model, estimates in run.results.items():
         for name, estimate in estimates.items():
             if not (POSITION.fullmatch(name) or NEEDLE.fullmatch(name)):
                 found[_prefix(model) + name] = estimate.value
                 family, _, length = name.partition("@")
-                if length in places:
-                    found[f"{_prefix(model)}{places[length]}/{family}"] = estimate.value
+                for place in [place for place, at in places.items() if at == length]:
+                    found[f"{_prefix(model)}{place}/{family}"] = estimate.value
     return found
 
 

@@ -117,17 +117,24 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
     others: list[Line] = []
     references: list[Line] = []
     evaluated: dict[tuple[str, str], dict[str, Estimate]] = {}
+    differing = _differing(sources)
+
+    def about(of: Sequence[Source]) -> str:
+        """Not the command, which is the same for all jobs of a sweep and names the settings of each."""
+        facts = [one_line(fact) for one in of for label, fact in one.facts.items() if label != "Command"]
+        settings = [one_line(f"{key}={one.config[key]}") for one in of for key in differing if key in one.config]
+        return " ".join(dict.fromkeys([*facts, *settings]))
+
     for group in _over_seeds(sources):
         extended = [source.models["extended"] for source in group if "extended" in source.models]
-        about = " ".join({one_line(fact) for source in group for fact in source.facts.values()})
         if len(group) > 1:
             name = re.sub(r"\bseed=\S+\s*", "", group[0].name).strip() or "all"
-            several = f"{len(group)} " + ("seeds" if len({one.config.get("seed") for one in group}) > 1 else "runs")
-            mean = line(f"{name} ({several})", _mean(extended), f"lowest to highest of {several}", about)
+            several = f"{len(extended)} of " * (len(extended) < len(group)) + f"{len(group)} "
+            several += "seeds" if len({one.config.get("seed") for one in group}) > 1 else "runs"
+            mean = line(f"{name} ({several})", _mean(extended), f"lowest to highest of {several}", about(group))
             first.append(mean)
             name_of |= {source.name: mean.name for source in group}
         for source in group:
-            about = " ".join(map(one_line, source.facts.values()))
             if source.kind == "evaluation":
                 for model, estimates in source.models.items():
                     same = evaluated.setdefault((model, source.identities.get(model, source.name)), {})
@@ -138,9 +145,9 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
                         is_new, same = True, dict(estimates)
                     if is_new:
                         name = f"{source.name}: {model}" if one_line(model) in names else model
-                        first.append(line(name, same, about=about))
+                        first.append(line(name, same, about=about([source])))
                 continue
-            own = line(source.name, source.models.get("extended", {}), about=about, is_shown=len(group) == 1)
+            own = line(source.name, source.models.get("extended", {}), about=about([source]), is_shown=len(group) == 1)
             (first if len(group) == 1 else others).append(own)
             name_of.setdefault(source.name, own.name)
     trained = [source for source in sources if source.kind == "training"]
@@ -151,6 +158,12 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
         else:
             others += [line(f"{name}: {model}", estimates, is_shown=False) for name, estimates in having]
     return _styled([*references, *first, *others]), name_of
+
+
+def _differing(sources: Sequence[Source]) -> list[str]:
+    """The settings that are not the same in all, where they are there."""
+    keys = dict.fromkeys(key for source in sources for key in source.config)
+    return [key for key in keys if len({one.config[key] for one in sources if key in one.config}) > 1]
 
 
 def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:

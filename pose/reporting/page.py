@@ -26,7 +26,10 @@ from pose.reporting.tables import main_families, series
 ASSETS = Path(__file__).parent / "assets"
 LIBRARIES = ("vega-6.4.0", "vega-lite-6.5.0", "vega-embed-7.3.0")
 DOCUMENTS = "Measured on"  # the label of a fact
-TOKENS = ("eval.windows", "eval.max_documents", "eval.draw_documents", "eval.tail")  # say which tokens are scored
+TOKENS = (  # say which tokens are scored
+    "eval.windows", "eval.max_documents", "eval.draw_documents", "eval.tail", "eval.min_tokens", "eval.text_field",
+    "eval.add_bos",
+)  # fmt: skip
 NOTES = {  # below headings
     "position": "Perplexity of the tokens at each part of the longest window: a break cannot hide in an average.",
     "needle_gain": "What the needle's value saves of the answer: 0 where nothing comes from the needle.",
@@ -116,7 +119,9 @@ def _remark(sources: Sequence[Source]) -> str:
     if len({source.facts.get(DOCUMENTS) for source in measured}) > 1:
         return "Perplexity was measured on different documents (What was run): compare it within one of them."
     settings = {"longest length": [f"{longest[source.name]:,}" for source in measured]}
-    settings |= {key: [source.config.get(key, "") for source in measured] for key in TOKENS}
+    are_drawn = any(source.config.get("eval.draw_documents") == "true" for source in measured)
+    keys = (*TOKENS, "eval.seed") if are_drawn else TOKENS
+    settings |= {key: [source.config.get(key, "") for source in measured] for key in keys}
     differing = [f"{key} {' and '.join(dict.fromkeys(of))}" for key, of in settings.items() if len(set(of)) > 1]
     if not differing:
         return ""

@@ -368,6 +368,11 @@ def points_of(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
     return {float(n): value for n, value in series(metrics, panel).items()}
 
 
+def last_position(metrics: Metrics) -> int:
+    """Where the last bin of perplexity by position ends; 0 where there is none."""
+    return max((int(found[2]) for name in metrics if (found := POSITION.fullmatch(name))), default=0)
+
+
 def title_of(family: str) -> str:
     """Of a panel: what is measured, and its unit."""
     metric = describe(family)

@@ -116,8 +116,12 @@ def test_it_is_sorted_the_best_first(visit):
         """const button = head("tail_ppl", 0).querySelector("button");
         button.click(); seen.best = names(); seen.order = head("tail_ppl", 0).getAttribute("aria-sort");
         button.click(); seen.worst = names();
-        head("passkey", 1).querySelector("button").click(); seen.passkey = names();"""
+        head("passkey", 1).querySelector("button").click(); seen.passkey = names();
+        const of = () => [...document.querySelectorAll("#models tbody .name")];
+        of().find((each) => each.textContent.includes("script")).textContent = "zzz";
+        document.querySelector("#models thead button").click(); seen.alphabet = of().map((each) => each.textContent);"""
     )
+    assert seen["alphabet"] == ["plain", "untuned", "zzz"], "not by the marks before the names"
     assert seen["best"] == ["plain", HOSTILE, "untuned"] and seen["order"] == "ascending"
     assert seen["worst"] == seen["passkey"] == seen["best"][::-1]
 

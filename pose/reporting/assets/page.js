@@ -91,7 +91,7 @@
         const key = (row) => {
           const cell = row.cells[column];
           if (cell.dataset.value !== undefined) return cell.dataset.value === "" ? null : Number(cell.dataset.value);
-          const text = cell.textContent.trim();
+          const text = (cell.querySelector(".name") ?? cell).textContent.trim(); // without the mark of its line
           return text === "" ? null : Number.isNaN(Number(text)) ? text : Number(text);
         };
         const sign = order === "ascending" ? 1 : -1;

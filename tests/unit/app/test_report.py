@@ -132,6 +132,27 @@ def test_a_run_that_is_not_finished_has_what_it_logged(run):
     write_report([folder], folder / "report.html")
 
 
+def test_a_run_that_goes_on_with_more_steps_is_not_finished(run):
+    """Its metrics.json is of the steps before."""
+    folder = run(config=CONFIG + "trainer: {max_steps: 3000}\n")
+    (source,) = read(folder)
+    assert source.facts["State"] == "not finished: what was measured is of 20 of 3,000 steps"
+    (source,) = read(run("done", config=CONFIG + "trainer: {max_steps: 20}\n"))
+    assert source.facts["State"] == "" and source.facts["Ended"]
+    (folder / "metrics.json").unlink()
+    assert read(folder)[0].facts["Ended"] == "", "it has none, whenever it began"
+
+
+def test_data_sets_are_named_by_path_and_fields(run):
+    config = CONFIG.replace("documents: held.jsonl", "documents: {path: emozilla/pg19, name: null, split: test}")
+    (source,) = read(run(config=config))
+    assert source.facts["Measured on"] == "emozilla/pg19 split=test" and source.facts["Data"] == "a.jsonl, b.jsonl"
+
+
+def test_a_model_of_random_weights_is_called_so(run):
+    assert read(run(config=CONFIG.replace("assets/tiny", "null")))[0].facts["Model"] == "random weights"
+
+
 @pytest.mark.parametrize(
     "name", ["config.yaml", "provenance.json", "metrics.json", "metrics.csv", "coverage.csv", "results.csv"]
 )

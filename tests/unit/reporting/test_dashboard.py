@@ -1,5 +1,6 @@
 """What a finished run leaves in W&B and TensorBoard, read back from what they store."""
 
+import dataclasses
 import io
 import json
 import math
@@ -89,6 +90,12 @@ def test_single_numbers_are_grouped(finished):
         "eval/ruler/niah_multikey_1@1024": 0.25, "eval/target/ruler/niah_multikey_1": 0.25,
         "eval/harness/boolq": 0.625,
     }  # fmt: skip
+
+
+def test_a_model_whose_target_is_its_window_has_both_names(finished):
+    """As that of an evaluation which was not extended: it is compared with others at their windows."""
+    found = summary(dataclasses.replace(finished, window=1024))
+    assert found["eval/window/passkey"] == found["eval/target/passkey"] == found["eval/passkey@1024"]
 
 
 def test_curves_have_a_row_for_each_length_and_position(finished):

@@ -38,6 +38,27 @@ def test_runs_that_differ_in_their_seed_are_shown_by_their_mean():
     assert "linear" in lines[2].about and "linear" not in mean.about, "what the filter looks at"
 
 
+def test_a_mean_tells_of_how_many_seeds_it_is():
+    jobs = [run(f"seed={seed}", str(seed), ppl=ppl) for seed, ppl in ((0, 2.0), (1, 4.0))]
+    begun = Source("seed=2", "runs/2", "training", {"RoPE": "yarn"}, {"seed": "2", "rope": "yarn"})
+    lines, name_of = lines_of([*jobs, begun])
+    assert lines[1].name == "all (2 of 3 seeds)" == name_of["seed=2"]
+    assert lines[1].spread == "lowest to highest of 2 of 3 seeds" and lines[1].estimates["ppl@8"].value == 3.0
+
+
+def test_the_filter_finds_a_job_by_its_own_settings():
+    """The command of a sweep has those of all its jobs."""
+
+    def job(i, rope, warmup):
+        facts = {"RoPE": rope, "Command": "python train.py -m rope=yarn,linear"}
+        config = {"rope": rope, "finetune.warmup_steps": warmup, "finetune.schedule": "linear"}
+        return Source(f"job {i}", f"runs/{i}", "training", facts, config, {"extended": {"ppl@8": Estimate(3.0)}})
+
+    lines, _ = lines_of([job(0, "yarn", "10"), job(1, "linear", "20")])
+    assert ["linear" in line.about for line in lines] == [False, True], "a setting of both is not in it either"
+    assert ["finetune.warmup_steps=20" in line.about for line in lines] == [False, True]
+
+
 def test_the_same_run_twice_is_no_two_seeds():
     lines, _ = lines_of([run("a"), run("b")])
     assert shown(lines) == ["untuned", "a (2 runs)"]

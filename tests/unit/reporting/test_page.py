@@ -171,6 +171,23 @@ def test_training_and_coverage_are_thinned():
     assert pairs["layer"][-1]["encoding"]["y"]["scale"]["type"] == "log"
 
 
+def test_a_run_that_has_just_begun_is_beside_a_longer_one():
+    """It has too few steps to smooth."""
+    longer, begun = ([{"step": str(i), "train/loss": "3.0"} for i in range(n)] for n in (25, 4))
+    _, specs = read(run(logged=longer), run("b", logged=begun))
+    (loss,) = [spec for spec in specs if any("run" in row for row in spec["data"]["values"])]
+    assert {row["run"] for row in loss["data"]["values"]} == {"mine", "b"}
+
+
+def test_window_and_target_are_marked_by_position_too():
+    """The last point is at the middle of its bin, below the target."""
+    ppl = {f"position_ppl@{i}-{i + 128}": Estimate(40.0) for i in range(0, 512, 128)}
+    _, specs = read(run(estimates=ppl))
+    (position,) = [spec for spec in specs if "position in the window" in json.dumps(spec)]
+    marks = [layer["data"]["values"] for layer in position["layer"] if "data" in layer]
+    assert marks[0] == [{"at": 256, "label": "window 256"}, {"at": 512, "label": "target 512"}]
+
+
 def test_cost_is_what_is_known():
     reader, _ = read(run(cost={"training": {"seconds": 90.5, "tokens": 1_000_000}}), run("b", cost={"training": {}}))
     assert cells(reader, "What") == ["Seconds", "Tokens"], "a column for each thing that is known"
@@ -209,6 +226,9 @@ def test_perplexities_of_different_documents_are_remarked_on():
         (("8", "16"), ({}, {}), "longest length 8 and 16"),
         (("8", "8"), ({"eval.windows": "4"}, {"eval.windows": "8"}), "eval.windows 4 and 8"),
         (("8", "8"), ({"eval.trials": "4"}, {"eval.trials": "8"}), None),
+        (("8", "8"), ({"eval.add_bos": "true"}, {"eval.add_bos": "false"}), "eval.add_bos true and false"),
+        (("8", "8"), ({"eval.seed": "0"}, {"eval.seed": "1"}), None),  # of prompts alone
+        (("8", "8"), [{"eval.draw_documents": "true", "eval.seed": seed} for seed in "01"], "eval.seed 0 and 1"),
     ],
 )
 def test_perplexities_of_different_tokens_are_remarked_on(lengths, settings, said):
