@@ -181,8 +181,7 @@ def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate],
         attention = models.attention_on(cfg.attention, candidate.device)
         model = build_model(candidate.config, candidate.path, attention, candidate.dtype, cfg.revision)
         model.to(candidate.device)  # type: ignore[arg-type]  # transformers wraps torch's method
-        with torch.no_grad():
-            check_loss(model, candidate.device)  # scores are taken from hidden states too
+        check_loss(model, candidate.device)  # scores are taken from hidden states too
         return model
 
     suite = candidate.suite

@@ -29,6 +29,7 @@ from pose.modeling.attention import preferred_kernels, resolve_backend
 from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.export.engines import misread_by
 from pose.modeling.export.rope import where_the_factor_is
+from pose.modeling.guards import check_loss
 from pose.modeling.layers import cache_width
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
@@ -260,7 +261,9 @@ class Run:
 
         def load():
             model = build_model(config, path, attention, dtype, self.cfg.model.revision)
-            return model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's method
+            model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's method
+            check_loss(model, device)  # scores are taken from hidden states too
+            return model
 
         log.info(f"Measuring {what} ...")
         return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under)

@@ -132,6 +132,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     from pose.evaluation.scoring import Scorer
     from pose.evaluation.suite import far_depths
     from pose.modeling.checkpoints.fingerprint import fingerprint
+    from pose.modeling.guards import check_loss
     from pose.modeling.load import build_model, check_weights, load_tokenizer
 
     options: schema.SearchOptions = schema.to_options(cfg.search, schema.SearchOptions)
@@ -168,6 +169,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     runtime.save_config(cfg, folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
+    check_loss(model, device)  # answers are scored from hidden states
     scorer = Scorer(model)
     own, heldout = (NeedleFitness(scorer, one, cfg.pose.target_len, depths, options.trials) for one in prompts)
     return _Task(geometry, cfg.pose.target_len, scaling, evolution, own, heldout, settings, tried, generations)

@@ -15,7 +15,7 @@ from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError
 from pose.evaluation.needle import exactly
 from pose.evaluation.scoring import Scorer
-from pose.evaluation.task import NORMAL_95, Estimate, Metric, TaskByLength, are_numbers, describe, ratio
+from pose.evaluation.task import Estimate, Metric, TaskByLength, are_numbers, describe, ratio, student_95
 from pose.tasks.haystack import words_digest
 from pose.tasks.needle_gain import SwapPrompts
 
@@ -149,7 +149,7 @@ class NeedleGain(TaskByLength):
 
 
 def mean(gains: Sequence[float]) -> Estimate:
-    """Of prompts, with its bootstrap interval."""
+    """Of prompts, with its interval."""
     return ratio(gains, [1.0] * len(gains))
 
 
@@ -168,7 +168,7 @@ def kept(gains: Sequence[float], inside: Sequence[float]) -> Estimate:
     if num < 2:
         return Estimate(math.nan, num=num)
     top, bottom = float(np.mean(gains)), float(np.mean(inside))
-    (top_var, both), (_, bottom_var) = NORMAL_95**2 * np.cov(gains, inside) / num
+    (top_var, both), (_, bottom_var) = student_95(num - 1) ** 2 * np.cov(gains, inside) / num
     # The shares r for which the mean of gains - r inside is within its interval of 0: a r^2 - 2 b r + c <= 0
     a, b, c = bottom**2 - bottom_var, top * bottom - both, top**2 - top_var
     if not (bottom > 0 and a > 0):

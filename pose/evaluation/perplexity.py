@@ -135,7 +135,8 @@ def truncated(
     """
     lengths = sorted(set(lengths))
     longest = lengths[-1]
-    starts = spread(len(document) - longest, windows)
+    # Of a document that is hardly longer than one window several would score the same tokens again and again
+    starts = spread(len(document) - longest, min(windows, -(-len(document) // longest)))
     whole = _nll(scorer, document, starts, longest, longest - 1, bos_id)
     sums: Sums = {}
     for n in lengths:

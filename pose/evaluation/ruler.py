@@ -29,7 +29,6 @@ from pose.evaluation.task import (
     are_numbers,
     are_shares,
     describe,
-    ratio,
     wilson,
 )
 from pose.tasks.haystack import words_digest
@@ -124,10 +123,8 @@ class Ruler(TaskByLength):
 
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         return {
-            f"{self.name}@{n}": wilson(sum(scores), len(scores))
-            if set(scores) <= {0, 1}  # a bootstrap of scores that are all 0 or all 1 has no width
-            else ratio(scores, [1] * len(scores))
-            for n, scores in ((n, outcome["scores"]) for n, outcome in outcomes.items())
+            f"{self.name}@{n}": wilson(sum(outcome["scores"]), len(outcome["scores"]))
+            for n, outcome in outcomes.items()
         }
 
     def _ids(self, prompt: RulerPrompt, length: int) -> np.ndarray:

@@ -131,6 +131,7 @@ def check_chunks_attend(model: PreTrainedModel, target_len: int, device):
             )
 
 
+@torch.no_grad()
 def check_loss(model: PreTrainedModel, device) -> tuple[float, float]:
     """The chunked loss is the model's own: nothing between the hidden states and its logits is left out.
 

@@ -4,12 +4,20 @@ import gzip
 import importlib.util
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 pytestmark = pytest.mark.slow
 SMALL = (
@@ -107,6 +115,25 @@ def test_a_baichuan_folder(script, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     own = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert tokenizer(text[:2000]).input_ids == own.encode(text[:2000])
+
+
+def test_logits_that_are_changed_after_the_head_are_refused_before_anything_is_measured(script, tmp_path):
+    """Perplexity of train.py, of evaluate.py and of the search is taken from hidden states and the head."""
+    base = tmp_path / "granite"
+    shutil.copytree("assets/tiny", base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = GraniteConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256, logits_scaling=8.0, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    GraniteForCausalLM(config).save_pretrained(base)
+    commands = {
+        "train.py": ("model=local", f"model.path={base}", "pose.target_len=512", *SMALL, "eval.lengths=[256,512]"),
+        "evaluate.py": (f"ckpt={base}", "eval=perplexity", "eval.lengths=[256]", "eval.windows=1"),
+    }
+    for name, arguments in commands.items():
+        result = script(name, *arguments, f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/{name}")
+        assert result.returncode != 0 and "(granite) changes its logits after the head" in result.stderr, name
+        assert "ppl" not in result.stdout and not list((tmp_path / "cache" / ".outcomes").rglob("*.json")), name
 
 
 # train.py, but for the export's check on a text beyond the window, which takes a minute of this model

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
-from pose.evaluation.perplexity import Perplexity, sliding, spread
+from pose.evaluation.perplexity import Perplexity, sliding, spread, truncated
 from pose.evaluation.scoring import Scorer
 from pose.modeling.load import build_model, load_config, scale_config
 from pose.rope import Dynamic
@@ -88,7 +88,7 @@ def plain(losses, documents, lengths, *, windows, tail, bin, stride, sliding_tok
     scored, bytes_of = {}, {}
     longest = max(lengths)
     for document in documents:
-        for start in plain_starts(len(document) - longest, windows):
+        for start in plain_starts(len(document) - longest, min(windows, math.ceil(len(document) / longest))):
             for n in lengths:
                 for t, loss in losses(document, start, start + n).items():
                     scored.setdefault(f"ppl@{n}", []).append(loss)
@@ -160,6 +160,15 @@ def test_everything_is_that_of_a_plain_loop(kind, windows, tail, bin, stride):
     wanted = plain(Losses(stock, bos), documents, lengths, **options)
     assert ours.keys() == wanted.keys()
     assert ours == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_document_counts_by_its_text_and_not_by_its_windows():
+    """Several windows of one hardly longer than they would score the same tokens again and again."""
+    for tokens, scored in ((64, 63), (71, 2 * 63), (128, 2 * 63), (129, 3 * 63), (600, 8 * 63)):
+        outcome = truncated(
+            Recorder(1), np.zeros(tokens, int), [64], token_bytes=np.ones(1, int), windows=8, tail=None, bin=64
+        )
+        assert outcome["ppl@64"][1] == scored, tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,14 +271,17 @@ def test_means_are_over_tokens_not_over_documents():
 
 
 def test_intervals_are_over_documents():
-    """The bootstrap written out: documents drawn with replacement, by their tokens."""
+    """Of documents, by their tokens."""
     task = Perplexity([np.zeros(9, int)] * 3, "abc", [9], token_bytes=np.ones(1, int))
     outcomes = {"0:a": {"ppl@9": [8.0, 8, 16]}, "1:b": {"ppl@9": [40.0, 16, 32]}, "2:c": {"ppl@9": [9.0, 8, 24]}}
     assert list(task.units()) == list(outcomes)
     found = task.summarise(outcomes)
     assert set(found) == {"ppl@9", "bits_per_byte@9"}
     assert found["ppl@9"].value == pytest.approx(math.exp(57 / 32)) and found["ppl@9"].num == 3
-    assert math.exp(1) <= found["ppl@9"].low < found["ppl@9"].value < found["ppl@9"].high <= math.exp(2.5)
+    rest = [8 - 57 / 4, 40 - 57 / 2, 9 - 57 / 4]  # of losses over what the mean of all gives
+    half = 4.3027 * math.sqrt(3 / 2 * sum(one**2 for one in rest)) / 32
+    assert found["ppl@9"].low == pytest.approx(math.exp(57 / 32 - half), rel=1e-4)
+    assert found["ppl@9"].high == pytest.approx(math.exp(57 / 32 + half), rel=1e-4)
     assert found["bits_per_byte@9"].value == pytest.approx(57 / math.log(2) / 72)
     assert found["bits_per_byte@9"].low < found["bits_per_byte@9"].value < found["bits_per_byte@9"].high
     one = task.summarise({"0:a": outcomes["0:a"]})["ppl@9"]

@@ -1,9 +1,11 @@
 """Intervals: against published values, and by how often they hold what they should."""
 
+import math
+
 import numpy as np
 import pytest
 
-from pose.evaluation.task import ratio, wilson
+from pose.evaluation.task import ratio, student_95, wilson
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,10 @@ def test_wilsons_interval(successes, trials, low, high):
 def test_a_ratio_is_weighted_by_its_denominators():
     estimate = ratio([10.0, 300.0], [10, 100], np.exp)
     assert estimate.value == pytest.approx(np.exp(310 / 110))
-    assert estimate.low == pytest.approx(np.exp(1.0)) and estimate.high == pytest.approx(np.exp(3.0))
+    # Both items are 200 / 11 from the line through their ratio; t of one degree of freedom
+    half = 12.7062 * math.sqrt(2 * 2 * (200 / 11) ** 2) / 110
+    assert estimate.low == pytest.approx(np.exp(310 / 110 - half), rel=1e-4)
+    assert estimate.high == pytest.approx(np.exp(310 / 110 + half), rel=1e-4)
     assert estimate.num == 2
     assert type(estimate.value) is float
 
@@ -33,23 +38,34 @@ def test_one_document_has_no_interval():
     assert ratio([3.0], [2]) == (1.5, None, None, 1)
 
 
-def test_the_bootstrap_holds_the_mean_about_95_times_in_100():
+@pytest.mark.parametrize("num", [2, 3, 5, 20, 40])
+def test_the_interval_holds_the_mean_about_95_times_in_100(num):
+    """Of few items too, and of items of different sizes."""
     rng = np.random.default_rng(0)
     held = 0
-    for _ in range(400):
-        lengths = rng.integers(50, 200, 40)
-        losses = rng.normal(2.0, 0.5, 40) * lengths
+    for _ in range(1000):
+        lengths = rng.integers(50, 200, num)
+        losses = rng.normal(2.0, 0.5, num) * lengths
         estimate = ratio(losses, lengths)
         held += estimate.low <= 2.0 <= estimate.high
-    assert 0.90 < held / 400 < 0.98
+    assert 0.92 < held / 1000 < 0.98
 
 
-def test_resamples_are_weighted_too():
-    """One long item and many short ones: resamples have from none of the long one to several."""
-    estimate = ratio([1000.0, *[0.0] * 9], [1000, *[1] * 9])
-    assert estimate.low == 0 and estimate.high > 0.99 and estimate.value == pytest.approx(1000 / 1009)
+def test_an_interval_of_equal_weights_is_students():
+    estimate = ratio([1.0, 2.0, 4.0, 5.0], [1.0] * 4)
+    half = 3.1824 * math.sqrt(10 / 3 / 4)  # t of 3 degrees of freedom times the standard error
+    assert (estimate.low, estimate.high) == (pytest.approx(3 - half), pytest.approx(3 + half))
 
 
-def test_the_same_outcomes_have_the_same_interval():
-    losses = np.random.default_rng(3).random(50)
-    assert ratio(losses, np.ones(50)) == ratio(losses, np.ones(50))
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # R 4: qt(0.975, df)
+    [(1, 12.70620), (4, 2.77645), (5, 2.57058), (7, 2.36462), (19, 2.09302), (100, 1.98397), (10_000, 1.96020)],
+)
+def test_students_quantile(freedom, quantile):
+    assert student_95(freedom) == pytest.approx(quantile, abs=5e-4)
+
+
+def test_a_bound_beyond_every_number_is_infinite():
+    """Two documents that have nothing to do with each other say nothing of a third."""
+    estimate = ratio([1.0, 3000.0], [1, 10], np.exp)
+    assert estimate.low < 1e-100 and estimate.high == math.inf
