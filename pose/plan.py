@@ -262,12 +262,13 @@ class Training:
         train_embeddings_and_norms: beside adapters.
         optimizer: one of OPTIMIZER_BYTES.
         weight_bytes: of a matrix's weight that trains, outside DeepSpeed: 4, or 2 with adamw8bit.
-        frozen_bytes: of one that does not: 4, 2, or NF4_BYTES in the matrices of layers, and 2 in embedding and head.
+        frozen_bytes: of one that does not: 4, 2, or NF4_BYTES in the matrices of layers, with original_bytes in
+            embedding and head.
         objective: one of OBJECTIVES.
         skipped: s, the share of an example's tokens from the first skip on; of two views.
         num_compared: layers whose states long_short compares with the original's.
-        original_bytes: of a weight of the frozen original that long_short keeps beside a model all of whose weights
-            train.
+        original_bytes: of a weight as its checkpoint has it: of the frozen original that long_short keeps beside a
+            model all of whose weights train, and of what does not train beside adapters.
 
     Raises:
         ConfigError: a value that is not accepted, or a batch that cannot be dealt out.
@@ -402,7 +403,7 @@ class Training:
 
     def full_length(self) -> "Training":
         """The same with examples as long as the target, which have plain positions alone."""
-        return replace(self, train_len=self.target_len, objective="lm")
+        return replace(self, train_len=self.target_len, objective="lm", num_compared=0)
 
     # ----- FLOPs -----
 
@@ -511,7 +512,10 @@ class Training:
         if self.strategy in ("ddp", "fsdp"):
             share = share if self.strategy == "fsdp" else 1.0
             matrices = self.shape.num_layers * self.shape.layer_matrices if self.rank is not None else 0
-            held = self.frozen_bytes * matrices + max(self.frozen_bytes, 2) * (frozen - matrices)
+            rest = (
+                self.original_bytes if self.frozen_bytes == NF4_BYTES else self.frozen_bytes
+            )  # embedding, head, norms
+            held = self.frozen_bytes * matrices + rest * (frozen - matrices)
             return {
                 "weights": (self.weight_bytes * trained + held + original) * share,
                 "gradients": MASTER * trained * share,
@@ -818,29 +822,62 @@ def _changes(training: Training) -> list[tuple[tuple[str, ...], dict[str, Any]]]
     if training.devices > 1 and training.strategy not in ("fsdp", "zero3"):
         found.append((("strategy=fsdp",), keep | {"strategy": "fsdp"}))
     single = training.strategy == "ddp" and training.precision == "bf16-mixed"
+    # What was asked for by itself stays, whatever group is chosen behind it
+    is_8bit = training.optimizer == "adamw8bit"
+    adamw = ("finetune.optimizer=adamw", "finetune.weights_dtype=auto") if is_8bit else ()
+    whole: dict[str, Any] = {"optimizer": "adamw", "weight_bytes": MASTER} if is_8bit else {}
     if training.rank is None and single and training.devices == 1 and training.optimizer == "adamw":
         found.append((("finetune.optimizer=adamw8bit",), {"optimizer": "adamw8bit", "weight_bytes": 2}))
     if training.rank is None:
-        lora = {"rank": 8, "optimizer": "adamw", "weight_bytes": MASTER, "frozen_bytes": 2}
-        found.append((("finetune=lora",), lora))
+        lora = {"rank": 8, "optimizer": "adamw", "weight_bytes": MASTER, "frozen_bytes": training.original_bytes}
+        found.append((("finetune=lora", *adamw), lora))
         if single:
-            found.append((("finetune=qlora",), lora | {"frozen_bytes": NF4_BYTES}))
+            found.append((("finetune=qlora", *adamw), lora | {"frozen_bytes": NF4_BYTES}))
     elif single and training.frozen_bytes > 1:
         found.append((("finetune.lora.frozen_dtype=nf4",), {"frozen_bytes": NF4_BYTES}))
     for devices in (2, 4, 8, 16, 32):
-        if devices > training.devices and training.global_batch % (devices * training.micro_batch) == 0:
-            sharded = keep | {"strategy": "fsdp", "devices": devices}
+        share, size = training.global_batch // devices, training.micro_batch
+        is_kept = size == 1 or share >= training.num_views * size  # as `micro_batch_of_views` has it
+        if devices > training.devices and training.global_batch % (devices * size) == 0 and is_kept:
+            sharded = keep | whole | {"strategy": "fsdp", "devices": devices}
             if training.is_sharded:
                 found.append(((f"trainer.devices={devices}",), {"devices": devices}))
             else:
-                found.append((("strategy=fsdp", f"trainer.devices={devices}"), sharded))
+                found.append((("strategy=fsdp", f"trainer.devices={devices}", *adamw), sharded))
     if not training.offload_parameters:
-        offload = {"strategy": "zero3", "offload_optimizer": True, "offload_parameters": True}
-        found.append((("strategy=zero3_offload",), offload))
+        offload = whole | {"strategy": "zero3", "offload_optimizer": True, "offload_parameters": True}
+        found.append((("strategy=zero3_offload", *adamw), offload))
     if training.train_len > 256 and training.train_len < training.target_len:
         half = training.train_len // 2
         found.append(((f"pose.train_len={half}",), {"train_len": half}))
-    return found
+    return [(overrides, change) for overrides, change in found if not refused(replace(training, **change))]
+
+
+def refused(training: Training) -> str:
+    """Why train.py refuses such a training (`pose.app.holding`, `pose.training.strategies`); "" where it does not.
+
+    What depends on more than a plan knows, such as the packages that are installed, is not looked at.
+    """
+    strategy = training.strategy
+    if training.optimizer == "adamw8bit" and strategy != "ddp":
+        return f"finetune.optimizer=adamw8bit is not supported by strategy={strategy}"
+    if training.optimizer == "adamw8bit" and training.precision == "16-mixed":
+        return "finetune.optimizer=adamw8bit is not supported with trainer.precision=16-mixed"
+    if training.weight_bytes < MASTER and training.devices > 1:
+        return "finetune.weights_dtype=bfloat16 is for one process"
+    if training.rank is not None and training.frozen_bytes == NF4_BYTES and strategy != "ddp":
+        return f"finetune.lora.frozen_dtype=nf4 is not supported by strategy={strategy}"
+    if strategy == "fsdp" and training.precision == "16-mixed":
+        return "trainer.precision=16-mixed is not supported by strategy=fsdp"
+    if training.objective == "long_short":
+        if training.rank is None and strategy == "zero3":
+            return "objective=long_short is not supported by strategy=zero3 without finetune=lora"
+        if training.train_embeddings_and_norms and training.rank is not None and strategy in ("fsdp", "zero3"):
+            return (
+                "finetune.lora.train_embeddings_and_norms=true is not supported with objective=long_short by "
+                f"strategy={strategy}"
+            )
+    return ""
 
 
 def advise(training: Training, gpu: GPU) -> list[Advice]:
@@ -870,7 +907,7 @@ def advise(training: Training, gpu: GPU) -> list[Advice]:
         if not options:
             break
         added, joined = next(((o, changed) for o, changed in options if fits(changed, gpu)), options[0])
-        chosen |= {override.split("=")[0]: override for override in added}
+        chosen |= {override.split("=")[0]: override for override in added}  # the last one of a key holds
     together = Advice(tuple(chosen.values()), joined.memory["total"], fits(joined, gpu))
     return [*alone, together] if len(chosen) > 1 else alone
 

@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ from pose.plan import (
     gib,
     largest_micro_batch,
     micro_batch_of_views,
+    refused,
     summary,
 )  # fmt: skip
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:  # torch and the like are imported when the options stand
     from rich.table import Table
 
     from pose.app.preflight import Plan
+    from pose.rope import RopeScaling
     from pose.training.objectives import Objective
 
 log = logging.getLogger("pose.app.plan")  # also where this module is the command
@@ -116,8 +120,9 @@ def plan(cfg: DictConfig) -> Training:
     preflight.check_config(cfg, schema.TrainConfig)
     trainer = schema_options(cfg, "trainer", schema.TrainerConfig)
     schema_options(cfg, "model", schema.ModelConfig)
-    config, window = find_shape(cfg)
+    config, window, scale = find_shape(cfg)
     sampler = build.build_sampler(cfg.pose, window)
+    scale(build.build_scaling(cfg.rope), sampler.target_len)
     devices = num_devices(trainer.devices) * trainer.num_nodes
     precision = PRECISIONS.get(str(trainer.precision), str(trainer.precision))
     if precision == "auto":
@@ -139,6 +144,8 @@ def plan(cfg: DictConfig) -> Training:
         micro_batch=micro_batch,
         stored=str(stored),
     )
+    if why := refused(training):
+        raise ConfigError(f"{why}: train.py refuses it")
     return choose_micro_batch(training) if is_open and trainer.accelerator != "cpu" else training
 
 
@@ -243,19 +250,21 @@ def schema_options(cfg: DictConfig, group: str, kind: type[schema.Options]) -> s
         raise error.under(group) from None
 
 
-def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int]:
-    """The numbers of the model's config, and its window in tokens.
+def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int, Callable[["RopeScaling", int], Any]]:
+    """The numbers of the model's config, its window in tokens, and what lays a scaling over it, or refuses to.
 
-    Of the ready models from `SHAPES`; of a folder or another id of the hub from its config.json; or of `model.init`.
+    Of the ready models from `SHAPES`, whose RoPE is plain; of a folder or another id of the hub from its config.json;
+    or of `model.init`.
 
     Raises:
         PoseError: there is none, or it is not a model's.
     """
     path = cfg.model.path
     if path in SHAPES and not Path(path).is_dir():
-        return SHAPES[path], SHAPES[path]["max_position_embeddings"]
+        return SHAPES[path], SHAPES[path]["max_position_embeddings"], lambda scaling, target_len: None
     from pose.app import models
-    from pose.modeling.load import load_tokenizer, rope_geometry
+    from pose.modeling.layers import check_layers
+    from pose.modeling.load import load_tokenizer, rope_geometry, scale_config
 
     if path is not None and path.endswith(".gguf"):
         raise ConfigError(
@@ -266,7 +275,8 @@ def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int]:
     config = models.model_config(cfg)
     if path is None and cfg.model.tokenizer is not None:
         config.vocab_size = len(load_tokenizer(locate(cfg.model.tokenizer), cfg.model.revision))
-    return config.to_dict(), rope_geometry(config).window
+    check_layers(config)
+    return config.to_dict(), rope_geometry(config).window, partial(scale_config, config)
 
 
 def num_devices(devices: Any) -> int:

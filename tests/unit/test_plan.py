@@ -349,6 +349,12 @@ def test_advice_lowers_the_need():
         assert not advise(replace(big, rank=8, micro_batch=1, attention="sdpa", gradient_checkpointing=True), GPUS[0])
 
 
+def test_the_full_length_of_two_views_is_that_of_plain_training():
+    """The objective is what differs; its layers that are compared are not a part of it."""
+    short = replace(PAPER, objective="long_short", rank=8, num_compared=5, skipped=0.5)
+    assert short.full_length().memory == replace(PAPER, rank=8).full_length().memory
+
+
 def test_advice_joins_changes_where_none_suffices():
     full = replace(PAPER, global_batch=1).full_length()  # one device: there is nothing to deal out
     found = advise(full, GPUS[2])
