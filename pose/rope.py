@@ -554,6 +554,20 @@ class Searched(LongRope):
         super().__post_init__()
         if not isinstance(self.mixed, bool):
             raise ConfigError(f"rope.mixed={self.mixed!r} is not accepted: give true or false")
+        ones = [1.0] * len(self.long_factor)
+        if self.short_factor is not None and [*self.short_factor] != (ones if self.mixed else [*self.long_factor]):
+            raise ConfigError(
+                "rope.short_factor is worked out by rope=searched: leave it out, or take rope=longrope with both lists"
+            )
+        wanted = {} if self.searched_for is None else self.searched_for
+        numbers = ("base", "dim", "window", "target_len")
+        if not isinstance(wanted, Mapping) or not all(
+            isinstance(wanted.get(key, 0), int | float) and not isinstance(wanted.get(key, 0), bool) for key in numbers
+        ):
+            raise ConfigError(
+                f"rope.searched_for={wanted!r} is not accepted: give a mapping in which {', '.join(numbers)} are "
+                "numbers, as a search leaves it in factors.yaml"
+            )
 
     @property
     def name(self) -> str:

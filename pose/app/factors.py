@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pose.errors import ConfigError, first_line
@@ -26,8 +27,8 @@ def read_factors(node: DictConfig):
     path = Path(locate(str(factors)))
     path = path / "factors.yaml" if path.is_dir() else path
     try:
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, ValueError) as error:
+        found = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, YAMLError, ValueError, OmegaConfBaseException) as error:
         raise ConfigError(
             f"rope.factors={factors} cannot be read: {first_line(error)}. Give the folder of a finished search (python "
             "-m pose.search), or its factors.yaml"

@@ -34,6 +34,7 @@ log = logging.getLogger("pose.app.search")
 schema.register()
 
 CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than a question gains by it
+CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
 NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout")  # in what tells two searches apart
 COLUMNS = ("generation", "nll", "first", "divisors")
 BASELINES: dict[str, RopeScaling] = {
@@ -159,6 +160,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
         **{key: value for key, value in asdict(options).items() if key not in NAMED_OTHERWISE},
         "attention_factor": scaling.attention_factor,
         **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
+        **{f"tokens of {key}": _digest_of_tokens(tokenizer, text) for key, text in texts.items()},
     }  # fmt: skip
     _check_folder(folder, settings)
     prompts = _prompts(texts, tokenizer, config.vocab_size, cfg.seed)
@@ -175,11 +177,17 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     return _Task(geometry, cfg.pose.target_len, scaling, evolution, own, heldout, settings, tried, generations)
 
 
+def _digest_of_tokens(tokenizer, text: str) -> str:
+    """Of the beginning of a text: what another tokenizer makes otherwise."""
+    ids = tokenizer(text[:CHARS_TOLD_APART], add_special_tokens=False, verbose=False)["input_ids"]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
 def _scaled(config, target_len: Any, options: schema.SearchOptions) -> tuple[RopeGeometry, LongRope]:
     """The geometry of a model, and the method that is searched for, in its config too.
 
     Raises:
-        PoseError: the model cannot be extended, or not to this target.
+        PoseError: the model cannot be extended, or not to this target, or there is nothing to search for.
     """
     from pose.modeling.layers import check_layers
     from pose.modeling.load import rope_geometry, scale_config
@@ -194,7 +202,10 @@ def _scaled(config, target_len: Any, options: schema.SearchOptions) -> tuple[Rop
     ones = [1.0] * (geometry.dim // 2)
     plain = LongRope(long_factor=ones, short_factor=ones, attention_factor=options.attention_factor)
     scaling = scale_config(config, plain, target_len)
-    assert isinstance(scaling, LongRope)
+    assert isinstance(scaling, LongRope) and scaling.factor is not None
+    Space.of(geometry, scaling.factor)
+    for method in BASELINES.values():  # measured at the end, refused here
+        method.resolve(geometry, target_len)
     return geometry, scaling
 
 
@@ -232,18 +243,19 @@ def _check_length(prompts: "SwapPrompts", target_len: int, depths: list[float], 
 
 
 def _evolve(task: _Task, seed: int, folder: Path) -> tuple[Candidate, dict[Candidate, float]]:
-    """Goes through the generations; the best candidate, and the NLL of all that were tried."""
+    """Goes through the generations; the best candidate of them, and the NLL of all."""
     tried, generations, space = task.tried, task.generations, task.space
     for index in range(task.evolution.num_generations + 1):
         before = {one: nll for one, nll in tried.items() if generations[one] < index}
         children = task.evolution.generation(space, seed, index, before)
         _try(children, index, tried, generations, lambda one: task.own(task.frequencies(one)), folder)
-        best = min(tried, key=_order(tried))
+        known = {one: nll for one, nll in tried.items() if generations[one] <= index}  # a longer search has more
+        best = min(known, key=_order(known))
         log.info(
-            f"Generation {index} of {task.evolution.num_generations}: best {tried[best]:.4f} nats per token, from j = "
+            f"Generation {index} of {task.evolution.num_generations}: best {known[best]:.4f} nats per token, from j = "
             f"{best.first} of {space.num} on"
         )
-    return best, tried
+    return best, known
 
 
 def replaced(scaling: LongRope, candidate: Candidate) -> LongRope:

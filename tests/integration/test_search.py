@@ -1,7 +1,9 @@
 """python -m pose.search on the shipped model: what it leaves, that it goes on, and that train.py takes it."""
 
 import csv
+import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -112,12 +114,38 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, tmp_path):
         (["search.haystack=nothing.txt"], "nothing.txt"),
         (["search.mutation=2"], "search.mutation=2"),
         (["model.path=null"], "model.path is not set"),
+        (["model.tokenizer=TOKENIZER"], "tokens of haystack="),
+        (["model.path=FAST"], "there is nothing to search"),
     ],
 )
-def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, words):
+def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, words, tmp_path, monkeypatch):
     folder, _ = found
+    for name in ("TOKENIZER", "FAST"):
+        shutil.copytree("assets/tiny", tmp_path / name)
+    config = json.loads((tmp_path / "FAST" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 2.0  # every dimension turns within the window
+    (tmp_path / "FAST" / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((tmp_path / "TOKENIZER" / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:2000]
+    (tmp_path / "TOKENIZER" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("TOKENIZER", "FAST"):
+        overrides = [one.replace(name, str(tmp_path / name)) for one in overrides]
+    monkeypatch.setattr("pose.modeling.load.build_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(PoseError, match=re.escape(words)):
         search(compose("search", [*command(folder, *overrides)[3:]]), folder)
+
+
+def test_a_shorter_search_in_the_same_folder_is_as_short(found, tmp_path):
+    """As it would be by itself: what a longer one has tried later is not a part of it."""
+    shutil.copytree(found[0].parent, tmp_path / "texts")
+    folder = tmp_path / "texts" / "whole"
+    code, output = run(*command(folder, "search.num_generations=1"))
+    assert code == 0, output
+    with (folder / "search.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["generation"]) <= 1]
+    factors = OmegaConf.load(folder / "factors.yaml")
+    assert factors.candidates == 8 == len(rows)
+    assert factors.needle_answers.searched.nll == min(float(row["nll"]) for row in rows)
 
 
 def test_training_takes_what_was_found(found, tmp_path):
@@ -154,8 +182,12 @@ def test_training_takes_what_was_found(found, tmp_path):
         (["pose.target_len=1024"], "is of a search for target_len 512, and here it is 1024"),
         (["rope.factors=nowhere"], "rope.factors=nowhere cannot be read"),
         (["rope.factors=null"], "rope.factors is not set"),
-        (["rope.factors=conf/train.yaml"], "is no factors.yaml of a search"),
+        (["rope.factors=conf/rope/yarn.yaml"], "is no factors.yaml of a search"),
+        (["rope.factors=conf/train.yaml"], "cannot be read: Interpolation key"),
         (["rope.mixed=1"], "rope.mixed=1"),
+        (["+rope.searched_for=3"], "rope.searched_for=3"),
+        (["rope.searched_for={base: '500'}"], "in which base, dim, window, target_len are numbers"),
+        (["rope.short_factor=[5]"], "rope.short_factor"),
     ],
 )
 def test_factors_that_do_not_belong_are_errors(found, hydra, overrides, words):
