@@ -18,6 +18,13 @@ BEGIN, END = "<!-- from python -m benchmarks.smollm2 -->", "<!-- until here -->"
 UNTRAINED = ("untuned", "scaled")
 SAMPLERS = ("PoSE", "ShortPI", "Full")  # what is compared at equal tokens
 USUAL = ("LanguageModel", "Yarn")  # of the experiments, and not said
+SETUP = (
+    "finetune.lr",
+    "pose.train_len",
+    "trainer.global_batch",
+    "finetune.lora.rank",
+    "seed",
+)  # and what else tells apart
 OPTIONS = ("rope.rcd_shift", "pose.curriculum")  # said where they are on
 FAMILIES = {  # of metrics, in order: title, format
     "ppl": ("Perplexity of the first N tokens", ".2f"),
@@ -37,8 +44,8 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
     """What some folders measured: a row for each model of each.
 
     Args:
-        folders: of train.py or evaluate.py. An evaluation of a training's model belongs to that training, by the name
-            of its folder, if that is among them.
+        folders: of train.py or evaluate.py. An evaluation of a training's model belongs to that training, if that is
+            among them.
         hardware: what a CPU is called; a GPU names itself.
 
     Returns:
@@ -55,14 +62,13 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
         sources = {Path(source.folder): source for folder in folders for source in report.read(folder)}
     except PoseError as error:
         raise SystemExit(str(error)) from error
-    trainings = {folder.name: source for folder, source in sources.items() if source.kind == "training"}
-    trained = {name: _trained(name, source) for name, source in trainings.items()}
+    trainings = {folder.resolve(): source for folder, source in sources.items() if source.kind == "training"}
+    label = {folder.resolve(): _label(folder, sources) for folder in sources}
+    trained = {folder: _trained(label[folder], source) for folder, source in trainings.items()}
+    machine_of = {folder: _machine(folder, source, hardware) for folder, source in trainings.items()}
     rows: list[dict[str, Any]] = []
     for folder, source in sources.items():
-        provenance = read_json(folder / "provenance.json")
-        common = {
-            "hardware": provenance.get("gpu") or hardware or source.facts.get("Machine", ""),
-            "on_gpu": bool(provenance.get("gpu")),
+        common = _machine(folder, source, hardware) | {
             "commit": source.facts.get("Commit", ""),
             "versions": source.facts.get("Versions", ""),
         }
@@ -70,19 +76,53 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
         checkpoints = read_json(folder / "results.json").get("checkpoints", {})
         for name, metrics in source.models.items():
             if source.kind == "training":
-                own = trained[folder.name] if name not in UNTRAINED else {}
+                own = trained[folder.resolve()] if name not in UNTRAINED else {}
                 target, took = source.target, measuring.get(f"measuring/{name}_seconds")
             else:
-                path = Path(checkpoints[name]["path"])
-                own = trained.get((path.parent if path.name == "model" else path).name, {})
+                place = _training_of(Path(checkpoints[name]["path"]), trained)
+                own = {} if place is None else trained[place]
+                if place is not None and machine_of[place] != _machine(folder, source, hardware):
+                    own = {key: own[key] for key in ("model", "setup", "commands")}  # its seconds are another machine's
                 took = source.cost[f"measuring {name}"].get("seconds")
                 target = checkpoints[name].get("target") if name != "untuned" else None
             row = {"model": own.get("model", name), "target": target if name != "untuned" else None, **common}
-            row |= {**own, "commands": own.get("commands", {}) | {folder.name: source.facts.get("Command", "")}}
-            row |= {"measuring": {} if took is None else {folder.name: took}}
+            row |= {
+                **own,
+                "commands": own.get("commands", {}) | {label[folder.resolve()]: source.facts.get("Command", "")},
+            }
+            row |= {"measuring": {} if took is None else {label[folder.resolve()]: took}}
             row |= {"metrics": {key: list(found) for key, found in metrics.items()}}
+            row |= {"setup": own.get("setup") or _measured_on(source, metrics)}
             rows.append(row)
     return rows
+
+
+def _label(folder: Path, folders: Iterable[Path]) -> str:
+    """The name of a folder, and that of the one above it where several have that name."""
+    is_alone = sum(other.name == folder.name for other in folders) == 1
+    return folder.name if is_alone else "/".join(folder.resolve().parts[-2:])
+
+
+def _training_of(checkpoint: Path, trained: Iterable[Path]) -> Path | None:
+    """The training that a checkpoint is of; by its name alone where it was evaluated on another machine."""
+    place = (checkpoint.parent if checkpoint.name == "model" else checkpoint).resolve()
+    named = [folder for folder in trained if folder.name == place.name]
+    return place if place in named else named[0] if len(named) == 1 else None
+
+
+def _machine(folder: Path, source, hardware: str | None) -> dict[str, Any]:
+    gpu = read_json(folder / "provenance.json").get("gpu")
+    return {"hardware": gpu or hardware or source.facts.get("Machine", ""), "on_gpu": bool(gpu)}
+
+
+def _measured_on(source, metrics: Mapping[str, Any]) -> str:
+    """What tells measurements of one untrained model apart: their perplexities are of other tokens."""
+    lengths = [int(name.partition("@")[2]) for name in metrics if name.startswith(("ppl@", "tail_ppl@"))]
+    if not lengths:
+        return ""
+    keys = ("eval.max_documents", "eval.windows", "eval.documents")
+    of = [f"{key.rpartition('.')[2]}={source.config.get(key, '')}" for key in keys]
+    return ", ".join([f"up to {max(lengths):,}", *of])
 
 
 def _trained(name: str, source) -> dict[str, Any]:
@@ -93,22 +133,30 @@ def _trained(name: str, source) -> dict[str, Any]:
     parts += [key.rpartition(".")[2] for key in OPTIONS if config.get(key, "null") not in ("null", "false", "[]")]
     parts = [part for part in parts if part and part not in USUAL]
     parts += [f"{found['tokens'] / 1e6:.3g} M tokens"] if "tokens" in found else []
-    return {"model": ", ".join(parts), "commands": {name: source.facts.get("Command", "")}, **found}
+    setup = ", ".join(f"{key}={config[key]}" for key in SETUP if key in config)
+    return {"model": ", ".join(parts), "setup": setup, "commands": {name: source.facts.get("Command", "")}, **found}
 
 
 def merge(rows: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with what was found since: of one model on one hardware, metric by metric the newest."""
-    merged = {_key(row): row for row in rows}
+    """Rows with what was found since: of one model on one hardware, metric by metric the newest.
+
+    An untrained model has a row for each set of tokens that it was measured on; what has no perplexity goes with any.
+    """
+    merged = list(rows)
     for row in more:
-        before = merged.get(_key(row))
-        if before is not None:
-            row = before | row | {key: before[key] | row[key] for key in ("measuring", "commands", "metrics")}
-        merged[_key(row)] = row
-    return list(merged.values())
+        alike = [i for i, before in enumerate(merged) if _is_same(before, row)]
+        if alike:
+            before = merged[alike[0]]
+            both = {key: before[key] | row[key] for key in ("measuring", "commands", "metrics")}
+            merged[alike[0]] = before | row | both | {"setup": row["setup"] or before["setup"]}
+        else:
+            merged.append(row)
+    return merged
 
 
-def _key(row: Mapping[str, Any]) -> tuple:
-    return row["hardware"], row["target"], row["model"]
+def _is_same(before: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    is_one = all(before[key] == row[key] for key in ("hardware", "target", "model"))
+    return is_one and ("" in (before["setup"], row["setup"]) or before["setup"] == row["setup"])
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -130,6 +178,9 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     missing = [name for name in (*UNTRAINED, *SAMPLERS) if name not in present]
     order = {name: i for i, name in enumerate((*UNTRAINED, *SAMPLERS))}
     rows = sorted(rows, key=lambda row: (order.get(row["model"].split(",")[0], 9), row["target"] or 0, row["model"]))
+    names = [_name(row) for row in rows]
+    rows = [row | {"told": f"{name} ({row['setup']})"} if names.count(name) > 1 else row
+            for row, name in zip(rows, names, strict=True)]  # fmt: skip
     lines = [f"{rows[0]['hardware']}; {'; '.join(sorted({row['versions'] for row in rows}))}.", _costs(rows, missing)]
     for family, (title, form) in FAMILIES.items():
         lengths = sorted({n for row in rows for n in _lengths(row, family)})
@@ -172,7 +223,8 @@ def _table(title: str, head: Sequence[str], rows, cells: Iterable[Sequence[str]]
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return row["model"] if row["target"] is None else f"{row['model']}, to {row['target']:,}"
+    """With what tells it from another of the same name, where there is one."""
+    return row.get("told") or row["model"] + (f", to {row['target']:,}" if row["target"] is not None else "")
 
 
 def _lengths(row: Mapping[str, Any], family: str) -> list[int]:
@@ -196,13 +248,14 @@ def _cell(row: Mapping[str, Any], name: str, form: str, interval: bool = True) -
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was to be shown, by the numbers above, of each training."""
-    untuned = next((row for row in rows if row["model"] == "untuned"), None)
-    if untuned is None:
-        return []
     lines = []
     for row in rows:
-        target, window = row["target"], min(_lengths(untuned, "tail_ppl"), default=None)
-        if row["model"] in UNTRAINED or target is None or window is None:
+        target = row["target"]
+        if row["model"] in UNTRAINED or target is None:
+            continue
+        untuned = _untuned(rows, row)
+        window = None if untuned is None else min(_lengths(untuned, "tail_ppl"), default=None)
+        if untuned is None or window is None:
             continue
 
         def value(of, name):
@@ -228,6 +281,15 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if parts:
             lines.append(f"- **{_name(row)}**: {'; '.join(parts)}.")
     return ["\n".join(lines)] if lines else []
+
+
+def _untuned(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The untuned model measured up to the same length: on the same tokens."""
+    longest = max(_lengths(row, "tail_ppl"), default=None)
+    found = (
+        one for one in rows if one["model"] == "untuned" and max(_lengths(one, "tail_ppl"), default=None) == longest
+    )
+    return next(found, None)
 
 
 def _yes(holds: bool) -> str:

@@ -470,10 +470,11 @@ class EndAnchor(PositionSampler):
     whole, and each token of the cue meets all of it from afar. In the loss of an example a token of the cue counts
     cue_weight, every other one 1. The text is x[0:L-b] and x[Lx-b:Lx]: the document's beginning, and its last b tokens.
 
-    In the paper the cue is a fixed prompt, with which every text is made to end. The authors' code
-    (clx1415926/EndPrompt, finetune_suffix_random.py) takes the last tokens of what it is given, as here: documents
-    that end with a prompt of b tokens, taken whole (data.window_len=null), give the paper's examples. Without, the
-    cue is text that a model cannot know by heart. That code weighs all tokens alike, as cue_weight=1 does.
+    In the paper the cue is a fixed prompt, with which every text is made to end. Documents that end with a prompt of b
+    tokens, taken whole (data.window_len=null), give the paper's examples; without, the cue is text that a model cannot
+    know by heart. Of the authors' code (clx1415926/EndPrompt) fine_tune_suffix.py has these positions, its text is the
+    first L tokens of a document; finetune_suffix_random.py has this text, and draws where the cue begins from L-b..T-b.
+    Both weigh all tokens alike, as cue_weight=1 does.
 
     The examples of a retrieval task take the positions alone: their answers, at the end, stand in the cue's place and
     all weigh the same.

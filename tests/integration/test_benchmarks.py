@@ -384,6 +384,46 @@ def test_the_tables_of_a_real_model(rehearsal, tmp_path):
         smollm2.main([str(tmp_path), *arguments])
 
 
+def row(model, setup, target=1024, **metrics):
+    found = {name.replace("_at_", "@"): [value, None, None, 3] for name, value in metrics.items()}
+    return {"hardware": "a CPU", "on_gpu": False, "model": model, "setup": setup, "target": target, "versions": "1",
+            "commit": "c", "commands": {}, "measuring": {}, "metrics": found}  # fmt: skip
+
+
+def test_runs_that_differ_are_rows_of_their_own():
+    """And the untuned model of a longer target, whose perplexity is of other tokens, decides over its runs alone."""
+    rows = smollm2.merge(
+        [],
+        [
+            row("untuned", "up to 1,024", None, tail_ppl_at_256=10.0, tail_ppl_at_1024=300.0),
+            row("untuned", "up to 2,048", None, tail_ppl_at_256=8.0, tail_ppl_at_2048=400.0),
+            row("untuned", "", None, passkey_at_256=1.0),  # was measured without perplexity: goes with the first
+            row("PoSE, 1 M tokens", "lr=1", tail_ppl_at_256=10.0, tail_ppl_at_1024=10.4),
+            row("PoSE, 1 M tokens", "lr=2", tail_ppl_at_256=11.0, tail_ppl_at_1024=11.0),
+            row("PoSE, 1 M tokens", "lr=1", passkey_at_1024=1.0),
+        ],
+    )
+    assert [(one["model"], one["setup"]) for one in rows] == [
+        ("untuned", "up to 1,024"), ("untuned", "up to 2,048"), ("PoSE, 1 M tokens", "lr=1"),
+        ("PoSE, 1 M tokens", "lr=2"),
+    ]  # fmt: skip
+    assert set(rows[0]["metrics"]) == {"tail_ppl@256", "tail_ppl@1024", "passkey@256"}
+    text = smollm2.tables(rows)
+    assert "| untuned (up to 1,024) |" in text and "| PoSE, 1 M tokens, to 1,024 (lr=2) |" in text
+    assert "(lr=1)**: perplexity of the last tokens at 1,024 is +4.0% of the untuned model's at 256" in text
+
+
+def test_an_evaluation_belongs_to_the_training_of_its_folder(tmp_path):
+    """Of two of the same name; by the name alone where the evaluation was made elsewhere."""
+    one, other = (tmp_path / name / "run" for name in "ab")
+    for folder in (one, other):
+        folder.mkdir(parents=True)
+    assert smollm2._training_of(other / "model", [one, other]) == other
+    assert smollm2._training_of(Path("/elsewhere/run/model"), [one]) == one
+    assert smollm2._training_of(Path("/elsewhere/run"), [one, other]) is None
+    assert [smollm2._label(each, [one, other]) for each in (one, other)] == ["a/run", "b/run"]
+
+
 def test_the_documents_tables_are_those_of_its_file():
     """docs/SMOLLM2.md was written by the command, from docs/smollm2.json."""
     rows = json.loads(smollm2.FOUND.read_text())["rows"] if smollm2.FOUND.exists() else []
