@@ -37,7 +37,8 @@ class Fingerprints:
     """Of runs: the same as long as nothing has changed that their numbers come from, but the code.
 
     It is made of the overrides, the values of the YAML files that they and the defaults choose (without those that are
-    null), the files of the base model, the texts, and the fingerprints of runs that it needs.
+    null) and of those that these are made of, the files of the base model, the texts, and the fingerprints of runs that
+    it needs.
 
     Args:
         arms: by name.
@@ -72,8 +73,27 @@ def _chosen(arm: Arm) -> list:
     defaults = _defaults({TRAIN: "train", EVALUATE: "evaluate", SEARCH: "search"}[arm.script])
     choices = defaults | choices | given
     names = [("experiment", name) for name in experiments]
-    names += [(group, choices[group]) for group in GROUPS[arm.script] if group in choices]
-    return [[group, choice, _values(f"{group}/{choice}")] for group, choice in names]
+    names += [one for group in GROUPS[arm.script] if group in choices for one in _made_of(group, choices[group])]
+    for key, choice in given.items():
+        group, at, _ = key.partition("@")
+        names += _made_of(group, choice) if at else []
+    for more in arm.also.values():  # further evaluations of the model
+        chosen = _defaults("evaluate") | dict(o.split("=", 1) for o in more)
+        names += [one for group in GROUPS[EVALUATE] if group in chosen for one in _made_of(group, chosen[group])]
+    if any(key.startswith("watch.") for key in given):
+        names += _made_of("watch", choices["watch"])
+    return [[group, choice, _values(f"{group}/{choice}")] for group, choice in dict.fromkeys(names)]
+
+
+def _made_of(group: str, choice: str) -> list[tuple[str, str]]:
+    """A choice, and those that its own defaults name."""
+    found = [(group, choice)]
+    for one in (_values(f"{group}/{choice}") or {}).get("defaults", []):
+        if isinstance(one, dict):
+            found += [each for key, name in one.items() for each in _made_of(key.partition("@")[0].lstrip("/"), name)]
+        elif one != "_self_":
+            found += _made_of(group, one)
+    return found
 
 
 def _experiment(name: str) -> tuple[list[str], dict[str, str]]:

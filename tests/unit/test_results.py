@@ -167,6 +167,20 @@ def test_a_fingerprint_follows_what_an_experiment_chooses(monkeypatch, tmp_path)
 
     assert of("experiment=cpu") == [["experiment", "cpu"], ["experiment", "gpu"], ["model", "real"]]
     assert of("experiment=cpu", "model=other")[-1] == ["model", "other"] and of() == [["model", "tiny"]]
+    for file, text in {
+        "pose/pose": "n: 2", "pose/three": "defaults: [pose, _self_]\nn: 3", "pose/full": "n: 1",
+        "pose/mix": "defaults: [{pose@sampler: pose}, _self_]", "watch/default": "trials: 2", "eval/quick": "w: 1",
+        "eval/proofs": "w: 2", "evaluate": "defaults: [{eval: quick}]",
+        "train": "defaults: [{pose: pose}, {watch: default}, {eval: quick}]",
+    }.items():  # fmt: skip
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(text)
+    assert of("pose=three") == [["pose", "three"], ["pose", "pose"], ["eval", "quick"]], "and what it is made of"
+    assert of("pose=mix")[:2] == [["pose", "mix"], ["pose", "pose"]]
+    assert ["pose", "full"] in of("pose=mix", "pose@pose.sampler=full")
+    assert of("watch.every_n_steps=5")[-1] == ["watch", "default"]
+    more = records._chosen(Arm("a", (), also={"proofs": ("eval=proofs",)}))
+    assert [one[:2] for one in more][-1] == ["eval", "proofs"], "what is measured besides"
     records._values.cache_clear(), records._defaults.cache_clear()
 
 
