@@ -220,8 +220,8 @@ def short_warning(window: int, when: str, untuned: float, increase: float, limit
     return (
         f"perplexity at the model's own window of {window} tokens is {untuned * (1 + increase):.2f} {when}, "
         f"{increase:.1%} above the untuned model's {untuned:.2f} (watch.max_short_increase={limit:g}). What helps: "
-        "more steps (trainer.max_steps) while it still falls, more short examples (pose=mix pose.plain_share=0.25), a "
-        "lower finetune.lr, another rope"
+        "more steps (trainer.max_steps) while it still falls, a lower finetune.lr, another rope, or staying near the "
+        "original model on short texts (objective=long_short)"
     )
 
 
