@@ -255,17 +255,18 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
     names = dict.fromkeys(methods(scale, times), "lm")
     slower = {"lm": None, **{f"{name}_seconds": "lm" for name in COSTS}, "lm_as_searched": None,
               **dict.fromkeys(_searched(scale, times), "lm_as_searched")}  # fmt: skip
+    is_timed = any(is_begun(runs, of(name)) for name in slower if name not in names)
     return "\n\n".join(
         [
             "Equal tokens; minutes are those of the steps, and of the search, on the processor of most runs. "
             f"{machines}",
             rows({"untuned_books": None} | names | {"lm": None}),
             "Equal seconds: `_seconds` has as many steps as fit into `lm`'s time, and `lm_as_searched` as many as fit "
-            "into that of a search and the training after it.",
-            rows(slower),
+            "into that of a search and the training after it. What is searched stands against `lm_as_searched` here.",
+            rows(slower) if is_timed else "Not run yet.",
             f"Against lm: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
-            f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule. What is searched "
-            "stands against `lm_as_searched` in the second table. " + _best(runs, arms, scale, times),
+            f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule. "
+            + _best(runs, arms, scale, times),
         ]
     )
 
