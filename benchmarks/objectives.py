@@ -26,6 +26,7 @@ def options() -> argparse.Namespace:
     """What was asked for."""
     parser = Options("objectives", __doc__, quick={"parts": ["tiny", "llama"], "steps": 1, "repeats": 2})
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--examples", type=whole(1), help="of a step, in place of those of the part")
     parser.add_argument("--steps", type=whole(1), default=4, help="in one measurement")
     parser.add_argument("--repeats", type=whole(1), default=7)
     parser.add_argument("--compiled", action="store_true", help="time is of compiled layers")
@@ -70,13 +71,15 @@ class Steps:
         name: one of OBJECTIVES.
         num_steps: in a call.
         precision: one of PRECISIONS.
+        num_examples: of a step; None: those of the part.
 
     Attributes:
         states_bytes: of weights, optimizer states and a frozen original.
     """
 
-    def __init__(self, part: str, name: str, num_steps: int, precision: str):
-        num_examples, length = PARTS[part]
+    def __init__(self, part: str, name: str, num_steps: int, precision: str, num_examples: int | None = None):
+        usual, length = PARTS[part]
+        num_examples = num_examples or usual
         path = locate("assets/tiny") if part == "tiny" else None
         original = load_config(path) if path else LlamaConfig(**LLAMA, max_position_embeddings=length)
         config = copy.deepcopy(original)
@@ -160,7 +163,8 @@ def as_table(part: str, found: dict[str, dict], args: argparse.Namespace) -> str
         ]
         for name, one in found.items()
     ]  # fmt: skip
-    examples, length = PARTS[part]
+    usual, length = PARTS[part]
+    examples = args.examples or usual
     how = f"{args.precision}, {'compiled' if args.compiled else 'eager'}"
     title = f"{part}: {args.steps} steps of {examples} x {length:,} tokens, {how}, {args.repeats} repeats"
     return table(title, head, rows)
@@ -169,7 +173,7 @@ def as_table(part: str, found: dict[str, dict], args: argparse.Namespace) -> str
 def main():
     args = options()
     torch.set_num_threads(1)
-    rest = args.steps, args.precision
+    rest = args.steps, args.precision, args.examples
     # Before anything runs here: what a run leaves to the allocator would serve the forks
     taken = {part: {name: memory_of(part, name, *rest) for name in OBJECTIVES} for part in args.parts}
     found: dict[str, dict] = {}

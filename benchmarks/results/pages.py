@@ -204,8 +204,9 @@ def _machines(runs: Runs, names: Iterable[str]) -> str:
     compiled = {one["is_compiled"] for one in found if one["training"]}
     said = "; ".join(f"{key} {', '.join(sorted(of))}" for key, of in facts.items())
     steps = "not compiled" if not any(compiled) else "compiled" if all(compiled) else "partly compiled"
+    steps += " (`trainer.compile=true`)" * any(compiled)
     return (
-        f"{len(found)} run{'s' * (len(found) > 1)}, one core each, training steps {steps}; {said}. The base model's "
+        f"{len(found)} run{'s' * (len(found) > 1)}, one core each (`num_threads=1`), training steps {steps}; {said}. The base model's "
         f"weights: SHA-256 `{base_model()}`..."
     )
 

@@ -14,6 +14,7 @@ import pytest
 
 import benchmarks
 from benchmarks import gpu, parts, scaled, smollm2
+from benchmarks.results.runner import compiler
 from pose.files import sha256
 from pose.modeling.load import load_config, rope_geometry, scale_config
 from pose.rope import Yarn
@@ -191,7 +192,7 @@ def test_step_of_the_head(script):
 
 def test_step_of_a_model(script):
     """Each lever alone and all together, against transformers' loss and against the loss alone."""
-    table, content = run(script, "step", "model", "--tokens", "64", "--repeats", "1", "--precision", "bf16-mixed")
+    table, content = run(script, "step", "model", "--tokens", "8", "--repeats", "1", "--precision", "bf16-mixed")
     ways = content["parts"]["model bf16-mixed"]
     assert list(ways) == [
         "transformers' loss", "loss", "loss, eager attention", "loss, recomputed", "loss, selective", "loss, compiled",
@@ -210,7 +211,10 @@ def test_step_of_a_model(script):
 
 def test_objectives(script):
     """Two views of the same tokens take longer than one, and a frozen original is a part of the states."""
-    table, content = run(script, "objectives", "--parts", "tiny", "--steps", "1", "--repeats", "1")
+    compiled = ["--compiled"] if compiler() else []
+    arguments = ("--parts", "tiny", "--examples", "4", "--steps", "1", "--repeats", "1", *compiled)
+    table, content = run(script, "objectives", *arguments)
+    assert f"1 steps of 4 x 256 tokens, 32-true, {'compiled' if compiled else 'eager'}" in table
     (ways,) = content["parts"].values()
     assert list(ways) == ["lm", "self_distill", "long_short"]
     lm = ways["lm"]

@@ -66,7 +66,7 @@ def test_before_scaled_and_after(train, load_json):
 
 def test_on_a_cpu(train, load_json):
     """Compiled, measured in bf16, at the window, doubled up to the target."""
-    folder, said = train("smollm2_32k_cpu", "trainer.precision=bf16-mixed")
+    folder, said = train("smollm2_32k_cpu")
     metrics = load_json(folder / "metrics.json")
     assert [name for name in metrics["untuned"] if name.startswith("tail_ppl@")] == [
         "tail_ppl@512", "tail_ppl@1024", "tail_ppl@2048"
