@@ -206,8 +206,8 @@ def _machines(runs: Runs, names: Iterable[str]) -> str:
     steps = "not compiled" if not any(compiled) else "compiled" if all(compiled) else "partly compiled"
     steps += " (`trainer.compile=true`)" * any(compiled)
     return (
-        f"{len(found)} run{'s' * (len(found) > 1)}, one core each (`num_threads=1`), training steps {steps}; {said}. The base model's "
-        f"weights: SHA-256 `{base_model()}`..."
+        f"{len(found)} run{'s' * (len(found) > 1)}, one core each (`num_threads=1`), training steps {steps}; {said}. "
+        f"The base model's weights: SHA-256 `{base_model()}`..."
     )
 
 

@@ -34,6 +34,7 @@ log = logging.getLogger("pose.app.search")
 schema.register()
 
 CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than a question gains by it
+PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
 NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout")  # in what tells two searches apart
 COLUMNS = ("generation", "nll", "first", "divisors")
@@ -138,6 +139,11 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
 
     options: schema.SearchOptions = schema.to_options(cfg.search, schema.SearchOptions)
     evolution = Evolution(options.population, options.num_generations, options.num_parents, options.mutation)
+    if cfg.rope.get("_target_") != PLAIN:
+        raise ConfigError(
+            f"rope ({cfg.rope.get('_target_')}) has no part in a search, which looks for divisors of the model's own "
+            "frequencies: leave it out"
+        )
     if cfg.model.path is None:
         raise ConfigError("model.path is not set: a search needs the weights of a model, a folder or a hub id")
     models.find_model(cfg)

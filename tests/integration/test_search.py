@@ -115,6 +115,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, tmp_path):
         (["search.mutation=2"], "search.mutation=2"),
         (["model.path=null"], "model.path is not set"),
         (["model.tokenizer=TOKENIZER"], "tokens of haystack="),
+        (["rope=linear"], "rope (pose.rope.Linear) has no part in a search"),
         (["model.path=FAST"], "there is nothing to search"),
     ],
 )
