@@ -18,13 +18,8 @@ BEGIN, END = "<!-- from python -m benchmarks.smollm2 -->", "<!-- until here -->"
 UNTRAINED = ("untuned", "scaled")
 SAMPLERS = ("PoSE", "ShortPI", "Full")  # what is compared at equal tokens
 USUAL = ("LanguageModel", "Yarn")  # of the experiments, and not said
-SETUP = (
-    "finetune.lr",
-    "pose.train_len",
-    "trainer.global_batch",
-    "finetune.lora.rank",
-    "seed",
-)  # and what else tells apart
+# What else tells trainings apart: those that differ in one of these are rows of their own
+SETUP = ("finetune.lr", "pose.train_len", "trainer.global_batch", "finetune.lora.rank", "seed")
 OPTIONS = ("rope.rcd_shift", "pose.curriculum")  # said where they are on
 FAMILIES = {  # of metrics, in order: title, format
     "ppl": ("Perplexity of the first N tokens", ".2f"),
