@@ -512,9 +512,8 @@ class Training:
         if self.strategy in ("ddp", "fsdp"):
             share = share if self.strategy == "fsdp" else 1.0
             matrices = self.shape.num_layers * self.shape.layer_matrices if self.rank is not None else 0
-            rest = (
-                self.original_bytes if self.frozen_bytes == NF4_BYTES else self.frozen_bytes
-            )  # embedding, head, norms
+            # Embedding, head and norms
+            rest = self.original_bytes if self.frozen_bytes == NF4_BYTES else self.frozen_bytes
             held = self.frozen_bytes * matrices + rest * (frozen - matrices)
             return {
                 "weights": (self.weight_bytes * trained + held + original) * share,

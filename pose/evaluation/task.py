@@ -193,8 +193,9 @@ def ratio(
     """transform(sum of numerators / sum of denominators), with an interval over the items.
 
     Items are documents (losses over tokens) or prompts (gains over ones). The standard error is that of the linearised
-    ratio (Cochran 1977, Sampling Techniques, 6.3), the quantile Student's; a single item has no interval. (A percentile
-    bootstrap of few items is too narrow: it holds the mean of two or three 50 or 75 times in 100.)
+    ratio (Cochran 1977, Sampling Techniques, 6.3), the quantile Student's. One or two items have no interval: that of
+    two would be 12.7 standard errors, which says nothing and hides what is drawn beside it. (A percentile bootstrap of
+    few items is too narrow: docs/LOG.md.)
 
     Args:
         numerators, denominators: one of each for an item.
@@ -203,10 +204,10 @@ def ratio(
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     num, of_all = len(top), bottom.sum()
     value = top.sum() / of_all
-    if num < 2:
+    if num < 3:
         return Estimate(float(transform(value)), num=num)
     half = student_95(num - 1) * np.sqrt(num / (num - 1) * ((top - value * bottom) ** 2).sum()) / of_all
-    with np.errstate(over="ignore"):  # exp of a bound that two documents cannot give
+    with np.errstate(over="ignore"):  # exp of a bound that few documents cannot give
         low, high = (float(transform(bound)) for bound in (value - half, value + half))
     return Estimate(float(transform(value)), low, high, num)
 

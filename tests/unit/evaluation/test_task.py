@@ -24,21 +24,22 @@ def test_wilsons_interval(successes, trials, low, high):
 
 
 def test_a_ratio_is_weighted_by_its_denominators():
-    estimate = ratio([10.0, 300.0], [10, 100], np.exp)
-    assert estimate.value == pytest.approx(np.exp(310 / 110))
-    # Both items are 200 / 11 from the line through their ratio; t of one degree of freedom
-    half = 12.7062 * math.sqrt(2 * 2 * (200 / 11) ** 2) / 110
-    assert estimate.low == pytest.approx(np.exp(310 / 110 - half), rel=1e-4)
-    assert estimate.high == pytest.approx(np.exp(310 / 110 + half), rel=1e-4)
-    assert estimate.num == 2
+    estimate = ratio([10.0, 300.0, 20.0], [10, 100, 10], np.exp)
+    assert estimate.value == pytest.approx(np.exp(330 / 120))
+    rest = [10 - 27.5, 300 - 275, 20 - 27.5]  # over the line through the ratio; t of two degrees of freedom
+    half = 4.3027 * math.sqrt(3 / 2 * sum(one**2 for one in rest)) / 120
+    assert estimate.low == pytest.approx(np.exp(330 / 120 - half), rel=1e-4)
+    assert estimate.high == pytest.approx(np.exp(330 / 120 + half), rel=1e-4)
+    assert estimate.num == 3
     assert type(estimate.value) is float
 
 
-def test_one_document_has_no_interval():
+def test_one_document_has_no_interval_nor_have_two():
     assert ratio([3.0], [2]) == (1.5, None, None, 1)
+    assert ratio([3.0, 5.0], [2, 2]) == (2.0, None, None, 2)
 
 
-@pytest.mark.parametrize("num", [2, 3, 5, 20, 40])
+@pytest.mark.parametrize("num", [3, 4, 5, 20, 40])
 def test_the_interval_holds_the_mean_about_95_times_in_100(num):
     """Of few items too, and of items of different sizes."""
     rng = np.random.default_rng(0)
@@ -66,6 +67,5 @@ def test_students_quantile(freedom, quantile):
 
 
 def test_a_bound_beyond_every_number_is_infinite():
-    """Two documents that have nothing to do with each other say nothing of a third."""
-    estimate = ratio([1.0, 3000.0], [1, 10], np.exp)
+    estimate = ratio([1.0, 1.0, 9000.0], [1, 1, 10], np.exp)
     assert estimate.low < 1e-100 and estimate.high == math.inf
