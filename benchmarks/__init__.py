@@ -6,13 +6,16 @@ versions and hardware. --json writes the same object to a file. Options are read
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -180,6 +183,16 @@ def cpu() -> tuple[str, int | None]:
     model = next((cpu["model name"] for cpu in lines if "model name" in cpu), platform.processor())
     cores = {(cpu.get("physical id"), cpu["core id"]) for cpu in lines if "core id" in cpu}
     return model or platform.machine(), len(cores) or os.cpu_count()
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt: what is at work is ended on the way out."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def put_between(doc: Path, begin: str, end: str, text: str):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from benchmarks import Options, commit, put_between, report, words
+from benchmarks import Options, commit, exit_on_sigterm, put_between, report, words
 from pose.files import REPOSITORY, read_json, write_json
 
 LIMIT, GRACE = 120, 5  # seconds of a stage, and from the signal that asks it to end to the one that ends it
@@ -121,10 +121,11 @@ MEASURED = (  # of SmolLM2, before and after: what evaluate.py is asked for
     "eval=long", "eval.documents=[assets/corpora/books.heldout.jsonl.gz,assets/corpora/proofs.heldout.jsonl.gz]",
     "eval.lengths=[8192,16384,32768]", "eval.batch_tokens=131072", "hydra.run.dir={out}/run-{name}",
 )  # fmt: skip
-SHORT = ("eval.lengths=[512,1024]", "eval.max_documents=1", "eval.windows=1", "eval.trials=2")
+SHORT = ("eval.lengths=[512,1024]", "eval.max_documents=1", "eval.windows=1", "eval.trials=1")
 SHORT_TRAINING = (
     "pose.train_len=64", "pose.target_len=1024", "data.window_len=1024", "trainer.max_steps=2",
     "trainer.global_batch=2", "trainer.micro_batch=1", "trainer.log_every_n_steps=1", "watch.every_n_steps=null",
+    "trainer.precision=32-true", "eval_dtype=float32",  # a CPU may take fifty times as long for bf16
 )  # fmt: skip
 
 
@@ -479,9 +480,8 @@ def main():
     if args.write:
         write(args.out)
         return
-    # Ended from outside, it ends its stage first
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    summary = go_through(args)
+    with exit_on_sigterm():
+        summary = go_through(args)
     done = sum(found["status"] == "done" for found in summary["stages"].values())
     report(as_table(summary), "gpu", args, {"done": done, "stages": summary["stages"], "card": summary["card"]})
 

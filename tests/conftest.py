@@ -15,6 +15,7 @@ if "POSE_TESTS_HOME" not in os.environ:
 
 import json
 import logging
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from filelock import FileLock
 from script_server import Scripts
 
 from pose.app.console import log_to_terminal
+from pose.training.signals import STOP_SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,17 @@ def messages():
     log_to_terminal()
     yield
     logging.getLogger("pose").setLevel(logging.INFO)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A test leaves the handlers of signals as they were: later tests, and pytest, would be stopped by others."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert found == before
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,15 @@
 
 A fork is what `python script ...` would be: its own arguments, folder, environment, standard streams and seeds, default
 signal handlers, one thread, nothing of `pose` imported yet, and the interpreter's own way to end. Two things differ:
-libraries are imported already, and the order of sets of strings is the server's. `Scripts.run(..., fresh=True)` takes
+libraries are imported already and have filled their caches, and the order of sets of strings is the server's. `Scripts.run(..., fresh=True)` takes
 a new interpreter, and so does every script whose environment has something else that an interpreter reads at its start.
 """
 
 import atexit
 import contextlib
+import gc
 import importlib
+import io
 import json
 import os
 import resource
@@ -192,6 +194,7 @@ def _serve(connection: socket.socket) -> dict | None:
     sys.path[:] = [path for path in sys.path if path not in inherited]
     for name in LIBRARIES:
         importlib.import_module(name)
+    _warm_up()
     set_by_libraries = dict(os.environ.items() - before.items())
     if os.path.isdir("/proc/self/task"):
         assert len(os.listdir("/proc/self/task")) == 1, "other threads are at work: a fork would not have them"
@@ -210,6 +213,22 @@ def _serve(connection: socket.socket) -> dict | None:
             return request
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _warm_up():
+    """Fills what libraries look up once in a process: fonts, and how transformers renames the weights of each model."""
+    from matplotlib.figure import Figure
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    figure = Figure(layout="constrained")
+    for scale, axes in zip(("linear", "log"), figure.subplots(1, 2), strict=True):
+        axes.set(title="any", xlabel="text", xscale=scale, yscale=scale)
+        axes.plot([1, 100], [1, 100], label="of")
+        axes.legend(fontsize="small")
+    figure.savefig(io.BytesIO(), format="png", dpi=120)
+    get_checkpoint_conversion_mapping("LlamaForCausalLM")
+    gc.collect()
+    gc.freeze()  # what is here stays: collections in a fork need not look at it, which would copy it
 
 
 def _fork_and_report(report: int, *others: int):

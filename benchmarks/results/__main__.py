@@ -13,12 +13,12 @@ import argparse
 import logging
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from benchmarks import exit_on_sigterm
 from pose.errors import PoseError
 from pose.files import REPOSITORY, remove_folder
 
@@ -133,10 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
             except Failed as later:
                 log.info(f"  as many steps as fit: {later}")
         return 0
-    # Ended from outside, it ends its runs first
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        runner.run(todo, args.jobs)
+        with exit_on_sigterm():
+            runner.run(todo, args.jobs)
     finally:
         runner.collect()
         if not args.check:

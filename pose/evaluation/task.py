@@ -204,12 +204,12 @@ def ratio(
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     num, of_all = len(top), bottom.sum()
     value = top.sum() / of_all
-    if num < 3:
-        return Estimate(float(transform(value)), num=num)
-    half = student_95(num - 1) * np.sqrt(num / (num - 1) * ((top - value * bottom) ** 2).sum()) / of_all
     with np.errstate(over="ignore"):  # exp of a bound that few documents cannot give
+        if num < 3:
+            return Estimate(float(transform(value)), num=num)
+        half = student_95(num - 1) * np.sqrt(num / (num - 1) * ((top - value * bottom) ** 2).sum()) / of_all
         low, high = (float(transform(bound)) for bound in (value - half, value + half))
-    return Estimate(float(transform(value)), low, high, num)
+        return Estimate(float(transform(value)), low, high, num)
 
 
 def student_95(freedom: int) -> float:

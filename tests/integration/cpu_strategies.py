@@ -1,5 +1,7 @@
 """DeepSpeed on the CPU, for tests alone: Lightning refuses it there, and ZeRO itself does not."""
 
+import importlib
+
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy
@@ -27,5 +29,7 @@ class CpuDeepSpeed(DeepSpeed):
 
     def setup_distributed(self):
         reset_seed()
+        # Its all-reduce through shared memory, in place of gloo's, would be compiled first, which takes a minute
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         self.set_world_ranks()
         self._init_deepspeed_distributed()

@@ -1,5 +1,7 @@
 """The benchmarks keep one contract: a table, a last line of JSON, options read at once; and measure what they say."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -14,7 +16,6 @@ import pytest
 
 import benchmarks
 from benchmarks import gpu, parts, scaled, smollm2
-from benchmarks.results.runner import compiler
 from pose.files import sha256
 from pose.modeling.load import load_config, rope_geometry, scale_config
 from pose.rope import Yarn
@@ -24,11 +25,27 @@ FOLDER = Path(benchmarks.__file__).parent
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if "def options(" in file.read_text())
 
 
-def run(script, name, *arguments) -> tuple[str, dict]:
-    """The table and the JSON line: all there is on stdout."""
-    result = script("-m", f"benchmarks.{name}", *arguments)
+# Inductor's C++ takes a minute, and what is asked of it here is that it is asked
+NO_INDUCTOR = "import functools, torch; torch.compile = functools.partial(torch.compile, backend='aot_eager')"
+
+
+def run(script, name, *arguments, before: str | None = None) -> tuple[str, dict]:
+    """The table and the JSON line: all there is on stdout.
+
+    Args:
+        before: code that is run first, in the same process.
+    """
+    command = ("-m", f"benchmarks.{name}")
+    if before is not None:
+        command = ("-c", f"{before}\nfrom benchmarks import {name}\n{name}.main()")
+    result = script(*command, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
-    *lines, last = result.stdout.splitlines()
+    return read(name, result.stdout)
+
+
+def read(name: str, printed: str) -> tuple[str, dict]:
+    """The table and the JSON line of what a benchmark has printed."""
+    *lines, last = printed.splitlines()
     content = json.loads(last)
     assert content["benchmark"] == name and content["complete"] is True
     assert content["hardware"]["cpu"] and content["hardware"]["threads"] >= content["hardware"]["cores"] >= 1
@@ -153,7 +170,7 @@ def test_fits(script):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_loop(script, precision):
     """Both loops end with the same weights, in each repeat: they did the same work."""
-    arguments = ("--repeats", "2", "--steps", "3", "--batch", "4", "--length", "96", "--precision", precision)
+    arguments = ("--repeats", "2", "--steps", "3", "--batch", "2", "--length", "32", "--precision", precision)
     _, content = run(script, "loop", *arguments)
     assert content["same_weights"] is True
     seconds = content["seconds_per_step"]
@@ -183,7 +200,8 @@ def test_evaluation_of_a_long_window(script):
 
 def test_step_of_the_head(script):
     """The loss of this package is that of all logits, in less memory."""
-    _, content = run(script, "step", "head", "--tokens", "1024", "--repeats", "1")
+    small = "from benchmarks import step; step.VOCAB = 8192"
+    _, content = run(script, "step", "head", "--tokens", "1024", "--repeats", "1", before=small)
     (ways,) = content["parts"].values()
     assert list(ways)[:3] == ["materialised", "pose", "checkpointed chunks"]
     assert ways["materialised"]["memory_ratio"] == ways["materialised"]["times_as_long"]["median"] == 1
@@ -192,7 +210,9 @@ def test_step_of_the_head(script):
 
 def test_step_of_a_model(script):
     """Each lever alone and all together, against transformers' loss and against the loss alone."""
-    table, content = run(script, "step", "model", "--tokens", "8", "--repeats", "1", "--precision", "bf16-mixed")
+    small = f"{NO_INDUCTOR}; from benchmarks import step; step.VOCAB, step.LAYERS = 512, 2"
+    arguments = ("model", "--tokens", "8", "--repeats", "1", "--precision", "bf16-mixed")
+    table, content = run(script, "step", *arguments, before=small)
     ways = content["parts"]["model bf16-mixed"]
     assert list(ways) == [
         "transformers' loss", "loss", "loss, eager attention", "loss, recomputed", "loss, selective", "loss, compiled",
@@ -211,10 +231,9 @@ def test_step_of_a_model(script):
 
 def test_objectives(script):
     """Two views of the same tokens take longer than one, and a frozen original is a part of the states."""
-    compiled = ["--compiled"] if compiler() else []
-    arguments = ("--parts", "tiny", "--examples", "4", "--steps", "1", "--repeats", "1", *compiled)
-    table, content = run(script, "objectives", *arguments)
-    assert f"1 steps of 4 x 256 tokens, 32-true, {'compiled' if compiled else 'eager'}" in table
+    arguments = ("--parts", "tiny", "--examples", "4", "--steps", "1", "--repeats", "1", "--compiled")
+    table, content = run(script, "objectives", *arguments, before=NO_INDUCTOR)
+    assert "1 steps of 4 x 256 tokens, 32-true, compiled" in table
     (ways,) = content["parts"].values()
     assert list(ways) == ["lm", "self_distill", "long_short"]
     lm = ways["lm"]
@@ -273,10 +292,20 @@ REHEARSED = (
 
 
 @pytest.fixture(scope="module")
-def rehearsal(script, tmp_path_factory):
-    """One stage of each kind, as on a GPU but for the sizes."""
-    out = tmp_path_factory.mktemp("gpu")
-    return out, run(script, "gpu", "--rehearse", "--minutes", "30", "--out", out, "--only", *REHEARSED)
+def rehearsal(scripts, tmp_path_factory):
+    """One stage of each kind, as on a GPU but for the sizes, and in forks: a dozen interpreters take minutes to start."""
+    out, printed = tmp_path_factory.mktemp("gpu"), io.StringIO()
+
+    def run_within(limit, grace, command, output):
+        code = scripts.start(*command[1:], stdout=output, stderr=output, new_session=True).wait(limit)
+        return "done" if code == 0 else f"failed with status {code}"
+
+    arguments = ["--rehearse", "--minutes", "30", "--out", str(out), "--only", *REHEARSED]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(gpu, "_run_within", run_within)
+        patch.setattr("sys.argv", ["gpu", *arguments])
+        gpu.main()
+    return out, read("gpu", printed.getvalue())
 
 
 def test_the_gpu_programme_is_rehearsed(rehearsal):

@@ -1,12 +1,9 @@
 """docs/TUTORIAL.md, followed: its commands in their order, with a single step each, and its Python as it stands."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,17 +20,14 @@ INSTALLS = ("make", "source")
 pytestmark = pytest.mark.slow
 
 
-def test_the_tutorial_can_be_followed(script, tmp_path):
+def test_the_tutorial_can_be_followed(script, tmp_path, monkeypatch):
     text = (REPOSITORY / "docs" / "TUTORIAL.md").read_text()
     shutil.copytree(REPOSITORY / "assets" / "tiny", tmp_path / "assets" / "tiny")  # what it names in the clone
 
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # as in the clone, whose package is the current folder's
+
     def python(*arguments):
-        """As in the clone, whose package is the current folder's."""
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        result = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-            timeout=120,
-        )  # fmt: skip
+        result = script(*arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout
 
