@@ -4,8 +4,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -31,7 +29,7 @@ SMALL = (
 
 def command(folder, *overrides):
     texts = (f"search.{key}={folder.parent}/{key}.txt" for key in ("haystack", "heldout"))
-    return [sys.executable, "-m", "pose.search", *SMALL, *texts, f"hydra.run.dir={folder}", *overrides]
+    return ["-m", "pose.search", *SMALL, *texts, f"hydra.run.dir={folder}", *overrides]
 
 
 def with_texts(folder):
@@ -42,9 +40,15 @@ def with_texts(folder):
     return folder
 
 
-def run(*arguments):
-    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    return result.returncode, result.stdout + result.stderr
+@pytest.fixture(scope="module")
+def run(script):
+    """Runs a script; its status, and what it printed."""
+
+    def run_(*arguments):
+        result = script(*arguments)
+        return result.returncode, result.stdout + result.stderr
+
+    return run_
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def hydra():
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(run, tmp_path_factory):
     folder = with_texts(tmp_path_factory.mktemp("search")) / "whole"
     code, output = run(*command(folder))
     assert code == 0, output
@@ -82,9 +86,9 @@ def test_what_a_search_leaves(found):
         assert (f"{where}, what was found is worse than {', '.join(better)}:" in said) == bool(better)
 
 
-def test_a_search_that_was_killed_goes_on_to_the_same_end(found, tmp_path):
+def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, tmp_path):
     folder = with_texts(tmp_path) / "killed"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = scripts.start(*command(folder))
     file, end = folder / "search.csv", time.monotonic() + 120
     while time.monotonic() < end and not (file.exists() and len(file.read_text().splitlines()) > 6):
         time.sleep(0.01)
@@ -133,10 +137,10 @@ def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, wo
         overrides = [one.replace(name, str(tmp_path / name)) for one in overrides]
     monkeypatch.setattr("pose.modeling.load.build_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(PoseError, match=re.escape(words)):
-        search(compose("search", [*command(folder, *overrides)[3:]]), folder)
+        search(compose("search", command(folder, *overrides)[2:]), folder)
 
 
-def test_a_shorter_search_in_the_same_folder_is_as_short(found, tmp_path):
+def test_a_shorter_search_in_the_same_folder_is_as_short(found, run, tmp_path):
     """As it would be by itself: what a longer one has tried later is not a part of it."""
     shutil.copytree(found[0].parent, tmp_path / "texts")
     folder = tmp_path / "texts" / "whole"
@@ -149,17 +153,12 @@ def test_a_shorter_search_in_the_same_folder_is_as_short(found, tmp_path):
     assert factors.needle_answers.searched.nll == min(float(row["nll"]) for row in rows)
 
 
-def test_training_takes_what_was_found(found, tmp_path):
+def test_training_takes_what_was_found(found, run, tmp_path):
     """Its export is a plain folder with the same logits as the closed form; config.yaml needs no other file."""
     folder, _ = found
     settings = ("pose.target_len=512", "trainer.max_steps=1", "eval=none", "num_threads=1", "trainer.accelerator=cpu")
     code, output = run(
-        sys.executable,
-        "train.py",
-        "rope=searched",
-        f"rope.factors={folder}",
-        *settings,
-        f"hydra.run.dir={tmp_path}/run",
+        "train.py", "rope=searched", f"rope.factors={folder}", *settings, f"hydra.run.dir={tmp_path}/run"
     )
     assert code == 0, output
     factors = OmegaConf.load(folder / "factors.yaml")

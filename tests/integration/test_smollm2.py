@@ -11,7 +11,7 @@ RECOMPUTED = "model.gradient_checkpointing=true"
 SMALL = (
     f"pose.target_len={TARGET}", "pose.train_len=128", "data.window_len=512", "trainer.max_steps=2",
     "trainer.global_batch=2", "trainer.micro_batch=1", "trainer.log_every_n_steps=1", "watch.every_n_steps=2",
-    "watch.trials=2", "watch.lengths=[512]", "eval.max_documents=1", "eval.windows=1", "eval.trials=2",
+    "watch.trials=2", "watch.lengths=[512]", "eval.max_documents=1", "eval.windows=1", "eval.trials=1",
 )  # fmt: skip
 
 
