@@ -2,8 +2,9 @@
 
 A fork is what `python script ...` would be: its own arguments, folder, environment, standard streams and seeds, default
 signal handlers, one thread, nothing of `pose` imported yet, and the interpreter's own way to end. Two things differ:
-libraries are imported already and have filled their caches, and the order of sets of strings is the server's. `Scripts.run(..., fresh=True)` takes
-a new interpreter, and so does every script whose environment has something else that an interpreter reads at its start.
+libraries are imported already and have filled their caches, and the order of sets of strings is the server's.
+`Scripts.run(..., fresh=True)` takes a new interpreter, and so does every script whose environment has something else
+that an interpreter reads at its start.
 """
 
 import atexit

@@ -293,7 +293,7 @@ REHEARSED = (
 
 @pytest.fixture(scope="module")
 def rehearsal(scripts, tmp_path_factory):
-    """One stage of each kind, as on a GPU but for the sizes, and in forks: a dozen interpreters take minutes to start."""
+    """One stage of each kind, as on a GPU but for the sizes, and in forks: interpreters take minutes to start."""
     out, printed = tmp_path_factory.mktemp("gpu"), io.StringIO()
 
     def run_within(limit, grace, command, output):
