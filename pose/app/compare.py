@@ -27,6 +27,7 @@ from pose.modeling.guards import check_loss
 from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, check_weights, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
+from pose.modeling.speed import warn_of_emulated_bf16
 from pose.reporting.dashboard import Finished, log_finished
 from pose.reporting.plots import PANELS, plot_measured
 from pose.reporting.results_csv import write_results
@@ -100,6 +101,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     named = _named(cfg.ckpt)
     device = _device(cfg.device)
     dtype = _dtype(cfg.dtype, device)
+    warn_of_emulated_bf16(device, {"dtype": cfg.dtype}, "dtype=float32")
     attention = resolve_backend(models.attention_on(cfg.attention, device))
     outcomes = Outcomes(cfg.cache_dir, cfg.reuse)
     outcomes.require_writable()

@@ -28,6 +28,7 @@ from pose.modeling.attention import resolve_backend
 from pose.modeling.export.engines import check_engine
 from pose.modeling.layers import check_layers
 from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, scale_config
+from pose.modeling.speed import warn_of_emulated_bf16
 from pose.plan import micro_batch_of_views
 from pose.positions import Mix, PositionSampler
 from pose.rope import Frequencies, LongRope, RopeGeometry, RopeScaling
@@ -181,6 +182,11 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     export = partial(Export, tokenizer, dtype=getattr(torch, cfg.model.export_dtype), fold=cfg.model.export_fold)
     throughput = next(one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
     watch = build.build_watch(cfg, *measured, export=export(run_dir / "best"), throughput=throughput)
+    computes_in = {"trainer.precision": cfg.trainer.precision}
+    if suite is not None or watch is not None:
+        computes_in["eval_dtype"] = cfg.eval_dtype
+    instead = "trainer.precision=32-true and eval_dtype=float32"
+    warn_of_emulated_bf16(trainer.strategy.root_device, computes_in, instead)
     data.prepare_data()
     data.setup()
     say_tokens(cfg, data, sampler)

@@ -4,8 +4,9 @@ None of it changes what is computed beyond rounding.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,28 @@ ATTENTION = (
     ops._scaled_dot_product_cudnn_attention.default,
 )
 FLASH = ("flash_attn", "flash_attn_3")  # namespaces of the operators of FlashAttention's packages
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has instructions for matrix products in bf16; without them they are emulated."""
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
+
+
+def warn_of_emulated_bf16(device: torch.device, settings: Mapping[str, Any], instead: str):
+    """Warns of settings that ask for bf16 on a CPU that emulates it: 50 times as long and more (docs/LOG.md).
+
+    Args:
+        device: that computes.
+        settings: values by key.
+        instead: the settings to take in their place.
+    """
+    asked = [f"{key}={value}" for key, value in settings.items() if str(value).startswith(("bf16", "bfloat16"))]
+    if asked and device.type == "cpu" and not cpu_computes_bf16():
+        log.warning(
+            f"{' and '.join(asked)}: this CPU has no instructions for bf16 (AVX512_BF16, AMX); matrix products take 50 "
+            f"times as long as in fp32 and more. Give {instead}"
+        )
 
 
 def compile_layers(model: PreTrainedModel):

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 
 from pose.errors import ConfigError
 from pose.modeling.shard import FullyShard, Layout, Whole, Zero3, set_masters
+from pose.modeling.speed import cpu_computes_bf16
 from pose.training.compat import deepspeed_config, set_data_parallel_size, undo_deepspeed_patches
 
 # Weights are fp32, or have fp32 masters. Why what Lightning has besides is not for this:
@@ -134,9 +135,8 @@ def resolve_precision(precision: str, accelerator: str) -> Any:
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if on_gpu:
         fast_bf16 = torch.cuda.is_bf16_supported()
-    else:  # bf16 without these instructions is emulated, and slower than fp32
-        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast_bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
+    else:
+        fast_bf16 = cpu_computes_bf16()
     return "bf16-mixed" if fast_bf16 else "32-true"
 
 

@@ -52,6 +52,13 @@ def test_checkpoints_are_measured_at_the_same_lengths(tmp_path, longer):
     assert candidates[0].under["checkpoint"] != candidates[1].under["checkpoint"]
 
 
+@pytest.mark.parametrize(("dtype", "is_warned_of"), [("bfloat16", True), ("float32", False), ("auto", False)])
+def test_bf16_that_a_cpu_emulates_is_warned_of(tmp_path, capsys, monkeypatch, dtype, is_warned_of):
+    monkeypatch.setattr("pose.modeling.speed.cpu_computes_bf16", lambda: False)
+    plan(tmp_path, "ckpt=assets/tiny", "eval=passkey", f"dtype={dtype}", "device=cpu")
+    assert ("Warning: dtype=bfloat16: this CPU has no instructions for bf16" in capsys.readouterr().out) is is_warned_of
+
+
 def test_tokenizers_that_differ_are_measured_on_the_same_documents(tmp_path, longer, capsys):
     """A tokenizer of single bytes makes long what is short for the shipped one."""
     tokenizer = json.loads((TINY / "tokenizer.json").read_text())

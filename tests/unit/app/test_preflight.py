@@ -230,6 +230,32 @@ def test_a_run_says_how_many_tokens_and_epochs(plan, capsys):
     assert "Warning" not in out
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (
+            ["trainer.precision=bf16-mixed", "eval_dtype=bfloat16", "eval=none"],
+            "trainer.precision=bf16-mixed: this CPU",
+        ),
+        (["eval_dtype=bfloat16"], "eval_dtype=bfloat16: this CPU"),
+        (
+            ["trainer.precision=bf16-mixed", "eval_dtype=bfloat16"],
+            "trainer.precision=bf16-mixed and eval_dtype=bfloat16: this CPU",
+        ),
+        (["trainer.precision=auto"], None),
+    ],
+)
+def test_bf16_that_a_cpu_emulates_is_warned_of(plan, capsys, monkeypatch, overrides, named, has_bf16):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has_bf16)
+    planned = plan(*overrides)
+    out = " ".join(capsys.readouterr().out.split())
+    assert (f"Warning: {named}" in out) == (named is not None and not has_bf16) == ("AVX512_BF16" in out)
+    if "auto" in overrides[0]:
+        assert planned.trainer.precision == ("bf16-mixed" if has_bf16 else "32-true")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
