@@ -14,7 +14,7 @@ def find_documents(key: str, value):
         value: file, folder, glob or dataset, or a list of them.
 
     Raises:
-        ConfigError: a dataset without a path.
+        ConfigError: a dataset without a path, or with one that is no text.
     """
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
@@ -22,6 +22,12 @@ def find_documents(key: str, value):
         if value.get("path") in (None, "???"):
             raise ConfigError(
                 f"{key}.path is not set: give a folder, or the id of a dataset on the hub (owner/name)", "eval"
+            )
+        if not isinstance(value["path"], str):
+            raise ConfigError(
+                f"{key}.path={value['path']!r} is not accepted: give a folder, a file, or the id of a dataset on the "
+                "hub (owner/name); a number in quotes",
+                "eval",
             )
         return value | {"path": locate(value["path"])}
     if isinstance(value, list):

@@ -102,6 +102,8 @@ def main(arguments: list[str] | None = None):
         pythons = check_pythons(given.python)
         require_int("--tokens", given.tokens, at_least=2, optional=True)
         require_number("--timeout", given.timeout, above=0)
+        if given.json and not Path(given.json).absolute().parent.is_dir():
+            raise ConfigError(f"--json {given.json} is in a folder that is not there: give another file")
         found = []
         for run in given.runs:
             if not given.table:
@@ -109,10 +111,10 @@ def main(arguments: list[str] | None = None):
             found.append(compare(run, engines, pythons, given.tokens, given.text, given.timeout))
             if not given.table:
                 _show(*found[-1])
-        if given.json:
-            write_json(given.json, [{"run": label, "verdicts": [one.as_json() for one in of]} for label, of in found])
         if given.table:
             log.info(table(found))
+        if given.json:
+            write_json(given.json, [{"run": label, "verdicts": [one.as_json() for one in of]} for label, of in found])
 
 
 def check_engines(names: str) -> list[str]:
@@ -124,6 +126,8 @@ def check_engines(names: str) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in found if name not in ENGINES]:
         raise ConfigError(f"--engines has {unknown[0]!r}: choose from {', '.join(ENGINES)}")
+    if not found:
+        raise ConfigError(f"--engines {names!r} names none: choose from {', '.join(ENGINES)}")
     return found
 
 

@@ -137,7 +137,11 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     metrics = read_json(folder / "metrics.json")
     settings = _object(provenance.get("settings"))
     rope = _object(settings.get("model's rope_parameters"))
-    window = _whole(rope.get("original_max_position_embeddings") or settings.get("model's max_position_embeddings"))
+    window = _whole(
+        _object(settings.get("model's pose")).get("window")  # of a model that was extended before
+        or rope.get("original_max_position_embeddings")
+        or settings.get("model's max_position_embeddings")
+    )
     target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
     return Source(
         kind="training",

@@ -323,7 +323,10 @@ class Run:
         trained += ", with embeddings and norms" if tune.lora.train_embeddings_and_norms else ""
         synthetic = [f"{share:.0%} {name} examples" for name, share in cfg.data.synthetic.items() if share]
         documents = cfg.data.documents if OmegaConf.is_list(cfg.data.documents) else [cfg.data.documents]
-        names = [f"{one.path} ({one.get('split', 'train')})" if OmegaConf.is_dict(one) else one for one in documents]
+        names = [
+            one if not OmegaConf.is_dict(one) else f"{one.path} ({one.split})" if one.get("split") else one.path
+            for one in documents
+        ]
         factor = where_the_factor_is(read_json(self.folder / "model" / "config.json"))
         Card(
             base=base,

@@ -15,6 +15,7 @@ from pose.evaluation.options import EvalOptions
 from pose.modeling.options import ENGINES, RECOMPUTE, LoraOptions
 from pose.training.options import WatchOptions
 
+POLYNOMIAL_END = 1e-7  # transformers' lr_end
 # Those of transformers' get_scheduler that need nothing but the steps.
 SCHEDULES = (
     "linear",
@@ -101,6 +102,11 @@ class FinetuneConfig:
         require_number("finetune.weight_decay", self.weight_decay, at_least=0)
         require_int("finetune.warmup_steps", self.warmup_steps, at_least=0)
         require_choice("finetune.schedule", self.schedule, SCHEDULES)
+        if self.schedule == "polynomial" and self.lr <= POLYNOMIAL_END:
+            raise ConfigError(
+                f"finetune.lr={self.lr:g} is not above {POLYNOMIAL_END:g}, at which finetune.schedule=polynomial ends: "
+                "give a larger one, or finetune.schedule=linear"
+            )
         require_choice("finetune.optimizer", self.optimizer, OPTIMIZERS)
         require_choice("finetune.weights_dtype", self.weights_dtype, ("auto", "float32", "bfloat16"))
         if self.weights_dtype == "bfloat16" and self.optimizer != "adamw8bit":

@@ -187,7 +187,17 @@ class PoseDataModule(L.LightningDataModule):
         kept_back = [] if self.set_aside is None else self.set_aside.of(cache)
         if kept_back:
             self.fingerprint += f", without {len(kept_back)} for evaluation: " + _fingerprint(kept_back)
-            log.info(f"Held out    {len(kept_back):,} of {len(cache):,} documents (data.heldout_share)")
+            held_out = f"Held out    {len(kept_back):,} of {len(cache):,} documents (data.heldout_share)"
+            if copies := sorted({*found_again(cache, [cache[i] for i in kept_back])}.difference(kept_back)):
+                self.fingerprint += f", and their {len(copies)} copies: " + _fingerprint(copies)
+                held_out += f", and {len(copies):,} with the same text, which do not train either"
+                kept_back = sorted([*kept_back, *copies])
+            log.info(held_out)
+            if len(kept_back) == len(cache):
+                raise DataError(
+                    "data.documents leave none to train on: all have the text of one that is set aside for perplexity "
+                    "(data.heldout_share); give more, or others to measure on with data.heldout"
+                )
         if left_out := self._left_out(cache):
             self.fingerprint += f", without {len(left_out)} of data.leave_out: " + _fingerprint(left_out)
         documents = _Documents(cache, [*kept_back, *left_out])
@@ -197,7 +207,7 @@ class PoseDataModule(L.LightningDataModule):
         }
         for task in tasks:  # so that what does not fit is an error now, not in the middle of the run
             for length in (self.sampler.example_len, *(length for _, length in self.curriculum)):
-                task.sample(np.random.default_rng(0), length)
+                task.sample(np.random.default_rng(0), length - (self.bos_id is not None))
 
         ends = sentence_ends(self.tokenizer) if self.sampler.uses_breaks else None
 
@@ -245,9 +255,12 @@ class PoseDataModule(L.LightningDataModule):
         """Which documents have the text of one of `leave_out`."""
         if self.leave_out is None:
             return []
-        keys = Keys("data.leave_out", max_document_chars=None)
-        others = TokenCache.build(self.leave_out, self.tokenizer, self.cache_dir, self.text_field, keys=keys)
-        left_out = found_again(cache, others)
+        keys = Keys("data.leave_out", min_tokens="data.leave_out")
+        as_the_others = {name: self.choice[name] for name in ("on_broken", "max_document_chars")}
+        others = TokenCache.build(
+            self.leave_out, self.tokenizer, self.cache_dir, self.text_field, keys=keys, **as_the_others
+        )
+        left_out = found_again(cache, [others[i] for i in range(len(others))])
         log.info(f"Left out    {len(left_out):,} of {len(cache):,} documents: they are of data.leave_out")
         if len(left_out) == len(cache):
             raise DataError("data.leave_out leaves no document to train on: give others with data.documents")
@@ -411,5 +424,8 @@ def sentence_ends(tokenizer) -> np.ndarray:
     Returns:
         bool [vocabulary].
     """
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    return np.array([SENTENCE_END.search(text) is not None for text in texts])
+    ids = sorted(tokenizer.get_vocab().values())  # which may have gaps
+    ends = np.zeros(ids[-1] + 1, bool)
+    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    ends[ids] = [SENTENCE_END.search(text) is not None for text in texts]
+    return ends

@@ -398,7 +398,12 @@ def document_of(record: dict, text_field: str, where: str, place: str, broken: B
             f"{where}: the text has half a character ({half[0]!r} at {half.start()}), which no encoding allows"
         )
     own = record.get("id")
-    return Document(place if own is None else str(own).encode(errors="replace").decode(), text)
+    return Document(_printable(place if own is None else str(own)), text)
+
+
+def _printable(name: str) -> str:
+    """An id without what UTF-8 cannot encode, as the name of a file may have it."""
+    return name.encode(errors="replace").decode()
 
 
 def _kind(path: Path) -> str | None:
@@ -510,7 +515,7 @@ def _read_txt(path: Path, file: BufferedIOBase, text_field: str, broken: Broken)
     else:
         if text is None:
             return broken.too_long(str(path))
-        yield Document(path.name, text)
+        yield Document(_printable(path.name), text)
 
 
 def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Broken) -> Iterator[Document]:
@@ -528,7 +533,7 @@ def _read_parquet(path: Path, file: BufferedIOBase, text_field: str, broken: Bro
                 f"{path}: no single column of text named {text_field!r}; it has {columns} "
                 f"({broken.keys.choose_field()})"
             )
-        wanted = [name for name in (text_field, "id") if name in names]
+        wanted = [text_field, *(["id"] if names.count("id") == 1 and text_field != "id" else [])]
         # A row at a time: a value that the file stores once, in a dictionary, may be repeated by every row.
         for batch in parquet.iter_batches(1, columns=wanted, use_threads=False):
             number += 1

@@ -131,7 +131,9 @@ class PoseDataset(Dataset):
         return np.flatnonzero(self.sentence_end[document[:-1]]) + 1 + self.num_bos
 
     def _synthetic_example(self, rng, task):
-        tokens, is_answer = task.sample(rng, self.sampler.example_len)
+        tokens, is_answer = task.sample(rng, self.sampler.example_len - self.num_bos)
+        if self.bos_id is not None:
+            tokens, is_answer = np.append(self.bos_id, tokens), np.append(False, is_answer)
         layout = self.sampler.sample(rng, self.sampler.min_document_len)  # its positions alone
         return self._item(tokens, np.where(is_answer, tokens, IGNORE), layout.position_ids)
 

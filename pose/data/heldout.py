@@ -69,8 +69,8 @@ def without(num: int, left_out: Sequence[int]) -> np.ndarray:
     return np.setdiff1d(np.arange(num), np.asarray(left_out, np.int64))
 
 
-def found_again(cache: TokenCache, others: TokenCache) -> list[int]:
-    """Which documents of a cache have the same tokens as one of another's, sorted; of one tokenizer."""
-    same_length = np.flatnonzero(np.isin(cache.lengths, others.lengths)).tolist()
-    texts = {others[i].tobytes() for i in range(len(others))} if same_length else set()
+def found_again(cache: TokenCache, others: Sequence[np.ndarray]) -> list[int]:
+    """Which documents of a cache have the same tokens as one of others, sorted; of one tokenizer."""
+    same_length = np.flatnonzero(np.isin(cache.lengths, [len(one) for one in others])).tolist()
+    texts = {one.tobytes() for one in others} if same_length else set()
     return [i for i in same_length if cache[i].tobytes() in texts]

@@ -103,6 +103,7 @@ class Harness(Task):
             self.task: {
                 "lm_eval": version("lm_eval"), "num_fewshot": self.num_fewshot, "limit": self.limit, "seed": self.seed,
                 "max_length": self.max_length, "tokenizer": tokenizer_digest(self.tokenizer),
+                "special": [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id],
                 "include_path": _folder_digest(self.include_path), "configs": self._configs_digest(),
                 "data_files": _local_data(self.configs),
             }

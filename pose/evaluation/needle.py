@@ -64,7 +64,7 @@ class Needle(TaskByLength):
         return {
             "depths": self.depths, "trials": self.trials, "seed": self.prompts.seed, "bos": self.prompts.bos,
             "tokenizer": tokenizer_digest(self.prompts.tokenizer), "haystack": self.haystack_digest,
-            "words": words_digest(),
+            "words": words_digest(), "end": self.prompts.tokenizer.eos_token_id,
         }  # fmt: skip
 
     def measure(self, scorer: Scorer, unit: str) -> dict[str, list[int]]:

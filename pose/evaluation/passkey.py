@@ -138,6 +138,7 @@ class Passkey(TaskByLength):
         return {
             "trials": self.trials, "seed": self.seed, "depths": self.depths, "generate": self.generate,
             "bos": self.prompts.bos.tolist(), "tokenizer": tokenizer_digest(self.prompts.tokenizer),
+            "end": self.prompts.tokenizer.eos_token_id,
         }  # fmt: skip
 
     def measure(self, scorer: Scorer, unit: str) -> dict[str, list]:

@@ -93,7 +93,7 @@ class Ruler(TaskByLength):
         return {
             "trials": self.trials, "seed": self.seed, "depths": self.depths, "bos": self.bos,
             "tokenizer": tokenizer_digest(self.tokenizer), "haystack": self.haystack_digest,
-            "words": None if self.task in ("vt", "fwe") else words_digest(),
+            "words": None if self.task in ("vt", "fwe") else words_digest(), "end": self.tokenizer.eos_token_id,
         }  # fmt: skip
 
     def measure(self, scorer: Scorer, unit: str) -> dict[str, list]:

@@ -100,6 +100,22 @@ def build_empty(config: PretrainedConfig, **options) -> PreTrainedModel:
     return model
 
 
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters transformers loads in fp32 whatever the checkpoint's dtype, by their names.
+
+    Among them are the biases of routers, whose rounding to 16 bits would choose other experts.
+
+    Args:
+        model: of a class that says so.
+        dtype: of the others. Some are kept under fp16 alone.
+    """
+    modules = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    if dtype == torch.float16:
+        modules |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    pattern = re.compile("|".join(rf"((^|\.){module}($|\.))" for module in sorted(modules)))
+    return lambda name: bool(modules) and pattern.search(name) is not None
+
+
 def note_conversions(model: PreTrainedModel, from_checkpoint: bool):
     """Notes on a model how its names differ from those of its checkpoints: for `renamed`, and for save_pretrained.
 

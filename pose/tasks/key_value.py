@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pose.tasks.tokens import fit, plain_tokens, token_ids
+from pose.errors import ConfigError
+from pose.tasks.tokens import fit, ids_after, plain_tokens, token_ids
 
 
 class KeyValue:
@@ -19,10 +20,14 @@ class KeyValue:
     def __init__(self, tokenizer, documents: Sequence[np.ndarray], vocab_size: int | None = None):
         self.words = plain_tokens(tokenizer, vocab_size)
         self.digits = np.array([token_ids(tokenizer, str(d))[-1] for d in range(10)])
-        self.middle, self.end = token_ids(tokenizer, " is"), token_ids(tokenizer, "\n")
+        self.middle, self.end = ids_after(tokenizer, "a", " is"), ids_after(tokenizer, "7", "\n")
+        # A pair, and a question up to the first digit that it asks for
+        self.least = 2 * (2 + len(self.middle)) + self.DIGITS[1] + len(self.end) + 1
 
     def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, and which of them are answers; see `pose.tasks.synthetic`."""
+        if length < self.least:
+            raise ConfigError(f"data.synthetic.key_value needs {self.least} tokens in an example, and has {length}")
         value_len = int(rng.integers(*self.DIGITS, endpoint=True))
         pair_len = 2 + len(self.middle) + value_len + len(self.end)
         room = max(2, length // pair_len)  # for pairs and questions

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pose.errors import ConfigError
-from pose.tasks.tokens import stretch, token_ids
+from pose.tasks.tokens import ids_after, stretch, token_ids
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -46,10 +46,10 @@ class PasskeyPrompts:
     def __init__(self, tokenizer, bos_id: int | None = None):
         self.tokenizer = tokenizer
         self.bos = np.array([] if bos_id is None else [bos_id], np.int64)
-        self.introduction = self._ids(INTRODUCTION)
-        self.filling = self._ids(FILLER)
+        self.introduction = token_ids(tokenizer, INTRODUCTION)
+        self.filling = self._after("\n", FILLER)
         self.period = len(self.filling)  # approximate tokens of FILLER: repeated, it may have others
-        self.question = self._ids(QUESTION)
+        self.question = self._after(".", QUESTION)
 
     def sample(
         self,
@@ -73,7 +73,7 @@ class PasskeyPrompts:
         """
         key = "".join(str(d) for d in rng.integers(0, 10, KEY_DIGITS))
         question, answer = self._question_and_answer(key)
-        line = self._ids(KEY_LINE.format(key=key))
+        line = self._after(".", KEY_LINE.format(key=key))
         head = np.concatenate([self.bos, self.introduction]) if introduce else self.bos
         room = length - len(head) - len(line) - len(question) - len(answer)
         if room < 0:
@@ -92,26 +92,26 @@ class PasskeyPrompts:
         times = num // self.period + 1
         while len(self.filling) < num + self.period:  # the end of a text may be tokenised differently
             times *= 2
-            self.filling = self._ids(" ".join([FILLER] * times))
+            self.filling = self._after("\n", " ".join([FILLER] * times))
         return self.filling[:num]
 
     def shortest(self, introduce: bool = True) -> int:
         """Tokens of a prompt without filler (for the key 00000: others may differ by a token or two)."""
         question, answer = self._question_and_answer("0" * KEY_DIGITS)
-        line = self._ids(KEY_LINE.format(key="0" * KEY_DIGITS))
+        line = self._after(".", KEY_LINE.format(key="0" * KEY_DIGITS))
         head = len(self.bos) + (len(self.introduction) if introduce else 0)
         return head + len(line) + len(question) + len(answer)
 
     def _question_and_answer(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Both as the tokenizer splits them when they stand together, which may not be how it splits them alone."""
-        both = self._ids(f"{QUESTION} {key}")
+        both = self._after(".", f"{QUESTION} {key}")
         shared = min(len(self.question), len(both) - 1)
         while not np.array_equal(both[:shared], self.question[:shared]):
             shared -= 1
         return both[:shared], both[shared:]
 
-    def _ids(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+    def _after(self, before: str, text: str) -> np.ndarray:
+        return ids_after(self.tokenizer, before, text)
 
 
 class Passkey:
@@ -125,7 +125,7 @@ class Passkey:
 
     def __init__(self, tokenizer, documents: Sequence[np.ndarray], vocab_size: int | None = None):
         self.prompts, self.documents = PasskeyPrompts(tokenizer), documents
-        self.full_stop = token_ids(tokenizer, ".")
+        self.full_stop = ids_after(tokenizer, "7", ".")
 
     def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, and which of them are answers; see `pose.tasks.synthetic`."""

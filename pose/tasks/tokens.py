@@ -7,14 +7,22 @@ import numpy as np
 
 def token_ids(tokenizer, text: str) -> np.ndarray:
     """The tokens of a text without special ones, int64 [Lx]."""
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+
+
+def ids_after(tokenizer, before: str, text: str) -> np.ndarray:
+    """The tokens of a text as they are after another one, int64 [Lx]; by itself where the two share a token.
+
+    A tokenizer of LLaMA's kind puts a space before every text that it is given.
+    """
+    first, both = token_ids(tokenizer, before), token_ids(tokenizer, before + text)
+    return both[len(first) :] if np.array_equal(both[: len(first)], first) else token_ids(tokenizer, text)
 
 
 def plain_tokens(tokenizer, vocab_size: int | None = None) -> np.ndarray:
     """Every token that is not special and has a row in an embedding of vocab_size rows, int64."""
-    special = set(tokenizer.all_special_ids)
-    rows = len(tokenizer) if vocab_size is None else min(len(tokenizer), vocab_size)
-    return np.array([i for i in range(rows) if i not in special])
+    ids = set(tokenizer.get_vocab().values()).difference(tokenizer.all_special_ids)
+    return np.array(sorted(i for i in ids if vocab_size is None or i < vocab_size))
 
 
 def stretch(rng: np.random.Generator, documents: Sequence[np.ndarray], length: int) -> np.ndarray:

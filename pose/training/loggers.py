@@ -1,6 +1,7 @@
 """Where a run's metrics go: metrics.csv always, TensorBoard or W&B beside it."""
 
 import contextlib
+import csv
 import logging
 import netrc
 import os
@@ -12,17 +13,64 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from pose.errors import ConfigError, first_line, require_choice
-from pose.files import short_name
+from pose.files import atomic_file, short_name
 from pose.training.compat import without_anonymous
 
 log = logging.getLogger(__name__)
 
 NAMES = ("csv", "tensorboard", "wandb")
 MAX_NAME = 128  # characters of a name or a group in W&B
+
+
+class MetricsWriter(ExperimentWriter):
+    """Writes metrics.csv. What it holds is never lost: it is replaced in one step, where Lightning removes it first.
+
+    Where a new metric gives it another column it is written again; else rows are added to it.
+    """
+
+    def __init__(self, log_dir: str):
+        super().__init__(log_dir)
+        self._has_begun = False  # else the file is of a run before
+
+    def _check_log_dir_exists(self):
+        """Lightning's removes the file."""
+
+    def save(self):
+        """Writes the rows that have been logged since the last time."""
+        if not self.metrics:
+            return
+        if self._record_new_keys():
+            rows: list[dict] = []
+            if self._has_begun:
+                with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
+                    rows = list(csv.DictReader(file))
+            with atomic_file(self.metrics_file_path, newline="") as file:
+                writer = csv.DictWriter(file, self.metrics_keys)
+                writer.writeheader()
+                writer.writerows([*rows, *self.metrics])
+            self._has_begun = True
+        else:
+            with open(self.metrics_file_path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+        self.metrics = []
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's CSVLogger with `MetricsWriter`."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = MetricsWriter(self.log_dir)
+        return self._experiment
 
 
 def build_loggers(
@@ -48,7 +96,7 @@ def build_loggers(
         ConfigError: an unknown name, options of a logger that takes none, or a value that is not accepted.
     """
     options = _checked(name, options)
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
+    loggers: list[Logger] = [MetricsLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
     if name == "tensorboard":
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None))
     elif name == "wandb":

@@ -39,7 +39,8 @@ def round_stochastically(exact: torch.Tensor) -> torch.Tensor:
     """
     bits = exact.contiguous().view(torch.int32)
     noise = torch.randint_like(bits, 1 << 16)
-    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
+    return torch.where(exact.isfinite(), rounded, exact).to(torch.bfloat16)  # NaN plus noise may be a number
 
 
 def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:

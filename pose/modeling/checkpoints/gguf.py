@@ -30,9 +30,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pose.errors import CheckpointError, DataError, one_line
 from pose.files import Memo, atomic_folder, digest
 from pose.modeling.checkpoints.checks import SIZES, WINDOW, check_rope, is_integer, is_number
+from pose.modeling.export.rope import for_old_readers
 
 # Raise it whenever the same file would give another folder than before.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+SCALES = ("scaling.factor", "scaling.attn_factor", "scale_linear")  # each of which is 1 where nothing is scaled
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -117,6 +119,7 @@ def convert(file: str | Path, folder: str | Path):
         with atomic_folder(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            for_old_readers(partial)
             if license:
                 head = yaml.safe_dump({"license": one_line(license)}, allow_unicode=True)
                 (partial / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
@@ -220,7 +223,11 @@ def _config(fields: dict[str, Any], tensors: set[str]) -> LlamaConfig:
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"the GGUF's general.architecture is {architecture!r}: only 'llama' is read")
-    if fields.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors:
+    scaling = fields.get("llama.rope.scaling.type")
+    is_scaled = scaling not in (None, "none") or "rope_freqs.weight" in tensors
+    for key in SCALES:  # without a type llama.cpp takes "linear"
+        is_scaled |= scaling is None and fields.get(f"llama.rope.{key}") not in (None, 0, 1)
+    if is_scaled:
         raise CheckpointError("the GGUF's RoPE is scaled already: start from the unscaled model")
     heads = _size(fields, "llama.attention.head_count", SIZES["num_attention_heads"])
     width = _size(fields, "llama.embedding_length", SIZES["hidden_size"])
@@ -302,8 +309,9 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
-    if fields.get("tokenizer.ggml.add_bos_token"):
-        raise CheckpointError("the GGUF's tokenizer puts a BOS before every text (add_bos_token), which is not read")
+    for key, what in (("add_bos_token", "a BOS before"), ("add_eos_token", "an EOS after")):
+        if fields.get(f"tokenizer.ggml.{key}"):
+            raise CheckpointError(f"the GGUF's tokenizer puts {what} every text ({key}), which is not read")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,

@@ -26,6 +26,7 @@ from pose.errors import CheckpointError, ConfigError
 from pose.files import atomic_folder, is_inside, load_json, write_json
 from pose.modeling.checkpoints.checks import check_values
 from pose.modeling.checkpoints.hub import weight_files
+from pose.modeling.export.rope import for_old_readers
 from pose.modeling.load import FORMS, scale_config
 from pose.modeling.rotary import target_len_of
 from pose.rope import NTK, Dynamic, Linear, Llama3, LongRope, RopeScaling, Unscaled, Yarn, YarnRevised
@@ -136,6 +137,7 @@ def _import(src: Path, dst: Path, yarn: str | None, window: int | None):
         for file in others:
             shutil.copy(file, partial / file.name)
         config.save_pretrained(partial)
+        for_old_readers(partial)
         tokenizer = partial / "tokenizer_config.json"
         if tokenizer.is_file():
             options = load_json(tokenizer, CheckpointError) | {"model_max_length": target_len_of(config)}

@@ -10,9 +10,9 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from pose.errors import GuardError, first_line
-from pose.files import atomic_folder, load_json, replace_folder, write_json
+from pose.files import atomic_folder, replace_folder
 from pose.modeling.export.check import ask, compare
-from pose.modeling.export.rope import for_old_tokenizers, said, with_old_keys
+from pose.modeling.export.rope import for_old_readers, said
 from pose.modeling.export.weights import Weights
 from pose.modeling.rotary import target_len_of
 
@@ -114,7 +114,6 @@ def _write_rest(model: PreTrainedModel, config: PretrainedConfig, tokenizer, fol
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # the class as `fully_shard` changes it
     config.dtype = _name(dtype)
     config.save_pretrained(folder)
-    write_json(folder / "config.json", with_old_keys(load_json(folder / "config.json")))
     if model.can_generate():
         generation = _savable(model.generation_config)
         if generation.max_length is not None:
@@ -122,9 +121,7 @@ def _write_rest(model: PreTrainedModel, config: PretrainedConfig, tokenizer, fol
         generation.save_pretrained(folder)
     tokenizer.model_max_length = target_len
     tokenizer.save_pretrained(folder)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        write_json(settings, for_old_tokenizers(load_json(settings)))
+    for_old_readers(folder)
 
 
 def _savable(generation: GenerationConfig) -> GenerationConfig:

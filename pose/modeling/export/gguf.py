@@ -19,12 +19,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pose.errors import CheckpointError, require_choice
 from pose.files import atomic_file
+from pose.modeling import compat
 from pose.modeling.checkpoints.gguf import NAMES
 from pose.modeling.checkpoints.hub import read_weights
 from pose.modeling.export.engines import check_engine
 from pose.modeling.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from pose.modeling.load import check_weights, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
+from pose.modeling.weights import matched
 
 F16_MAX = 65504.0
 DTYPES = ("f16", "f32", "q8_0")  # of matrices; everything else is fp32
@@ -130,13 +132,17 @@ def rope_divisors(config: PretrainedConfig) -> tuple[np.ndarray | None, float]:
 def _tensors(folder: Path, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights by their names in a GGUF; bytes are read when they are looked at."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in read_weights(str(folder)):
+    empty, has_embedding = compat.build_on_meta(config, "sdpa"), False
+    compat.note_conversions(empty, from_checkpoint=True)
+    for name, tensor in matched(empty, read_weights(str(folder))):
         parts = name.removeprefix("model.").split(".")
         block = ".".join(["blk", parts[1], ""]) if parts[0] == "layers" else ""
         inner = parts[2:] if block else name.split(".")
         module, kind = ".".join(inner[:-1]), inner[-1]
-        if module not in _NAMES or (module == "lm_head" and config.tie_word_embeddings):
-            continue  # which `check_weights` has let pass: tables, or a second copy of the embedding
+        if config.tie_word_embeddings and module in ("lm_head", "model.embed_tokens"):  # one matrix, or two copies
+            if has_embedding:
+                continue
+            module, has_embedding = "model.embed_tokens", True
         if (num := heads.get(inner[-2])) is not None:  # rotary pairs are neighbours there, half a head apart here
             pairs = tensor.view(num, 2, -1, *tensor.shape[1:])
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)

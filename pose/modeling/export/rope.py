@@ -8,10 +8,12 @@ itself, and the rest is in the weights (`pose.modeling.export.fold`).
 
 import copy
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pose.files import load_json, write_json
 from pose.modeling.compat import rotary_modules
 from pose.modeling.export.fold import Fold
 from pose.modeling.load import FACTORLESS
@@ -125,6 +127,14 @@ def where_the_factor_is(raw: dict[str, Any]) -> str | None:
     if "short_mscale" in rope or (rope.get("rope_type") == "yarn" and "attention_factor" in rope):
         return f"{factor}, in config.json alone: an engine that overlooks it there serves another model"
     return None if "attention_factor" not in noted else f"{factor}, which engines work out themselves"
+
+
+def for_old_readers(folder: Path):
+    """Rewrites what save_pretrained has written of config and tokenizer, for readers of either major version."""
+    write_json(folder / "config.json", with_old_keys(load_json(folder / "config.json")))
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        write_json(settings, for_old_tokenizers(load_json(settings)))
 
 
 def for_old_tokenizers(settings: dict[str, Any]) -> dict[str, Any]:

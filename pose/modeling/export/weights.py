@@ -28,7 +28,7 @@ class Weights:
 
     Args:
         model: as it trains, under any strategy.
-        dtype: of the saved weights; whole numbers keep theirs.
+        dtype: of the saved weights; whole numbers keep theirs, and what transformers holds in fp32 stays so.
         fold: what is multiplied into them before they are rounded; None: nothing.
 
     Attributes:
@@ -38,11 +38,12 @@ class Weights:
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, fold: Fold | None = None):
         self.model, self.dtype, self.fold = model, dtype, fold
+        self._in_fp32 = compat.kept_in_fp32(model, dtype)
         self._parameters = _saved_parameters(model)
         self._adapters = adapters(model)
         self._stored = Stored(model)
         shapes = {
-            name: torch.empty(full_shape(tensor), dtype=self._dtype_of(tensor), device="meta")
+            name: torch.empty(full_shape(tensor), dtype=self._dtype_of(name, tensor), device="meta")
             for name, tensor in self._parameters.items()
         }
         saved = {name: torch.empty_like(tensor) for name, tensor in self._as_in_checkpoint(shapes).items()}
@@ -97,7 +98,7 @@ class Weights:
             for name in group:
                 tensor = self._whole(name)
                 if keep:
-                    whole[name] = tensor.to("cpu", self._dtype_of(tensor))
+                    whole[name] = tensor.to("cpu", self._dtype_of(name, tensor))
             yield self._as_in_checkpoint(whole) if keep else {}
 
     @torch.no_grad()
@@ -114,9 +115,10 @@ class Weights:
             raise broken(f"{_plain(name)} has values that are not finite")
         return full
 
-    def _dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
-        is_number = tensor.is_floating_point() or compat.is_quantised(tensor)
-        return self.dtype if is_number else tensor.dtype
+    def _dtype_of(self, name: str, tensor: torch.Tensor) -> torch.dtype:
+        if not (tensor.is_floating_point() or compat.is_quantised(tensor)):
+            return tensor.dtype
+        return torch.float32 if self._in_fp32(_plain(name)) else self.dtype
 
     def _as_in_checkpoint(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return compat.as_in_checkpoint(self.model, {_plain(name): tensor for name, tensor in weights.items()})

@@ -215,6 +215,8 @@ def test_numbers_that_json_cannot_hold_are_null():
         (["--python", "tgi=/bin/sh"], "--python tgi=/bin/sh is not accepted"),
         (["--tokens", "1"], "--tokens=1 is not accepted: give an integer of at least 2"),
         (["--engines", "transformers"], "RUN=nowhere is no folder"),
+        (["--engines", ","], "--engines ',' names none: choose from transformers, vllm"),
+        (["--json", "no/such/x.json"], "--json no/such/x.json is in a folder that is not there"),
     ],
 )
 def test_what_cannot_be_asked_is_named(capsys, arguments, words):

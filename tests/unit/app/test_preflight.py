@@ -57,6 +57,11 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["pose.target_len=long"], ConfigError, ["data.window_len", "pose.target_len", "'long'", "Integer"]),
         (["pose.num_chunks=257"], ConfigError, ["pose.num_chunks=257", "pose.train_len=256"]),
         (["pose.num_chunks=0"], ConfigError, ["pose.num_chunks=0", "at least 1"]),
+        (
+            ["finetune.schedule=polynomial", "finetune.lr=1e-7"],
+            ConfigError,
+            ["finetune.lr=1e-07 is not above 1e-07", "finetune.schedule=linear"],
+        ),
         (["pose.train_len=4096"], ConfigError, ["pose.target_len=2048", "pose.train_len=4096"]),
         (["pose.content=other"], ConfigError, ["pose.content='other'", "aligned"]),
         (["rope=linear", "rope.factor=0.5"], ConfigError, ["rope.factor=0.5", "at least 1"]),
@@ -217,8 +222,10 @@ def test_wandb_is_offline_without_an_account(monkeypatch, tmp_path):
 
 def lines(tmp_path, num, words=400, name="own.jsonl"):
     file = tmp_path / name
-    text = "It was a truth universally acknowledged. " * words
-    file.write_text("".join(json.dumps({"id": f"{name}{i}", "text": text}) + "\n" for i in range(num)))
+    rows = [
+        {"id": f"{name}{i}", "text": f"{i}. " + "It was a truth universally acknowledged. " * words} for i in range(num)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 

@@ -67,6 +67,14 @@ def evaluation(tmp_path):
     return folder
 
 
+def test_a_run_from_a_model_that_was_extended_has_that_ones_own_window(run):
+    folder = run()
+    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance["settings"] |= {"model's pose": {"rope": "linear", "window": 64, "factor": 4.0}}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    assert read(folder)[0].window == 64
+
+
 def test_a_run_is_read(run):
     folder = run()
     (source,) = read(folder)

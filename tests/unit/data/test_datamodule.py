@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pose.data.datamodule import PoseDataModule, bos_id, sentence_ends
-from pose.data.examples import Targets
+from pose.data.examples import IGNORE, Targets
 from pose.errors import ConfigError, DataError
 from pose.positions import EndAnchor, Full, PoSE, RandPos, SentenceSkip
+from pose.tasks.tokens import plain_tokens
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
 
@@ -288,6 +289,18 @@ def test_bos_stands_before_every_document(make):
         assert (batch["position_ids"][:, 0] == 0).all()
 
 
+@pytest.mark.parametrize("curriculum", [(), ((0.5, 32),)])
+def test_bos_stands_before_every_retrieval_example(make, curriculum):
+    """And is no answer."""
+    shares = {"copy": 0.5, "key_value": 0.5}
+    sampler = PoSE(train_len=64, target_len=256, num_chunks=2)
+    options = {"sampler": sampler, "synthetic": shares, "curriculum": curriculum}
+    module = ready(make(tokenizer=number_tokenizer(bos="<s>"), add_bos=True, **options))
+    for batch in module.train_dataloader():
+        assert (batch["input_ids"][..., 0] == 5000).all() and (batch["labels"][..., 0] == IGNORE).all()
+        assert (batch["input_ids"][..., 1:] != 5000).all() and (batch["labels"] != IGNORE).any(-1).all()
+
+
 def test_bos_of_a_tokenizer_without_one(make):
     with pytest.raises(ConfigError, match=r"^data\.add_bos is true.*no BOS"):
         make(add_bos=True)
@@ -417,6 +430,48 @@ def test_what_is_set_aside_and_what_is_too_short_is_not_counted_as_used(make, tm
     left = [n for i, n in enumerate(lengths) if i not in held_out]
     assert len(held_out) == 2 and (module.num_documents, module.num_tokens) == (1, max(left))
     assert f"1 of 3 documents, {max(left)} of {sum(left)} tokens, are used" in caplog.text
+
+
+def test_copies_of_what_is_set_aside_do_not_train(make, tmp_path, caplog):
+    """Whatever their ids; other documents of their length do."""
+    rows = [{"id": f"{i}", "text": " ".join(map(str, range(100 * i, 100 * i + 64)))} for i in range(6)]
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *(row | {"id": "again"} for row in rows)]))
+    alone = tmp_path / "once.jsonl"
+    alone.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level(logging.INFO):
+        module = ready(make([path], heldout_share=0.1))
+    cache = module._open()
+    [held_out] = module.set_aside.of(cache)
+    texts = [document[:].tobytes() for document in module.dataset.documents]
+    assert len(texts) == 10 and cache[held_out].tobytes() not in texts
+    assert "1 of 12 documents (data.heldout_share), and 1 with the same text, which do not train either" in caplog.text
+    assert "copies" in module.fingerprint and "copies" not in ready(make([alone], heldout_share=0.2)).fingerprint
+    one = tmp_path / "one.jsonl"
+    one.write_text((json.dumps(rows[0]) + "\n") * 3)
+    with pytest.raises(DataError, match=r"leave none to train on: all have the text of one that is set aside"):
+        ready(make([one], heldout_share=0.1))
+
+
+def test_what_is_left_out_is_read_as_the_documents_are(make, files, tmp_path):
+    others = tmp_path / "others.jsonl"
+    others.write_text("{broken\n" + files[0].read_text())
+    with pytest.raises(DataError, match="not valid JSON"):
+        ready(make(files, leave_out=str(others)))
+    assert ready(make(files, leave_out=str(others), on_broken="skip")).fingerprint
+    others.write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match=r"data\.leave_out") as caught:
+        ready(make(files, leave_out=str(others)))
+    assert "min_tokens" not in str(caught.value)
+
+
+def test_tokenizers_with_gaps_in_their_ids(make):
+    vocab = {"a": 0, "b.": 2, "<s>": 7, "c": 9}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")), bos_token="<s>"
+    )
+    assert sentence_ends(tokenizer).tolist() == [i == 2 for i in range(10)]
+    assert plain_tokens(tokenizer).tolist() == [0, 2, 9] and plain_tokens(tokenizer, 9).tolist() == [0, 2]
 
 
 def test_nothing_is_said_where_every_document_is_used(make, caplog):

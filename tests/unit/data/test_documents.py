@@ -185,6 +185,24 @@ def test_parquet_rows_across_row_groups(tmp_path, kind):
     assert [document.id for document in read_documents(path, "body")] == [str(i) for i in range(18)]
 
 
+def test_names_that_utf8_cannot_encode_are_ids_all_the_same(tmp_path):
+    """Of Linux, whose names of files are any bytes."""
+    texts = {"one": b"text", "rows": b'{"text": "text"}\n'}
+    for (name, content), suffix in zip(texts.items(), (b".txt", b".jsonl"), strict=True):
+        folder = tmp_path / name
+        folder.mkdir()
+        Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe" + suffix)).write_bytes(content)
+        (document,) = read_documents(folder)
+        assert document.text == "text" and document.id.encode().startswith(b"??")
+
+
+def test_parquet_with_two_columns_of_ids_has_its_places(tmp_path):
+    columns = [pyarrow.array(["a text"]), pyarrow.array([1]), pyarrow.array([2])]
+    table = pyarrow.Table.from_arrays(columns, ["text", "id", "id"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(read_documents(tmp_path / "a.parquet")) == [Document("a.parquet:1", "a text")]
+
+
 def test_parquet_that_is_broken(tmp_path):
     path = tmp_path / "a.parquet"
     bad = pyarrow.array([b"x", b"caf\xe9", b"y"]).view(pyarrow.string())

@@ -263,6 +263,9 @@ def test_a_config_names_datasets_as_files():
     assert find("assets/tiny/config.json").endswith("assets/tiny/config.json")
     with pytest.raises(ConfigError, match=r"data\.documents\.path is not set.*owner/name"):
         find({"path": "???", "split": "train"})
+    for path in (2024, True, ["a", "b"]):
+        with pytest.raises(ConfigError, match=r"data\.documents\.path=.* is not accepted: give a folder"):
+            find([{"path": path}])
 
 
 # Files that are not the dataset's own

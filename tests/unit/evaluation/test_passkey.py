@@ -17,6 +17,7 @@ from pose.evaluation.scoring import Scorer
 from pose.modeling.load import build_model, load_config
 from pose.tasks import passkey as prompt_texts
 from pose.tasks.passkey import FILLER, INTRODUCTION, KEY_LINE, QUESTION, PasskeyPrompts
+from pose.tasks.tokens import ids_after
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
 
@@ -161,7 +162,7 @@ def test_depths_are_taken_in_turn(prompts):
     starts = [prompt.key_start for prompt in drawn]
     assert starts == [begin, starts[1], begin, starts[3], begin]
     for prompt in drawn[1::2]:
-        line = len(prompts._ids(KEY_LINE.format(key=prompt.key)))
+        line = len(ids_after(prompts.tokenizer, ".", KEY_LINE.format(key=prompt.key)))
         assert prompt.key_start == end - line - prompt.num_answer
 
 

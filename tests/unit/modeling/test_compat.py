@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     T5Config,
 )
 
@@ -32,6 +33,18 @@ SHAPE = {
 
 def small(model_type: str = "llama", **options):
     return AutoConfig.for_model(model_type, **SHAPE | options)
+
+
+def test_what_is_kept_in_fp32():
+    model = LlamaForCausalLM(small())
+    assert not compat.kept_in_fp32(model, torch.bfloat16)("lm_head.weight")
+    model._keep_in_fp32_modules_strict, model._keep_in_fp32_modules = {"bias_of_router"}, {"wo"}
+    for dtype, wo in ((torch.bfloat16, False), (torch.float16, True)):
+        is_kept = compat.kept_in_fp32(model, dtype)
+        names = ("a.bias_of_router", "bias_of_router.x", "a.my_bias_of_router", "a.wo.weight", "a.two.weight")
+        assert [is_kept(name) for name in names] == [True, True, False, wo, False]
+    for name in ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"):
+        assert hasattr(PreTrainedModel, name)
 
 
 def test_the_class_of_a_config():

@@ -13,7 +13,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.core_model_loading import Chunk, WeightConverter
 
 import pose.modeling.export.check
@@ -188,6 +195,27 @@ def test_dtype_of_the_weights(tmp_path, tokenizer, dtype, tied):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == str(dtype)[6:]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     verify_export(model, tmp_path / "model", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_transformers_keeps_in_fp32_is_saved_so(tmp_path, tokenizer, dtype):
+    """The biases of a router, which choose the experts: in 16 bits these would be the same."""
+    config = Glm4MoeConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, n_routed_experts=8, num_experts_per_tok=2,
+        first_k_dense_replace=1, max_position_embeddings=WINDOW, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    scale_config(config, Linear(), TARGET_LEN)
+    torch.manual_seed(0)
+    model = build_model(config, None, "sdpa").eval()
+    bias = next(b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    bias.copy_(4.5 + 0.001 * torch.arange(8))
+    export_model(model, tokenizer, tmp_path / "model", dtype)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    kinds = {name.endswith("e_score_correction_bias"): tensor.dtype for name, tensor in saved.items()}
+    assert kinds == {True: torch.float32, False: dtype}
+    (found,) = (tensor for name, tensor in saved.items() if name.endswith("e_score_correction_bias"))
+    assert torch.equal(found, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

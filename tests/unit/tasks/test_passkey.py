@@ -1,5 +1,6 @@
 """pose.tasks.passkey: the paper's prompt, whole, of an exact length, for any tokenizer."""
 
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pose.errors import ConfigError
 from pose.tasks.passkey import PasskeyPrompts
+from pose.tasks.synthetic import TASKS
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
 
@@ -166,15 +168,41 @@ def test_the_end_is_tokenised_as_in_running_text(tokenizer):
         assert prompt.input_ids[-len(whole) :].tolist() == whole
 
 
-def test_the_end_is_tokenised_as_in_running_text_by_llamas_kind():
-    test_the_end_is_tokenised_as_in_running_text(sentence_pieces())
+@pytest.mark.parametrize("introduce", [True, False])
+@pytest.mark.parametrize("depth", [0.0, 1.0])
+def test_llamas_kind_of_tokenizer_puts_no_space_into_the_text(depth, introduce):
+    """Its parts are tokenised as they follow each other: by itself each would begin with a space."""
+    tokenizer = sentence_pieces()
+    for length in (500, 555, 900):
+        prompt = sample(tokenizer, length, 5, depth=depth, introduce=introduce)
+        text, line = tokenizer.decode(prompt.input_ids), KEY_LINE.format(prompt.key)
+        assert f"{line}\n" in text and text.endswith(f"\n{QUESTION} {prompt.key}") and " \n" not in text
+        if introduce:
+            assert text.startswith(f" {INTRODUCTION}\n") and "\n " not in text.removesuffix(text[-100:])
+            assert tokenizer.encode(text[1:], add_special_tokens=False) == prompt.input_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["passkey", "key_value"])
+def test_examples_by_llamas_kind_have_no_space_of_their_own(name):
+    tokenizer = sentence_pieces()
+    task = TASKS[name](tokenizer, [np.array(tokenizer.encode("a" * 3000, add_special_tokens=False)[1:])])
+    for seed in range(20):
+        tokens, is_answer = task.sample(np.random.default_rng(seed), 600)
+        text, answers = tokenizer.decode(tokens), tokenizer.decode(tokens[is_answer])
+        if name == "passkey":
+            assert re.fullmatch(r" \d{5}\.", answers) and f"is{answers}" in text
+        else:
+            assert task.end.tolist() == [tokenizer.convert_tokens_to_ids("\n")]
+            assert task.middle.tolist() == [tokenizer.convert_tokens_to_ids("▁is")]
+            assert answers.isdigit()
 
 
 @pytest.mark.parametrize("make", [*MAKERS.values(), sentence_pieces])
 def test_the_filler_is_tokenised_as_in_running_text(make):
     """However often it is said, and whatever was asked for before."""
     prompts, text = PasskeyPrompts(make()), " ".join([FILLER] * 100)
-    whole = make().encode(text, add_special_tokens=False)
+    first, whole = (make().encode(before, add_special_tokens=False) for before in ("\n", f"\n{text}"))
+    whole = whole[len(first) :] if whole[: len(first)] == first else make().encode(text, add_special_tokens=False)
     for num in (0, 1, 30, 1000, 31, 500, 1001):
         assert prompts.filler(num).tolist() == whole[:num]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from pose.errors import ConfigError
 from pose.tasks import passkey
 from pose.tasks.synthetic import TASKS
 
@@ -97,6 +98,13 @@ def test_key_value_answers_stand_after_the_same_key_before(tokenizer, documents,
     assert value_lengths == {3, 4, 5, 6, 7}
     assert min(list_lengths) <= length // 64 and max(list_lengths) >= length // 28, "long lists and short ones"
     assert sum(orders) < len(orders) / 2, "the questions are in another order"
+
+
+def test_every_key_value_example_has_an_answer(tokenizer, documents):
+    task = TASKS["key_value"](tokenizer, documents)
+    assert all(is_answer.any() for _, is_answer in draws(task, task.least, 200))
+    with pytest.raises(ConfigError, match=f"data.synthetic.key_value needs {task.least} tokens"):
+        task.sample(np.random.default_rng(0), task.least - 1)
 
 
 def test_key_value_fills_the_example(tokenizer, documents):

@@ -58,6 +58,37 @@ def test_loggers_are_finished_however_a_job_ends(capsys):
         pass
 
 
+def test_rows_of_metrics_outlive_a_disk_that_is_full(tmp_path, monkeypatch):
+    """A metric that is new makes the file anew, and so does a run that goes on: in one step."""
+    (logger,) = loggers.build_loggers("csv", tmp_path)
+    file = tmp_path / "metrics.csv"
+    for step in range(3):
+        logger.log_metrics({"train/loss": 1.0 + step}, step)
+    before = file.read_text()
+    assert before.splitlines() == ["step,train/loss", "0,1.0", "1,2.0", "2,3.0"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(OSError, match="No space"):
+            logger.log_metrics({"val/loss": 5.0}, 2)
+        assert file.read_text() == before and list(tmp_path.iterdir()) == [file]
+        (again,) = loggers.build_loggers("csv", tmp_path)
+        again.experiment.metrics = [{"step": 0, "train/loss": "1.0"}]
+        assert file.read_text() == before
+        with pytest.raises(OSError, match="No space"):
+            again.experiment.save()
+        assert file.read_text() == before
+    (again,) = loggers.build_loggers("csv", tmp_path)
+    again.experiment.metrics = [{"step": 0, "train/loss": "1.0"}]
+    again.experiment.save()
+    again.log_metrics({"train/loss": 9.0, "train/skipped_steps": 1.0}, 1)
+    again.log_metrics({"train/loss": 8.0}, 2)
+    assert file.read_text().splitlines() == ["step,train/loss,train/skipped_steps", "0,1.0,", "1,9.0,1.0", "2,8.0,"]
+
+
 def test_a_job_that_fails_ends_its_run_and_the_next_has_its_own(tmp_path):
     """Lightning's logger would log into the run that is open, in the folder of the job before."""
     ids = []

@@ -43,6 +43,15 @@ def test_rounding_is_to_a_neighbour_and_exact_in_the_mean():
     assert error.abs().max() < 4 * 0.5 / 4000**0.5, "four standard errors"
 
 
+def test_what_is_no_number_stays_none():
+    """Every pattern of NaN: its bits plus the noise may be those of a number."""
+    patterns = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000], dtype=torch.int32).view(torch.float32)
+    infinite = torch.tensor([torch.inf, -torch.inf])
+    for _ in range(50):
+        assert round_stochastically(patterns).isnan().all()
+        assert torch.equal(round_stochastically(infinite).float(), infinite)
+
+
 def test_what_bf16_can_hold_is_not_rounded():
     exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 3.0e38, 1e-30]).to(torch.bfloat16)
     for _ in range(20):

@@ -135,6 +135,8 @@ def test_weights_and_config_come_back(tmp_path, tied):
     assert "quantization_config" not in saved and saved["dtype"] == "float32"
     for key in ("rms_norm_eps", "rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings", *SIZES):
         assert saved[key] == getattr(model.config, key), key
+    # What transformers 4 and MLX read: without it they take a base of 10,000
+    assert saved["rope_theta"] == saved["rope_parameters"]["rope_theta"] != 10_000 and "rope_scaling" not in saved
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 0
@@ -174,10 +176,14 @@ def test_the_tokenizer_comes_back(tmp_path):
     [
         ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2': only 'llama'"),
         ({"llama.rope.scaling.type": "yarn"}, "RoPE is scaled already"),
+        ({"llama.rope.scaling.factor": 4.0}, "RoPE is scaled already"),  # "linear" is what no type means
+        ({"llama.rope.scale_linear": 4.0}, "RoPE is scaled already"),
+        ({"llama.rope.scaling.attn_factor": 1.3}, "RoPE is scaled already"),
         ({"llama.rope.dimension_count": 8}, "rotates 8 of 16 dimensions"),
         ({"tokenizer.ggml.model": "llama"}, "model 'llama' and pre-tokenizer 'smollm'"),
         ({"tokenizer.ggml.pre": "llama-bpe"}, "pre-tokenizer 'llama-bpe'"),
         ({"tokenizer.ggml.add_bos_token": True}, "BOS"),
+        ({"tokenizer.ggml.add_eos_token": True}, "EOS"),
         ({"leave_out": ("blk.1.ffn_up",)}, "does not hold the weights of its own config"),
     ],
 )

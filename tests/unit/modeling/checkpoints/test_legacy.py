@@ -153,6 +153,10 @@ def test_an_old_folder_gives_the_logits_of_its_formulas(tmp_path, form, safetens
             ).logits[0]
         assert ((logits - wanted).abs().max() / wanted.std()).item() < 1e-3
 
+    raw = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"], "transformers 4 and MLX read it there"
+    if (kind := raw["rope_parameters"]["rope_type"]) != "default":
+        assert raw["rope_scaling"]["type"] == kind
     config = load_config(str(tmp_path / "new"))
     assert target_len_of(config) == SCALED_LEN
     assert config.max_position_embeddings == (WINDOW if name == "dynamic" else SCALED_LEN)
@@ -161,8 +165,7 @@ def test_an_old_folder_gives_the_logits_of_its_formulas(tmp_path, form, safetens
     else:
         assert (config.pose["rope"], config.pose["window"], config.pose["factor"]) == (name, WINDOW, FACTOR)
         assert rope_geometry(config).window == WINDOW
-    saved = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert "rope_scaling" not in saved and saved["dtype"] == "float32"
+    assert raw["dtype"] == "float32"
     assert json.loads((tmp_path / "new" / "tokenizer_config.json").read_text()) == {
         "model_max_length": SCALED_LEN, "bos_token": "<s>"
     }  # fmt: skip

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from pose.app.export import main
@@ -121,6 +122,26 @@ def test_every_tensor_comes_back(tmp_path, dtype, tied):
     assert not tensors
     assert {k for n, k in kinds.items() if n.endswith("norm.weight")} == {"F32"}
     assert kinds["token_embd.weight"] == dtype.upper()
+
+
+@pytest.mark.parametrize("layout", ["the head alone", "both copies", "of the base model"])
+def test_names_of_other_checkpoints_are_the_same_file(tmp_path, layout):
+    """What transformers loads: one name of a tied matrix or both, in any order; names without `model.`."""
+    folder = tmp_path / "model"
+    make_folder(folder, tie_word_embeddings=True)
+    write_gguf(folder, tmp_path / "usual.gguf")
+    weights = load_file(folder / "model.safetensors")
+    if layout == "of the base model":
+        weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    else:
+        weights = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()} | weights
+        if layout == "the head alone":
+            del weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    write_gguf(folder, tmp_path / "other.gguf")
+    usual, other = (read(tmp_path / name)[0] for name in ("usual.gguf", "other.gguf"))
+    assert usual.keys() == other.keys() >= {"token_embd.weight", "output_norm.weight"}
+    assert all(np.array_equal(usual[name], other[name]) for name in usual)
 
 
 def test_rows_that_are_no_whole_blocks_stay_f16(tmp_path):
