@@ -139,15 +139,21 @@ class Run:
             )
 
     def go_on(self):
-        """Makes a run that goes on one with what was before: metrics.csv up to its step, and RUN/best."""
+        """Makes a run that goes on one with what was before: metrics.csv up to its step, and RUN/best.
+
+        A run that begins has no metrics.csv.
+        """
         plan = self.plan
         if plan.checkpoint is None:
+            (self.folder / "metrics.csv").unlink(missing_ok=True)  # of a run that left no checkpoint
             return
         log.info(f"Going on from step {plan.step:,} of {plan.trainer.max_steps:,}")
         source = plan.checkpoint.folder.parents[1]
         rows = logged_rows(source / "metrics.csv")
         experiment = next(logger for logger in plan.trainer.loggers if isinstance(logger, CSVLogger)).experiment
         experiment.metrics = [row for row in rows if int(row["step"]) < plan.step]
+        if not experiment.metrics:
+            (self.folder / "metrics.csv").unlink(missing_ok=True)
         experiment.save()
         is_elsewhere = not same_path(source, self.folder)
         best = read_best(source / "best") if plan.watch is not None and is_elsewhere else None

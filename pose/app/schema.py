@@ -75,7 +75,7 @@ class DataConfig:
     on_broken: str = "error"  # error or skip: a line or row that cannot be read, or is too long
     max_document_chars: int = 200_000_000  # characters; a document with more is refused, or skipped by on_broken
     window_len: int | None = None  # tokens of a document an example is drawn from; null: the whole document
-    add_bos: bool | None = None  # a document begins with BOS; null: as the tokenizer does
+    add_bos: bool | None = None  # an example begins with BOS; null: as the tokenizer does
     synthetic: SyntheticShares = field(default_factory=SyntheticShares)  # retrieval examples among the text
     curriculum: list[Any] = field(default_factory=list)  # [share of the run, length in tokens] phases
     num_workers: int = 0  # reading processes; 0: the training process reads (it takes microseconds)

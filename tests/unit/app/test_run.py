@@ -50,6 +50,18 @@ def start(tmp_path, monkeypatch):
     return start_
 
 
+def test_a_run_that_begins_has_no_curves_of_another(tmp_path):
+    """Of one in the same folder that left no checkpoint."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["experiment=smoke", "eval=none", "trainer.accelerator=cpu"])
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n")
+    one = run.Run(cfg, tmp_path)
+    one.plan = plan_training(cfg, tmp_path)
+    assert (tmp_path / "metrics.csv").exists(), "planning loses nothing"
+    one.go_on()
+    assert not (tmp_path / "metrics.csv").exists()
+
+
 def test_the_untuned_model_is_measured_once_for_all_jobs(start, tmp_path):
     """Of a sweep over methods and seeds; and evaluate.py finds it."""
     first, num = start("a")
