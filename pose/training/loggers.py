@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,15 @@ def dashboards_of(
     """
     options = _checked(name, options)
     if name == "tensorboard":
-        return {
-            m: [TensorBoardLogger(run_dir, name="tensorboard", version=m.replace("/", " ").strip(". ") or "model")]
-            for m in models
-        }
+        found: dict[str, list[Logger]] = {}
+        taken: Counter[str] = Counter()
+        for model in models:
+            folder = model.replace("/", " ").strip(". ") or "model"
+            taken[folder] += 1
+            if taken[folder] > 1:  # of ../run and run
+                folder += f" ({taken[folder]})"
+            found[model] = [TensorBoardLogger(run_dir, name="tensorboard", version=folder)]
+        return found
     if name != "wandb":
         return {m: [] for m in models}
     if options.get("log_weights"):

@@ -89,6 +89,14 @@ def test_rows_of_metrics_outlive_a_disk_that_is_full(tmp_path, monkeypatch):
     assert file.read_text().splitlines() == ["step,train/loss,train/skipped_steps", "0,1.0,", "1,9.0,1.0", "2,8.0,"]
 
 
+def test_every_model_of_an_evaluation_has_a_tensorboard_of_its_own(tmp_path):
+    models = ["../run", "run", "a/b", ".."]
+    found = loggers.dashboards_of("tensorboard", tmp_path, models)
+    folders = [Path(logger.log_dir) for (logger,) in found.values()]
+    assert list(found) == models and {folder.parent for folder in folders} == {tmp_path / "tensorboard"}
+    assert [folder.name for folder in folders] == ["run", "run (2)", "a b", "model"]
+
+
 def test_a_job_that_fails_ends_its_run_and_the_next_has_its_own(tmp_path):
     """Lightning's logger would log into the run that is open, in the folder of the job before."""
     ids = []
