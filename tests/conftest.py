@@ -42,7 +42,8 @@ def handlers():
     found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number, handler in before.items():
         signal.signal(number, handler)
-    assert found == before
+    usual = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)  # asyncio, of notebooks, puts these back
+    assert not {number: one for number, one in found.items() if one not in (before[number], *usual)}
 
 
 @pytest.fixture(scope="session")
