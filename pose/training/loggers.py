@@ -37,7 +37,7 @@ class MetricsWriter(ExperimentWriter):
 
     def __init__(self, log_dir: str):
         super().__init__(log_dir)
-        self._has_begun = False  # else the file is of a run before
+        self._columns: list[str] | None = None  # of the file; None while it is of a run before
 
     def _check_log_dir_exists(self):
         """Lightning's removes the file."""
@@ -46,16 +46,17 @@ class MetricsWriter(ExperimentWriter):
         """Writes the rows that have been logged since the last time."""
         if not self.metrics:
             return
-        if self._record_new_keys():
+        self._record_new_keys()
+        if self.metrics_keys != self._columns:
             rows: list[dict] = []
-            if self._has_begun:
+            if self._columns is not None:
                 with open(self.metrics_file_path, newline="", encoding="utf-8") as file:
                     rows = list(csv.DictReader(file))
             with atomic_file(self.metrics_file_path, newline="") as file:
                 writer = csv.DictWriter(file, self.metrics_keys)
                 writer.writeheader()
                 writer.writerows([*rows, *self.metrics])
-            self._has_begun = True
+            self._columns = list(self.metrics_keys)
         else:
             with open(self.metrics_file_path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)

@@ -465,7 +465,7 @@ def test_what_is_left_out_is_read_as_the_documents_are(make, files, tmp_path):
     assert "min_tokens" not in str(caught.value)
 
 
-def test_tokenizers_with_gaps_in_their_ids(make):
+def test_tokenizers_with_gaps_in_their_ids():
     vocab = {"a": 0, "b.": 2, "<s>": 7, "c": 9}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")), bos_token="<s>"

@@ -6,16 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pose.evaluation import memo as module
 from pose.evaluation.memo import Kept, Outcomes, Took, code_fingerprint, identity, is_whole
+from pose.evaluation.needle import Needle
 from pose.evaluation.options import EvalOptions
+from pose.evaluation.passkey import Passkey
 from pose.evaluation.perplexity import Perplexity
+from pose.evaluation.ruler import Ruler
 from pose.evaluation.suite import Suite
 from pose.files import Memo
 from pose.modeling.load import build_model, load_config, scale_config
 from pose.rope import Linear
+from pose.tasks.passkey import PasskeyPrompts
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
 RUN = {"dtype": torch.float32, "attention": "pose_sdpa", "device": torch.device("cpu")}
@@ -42,6 +46,24 @@ def test_a_model_is_told_by_all_that_decides_what_it_computes(monkeypatch):
     others.append(one())
     assert len({json.dumps(each) for each in [base, *others]}) == 1 + len(others)
     assert one(device=torch.device("cuda:0")) == one(device=torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize("task", ["passkey", "needle", "ruler"])
+def test_what_is_written_depends_on_where_it_ends(task):
+    """Tokenizers of the same tokens, of which one has no EOS."""
+
+    def depends(has_end):
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
+        tokenizer.eos_token = tokenizer.eos_token if has_end else None
+        options = {"lengths": [200], "trials": 1, "seed": 0}
+        if task == "passkey":
+            return Passkey(PasskeyPrompts(tokenizer), **options).depends()
+        if task == "needle":
+            return Needle(tokenizer, "A text. Another one.", depths=[0.5], **options).depends()
+        return Ruler("niah_single_2", tokenizer, "A text. Another one.", **options).depends()
+
+    usual, other = depends(True), depends(False)
+    assert usual == depends(True) and usual["tokenizer"] == other["tokenizer"] and usual != other
 
 
 def test_where_a_model_was_read_from_and_that_it_was_built_change_nothing(tmp_path):

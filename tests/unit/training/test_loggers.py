@@ -81,6 +81,9 @@ def test_rows_of_metrics_outlive_a_disk_that_is_full(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             again.experiment.save()
         assert file.read_text() == before
+    logger.finalize("failed")  # with room again: the row that waits has its column
+    assert file.read_text().splitlines()[0::3] == ["step,train/loss,val/loss", "2,3.0,"]
+    assert file.read_text().splitlines()[-1] == "2,,5.0"
     (again,) = loggers.build_loggers("csv", tmp_path)
     again.experiment.metrics = [{"step": 0, "train/loss": "1.0"}]
     again.experiment.save()
