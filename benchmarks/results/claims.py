@@ -74,7 +74,7 @@ class Numbers:
         Raises:
             Missing: one is not there; they are times of different processors.
         """
-        if "seconds" in metric and self.run(arm)["cpu"] != self.run(other)["cpu"]:
+        if "seconds" in metric and self.run(arm)["processor"] != self.run(other)["processor"]:
             raise Missing(f"{arm} and {other} on one kind of processor")
         return self(arm, metric) / self(other, of_other or metric)
 

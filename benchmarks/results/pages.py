@@ -198,7 +198,7 @@ def _machines(runs: Runs, names: Iterable[str]) -> str:
     facts = {
         "commit": {str(one["commit"]) for one in found},
         "torch": {str(one["torch"]) for one in found},
-        "processor": {one["cpu"] for one in found},
+        "processor": {one["processor"] for one in found},
         "date": {one["date"] for one in found},
     }
     compiled = {one["is_compiled"] for one in found if one["training"]}
@@ -206,8 +206,8 @@ def _machines(runs: Runs, names: Iterable[str]) -> str:
     steps = "not compiled" if not any(compiled) else "compiled" if all(compiled) else "partly compiled"
     steps += " (`trainer.compile=true`)" * any(compiled)
     return (
-        f"{len(found)} run{'s' * (len(found) > 1)}, one core each (`num_threads=1`), training steps {steps}; {said}. "
-        f"The base model's weights: SHA-256 `{base_model()}`..."
+        f"{len(found)} run{'s' * (len(found) > 1)}, one CPU thread each (`num_threads=1`), training steps {steps}; "
+        f"{said}. The base model's weights: SHA-256 `{base_model()}`..."
     )
 
 
@@ -285,7 +285,7 @@ def _short(overrides: str) -> str:
 def _processor(runs: Runs, names: Iterable[str]) -> str:
     """Of most of the runs of some arms: times of one kind of processor alone are compared."""
     wanted = set(names)
-    found = [one["cpu"] for (name, _), one in runs.items() if name in wanted]
+    found = [one["processor"] for (name, _), one in runs.items() if name in wanted]
     return max(sorted(set(found)), key=found.count, default="")
 
 
@@ -296,7 +296,7 @@ def _seconds(runs: Runs, arms: Mapping[str, Arm], arm: Arm, processor: str) -> l
     for seed in arm.seeds:
         one = runs.get((arm.name, seed))
         before = [runs.get((search.name, seed_of(search, seed))) for search in searches]
-        timed = [each is not None and each["cpu"] == processor for each in (one, *before)]
+        timed = [each is not None and each["processor"] == processor for each in (one, *before)]
         if one is not None and all(timed) and "step_seconds" in one["training"]:
             steps = one["training"]["steps"] * one["training"]["step_seconds"]
             found.append(steps + sum(search["seconds"] for search in before))

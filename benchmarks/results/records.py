@@ -211,7 +211,7 @@ def record(arm: Arm, seed: int, fingerprint: str, folder: Path, **how) -> Record
         "training": training(folder),
         **how,
         "torch": provenance.get("packages", {}).get("torch"),
-        "cpu": cpu()[0],
+        "processor": provenance.get("gpu") or cpu()[0],
         "base_model": base_model(),
         "date": date.today().isoformat(),
     }

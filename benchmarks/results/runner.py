@@ -27,6 +27,7 @@ log = logging.getLogger("pose.results")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 GRACE = 10  # seconds from the signal that asks a command to end to the one that ends it
 TOKENS_A_SECOND = 7000  # of a training step of the shipped model on one core; for estimates alone
+EXACT = "dtype=float32"  # of every evaluation, on a GPU too: what train.py measures its models in
 MIN_STEPS = 25  # a tenth of lm's
 Run = tuple[str, int]  # arm and seed
 
@@ -147,12 +148,14 @@ class Runner:
             overrides.append(f"trainer.max_steps={self.steps(arm, seed)}")
         if arm.script == TRAIN:
             overrides += ["trainer.checkpoint_every_n_steps=null"]
-            overrides += ["trainer.compile=true"] if self.is_compiled else []
+            overrides += [f"trainer.compile={str(self.is_compiled).lower()}"]
+        if arm.script == EVALUATE:
+            overrides.append(EXACT)
         script = ["-m", SEARCH] if arm.script == SEARCH else [arm.script]
         found = [("run", [*script, *overrides])]
         model = folder / "run"
         given = next((o for o in overrides if o.startswith("ckpt=")), f"ckpt={model}")
-        found += [(also, [EVALUATE, given, *more]) for also, more in arm.also.items()]
+        found += [(also, [EVALUATE, given, *more, EXACT]) for also, more in arm.also.items()]
         return [(into, [*command, "num_threads=1", f"hydra.run.dir={folder / into}"]) for into, command in found]
 
     def steps(self, arm: Arm, seed: int) -> int:
@@ -164,18 +167,19 @@ class Runner:
         assert arm.as_long is not None
         long, step_of = (self._timed(name) for name in (arm.as_long.arm, arm.as_long.step_of))
         searches = {True: self._searches(self.arms[arm.as_long.arm], seed), False: self._searches(arm, seed)}
-        processors = {one["cpu"] for one in long} & {one["cpu"] for one in step_of}
+        processors = {one["processor"] for one in long} & {one["processor"] for one in step_of}
         for one in (*searches[True], *searches[False]):
-            processors &= {one["cpu"]}
+            processors &= {one["processor"]}
         if not processors:
+            found = ", ".join(sorted({one["processor"] for one in (*long, *step_of)}))
             raise Failed(
                 f"{arm.name} needs the times of {arm.as_long.arm} and {arm.as_long.step_of}, which were taken on "
-                f"different processors ({', '.join(sorted({one['cpu'] for one in (*long, *step_of)}))}): run one anew"
+                f"different processors ({found}): run one anew"
             )
-        processor = max(sorted(processors), key=lambda cpu: sum(one["cpu"] == cpu for one in long))
+        processor = max(sorted(processors), key=lambda name: sum(one["processor"] == name for one in long))
 
         def median(runs: Sequence[Record], key: str) -> float:
-            return statistics.median(one["training"][key] for one in runs if one["cpu"] == processor)
+            return statistics.median(one["training"][key] for one in runs if one["processor"] == processor)
 
         budget = median(long, "steps") * median(long, "step_seconds")
         for is_given, runs in searches.items():

@@ -219,7 +219,7 @@ def line(arms_of, name: str, seed: int, metrics=(), took=(), **more) -> dict:
     return {
         "arm": name, "seed": seed, "fingerprint": Fingerprints(arms_of).of(arms_of[name], seed),
         "metrics": dict(metrics), "training": dict(took), "seconds": 100.0, "all_seconds": 100.0, "commit": "abc1234",
-        "torch": "2.13.0", "cpu": "A CPU", "date": "2026-11-27", "is_compiled": True, "peak_mib": 800.0, **more,
+        "torch": "2.13.0", "processor": "A CPU", "date": "2026-11-27", "is_compiled": True, "peak_mib": 800.0, **more,
     }  # fmt: skip
 
 
@@ -362,17 +362,17 @@ def test_equal_seconds_are_steps(tmp_path):
     ((_, command),) = made.commands("slow_seconds", 1)
     assert "trainer.max_steps=125" in command and "seed=1" in command
     # Times of another kind of processor are left out; those of two kinds alone are no budget
-    made.runs["a", 0] |= {"cpu": "Another", "training": {"steps": 250, "step_seconds": 9.0}}
+    made.runs["a", 0] |= {"processor": "Another", "training": {"steps": 250, "step_seconds": 9.0}}
     assert made.steps(SMALL["slow_seconds"], 0) == 125
-    made.runs["a", 1]["cpu"] = "Another"
+    made.runs["a", 1]["processor"] = "Another"
     with pytest.raises(Failed, match=r"a and slow, which were taken on different processors \(A CPU, Another\)"):
         made.steps(SMALL["slow_seconds"], 0)
-    made.runs["search", 0]["cpu"] = "Another"
+    made.runs["search", 0]["processor"] = "Another"
     with pytest.raises(Failed, match="different processors"):
         made.steps(SMALL["a_as_b"], 0)
-    made.runs["search", 0]["cpu"] = "A CPU"
+    made.runs["search", 0]["processor"] = "A CPU"
     for seed in (0, 1):
-        made.runs["a", seed] |= {"cpu": "A CPU", "training": {"steps": 20, "step_seconds": 0.5}}
+        made.runs["a", seed] |= {"processor": "A CPU", "training": {"steps": 20, "step_seconds": 0.5}}
     with pytest.raises(Failed, match="10 steps left in the time of a"):
         made.steps(SMALL["slow_seconds"], 0)
 
@@ -458,7 +458,7 @@ def test_numbers_of_a_run():
 
 
 def test_times_of_different_processors_have_no_ratio():
-    runs = {(name, 0): line(SMALL, name, 0, {"nll": 3.0}, {"step_seconds": seconds}, cpu=cpu)
+    runs = {(name, 0): line(SMALL, name, 0, {"nll": 3.0}, {"step_seconds": seconds}, processor=cpu)
             for name, seconds, cpu in (("a", 1.0, "X"), ("b", 2.0, "X"), ("slow", 3.0, "Y"))}  # fmt: skip
     numbers = Numbers(runs, SMALL, seed=0)
     assert numbers.ratio("b", "training/step_seconds", "a") == 2.0 and numbers.ratio("slow", "nll", "a") == 1.0
@@ -551,7 +551,7 @@ def test_the_tables_of_methods_tell_what_beats_lm():
     assert "| `searched` (`rope=searched rope.factors={search.16x}`) | 250 | 3.8 |" in text  # 125 s, and the search
     assert "rope.long_factor=[...]" in text and "| untuned | – | – |" in text
     elsewhere = {
-        key: run | {"cpu": "Another"} if "self_distill_seconds" in key[0] else run for key, run in runs.items()
+        key: run | {"processor": "Another"} if "self_distill_seconds" in key[0] else run for key, run in runs.items()
     }
     found = pages.method_tables(elsewhere, ARMS, SCALE)["methods16x"]
     assert found.endswith("perplexity no higher: `searched`.")
