@@ -27,6 +27,7 @@ import pose.modeling.export.check
 import pose.modeling.export.weights
 from pose.errors import GuardError, TrainingError
 from pose.modeling.export import export_model, verify_export
+from pose.modeling.export.check import ask, compare
 from pose.modeling.export.weights import Weights
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
 from pose.modeling.lora import LoraOptions, add_lora
@@ -428,7 +429,7 @@ def test_verify_catches_other_weights(exported):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_verify_tells_rounding_from_other_weights(exported, dtype):
-    """Kernels of a GPU make 1.2e-3 standard deviations, as a factor of 1.0005 does; weights in bf16 make 2e-2 and more."""
+    """A GPU's kernels make 1.2e-3 standard deviations, and so does a factor of 1.0005; bf16 weights 2e-2 and more."""
     model, folder = exported
     weights = load_file(folder / "model.safetensors")
     scaled = {name: tensor * 1.0005 if name == "lm_head.weight" else tensor for name, tensor in weights.items()}
@@ -437,7 +438,7 @@ def test_verify_tells_rounding_from_other_weights(exported, dtype):
     if dtype == torch.float32:
         assert 1e-3 < compare(folder, ask(model), torch.float32).difference < 5e-3
     else:
-        with pytest.raises(GuardError, match="0.01 is expected"):
+        with pytest.raises(GuardError, match=r"0\.01 is expected"):
             verify_export(model, folder)
 
 
