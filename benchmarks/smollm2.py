@@ -2,10 +2,11 @@
 
 Reads folders of train.py and evaluate.py (of experiment=smollm2_32k, smollm2_32k_cpu, and of the stages smollm2-* of
 benchmarks.gpu: outputs/gpu/run-smollm2-*), adds what they measured to docs/smollm2.json, and writes the tables of
-docs/SMOLLM2.md from that file. No number is typed by hand. Without a folder the tables are written anew.
+docs/SMOLLM2.md and its figure from that file. No number is typed by hand. Without a folder they are written anew.
 """
 
 import argparse
+import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from pose.files import REPOSITORY, read_json, write_json
 
 DOC, FOUND = REPOSITORY / "docs" / "SMOLLM2.md", REPOSITORY / "docs" / "smollm2.json"
+PICTURE = "images/smollm2.png"  # from the document's folder
 BEGIN, END = "<!-- from python -m benchmarks.smollm2 -->", "<!-- until here -->"
 UNTRAINED = ("untuned", "scaled")
 SAMPLERS = ("PoSE", "ShortPI", "Full")  # what is compared at equal tokens
@@ -59,7 +61,7 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
         raise SystemExit(str(error)) from error
     trainings = {folder.resolve(): source for folder, source in sources.items() if source.kind == "training"}
     label = {folder.resolve(): _label(folder, sources) for folder in sources}
-    trained = {folder: _trained(label[folder], source) for folder, source in trainings.items()}
+    trained = {folder: _trained(label[folder], source, _logged(folder)) for folder, source in trainings.items()}
     machine_of = {folder: _machine(folder, source, hardware) for folder, source in trainings.items()}
     rows: list[dict[str, Any]] = []
     for folder, source in sources.items():
@@ -83,7 +85,7 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
             row = {"model": own.get("model", name), "target": target if name != "untuned" else None, **common}
             row |= {
                 **own,
-                "commands": own.get("commands", {}) | {label[folder.resolve()]: source.facts.get("Command", "")},
+                "commands": own.get("commands", {}) | {label[folder.resolve()]: _command(source)},
             }
             row |= {"measuring": {} if took is None else {label[folder.resolve()]: took}}
             row |= {"metrics": {key: list(found) for key, found in metrics.items()}}
@@ -100,9 +102,14 @@ def _label(folder: Path, folders: Iterable[Path]) -> str:
 
 def _training_of(checkpoint: Path, trained: Iterable[Path]) -> Path | None:
     """The training that a checkpoint is of; by its name alone where it was evaluated on another machine."""
-    place = (checkpoint.parent if checkpoint.name == "model" else checkpoint).resolve()
+    place = (checkpoint.parent if checkpoint.name in ("model", "model.rejected") else checkpoint).resolve()
     named = [folder for folder in trained if folder.name == place.name]
     return place if place in named else named[0] if len(named) == 1 else None
+
+
+def _command(source) -> str:
+    """That left a folder, without the places of one machine."""
+    return FOLDERS.sub("", source.facts.get("Command", ""))
 
 
 def _machine(folder: Path, source, hardware: str | None) -> dict[str, Any]:
@@ -120,16 +127,30 @@ def _measured_on(source, metrics: Mapping[str, Any]) -> str:
     return ", ".join([f"up to {max(lengths):,}", *of])
 
 
-def _trained(name: str, source) -> dict[str, Any]:
-    """What a training was, and what it cost."""
-    cost, config = source.cost.get("training", {}), source.config
+def _trained(name: str, source, logged: Mapping[str, float]) -> dict[str, Any]:
+    """What a training was, and what it cost; of one that did not come to its end, what it had logged."""
+    cost, config = logged | source.cost.get("training", {}), source.config
     found = {name: cost[name] for name in ("tokens", "steps", "seconds", "mfu", "peak_memory_gib") if name in cost}
     parts = [config.get(f"{group}._target_", "").rpartition(".")[2] for group in ("pose", "objective", "rope")]
     parts += [key.rpartition(".")[2] for key in OPTIONS if config.get(key, "null") not in ("null", "false", "[]")]
     parts = [part for part in parts if part and part not in USUAL]
     parts += [f"{found['tokens'] / 1e6:.3g} M tokens"] if "tokens" in found else []
     setup = ", ".join(f"{key}={config[key]}" for key in SETUP if key in config)
-    return {"model": ", ".join(parts), "setup": setup, "commands": {name: source.facts.get("Command", "")}, **found}
+    return {"model": ", ".join(parts), "setup": setup, "commands": {name: _command(source)}, **found}
+
+
+def _logged(folder: Path) -> dict[str, float]:
+    """What a training had cost when it last wrote a row, which may be before its end."""
+    file = folder / "metrics.csv"
+    if not file.is_file():
+        return {}
+    with open(file, encoding="utf-8", newline="") as table:
+        rows = [row for row in csv.DictReader(table) if row.get("cost/tokens")]
+    if not rows:
+        return {}
+    names = {"tokens": "cost/tokens", "seconds": "cost/seconds", "peak_memory_gib": "cost/peak_memory_gib"}
+    found = {key: float(rows[-1][name]) for key, name in names.items() if rows[-1].get(name)}
+    return found | {"steps": int(rows[-1]["step"]) + 1}
 
 
 def merge(rows: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,6 +213,27 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, *_verdicts(rows), _commands(rows)]
 
 
+def draw(rows: Sequence[Mapping[str, Any]], png: Path):
+    """Perplexity by position: of one hardware, a GPU where there is one, with its 95 % intervals.
+
+    Args:
+        rows: of the tables.
+        png: file to write; nothing where no row has been measured by position.
+    """
+    from pose.evaluation.task import Estimate
+    from pose.reporting.plots import plot_results
+
+    measured = [row for row in rows if any(name.startswith("position_ppl@") for name in row["metrics"])]
+    if not measured:
+        return
+    hardware = max(measured, key=lambda row: row["on_gpu"])["hardware"]
+    results = {_name(row): {name: Estimate(*found) for name, found in row["metrics"].items()}
+               for row in measured if row["hardware"] == hardware}  # fmt: skip
+    windows = [n for row in measured if row["model"] == "untuned" for n in _lengths(row, "tail_ppl")]
+    target = max((row["target"] or 0 for row in measured), default=0)
+    plot_results(results, png, min(windows, default=None), ("position",), target or None)
+
+
 def _costs(rows: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
     head = ["tokens", "steps", "training, s", "measuring, s", "MFU", "GiB", "commit"]
     forms = {"tokens": ",.0f", "steps": ",.0f", "seconds": ",.0f", "measuring": ",.0f", "mfu": ".0%",
@@ -206,7 +248,7 @@ def _costs(rows: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
 
 def _commands(rows: Sequence[Mapping[str, Any]]) -> str:
     by_folder = {folder: command for row in rows for folder, command in row["commands"].items() if command}
-    lines = [f"- {folder}: `{FOLDERS.sub('', command)}`" for folder, command in sorted(by_folder.items())]
+    lines = [f"- {folder}: `{command}`" for folder, command in sorted(by_folder.items())]
     return "\n".join(["**Commands**, by the folder that they left", "", *lines])
 
 
@@ -270,6 +312,8 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             parts.append(f"the untuned model's is {times:.3g} times that (above 20: {_yes(times > 20)})")
         if key is not None:
             parts.append(f"passkeys at {target:,} {key:.0%} (at least 90 %: {_yes(key >= 0.9)})")
+        else:
+            parts.append(f"passkeys at {target:,} were not measured")
         if short and untuned_short:
             change = short / untuned_short - 1
             parts.append(f"perplexity inside {window:,} {change:+.1%} (at most +3 %: {_yes(change <= 0.03)})")
@@ -317,6 +361,7 @@ def main(arguments: list[str] | None = None):
         rows = merge(rows, read(args.folders, args.hardware))
         write_json(args.found, {"rows": rows})
     write(rows, args.doc)
+    draw(rows, args.doc.parent / PICTURE)
     print(f"{args.doc}: {len(rows)} models")
 
 

@@ -40,7 +40,7 @@ A claim is a list of checks, each a number with a bound (`benchmarks/results/cla
 has a number holds for every seed. **Not at this scale**: none does for any seed. **Holds in part**: what is between.
 **Not tested**: no check has a number yet.
 """
-PICTURE = "docs/images/default.png"  # of the README
+PICTURE = "docs/images/default.png"  # of docs/TINY.md
 EQUAL = 1.1  # times as long is called equal
 BEGIN, END = "<!-- from python -m benchmarks.results: {} -->", "<!-- until here: {} -->"
 
@@ -406,10 +406,9 @@ def readme_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str
     )
     columns = _by_length(lengths, {"ppl": "tail_ppl", "passkey": "passkey"})
     rows = [*_before(runs, arm, columns), ["extended", *_cells(runs, arm, columns)]]
-    picture = f"![Perplexity, passkeys and needle gain by length: untuned, scaled, extended]({PICTURE})"
     return {
         "default": f"Perplexity at {lengths[-1]:,} tokens falls from {before} to {after}, where the untuned model has "
-        f"{own} at {lengths[0]}. Passkeys found there rise from {found} to {keys} %.\n\n{picture}",
+        f"{own} at {lengths[0]}. Passkeys found there rise from {found} to {keys} %.",
         "default_table": table(["", *(head for head, _ in columns)], rows),
     }  # fmt: skip
 

@@ -373,7 +373,7 @@ def test_arms_of_a_real_model_are_told_apart():
 
     def name(**more):
         source = SimpleNamespace(cost={"training": {"tokens": 13.1e6}}, config=usual | more, facts={})
-        return smollm2._trained("run", source)["model"]
+        return smollm2._trained("run", source, {"tokens": 1e6})["model"]
 
     assert name() == "PoSE, 13.1 M tokens"
     objective = {"objective._target_": "pose.training.objectives.LongShort"}
@@ -408,7 +408,9 @@ def test_the_tables_of_a_real_model(rehearsal, tmp_path):
     assert f"| scaled, to 1,024 | {stages['smollm2-scaled']['result']['scaled']['tail_ppl@512']:.2f}" in text
     assert text.count("| ShortPI | not run yet") == text.count("**Needle gain, nats per token**") * 9
     assert "- **PoSE, 0.000256 M tokens, to 1,024**: perplexity of the last tokens at 1,024 is" in text
-    assert str(out) not in text, "no folder of one machine"
+    assert str(out) not in text + file.read_text(), "no folder of one machine"
+    assert "passkeys at 1,024 " in text.split("**PoSE, 0.000256 M tokens, to 1,024**")[1].splitlines()[0]
+    assert (tmp_path / smollm2.PICTURE).stat().st_size > 10_000, "perplexity by position"
     smollm2.main([*folders, "--hardware", "a rehearsal", *arguments])
     assert doc.read_text() == text, "the same folders again change nothing"
     smollm2.main(arguments)
@@ -446,12 +448,21 @@ def test_runs_that_differ_are_rows_of_their_own():
     assert "(lr=1)**: perplexity of the last tokens at 1,024 is +4.0% of the untuned model's at 256" in text
 
 
+def test_a_training_that_did_not_end_has_cost_what_it_logged(tmp_path):
+    assert smollm2._logged(tmp_path) == {}
+    (tmp_path / "metrics.csv").write_text(
+        "cost/seconds,cost/tokens,step,val/ppl@8\n,,-1,9\n3.5,1024,9,\n7.5,2048,19,\n,,19,8\n"
+    )
+    assert smollm2._logged(tmp_path) == {"tokens": 2048.0, "seconds": 7.5, "steps": 20}
+
+
 def test_an_evaluation_belongs_to_the_training_of_its_folder(tmp_path):
     """Of two of the same name; by the name alone where the evaluation was made elsewhere."""
     one, other = (tmp_path / name / "run" for name in "ab")
     for folder in (one, other):
         folder.mkdir(parents=True)
     assert smollm2._training_of(other / "model", [one, other]) == other
+    assert smollm2._training_of(one / "model.rejected", [one, other]) == one
     assert smollm2._training_of(Path("/elsewhere/run/model"), [one]) == one
     assert smollm2._training_of(Path("/elsewhere/run"), [one, other]) is None
     assert [smollm2._label(each, [one, other]) for each in (one, other)] == ["a/run", "b/run"]

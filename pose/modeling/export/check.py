@@ -25,9 +25,9 @@ VERIFY_LEN = 64  # tokens
 LONGEST_TEXT = 8192 + VERIFY_LEN  # tokens; fp32 attention over more would take its memory squared
 CPU_FLOPS = 2.5e12  # the most that a check on the CPU may take: half a minute on two cores
 # Largest difference of a logit, as a share of the logits' standard deviation: some ten times what rounding makes of it.
-# In fp32 that is 1.2e-3 for SmolLM2-135M on an H100, where the trained model's layers are compiled and the loaded one's
-# are not (docs/LOG.md); weights in bf16 make 2e-2 and more. Where the trained model computes in 16 bits, it is the root
-# of the mean square: the largest of millions is noise.
+# In fp32 that was 1.2e-3 for SmolLM2-135M on an H100 and is 3e-4 at most on a CPU (docs/LOG.md); weights in bf16 make
+# 2e-2 and more. Where the trained model computes in 16 bits, it is the root of the mean square: the largest of millions
+# is noise.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.05}
 ABSURD_LOSS = 100.0  # nats per token of random text: a uniform guess costs ln V, about 10, and sound models some 15
 
