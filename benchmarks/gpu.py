@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from benchmarks import Options, commit, exit_on_sigterm, put_between, report, words
+from benchmarks import Options, commit, exit_on_sigterm, put_between, report, whole, words
 from pose.files import REPOSITORY, read_json, write_json
 
 LIMIT, GRACE = 120, 5  # seconds of a stage, and from the signal that asks it to end to the one that ends it
@@ -43,7 +43,7 @@ class Stage:
     Attributes:
         name: of the stage and its files.
         command: arguments of python; {out} is the folder, {name} the stage, {model} that of --model. {documents} is
-            data.documents=..., or nothing.
+            data.documents=..., {steps} trainer.max_steps=..., or nothing.
         rehearsal: what is put behind them for small shapes; what comes last holds.
         tells: what it is about, for the table.
         needs: packages, by the names they are imported under.
@@ -69,11 +69,14 @@ class Stage:
         """Whether it is about a model that this repository does not bring."""
         return any("{model}" in part for part in self.command)
 
-    def arguments(self, out: Path, rehearse: bool, model: str = "", documents: str | None = None) -> list[str]:
+    def arguments(
+        self, out: Path, rehearse: bool, model: str = "", documents: str | None = None, steps: int | None = None
+    ) -> list[str]:
         """The whole command line after `python`."""
         command = [*self.command, *(self.rehearsal if rehearse else ())]
         values = {"{out}": str(out), "{name}": self.name, "{model}": model}
         values["{documents}"] = "" if documents is None else f"data.documents={documents}"
+        values["{steps}"] = "" if steps is None else f"trainer.max_steps={steps}"
         for name, value in values.items():
             command = [part.replace(name, value) for part in command]
         return list(filter(None, command))
@@ -168,9 +171,9 @@ USED = "[perplexity,passkey,needle_gain]"
 SMOLLM2 = (
     Stage(
         "smollm2-train",
-        ("train.py", f"experiment={REAL}", "model.path={model}", "{documents}", "eval=none", "resume=auto",
+        ("train.py", f"experiment={REAL}", "model.path={model}", "{documents}", "{steps}", "eval=none", "resume=auto",
          "hydra.run.dir={out}/run-{name}"),
-        SHORT_TRAINING, "SmolLM2, 131 M tokens of PoSE", ("hydra", "lightning"), limit=540, keeps=True,
+        SHORT_TRAINING, "SmolLM2, PoSE, 131 M tokens unless --steps", ("hydra", "lightning"), limit=540, keeps=True,
     ),
     measured("after", "{extended:{out}/run-smollm2-train}", "extended", "smollm2-train", tasks=USED),
     measured("before", "{untuned:{model}}", "untuned", tasks=USED),
@@ -229,6 +232,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of the results")
     parser.add_argument("--model", help=f"SmolLM2-135M: a .gguf file or a folder (that of the package {PACKAGE})")
     parser.add_argument("--documents", type=Path, help="folder of texts that SmolLM2 trains on (the shipped ones)")
+    parser.add_argument("--steps", type=whole(1), help="of smollm2-train, for less time (the paper's 1,000)")
     parser.add_argument("--rehearse", action="store_true", help="small shapes, on a CPU too")
     parser.add_argument("--write", action="store_true", help="put what --out has into docs/SPEED.md, and nothing else")
     args = parser.read()
@@ -287,6 +291,7 @@ def run(
     limit: float,
     model: str | None = None,
     documents: str | None = None,
+    steps: int | None = None,
 ) -> dict:
     """Runs a stage; what came of it.
 
@@ -298,6 +303,7 @@ def run(
         limit: in seconds.
         model: for stages that need one.
         documents: that SmolLM2 trains on; None are the shipped ones.
+        steps: of its training; None are the paper's.
     """
     if stage.needs_model and model is None:
         return {"status": "no model: give --model"}
@@ -311,7 +317,7 @@ def run(
     if "resume=auto" not in stage.command:  # else it goes on
         shutil.rmtree(folder, ignore_errors=True)
     grace = 4 * GRACE if "resume=auto" in stage.command else GRACE  # for a last checkpoint
-    arguments, start = stage.arguments(out, rehearse, model or "", documents), time.monotonic()
+    arguments, start = stage.arguments(out, rehearse, model or "", documents, steps), time.monotonic()
     with open(log, "wb") as output:
         status = _run_within(limit, grace, [sys.executable, *arguments], output)
     found = {"status": status, "seconds": round(time.monotonic() - start, 1), "command": " ".join(arguments)}
@@ -387,7 +393,7 @@ def go_through(args: argparse.Namespace) -> dict:
         print(f"{stage.name} ...", end=" ", flush=True)
         try:
             limit = min(LIMIT if stage.limit is None else stage.limit, left)
-            found = run(stage, args.out, args.rehearse, facts["card"] != "cpu", limit, model, documents)
+            found = run(stage, args.out, args.rehearse, facts["card"] != "cpu", limit, model, documents, args.steps)
         except Exception as error:  # one stage is not to take the others with it
             found = {"status": f"failed: {type(error).__name__}: {error}"}
         summary["stages"][stage.name] = found | {"commit": commit(), "date": date.today().isoformat()}

@@ -491,6 +491,8 @@ def test_stages_of_a_real_model_are_the_papers_run():
         "hydra.run.dir=OUT/run-smollm2-train",
     ]  # fmt: skip
     assert "data.documents=" not in " ".join(stages["smollm2-train"].arguments(Path("OUT"), False, "MODEL"))
+    fewer = stages["smollm2-train"].arguments(Path("OUT"), False, "MODEL", None, 400)
+    assert "trainer.max_steps=400" in fewer and "trainer.max_steps" not in " ".join(train)
     after = stages["smollm2-after"].arguments(Path("OUT"), False, "MODEL")
     assert after[1] == "ckpt={extended:OUT/run-smollm2-train}" and "eval.lengths=[8192,16384,32768]" in after
     assert stages["smollm2-before"].arguments(Path("OUT"), False, "MODEL")[1] == "ckpt={untuned:MODEL}"
