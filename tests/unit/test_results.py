@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from benchmarks import cpu
 from benchmarks.results import __main__ as results
 from benchmarks.results import pages, records, runner
 from benchmarks.results.arms import (
@@ -37,7 +38,7 @@ from benchmarks.results.claims import (
     claims,
     verdict,
 )
-from benchmarks.results.records import Fingerprints, current, measured, read_runs, training, write_runs
+from benchmarks.results.records import Fingerprints, current, measured, read_runs, record, training, write_runs
 from benchmarks.results.runner import Failed, Runner
 from pose.app import schema
 from pose.errors import DataError
@@ -384,13 +385,25 @@ def test_commands_are_what_a_user_would_type(tmp_path):
     assert train[:2] == ["train.py", "experiment=paper_tiny"] and also == "proofs"
     assert {"seed=2", "trainer.compile=true", "num_threads=1", f"hydra.run.dir={run}"} <= set(train)
     assert evaluate[:2] == ["evaluate.py", f"ckpt={run}"] and not any("seed=" in o for o in evaluate)
+    assert "dtype=float32" in evaluate, "a GPU measures in bf16 by itself"
+    made.is_compiled = False
+    assert "trainer.compile=false" in made.commands("linear.randpos.8x", 2)[0][1], "a GPU compiles by itself"
     ((_, searched),) = made.commands("searched.32x", 1)
     assert f"rope.factors={tmp_path / 'search.32x' / 's0' / 'run'}" in searched
     ((_, search),) = made.commands("search.32x", 0)
     assert search[:2] == ["-m", "pose.search"] and "trainer.compile=true" not in search
     (_, untuned), (_, proofs) = made.commands("untuned.8x", 0)
     assert proofs[:2] == untuned[:2] == ["evaluate.py", "ckpt=assets/tiny"]
-    assert not any(o.startswith("seed=") for o in untuned)
+    assert not any(o.startswith("seed=") for o in untuned) and "dtype=float32" in untuned
+
+
+@pytest.mark.parametrize(("gpu", "wanted"), [("A GPU", "A GPU"), (None, cpu()[0])])
+def test_a_run_is_of_the_processor_that_computed(tmp_path, gpu, wanted):
+    """Times of one kind alone are compared."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps({"gpu": gpu}))
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    assert record(ARMS["untuned_books.16x"], 0, "f", tmp_path)["processor"] == wanted
 
 
 # ----- which runs -----
