@@ -120,7 +120,11 @@ def quiet_libraries():
     """Silences messages of libraries that a user can do nothing about."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch.utilities.rank_zero", "compilers.C.base"):  # DeepSpeed looks for its libraries
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",  # which GPU each process has, said twice
+        "compilers.C.base",  # DeepSpeed looks for its libraries
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it would like a kernel of the hub
     for message in (

@@ -1,5 +1,7 @@
 """The process around a run: what comes first, what is written, what it needs of the machine."""
 
+import logging
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -74,3 +76,16 @@ def test_a_smaller_batch_that_divides_is_suggested(micro_batch, change):
 )
 def test_what_is_said_of_an_evaluation_that_was_stopped(reuse, words):
     assert words in compare._way_on(composed("evaluate", f"reuse={reuse}"))
+
+
+def test_a_gpu_is_not_announced_twice(monkeypatch, caplog):
+    """Lightning's accelerator says which GPU a process has, by its own handler and by ours."""
+    pytest.importorskip("lightning.pytorch.accelerators.cuda")
+    log = logging.getLogger("lightning.pytorch.accelerators.cuda")
+    monkeypatch.setattr(log, "level", logging.NOTSET)
+    monkeypatch.setattr(log, "_cache", {})
+    runtime.quiet_libraries()
+    with caplog.at_level(logging.INFO):
+        log.info("LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES: [0]")
+        log.warning("a fault")
+    assert [record.getMessage() for record in caplog.records] == ["a fault"]
