@@ -532,7 +532,7 @@ def go_through(monkeypatch, out, *stages, limit=10, card="cpu", minutes=5):
     monkeypatch.setattr(gpu, "STAGES", stages)
     monkeypatch.setattr(gpu, "LIMIT", limit)
     monkeypatch.setattr(gpu, "GRACE", 1)
-    args = Namespace(out=out, rehearse=True, only=[], skip=[], minutes=minutes, model=None, documents=None)
+    args = Namespace(out=out, rehearse=True, only=[], skip=[], minutes=minutes, model=None, documents=None, steps=None)
     return gpu.go_through(args)["stages"]
 
 
