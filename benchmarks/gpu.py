@@ -173,7 +173,7 @@ SMOLLM2 = (
         "smollm2-train",
         ("train.py", f"experiment={REAL}", "model.path={model}", "{documents}", "{steps}", "eval=none", "resume=auto",
          "hydra.run.dir={out}/run-{name}"),
-        SHORT_TRAINING, "SmolLM2, PoSE, 131 M tokens unless --steps", ("hydra", "lightning"), limit=540, keeps=True,
+        SHORT_TRAINING, "SmolLM2, trained by PoSE", ("hydra", "lightning"), limit=540, keeps=True,
     ),
     measured("after", "{extended:{out}/run-smollm2-train}", "extended", "smollm2-train", tasks=USED),
     measured("before", "{untuned:{model}}", "untuned", tasks=USED),

@@ -194,9 +194,7 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     missing = [name for name in (*UNTRAINED, *SAMPLERS) if name not in present]
     order = {name: i for i, name in enumerate((*UNTRAINED, *SAMPLERS))}
     rows = sorted(rows, key=lambda row: (order.get(row["model"].split(",")[0], 9), row["target"] or 0, row["model"]))
-    names = [_name(row) for row in rows]
-    rows = [row | {"told": f"{name} ({row['setup']})"} if names.count(name) > 1 else row
-            for row, name in zip(rows, names, strict=True)]  # fmt: skip
+    rows = _told_apart(rows)
     lines = [f"{rows[0]['hardware']}; {'; '.join(sorted({row['versions'] for row in rows}))}.", _costs(rows, missing)]
     for family, (title, form) in FAMILIES.items():
         lengths = sorted({n for row in rows for n in _lengths(row, family)})
@@ -213,6 +211,13 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, *_verdicts(rows), _commands(rows)]
 
 
+def _told_apart(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """With their set-up beside the names that several have."""
+    names = [_name(row) for row in rows]
+    return [row | {"told": f"{name} ({row['setup']})"} if names.count(name) > 1 else row
+            for row, name in zip(rows, names, strict=True)]  # fmt: skip
+
+
 def draw(rows: Sequence[Mapping[str, Any]], png: Path):
     """Perplexity by position: of one hardware, a GPU where there is one, with its 95 % intervals.
 
@@ -227,8 +232,8 @@ def draw(rows: Sequence[Mapping[str, Any]], png: Path):
     if not measured:
         return
     hardware = max(measured, key=lambda row: row["on_gpu"])["hardware"]
-    results = {_name(row): {name: Estimate(*found) for name, found in row["metrics"].items()}
-               for row in measured if row["hardware"] == hardware}  # fmt: skip
+    measured = _told_apart([row for row in measured if row["hardware"] == hardware])
+    results = {_name(row): {name: Estimate(*found) for name, found in row["metrics"].items()} for row in measured}
     windows = [n for row in measured if row["model"] == "untuned" for n in _lengths(row, "tail_ppl")]
     target = max((row["target"] or 0 for row in measured), default=0)
     plot_results(results, png, min(windows, default=None), ("position",), target or None)

@@ -72,11 +72,14 @@ class Numbers:
         """Of a number over another's.
 
         Raises:
-            Missing: one is not there; they are times of different processors.
+            Missing: one is not there; they are costs on different processors.
         """
-        if "seconds" in metric and self.run(arm)["processor"] != self.run(other)["processor"]:
+        if metric.startswith(COSTS_OF) and self.run(arm)["processor"] != self.run(other)["processor"]:
             raise Missing(f"{arm} and {other} on one kind of processor")
         return self(arm, metric) / self(other, of_other or metric)
+
+
+COSTS_OF = ("training/step_seconds", "peak_mib/")  # of a processor: those of two kinds are not compared
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from benchmarks.results.arms import (
     rate_arm,
     tiny_lengths,
 )  # fmt: skip
-from benchmarks.results.claims import Checked, Claim, Missing, Numbers, checked, claims, verdict
+from benchmarks.results.claims import COSTS_OF, Checked, Claim, Missing, Numbers, checked, claims, verdict
 from benchmarks.results.records import Runs, base_model, current, seed_of
 from pose.errors import DataError
 from pose.files import atomic_file
@@ -183,9 +183,14 @@ def _check(one: Checked) -> list[str]:
 
 
 def _numbers(claim: Claim, runs: Runs, arms: Mapping[str, Arm]) -> str:
-    """The table of a claim; "" where none of its arms has been run."""
-    rows = [[label, *(cell(runs, arms[name], metric) for metric in claim.columns.values())]
-            for label, name in claim.rows.items() if is_begun(runs, arms[name])]  # fmt: skip
+    """The table of a claim; "" where none of its arms has been run. Costs are of one kind of processor."""
+    processor = _processor(runs, claim.arms)
+    alike = {run: one for run, one in runs.items() if one["processor"] == processor}
+    rows = [
+        [label, *(cell(alike if metric.startswith(COSTS_OF) else runs, arms[name], metric)
+                  for metric in claim.columns.values())]
+        for label, name in claim.rows.items() if is_begun(runs, arms[name])
+    ]  # fmt: skip
     return table(["", *claim.columns], rows) if rows else ""
 
 

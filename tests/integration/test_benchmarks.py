@@ -425,7 +425,7 @@ def row(model, setup, target=1024, **metrics):
             "commit": "c", "commands": {}, "measuring": {}, "metrics": found}  # fmt: skip
 
 
-def test_runs_that_differ_are_rows_of_their_own():
+def test_runs_that_differ_are_rows_of_their_own(monkeypatch):
     """And the untuned model of a longer target, whose perplexity is of other tokens, decides over its runs alone."""
     rows = smollm2.merge(
         [],
@@ -444,6 +444,12 @@ def test_runs_that_differ_are_rows_of_their_own():
     ]  # fmt: skip
     assert set(rows[0]["metrics"]) == {"tail_ppl@256", "tail_ppl@1024", "passkey@256"}
     text = smollm2.tables(rows)
+    drawn = {}
+    monkeypatch.setattr("pose.reporting.plots.plot_results", lambda results, *how: drawn.update(results))
+    for one in rows:
+        one["metrics"]["position_ppl@0-128"] = [5.0, None, None, 3]
+    smollm2.draw(rows, Path("unused.png"))
+    assert len(drawn) == len(rows) and "PoSE, 1 M tokens, to 1,024 (lr=2)" in drawn, "none takes another's place"
     assert "| untuned (up to 1,024) |" in text and "| PoSE, 1 M tokens, to 1,024 (lr=2) |" in text
     assert "(lr=1)**: perplexity of the last tokens at 1,024 is +4.0% of the untuned model's at 256" in text
 

@@ -475,8 +475,22 @@ def test_times_of_different_processors_have_no_ratio():
             for name, seconds, cpu in (("a", 1.0, "X"), ("b", 2.0, "X"), ("slow", 3.0, "Y"))}  # fmt: skip
     numbers = Numbers(runs, SMALL, seed=0)
     assert numbers.ratio("b", "training/step_seconds", "a") == 2.0 and numbers.ratio("slow", "nll", "a") == 1.0
-    with pytest.raises(Missing, match="slow and a on one kind of processor"):
-        numbers.ratio("slow", "training/step_seconds", "a")
+    for cost in ("training/step_seconds", "peak_mib/"):
+        with pytest.raises(Missing, match="slow and a on one kind of processor"):
+            numbers.ratio("slow", cost, "a")
+
+
+def test_a_table_has_costs_of_one_kind_of_processor():
+    """The others' quality stands beside them."""
+    runs = synthetic(SCALE)
+    for run, one in runs.items():
+        one["processor"] = "A GPU" if run[0] == "linear.pose.8x" else "A CPU"
+    text = pages._numbers(claims(SCALE)["fig3"], runs, ARMS)
+    ours, cost = (
+        next(row for row in text.splitlines() if f"| {name} |" in row) for name in ("PoSE 8×", "PoSE, to 2,048")
+    )
+    assert ours.split("|")[2:4] == [" – ", " – "] and "–" not in ours.split("|")[4]
+    assert "–" not in cost.split("|")[2] + cost.split("|")[3]
 
 
 def synthetic(scale: Scale, of=lambda arm, seed, metric: 1.0) -> dict:

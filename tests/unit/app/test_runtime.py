@@ -80,7 +80,6 @@ def test_what_is_said_of_an_evaluation_that_was_stopped(reuse, words):
 
 def test_a_gpu_is_not_announced_twice(monkeypatch, caplog):
     """Lightning's accelerator says which GPU a process has, by its own handler and by ours."""
-    pytest.importorskip("lightning.pytorch.accelerators.cuda")
     log = logging.getLogger("lightning.pytorch.accelerators.cuda")
     monkeypatch.setattr(log, "level", logging.NOTSET)
     monkeypatch.setattr(log, "_cache", {})
