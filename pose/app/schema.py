@@ -214,7 +214,7 @@ class SearchOptions:
     num_generations: int = 10  # after the first; a larger number goes on with a search
     num_parents: int = 16  # the best so far, from which a generation comes
     mutation: float = 0.3  # probability that a divisor is drawn anew
-    trials: int = 10  # questions that a candidate is measured by
+    trials: int = 10  # texts that a candidate is measured by, each with four questions
     depths: list[float] | None = None  # places of needles in [0, 1], in turn; null: 0 to 0.5
     haystack: Any = "assets/corpora/books.train.jsonl.gz"  # text of the questions: as eval.haystack
     heldout: Any = "assets/corpora/reports.train.jsonl.gz"  # text of those that the winner is measured by at the end

@@ -28,7 +28,7 @@ from pose.files import CONF, Memo, atomic_file, locate, read_json, write_json
 from pose.rope import NTK, Frequencies, Linear, LongRope, RopeGeometry, RopeScaling, Yarn
 
 if TYPE_CHECKING:
-    from pose.tasks.needle_gain import SwapPrompts
+    from pose.tasks.needle_gain import MultiKeyPrompts
 
 log = logging.getLogger("pose.app.search")
 schema.register()
@@ -136,6 +136,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     from pose.modeling.checkpoints.fingerprint import fingerprint
     from pose.modeling.guards import check_loss
     from pose.modeling.load import build_model, check_weights, load_tokenizer
+    from pose.tasks.needle_gain import NUM_KEYS
 
     options: schema.SearchOptions = schema.to_options(cfg.search, schema.SearchOptions)
     evolution = Evolution(options.population, options.num_generations, options.num_parents, options.mutation)
@@ -153,7 +154,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
     models.check_vocabulary(tokenizer, config, cfg.model.path)
     check_weights(config, path, cfg.model.revision)
-    depths = far_depths(options.trials) if options.depths is None else list(options.depths)
+    depths = far_depths(NUM_KEYS * options.trials) if options.depths is None else list(options.depths)
     texts = _texts(options)
     device = torch.device(
         "cuda" if cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
@@ -163,6 +164,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     settings = {
         "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": cfg.pose.target_len,
         "seed": cfg.seed, "factor": scaling.factor, "depths": depths, "attention": attention, "device": device.type,
+        "questions of a text": NUM_KEYS,
         **{key: value for key, value in asdict(options).items() if key not in NAMED_OTHERWISE},
         "attention_factor": scaling.attention_factor,
         **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
@@ -226,21 +228,21 @@ def _texts(options: schema.SearchOptions) -> dict[str, str]:
     }
 
 
-def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int) -> list["SwapPrompts"]:
+def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int) -> list["MultiKeyPrompts"]:
     """Questions about needles in each text."""
     from pose.data.tokenizer import check_vocabulary
-    from pose.tasks.needle_gain import SwapPrompts
+    from pose.tasks.needle_gain import MultiKeyPrompts
 
     prompts = []
     for i, (key, text) in enumerate(texts.items()):
         check_vocabulary(tokenizer, text, vocab_size, f"search.{key}")
-        prompts.append(SwapPrompts(tokenizer, text, seed=seed + i))
+        prompts.append(MultiKeyPrompts(tokenizer, text, seed=seed + i))
     return prompts
 
 
-def _check_length(prompts: "SwapPrompts", target_len: int, depths: list[float], trials: int):
+def _check_length(prompts: "MultiKeyPrompts", target_len: int, depths: list[float], trials: int):
     """Raises a ConfigError where a target is too short for a question."""
-    shortest = prompts.shortest(target_len, depths, -(-trials // len(depths)))
+    shortest = prompts.shortest(target_len, depths, trials)
     if shortest > target_len:
         raise ConfigError(
             f"pose.target_len={target_len} is too short for a question about needles, which has {shortest} tokens "
@@ -299,10 +301,12 @@ def _row(one: Candidate, nll: float, generation: int) -> list:
 
 def _check_folder(folder: Path, settings: dict[str, Any]):
     """Raises a ConfigError where a folder holds another search."""
-    changed = []
-    for key, value in read_json(folder / "settings.json").items():
-        if value != settings.get(key):
-            changed.append(f"{key}={settings.get(key)!r}, which was {value!r}")
+    before = read_json(folder / "settings.json")
+    changed = [
+        f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
+        for key in before | settings
+        if before and before.get(key) != settings.get(key)
+    ]
     if changed:
         raise ConfigError(
             f"{folder} holds another search: {'; '.join(changed)}. Give the earlier values to go on with it, or "

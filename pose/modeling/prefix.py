@@ -15,7 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 from pose.modeling.layers import cache_can_be_cut, cache_width
 
 WORTH = 0.8  # of all tokens: sharing must leave no more, since a token takes longer with a cache than without
-MAX_BYTES = 4 * 2**30  # of keys and values; no sharing beyond
+MAX_BYTES = 4 * 2**30  # of keys and values; no sharing beyond, but in a GPU's free memory
+SHARE_OF_FREE = 1 / 3  # of a GPU's memory that they may take: a batch has copies
 
 
 class PrefixCache:
@@ -75,7 +76,12 @@ class PrefixCache:
 def can_share(model: PreTrainedModel, num_tokens: int) -> bool:
     """Whether a cache of so many tokens is exact for this model, can be cut, and is not too large."""
     size = cache_width(model.config) * num_tokens * model.dtype.itemsize
-    return size <= MAX_BYTES and cache_can_be_cut(model.config)
+    return size <= _most_bytes(model.device) and cache_can_be_cut(model.config)
+
+
+def _most_bytes(device: torch.device) -> float:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return max(MAX_BYTES, SHARE_OF_FREE * free)
 
 
 def groups_that_share(windows: np.ndarray, size: int, num: int) -> list[np.ndarray] | None:

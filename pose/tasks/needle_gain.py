@@ -1,4 +1,4 @@
-"""Pairs of texts that differ in the value of one needle alone, asked for among others of the same form."""
+"""Needles among others of the same form: texts that differ in the value of one alone, and texts asked for each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -9,7 +9,8 @@ from pose.errors import ConfigError
 from pose.tasks.needle import NeedleTexts
 from pose.tasks.ruler import NEEDLE, NEEDLES, NIAH_ONE, distinct, needle_word
 
-DISTRACTORS = NEEDLES["niah_multikey_1"].num_keys - 1  # needles beside the one that is asked for
+NUM_KEYS = NEEDLES["niah_multikey_1"].num_keys  # needles in a text
+DISTRACTORS = NUM_KEYS - 1  # needles beside the one that is asked for
 DIGITS = 7  # of a value
 MOST_TRIES = 1000  # pairs of values that are drawn before a tokenizer counts as one that cannot tell numbers apart
 
@@ -29,6 +30,22 @@ class SwapPrompt(NamedTuple):
     num_answer: int
     values: tuple[str, str]
     needle_start: int
+
+
+class MultiKeyPrompt(NamedTuple):
+    """A text with several needles, and a question about each.
+
+    Attributes:
+        input_ids: int64 [NUM_KEYS, length]: the text, a question and its answer. A shorter row than the longest has its
+            last token repeated at the end.
+        answers: where the answer of each row stands.
+        keys, values: of the needles, in the order of the rows.
+    """
+
+    input_ids: np.ndarray
+    answers: list[slice]
+    keys: list[str]
+    values: list[str]
 
 
 class SwapPrompts(NeedleTexts):
@@ -115,6 +132,71 @@ class SwapPrompts(NeedleTexts):
             "tokenizer has no such: leave it out",
             group="eval",
         )
+
+
+class MultiKeyPrompts(NeedleTexts):
+    """The prompts of RULER's niah_multikey_1, of an exact length in tokens, each of whose needles is asked for.
+
+    The questions about a text cost little more than one, since the text before them goes through a model once.
+    """
+
+    def sample(self, length: int, depths: Sequence[float], trial: int) -> MultiKeyPrompt:
+        """The prompts of a trial, a pure function of (seed, length, depths, trial); exactly `length` tokens.
+
+        Args:
+            length: of text, question and answer together, by the longest question.
+            depths: place of each needle by tokens of the text, 0 (start) to 1 (end): it stands before the sentence that
+                begins nearest to it. NUM_KEYS of them.
+            trial: tells prompts apart.
+        """
+        first, keys, values, head, needles, asked = self._parts(trial)
+        room = length - sum(map(len, (head, *needles))) - max(len(tokens) for tokens, _ in asked)
+        filling, borders = self._filling(first, room)
+        sentences = np.split(filling, borders[1:])
+        befores = _nearest(sentences, [depth * room for depth in depths])
+        for i in np.argsort(befores, kind="stable")[::-1]:  # from behind, so that the places of the others stay
+            sentences.insert(befores[i], needles[i])
+        text = np.concatenate([head, *sentences])
+        rows = [np.concatenate([text, tokens]) for tokens, _ in asked]
+        return MultiKeyPrompt(
+            np.stack([np.pad(row, (0, length - len(row)), mode="edge") for row in rows]),
+            [slice(len(text) + begin, len(row)) for row, (_, begin) in zip(rows, asked, strict=True)],
+            keys,
+            values,
+        )
+
+    def _needed(self, length: int, depths: Sequence[float], trials: int) -> int:
+        needed = 0
+        for trial in range(trials):
+            *_, head, needles, asked = self._parts(trial)
+            needed = max(needed, sum(map(len, (head, *needles))) + max(len(tokens) for tokens, _ in asked))
+        return needed
+
+    def _parts(
+        self, trial: int
+    ) -> tuple[int, list[str], list[str], np.ndarray, list[np.ndarray], list[tuple[np.ndarray, int]]]:
+        """The sentence that a text begins with, keys and values, the tokens of head and needles; of each question and
+        answer the tokens, and where the answer begins: at the first token that another value would change.
+        """
+        rng = np.random.default_rng((self.seed, trial))
+        first = int(rng.integers(len(self.sentences)))
+        keys = distinct(lambda: needle_word(rng), NUM_KEYS)
+        values = distinct(lambda: str(rng.integers(10 ** (DIGITS - 1), 10**DIGITS)), NUM_KEYS)
+        needles = self._after_full_stop(
+            [NEEDLE.format(kind="number", key=key, value=value) for key, value in zip(keys, values, strict=True)]
+        )
+        asked = []
+        for key, value in zip(keys, values, strict=True):
+            introduction, question, prefix = (part.format(kind="number", query=key) for part in NIAH_ONE)
+            other = "".join(str((int(digit) + 5) % 10) for digit in value)
+            tokens, others = (np.array(self.texts.ids(f"{question}{prefix} {one}"), np.int64) for one in (value, other))
+            size = min(len(tokens), len(others))
+            begin = int((tokens[:size] == others[:size]).cumprod().sum())
+            if begin == len(tokens):
+                raise ConfigError("a search asks for numbers, and this tokenizer has no tokens that tell them apart")
+            asked.append((tokens, begin))
+        head = np.array([*self.bos, *self.texts.ids(introduction)], np.int64)
+        return first, keys, values, head, needles, asked
 
 
 def _two_values(rng: np.random.Generator) -> tuple[str, str]:

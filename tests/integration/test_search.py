@@ -140,6 +140,18 @@ def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, wo
         search(compose("search", command(folder, *overrides)[2:]), folder)
 
 
+def test_a_search_by_other_questions_is_another_search(found, hydra, tmp_path):
+    """One of a version that did not say what it asked for."""
+    shutil.copytree(found[0].parent, tmp_path / "texts")
+    folder = tmp_path / "texts" / "whole"
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(
+        json.dumps({key: settings[key] for key in settings if "questions" not in key})
+    )
+    with pytest.raises(PoseError, match=re.escape("questions of a text=4, which was None")):
+        search(compose("search", command(folder)[2:]), folder)
+
+
 def test_a_shorter_search_in_the_same_folder_is_as_short(found, run, tmp_path):
     """As it would be by itself: what a longer one has tried later is not a part of it."""
     shutil.copytree(found[0].parent, tmp_path / "texts")

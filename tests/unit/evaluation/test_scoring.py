@@ -239,6 +239,17 @@ def test_predictions_of_windows_that_begin_alike(kind, alike, batch_tokens):
         hook.remove()
 
 
+def test_on_a_gpu_a_cache_may_take_a_third_of_what_is_free(monkeypatch):
+    model, _ = models("mha")
+    need = 2 * 2 * 32 * 4 * 45  # keys and values, layers, sizes, bytes
+    monkeypatch.setattr("pose.modeling.prefix.MAX_BYTES", need - 1)
+    assert not can_share(model, 45)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    for free, fits in ((3 * need, True), (3 * need - 3, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * need))
+        assert can_share(model, 45) is fits
+
+
 def test_prefixes_are_not_shared_where_their_cache_is_too_large(monkeypatch):
     model, _ = models("mha")
     assert can_share(model, 45)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from pose.errors import ConfigError
-from pose.tasks.needle_gain import SwapPrompts, _only_difference
+from pose.tasks.needle_gain import NUM_KEYS, MultiKeyPrompts, SwapPrompts, _only_difference
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
 PLACES = ["north", "the old mill", "a river", "Mr. Brown's house", "nowhere at all", "the sea and its islands"]
@@ -174,3 +174,50 @@ def test_a_tokenizer_that_cannot_tell_numbers_apart_is_refused():
 )  # fmt: skip
 def test_the_one_difference_of_two_texts(a, b, expected):
     assert _only_difference(np.array(a), np.array(b)) == expected
+
+
+@pytest.mark.parametrize("length", [800, 801, 802, 1500])
+def test_each_needle_of_a_text_is_asked_for(tokenizer, length):
+    for bos_id in (None, tokenizer.bos_token_id):
+        prompts = MultiKeyPrompts(tokenizer, HAYSTACK, seed=0, bos_id=bos_id)
+        made = prompts.sample(length, [0.5, 0, 1, 0], 1)
+        assert made.input_ids.shape == (NUM_KEYS, length) and made.input_ids.dtype == np.int64
+        texts = {tokenizer.decode(row).rpartition("\nWhat is")[0] for row in made.input_ids}
+        assert len(texts) == 1, "the text is the same, whatever is asked"
+        found = [match.groups() for match in LINE.finditer(texts.pop())]
+        assert sorted(found) == sorted(zip(made.keys, made.values, strict=True)) and len(set(made.values)) == NUM_KEYS
+        assert found == [(made.keys[i], made.values[i]) for i in (1, 3, 0, 2)], "in the order of their depths"
+        assert max(answer.stop for answer in made.answers) == length
+        for ids, answer, key, value in zip(made.input_ids, made.answers, made.keys, made.values, strict=True):
+            shown = tokenizer.decode(ids[bos_id is not None : answer.stop])
+            assert shown.endswith(f"? The special magic number for {key} mentioned in the provided text is {value}")
+            assert tokenizer.decode(ids[answer]).strip() == value, "with no token that another value would have too"
+            assert set(ids[answer.stop :]) <= {ids[answer.stop - 1]}
+
+
+def test_needles_that_are_all_asked_for_stand_where_they_are_put(tokenizer):
+    made = MultiKeyPrompts(tokenizer, HAYSTACK, seed=3).sample(3000, [0.25, 0.75, 0.9, 0.1], 0)
+    for place, value in zip([0.25, 0.75, 0.9, 0.1], made.values, strict=True):
+        shown = tokenizer.decode(made.input_ids[0, : made.answers[0].start])
+        before = tokenizer(shown[: shown.index(value)], add_special_tokens=False)["input_ids"]
+        assert len(before) / 3000 == pytest.approx(place, abs=0.06)
+
+
+def test_the_shortest_text_that_is_asked_for_each_needle(tokenizer):
+    prompts = MultiKeyPrompts(tokenizer, HAYSTACK, seed=0)
+    shortest = prompts.shortest(10, [0.5], 3)
+    lengths = {prompts.sample(shortest, [0.5] * NUM_KEYS, trial).input_ids.shape[1] for trial in range(3)}
+    assert lengths == {shortest}
+    with pytest.raises(ValueError):
+        for trial in range(3):
+            prompts.sample(shortest - 1, [0.5] * NUM_KEYS, trial)
+
+
+def test_numbers_that_a_tokenizer_drops_cannot_be_asked_for():
+    tokenizer = by_characters()
+    kept = [chr(i) for i in range(33, 127) if not chr(i).isdigit()]
+    vocabulary = {token: i for i, token in enumerate(["<s>", "▁", "\n", *kept])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.normalizer = tokenizer.backend_tokenizer.normalizer
+    with pytest.raises(ConfigError, match="no tokens that tell them apart"):
+        MultiKeyPrompts(PreTrainedTokenizerFast(tokenizer_object=backend), HAYSTACK, seed=0).sample(900, [0.5] * 4, 0)
