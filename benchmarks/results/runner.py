@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import cpu
 from benchmarks.results.arms import EVALUATE, REFERENCE, SEARCH, TRAIN, Arm
 from benchmarks.results.records import Fingerprints, Record, Runs, record, seed_of
 from pose.errors import PoseError
@@ -26,6 +27,7 @@ log = logging.getLogger("pose.results")
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 GRACE = 10  # seconds from the signal that asks a command to end to the one that ends it
+GPU = Path("/dev/nvidiactl")  # there with a driver of one
 TOKENS_A_SECOND = 7000  # of a training step of the shipped model on one core; for estimates alone
 EXACT = "dtype=float32"  # of every evaluation, on a GPU too: what train.py measures its models in
 MIN_STEPS = 25  # a tenth of lm's
@@ -201,8 +203,9 @@ class Runner:
         return [self.runs[one.name, seed_of(one, seed)] for one in needed]
 
     def estimate(self, name: str) -> float:
-        """Seconds of a run: what another seed of it took, or a rough guess."""
-        known = [self.runs[name, seed]["all_seconds"] for seed in self.arms[name].seeds if self.is_done(name, seed)]
+        """Seconds of a run: what another seed of it took on this kind of processor, or a rough guess."""
+        done = [self.runs[name, seed] for seed in self.arms[name].seeds if self.is_done(name, seed)]
+        known = [one["all_seconds"] for one in done if _is_here(one["processor"])]
         return statistics.mean(known) if known else guess(self.arms[name])
 
     # ----- doing it -----
@@ -364,6 +367,11 @@ def relative(command: Sequence[str], out: Path) -> str:
 def _last_line(file: Path) -> str:
     lines = [line for line in file.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no output")[:300]
+
+
+def _is_here(processor: str) -> bool:
+    """Whether runs on this machine are on such a processor, by its name; a GPU is used where there is one."""
+    return processor.startswith("NVIDIA") if GPU.exists() else processor == cpu()[0]
 
 
 def guess(arm: Arm) -> float:

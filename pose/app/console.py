@@ -1,7 +1,9 @@
 """Messages as a person reads them: Hydra's log file has the same, with time and level (conf/hydra/job_logging)."""
 
 import logging
+import os
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -17,8 +19,17 @@ class ConsoleHandler(logging.Handler):
             stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
             tqdm.write(self.format(record), file=stream)
             stream.flush()
+        except BrokenPipeError:  # `command | head`: nobody reads on, and what is at work goes on
+            _discard(stream)
         except Exception:
             self.handleError(record)
+
+
+def _discard(stream: TextIO):
+    """Nothing that is written to a stream from now on goes anywhere; its end is no error either."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 class FileFormatter(logging.Formatter):

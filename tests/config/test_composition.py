@@ -74,6 +74,12 @@ def test_experiments_are_headed_by_their_command(path):
     assert f"python train.py experiment={path.stem}" in lines[1]
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").iterdir()), ids=lambda path: path.stem)
+@pytest.mark.parametrize(("choice", "tasks"), [("none", []), ("passkey", ["passkey"])])
+def test_what_is_measured_can_be_chosen_in_every_experiment(path, choice, tasks):
+    assert list(compose("train", [f"experiment={path.stem}", f"eval={choice}"]).eval.tasks) == tasks
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -378,6 +378,17 @@ def test_equal_seconds_are_steps(tmp_path):
         made.steps(SMALL["slow_seconds"], 0)
 
 
+def test_an_estimate_is_by_runs_on_this_kind_of_processor(tmp_path, monkeypatch):
+    made, gpu = Runner(SMALL, tmp_path, {}), "NVIDIA H100"
+    made.runs["a", 0] = line(SMALL, "a", 0) | {"processor": gpu, "all_seconds": 7.0}
+    made.runs["a", 1] = line(SMALL, "a", 1) | {"processor": cpu()[0], "all_seconds": 900.0}
+    made.runs["b", 0] = line(SMALL, "b", 0) | {"processor": gpu, "all_seconds": 7.0}
+    monkeypatch.setattr(runner, "GPU", tmp_path / "none")
+    assert made.estimate("a") == 900 and made.estimate("b") == runner.guess(SMALL["b"]) != 7
+    monkeypatch.setattr(runner, "GPU", tmp_path)
+    assert made.estimate("a") == made.estimate("b") == 7
+
+
 def test_commands_are_what_a_user_would_type(tmp_path):
     made = Runner(ARMS, tmp_path, {}, is_compiled=True)
     (_, train), (also, evaluate) = made.commands("linear.randpos.8x", 2)
