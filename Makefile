@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with only Python 3.11:
 #   make demo    environment, install, and the default run: extends the shipped model's window eightfold
-#   make test    environment, install, checks, tests
+#   make test    environment, install, checks, tests; make test-all has the long ones too
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 ENGINES ?= .engines
 ASKED := $(ENGINES)/.installed
 
-.PHONY: demo test suite checks unit notebooks install engines results clean
+.PHONY: demo test test-all suite suite-all checks unit notebooks install engines results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,8 +44,11 @@ results: $(INSTALLED)
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory -j 2 checks suite
 
-suite: $(INSTALLED) $(ASKED)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test-all: $(INSTALLED)
+	$(MAKE) --no-print-directory -j 2 checks suite-all
+
+suite suite-all: $(INSTALLED) $(ASKED)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(filter suite,$@),-m "not nightly")
 
 unit: $(INSTALLED)
 	$(RUN) -m pytest tests/unit tests/config -m "not slow"

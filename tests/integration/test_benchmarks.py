@@ -157,6 +157,7 @@ def test_tokenise(script):
         check_spread(content[name], 1)
 
 
+@pytest.mark.nightly
 def test_fits(script):
     """Frozen weights in bf16 take less than in fp32, in a process of their own each."""
     arguments = ("--quick", "--steps", "1", "--length", "32", "--ways", "lora_fp32", "lora")
@@ -167,7 +168,7 @@ def test_fits(script):
     assert content["ways"]["lora"]["training"] == narrow and content["ways"]["lora"]["seconds_per_step"] > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16-mixed", marks=pytest.mark.nightly), "32-true"])
 def test_loop(script, precision):
     """Both loops end with the same weights, in each repeat: they did the same work."""
     arguments = ("--repeats", "2", "--steps", "3", "--batch", "2", "--length", "32", "--precision", precision)
@@ -198,6 +199,7 @@ def test_evaluation_of_a_long_window(script):
     assert 3000 < content["ppl@4500"] < 6000, "of random weights: about the vocabulary"
 
 
+@pytest.mark.nightly
 def test_step_of_the_head(script):
     """The loss of this package is that of all logits, in less memory."""
     small = "from benchmarks import step; step.VOCAB = 8192"
@@ -208,6 +210,7 @@ def test_step_of_the_head(script):
     assert 0 < ways["pose"]["memory_ratio"] < 1 and 0.2 < ways["pose"]["times_as_long"]["median"] < 5
 
 
+@pytest.mark.nightly
 def test_step_of_a_model(script):
     """Each lever alone and all together, against transformers' loss and against the loss alone."""
     small = f"{NO_INDUCTOR}; from benchmarks import step; step.VOCAB, step.LAYERS = 512, 2"
@@ -229,6 +232,7 @@ def test_step_of_a_model(script):
         assert way["memory_ratio_of_loss"] == pytest.approx(way["memory_ratio"] / loss["memory_ratio"])
 
 
+@pytest.mark.nightly
 def test_objectives(script):
     """Two views of the same tokens take longer than one, and a frozen original is a part of the states."""
     arguments = ("--parts", "tiny", "--examples", "4", "--steps", "1", "--repeats", "1", "--compiled")
@@ -308,6 +312,7 @@ def rehearsal(scripts, tmp_path_factory):
     return out, read("gpu", printed.getvalue())
 
 
+@pytest.mark.nightly
 def test_the_gpu_programme_is_rehearsed(rehearsal):
     out, (table, content) = rehearsal
     stages = content["stages"]
@@ -337,6 +342,7 @@ def test_the_gpu_programme_is_rehearsed(rehearsal):
     )
 
 
+@pytest.mark.nightly
 def test_a_real_model_is_measured_before_and_after(rehearsal):
     """The stages of SmolLM2, by the shipped model: trained, rescaled alone, untouched."""
     out, (table, content) = rehearsal
@@ -382,6 +388,7 @@ def test_arms_of_a_real_model_are_told_apart():
     assert name(**both) == "PoSE, rcd_shift, curriculum, 13.1 M tokens"
 
 
+@pytest.mark.nightly
 def test_the_tables_of_a_real_model(rehearsal, tmp_path):
     """From the folders that the stages leave: each figure beside what it took; what is missing is said to be."""
     out, (_, content) = rehearsal
@@ -481,6 +488,7 @@ def test_the_documents_tables_are_those_of_its_file():
     assert text.split(smollm2.BEGIN)[1].split(smollm2.END)[0].strip("\n") == smollm2.tables(rows)
 
 
+@pytest.mark.nightly
 def test_what_is_done_is_not_done_again(script, rehearsal):
     out, _ = rehearsal
     before = json.loads((out / "summary.json").read_text())
@@ -505,11 +513,13 @@ def test_stages_of_a_real_model_are_the_papers_run():
     assert {stage.limit for stage in gpu.SMOLLM2} == {540, 240, 300, None} and gpu.LIMIT < 540 < 600
 
 
+@pytest.mark.nightly
 def test_a_rehearsal_is_not_written(script, rehearsal):
     refused = script("-m", "benchmarks.gpu", "--write", "--out", rehearsal[0])
     assert refused.returncode == 1 and "a rehearsal" in refused.stderr
 
 
+@pytest.mark.nightly
 def test_results_go_into_the_document(rehearsal, tmp_path):
     """Those of a card stand between the marks, and nothing else changes."""
     out, _ = rehearsal

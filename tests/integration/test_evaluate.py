@@ -77,6 +77,7 @@ def test_a_sweep_ends_with_one_table_and_one_page(script, tmp_path):
     assert "Sweep" in result.stdout and "Page" in result.stdout
 
 
+@pytest.mark.nightly
 def test_several_checkpoints_and_nothing_is_measured_twice(script, load_json, tmp_path, other):
     evaluate(script, tmp_path / "alone", "ckpt=assets/tiny", *QUICK)
     outcomes = tmp_path / "cache" / ".outcomes"
@@ -96,6 +97,7 @@ def test_several_checkpoints_and_nothing_is_measured_twice(script, load_json, tm
     assert load_json(tmp_path / "anew" / "metrics.json") == pytest.approx(metrics["assets/tiny"], rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_killed_evaluation_goes_on(scripts, script, load_json, tmp_path, other):
     arguments = [f"ckpt=[{other},assets/tiny]", f"cache_dir={tmp_path}/cache", *QUICK]
     outcomes, killed = tmp_path / "cache" / ".outcomes", 0

@@ -42,6 +42,7 @@ def test_it_is_short_and_knows_no_hydra():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_it_extends_the_tiny_model(script, tmp_path):
     """From another folder; the loss falls, perplexity at the target too, and the folder is plain transformers'."""
     result = script(EXAMPLE, "--steps", 8, "--out", tmp_path, cwd=tmp_path)

@@ -34,6 +34,7 @@ def seeds_of(sweep):
         return [row["overrides"].split("seed=")[1].split()[0] for row in csv.DictReader(file)]
 
 
+@pytest.mark.nightly
 def test_jobs_of_two_processes_one_after_the_other_two_at_once_and_by_torchrun(script, tmp_path):
     """The same weights, to the bit: no group has anything of another."""
     elsewhere = tmp_path / "a b=c,d"
@@ -65,6 +66,7 @@ def test_jobs_of_two_processes_one_after_the_other_two_at_once_and_by_torchrun(s
             assert logs == ["train.log"]
 
 
+@pytest.mark.nightly
 def test_a_sweep_by_submitit(script, tmp_path):
     """From any folder; a job that fails is named, and the others are done."""
     local = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")

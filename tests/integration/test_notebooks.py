@@ -16,6 +16,7 @@ FEWER = {  # of the code, and what a test runs in its place
     "extend_your_model": {"STEPS = 64": "STEPS = 5"},
     "reading_results": {"trainer.max_steps=24": "trainer.max_steps=4", "eval.max_documents=10": "eval.max_documents=2"},
 }
+DAILY = ("what_pose_does",)
 IN_THE_REPOSITORY = ("rope_methods", "extend_your_model")  # the kernels of the others stand in notebooks/
 ABSOLUTE = re.compile(r"(?<![\w.:/@)\]])(?:/(?:[\w.~+-]+/)+[\w.~+-]*|/(?:root|home|tmp)\b|[A-Za-z]:\\\w+)")
 
@@ -50,7 +51,9 @@ def test_there_are_notebooks():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DAILY else pytest.mark.nightly) for name in NOTEBOOKS]
+)
 def test_notebook_runs(name, tmp_path, monkeypatch):
     """Raises CellExecutionError, with the cell's traceback, where a cell fails. What runs leave is not in outputs/."""
     monkeypatch.delenv("PYTHONPATH", raising=False)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE))
 import strategy_worker  # noqa: E402
 from test_strategies import COMMON, SHAPE, STRATEGIES  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 EMBEDDINGS = "finetune.lora.train_embeddings_and_norms=true"
 LORA = ["finetune=lora", "finetune.lr=5e-3"]
 BF16 = ["trainer.precision=bf16-mixed"]

@@ -106,12 +106,14 @@ def test_ones_own_loop_as_the_package_describes_it(installed, tmp_path):
     run("-c", PLAIN, cwd=tmp_path)
 
 
+@pytest.mark.nightly
 def test_a_page_finds_its_parts(installed, tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     run("-m", "pose.report", ".", cwd=tmp_path, PYTHONPATH=str(installed))
     assert "vegaEmbed" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.nightly
 def test_coverage_finds_its_configs(installed, tmp_path):
     run(
         "-m", "pose.coverage", "pose=pose", "pose.train_len=32", "pose.target_len=128", "hydra.run.dir=out",

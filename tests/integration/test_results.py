@@ -10,6 +10,7 @@ pytestmark = pytest.mark.slow
 CHOSEN = ["methods16x/lm.16x", "methods16x/untuned_books.16x", "table4/linear.contiguous.8x"]
 
 
+@pytest.mark.nightly
 def test_the_quick_form_goes_from_commands_to_pages(script, monkeypatch, tmp_path, capsys):
     """The commands run in forks, so that libraries are not imported for each of them."""
     commands = []

@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_ends_the_same(start, finish, uninterrupted, tmp
     assert not list(run.glob("checkpoints/.step-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.nightly)])
 def test_a_signal_writes_a_checkpoint_and_ends_in_good_order(start, finish, uninterrupted, tmp_path, number):
     run = tmp_path / "run"
     process = start(run, "trainer.checkpoint_every_n_steps=null")
@@ -124,6 +124,7 @@ def test_a_signal_writes_a_checkpoint_and_ends_in_good_order(start, finish, unin
     assert provenance["from_step"] == step and len(provenance["earlier"]) == 1
 
 
+@pytest.mark.nightly
 def test_a_signal_to_every_process_of_a_run_with_workers(start, finish, uninterrupted, tmp_path):
     """As SLURM sends it: the processes that read must outlive it."""
     run = tmp_path / "run"
@@ -147,6 +148,7 @@ def test_a_process_that_is_signalled_before_it_trains_ends(start, tmp_path):
     assert process.returncode == 143
 
 
+@pytest.mark.nightly
 def test_two_runs_in_one_folder_do_not_meet(start, finish, uninterrupted, tmp_path):
     run = tmp_path / "run"
     first = start(run)
@@ -159,6 +161,7 @@ def test_two_runs_in_one_folder_do_not_meet(start, finish, uninterrupted, tmp_pa
     assert_same_end(run, uninterrupted)
 
 
+@pytest.mark.nightly
 def test_a_longer_run_goes_on_from_a_shorter_one(finish, uninterrupted, tmp_path):
     """With a schedule that does not depend on the length, raising max_steps is the longer run."""
     constant = ("finetune.schedule=constant_with_warmup", "data.curriculum=[]")
@@ -183,6 +186,7 @@ def test_a_run_killed_after_its_training_is_exported_by_the_next_start(finish, u
     assert_same_end(run, uninterrupted)
 
 
+@pytest.mark.nightly
 def test_without_checkpoints_a_run_is_complete_or_starts_anew(finish, uninterrupted, tmp_path):
     run, none = tmp_path / "run", "trainer.checkpoint_every_n_steps=null"
     assert finish(run, none) == 0 and steps(run) == []
@@ -195,6 +199,7 @@ def test_without_checkpoints_a_run_is_complete_or_starts_anew(finish, uninterrup
     assert not (run / ".model.half").exists()
 
 
+@pytest.mark.nightly
 def test_the_micro_batch_may_change(finish, tmp_path):
     """The examples of a global batch stay the same, and so, up to rounding, do the weights."""
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -209,6 +214,7 @@ def test_the_micro_batch_may_change(finish, tmp_path):
     assert any((got[name] - other[name]).abs().max() > 2e-3 for name in wanted), "other examples give other weights"
 
 
+@pytest.mark.nightly
 def test_a_full_disk_leaves_the_last_good_checkpoint(start, finish, uninterrupted, tmp_path):
     run = tmp_path / "run"
     assert finish(run, "trainer.keep_checkpoints=1", limit=300_000) == 1, "the first checkpoint does not fit"
@@ -302,6 +308,7 @@ def test_a_path_without_a_checkpoint_is_named(finish, tmp_path):
     assert "resume=assets/tiny holds no checkpoint" in Path(f"{tmp_path}/run.log").read_text()
 
 
+@pytest.mark.nightly
 def test_another_run_can_be_gone_on_with_elsewhere(finish, uninterrupted, tmp_path):
     for source in (uninterrupted, uninterrupted / "checkpoints" / "step-39"):
         run = tmp_path / source.name

@@ -50,6 +50,7 @@ RANDOM = (
 
 
 @pytest.mark.parametrize("kind", ["code", "file", "module"])
+@pytest.mark.nightly
 def test_its_state_is_that_of_a_new_interpreter(script, tmp_path, monkeypatch, kind):
     script("-c", "")  # the server is there before what it does not know of
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and a new one with it

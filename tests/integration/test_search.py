@@ -86,6 +86,7 @@ def test_what_a_search_leaves(found):
         assert (f"{where}, what was found is worse than {', '.join(better)}:" in said) == bool(better)
 
 
+@pytest.mark.nightly
 def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, tmp_path):
     folder = with_texts(tmp_path) / "killed"
     process = scripts.start(*command(folder))
@@ -152,6 +153,7 @@ def test_a_search_by_other_questions_is_another_search(found, hydra, tmp_path):
         search(compose("search", command(folder)[2:]), folder)
 
 
+@pytest.mark.nightly
 def test_a_shorter_search_in_the_same_folder_is_as_short(found, run, tmp_path):
     """As it would be by itself: what a longer one has tried later is not a part of it."""
     shutil.copytree(found[0].parent, tmp_path / "texts")

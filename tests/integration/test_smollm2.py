@@ -5,7 +5,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 WINDOW, TARGET = 512, 2048
 RECOMPUTED = "model.gradient_checkpointing=true"
 SMALL = (

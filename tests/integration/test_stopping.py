@@ -160,6 +160,7 @@ def test_interrupted_twice_it_ends_at_once(start, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.nightly
 def test_while_it_measures_it_ends_at_once_and_goes_on_measuring(start, whole, tmp_path, number):
     if signal.getsignal(number) is signal.SIG_IGN and number == signal.SIGHUP:
         pytest.skip("started by nohup, which has every process ignore it")
@@ -197,6 +198,7 @@ def children(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children() if "train.py" in " ".join(child.cmdline())]
 
 
+@pytest.mark.nightly
 def test_a_job_of_two_processes_is_interrupted_once(start, tmp_path):
     """By a terminal, which signals all of them, and the process that waits passes it on.
 
@@ -226,6 +228,7 @@ def test_a_job_of_two_processes_is_interrupted_once(start, tmp_path):
     assert process.end() == 1 and "trust_pickle=true" in process.said()
 
 
+@pytest.mark.nightly
 def test_an_interrupted_sweep_goes_on_with_all_its_jobs(start, tmp_path):
     sweep = tmp_path / "sweep"
     process = start.small("-m", "seed=0,1", "trainer.max_steps=16", f"hydra.sweep.dir={sweep}")
@@ -242,6 +245,7 @@ def test_an_interrupted_sweep_goes_on_with_all_its_jobs(start, tmp_path):
     assert all((sweep / job / "model").is_dir() for job in "01")
 
 
+@pytest.mark.nightly
 def test_jobs_side_by_side_are_interrupted_each_with_a_checkpoint(start, tmp_path):
     sweep = tmp_path / "sweep"
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={sweep}")
@@ -255,6 +259,7 @@ def test_jobs_side_by_side_are_interrupted_each_with_a_checkpoint(start, tmp_pat
     assert f"hydra.sweep.dir={sweep} resume=auto" in said.splitlines()[-1]
 
 
+@pytest.mark.nightly
 def test_a_killed_reader_is_named_with_what_is_kept(start, tmp_path):
     run = tmp_path / "run"
     process = start.small("data.num_workers=2", "trainer.max_steps=100000", f"hydra.run.dir={run}")
@@ -319,6 +324,7 @@ class Look(Callback):
             file.write(json.dumps(line) + "\n")
 
 
+@pytest.mark.nightly
 def test_nothing_of_a_job_lives_on_into_the_next(start, tmp_path):
     """Whether it is done or has failed, with its W&B run in its own folder."""
     sweep = tmp_path / "sweep"

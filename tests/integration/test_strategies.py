@@ -7,6 +7,7 @@ import csv
 import gc
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,16 @@ def tied(tmp_path_factory) -> Path:
     return folder
 
 
+@contextmanager
+def one_thread():
+    """For trainings in this process, as the worker's are."""
+    threads = torch.get_num_threads()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def runs(tied, tmp_path_factory):
     """The run folders by name; whole/... are those of one process."""
@@ -130,15 +141,31 @@ def runs(tied, tmp_path_factory):
     for name in ("ddp", "fsdp", "zero3"):
         resumed = [f"resume={out}/random/{name}/checkpoints/step-2", "trust_pickle=true"]
         cases[f"resumed/{name}"] = [*cases[f"random/{name}"], *resumed]
-    threads = torch.get_num_threads()
-    gc.freeze()  # as the worker does
-    for kind, overrides in kinds.items():
-        if kind not in ("frozen", "watched_bf16"):
-            strategy_worker.train(f"{kind}/whole", [*overrides, "trainer.devices=1"], out)
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+    with one_thread():
+        for kind, overrides in kinds.items():
+            if kind not in ("frozen", "watched_bf16"):
+                strategy_worker.train(f"{kind}/whole", [*overrides, "trainer.devices=1"], out)
     strategy_worker.in_two_processes(cases, out)
     return out
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The run folders of a model that two processes share, and of the same in one: few enough for every day."""
+    out = tmp_path_factory.mktemp("sharded")
+    random = [*RANDOM, *COMMON_AFTER]
+    with one_thread():
+        strategy_worker.train("whole", [*random, "trainer.devices=1"], out)
+    cases = {name: [*random, *STRATEGIES[name], "trainer.devices=2"] for name in ("fsdp", "zero3")}
+    strategy_worker.in_two_processes(cases, out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_two_processes_that_share_a_model_train_it_as_one(sharded, name):
+    assert losses(sharded / name) == pytest.approx(losses(sharded / "whole"), rel=1e-5)
+    assert len(losses(sharded / name)) == 4
+    assert largest_difference(weights(sharded / "whole"), weights(sharded / name)) < 1e-5
 
 
 COMMON_AFTER = [item for item in COMMON if not item.startswith(("data.synthetic", "trainer.checkpoint"))]
@@ -167,6 +194,7 @@ def largest_difference(a: dict, b: dict) -> float:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.nightly
 def test_two_processes_train_the_same_model_as_one(runs, name):
     one, two = runs / "random" / "whole", runs / "random" / name
     assert losses(two) == pytest.approx(losses(one), rel=1e-5) and len(losses(one)) == 4
@@ -180,6 +208,7 @@ def test_two_processes_train_the_same_model_as_one(runs, name):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.nightly
 def test_a_global_batch_has_the_same_examples_and_the_same_learning_rate(runs, name):
     one, two = json.loads((runs / "random" / "whole" / "seen.0.json").read_text()), seen(runs / "random" / name)
 
@@ -199,6 +228,7 @@ def test_a_global_batch_has_the_same_examples_and_the_same_learning_rate(runs, n
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.nightly
 def test_processes_agree_on_the_largest_micro_batch(runs, name):
     """That of the one with least memory; nothing else is left of the search: each process sees and ends the same."""
     found, given = runs / "auto" / name, runs / "random" / name
@@ -209,6 +239,7 @@ def test_processes_agree_on_the_largest_micro_batch(runs, name):
 
 
 @pytest.mark.parametrize("kind", ["random", "bf16"])
+@pytest.mark.nightly
 def test_frequencies_are_fp32_inside_every_strategy(runs, kind):
     whole = json.loads((runs / kind / "whole" / "seen.0.json").read_text())["inv_freq"]
     names = [folder.name for folder in (runs / kind).iterdir() if folder.name != "whole"]
@@ -219,6 +250,7 @@ def test_frequencies_are_fp32_inside_every_strategy(runs, kind):
 
 
 @pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.nightly
 def test_no_process_holds_a_whole_model(runs, name):
     for process in seen(runs / "random" / name):
         assert process["held"] <= 0.51 * process["total"]
@@ -226,6 +258,7 @@ def test_no_process_holds_a_whole_model(runs, name):
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.nightly
 def test_bf16_stays_close_to_one_process(runs, name):
     one, two = runs / "bf16" / "whole", runs / "bf16" / name
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
@@ -233,6 +266,7 @@ def test_bf16_stays_close_to_one_process(runs, name):
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3_offload"])
+@pytest.mark.nightly
 def test_master_weights_are_the_checkpoints_own(runs, tied, name):
     """Under bf16-mixed DeepSpeed makes them from bf16 weights, which would show in what is exported."""
     before = LlamaForCausalLM.from_pretrained(tied).state_dict()
@@ -244,6 +278,7 @@ def test_master_weights_are_the_checkpoints_own(runs, tied, name):
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])
+@pytest.mark.nightly
 def test_adapters_are_merged_into_the_same_weights(runs, name):
     one, two = weights(runs / "lora" / "whole"), weights(runs / "lora" / name)
     assert largest_difference(one, two) < 1e-5
@@ -251,6 +286,7 @@ def test_adapters_are_merged_into_the_same_weights(runs, name):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+@pytest.mark.nightly
 def test_frozen_weights_held_in_bf16_give_the_same_adapters(runs, name):
     one, two = runs / "held" / "whole", runs / "held" / name
     assert largest_difference(weights(one), weights(two)) < 1e-5
@@ -262,6 +298,7 @@ def test_frozen_weights_held_in_bf16_give_the_same_adapters(runs, name):
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])
+@pytest.mark.nightly
 def test_frozen_weights_are_exported_as_the_checkpoint_has_them(runs, tied, name):
     """DeepSpeed holds them in bf16, which cannot hold these."""
     before, one, two = LlamaForCausalLM.from_pretrained(tied).state_dict(), *(
@@ -272,6 +309,7 @@ def test_frozen_weights_are_exported_as_the_checkpoint_has_them(runs, tied, name
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+@pytest.mark.nightly
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(runs, name):
     whole, resumed = runs / "random" / name, runs / "resumed" / name
     assert largest_difference(weights(whole), weights(resumed)) == 0
@@ -285,6 +323,7 @@ def measured(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+@pytest.mark.nightly
 def test_a_model_in_parts_is_measured_whole_and_trains_on_unchanged(runs, name):
     run = runs / "watched" / name
     assert largest_difference(weights(run), weights(runs / "random" / name)) == 0
@@ -298,6 +337,7 @@ def test_a_model_in_parts_is_measured_whole_and_trains_on_unchanged(runs, name):
         assert (run / "best" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.nightly
 def test_it_measures_in_the_precision_that_trains(runs):
     whole, low = measured(runs / "watched" / "whole"), measured(runs / "watched_bf16" / "fsdp")
     for alone, bf16 in zip(whole, low, strict=True):
@@ -332,6 +372,7 @@ def persistent_bytes(strategy: str, total: float, trainable: float, processes: i
     + [("frozen", "zero3_offload")]
     + [("lora", name) for name in ("fsdp", "zero3")],
 )
+@pytest.mark.nightly
 def test_memory_is_that_of_the_formula(runs, kind, name):
     weight = 2 if kind in ("bf16", "frozen") else 4
     # DeepSpeed may still hold buffers of up to two reductions, which do not grow with the model

@@ -17,7 +17,7 @@ SHORT = {
     "evaluate.py": ("eval.trials=1",),
 }  # fmt: skip
 INSTALLS = ("make", "source")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 def test_the_tutorial_can_be_followed(script, tmp_path, monkeypatch):

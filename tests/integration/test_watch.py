@@ -55,6 +55,7 @@ def equal(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.nightly
 def test_the_best_step_by_the_gain_of_needles(train, load_json, tmp_path):
     """As a user asks for it, in `watch` and in `eval`; a metric of a length that is not measured is refused."""
     gains = ("watch.tasks=[needle_gain]", "watch.every_n_steps=3", "watch.best=needle_gain@512", "watch.trials=5")
@@ -94,6 +95,7 @@ def test_curves_are_logged_and_the_best_step_is_a_folder(watched, load_json, scr
         assert measured[name] == pytest.approx(found[step][f"val/{name}"], rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_without_it_the_same_model_comes_out(watched, train, tmp_path):
     run, _ = watched
     train(tmp_path, "watch.documents=nowhere.jsonl")
@@ -101,6 +103,7 @@ def test_without_it_the_same_model_comes_out(watched, train, tmp_path):
     assert not (tmp_path / "best").exists() and "val/" not in (tmp_path / "metrics.csv").read_text()
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_killed_ends_with_the_same_best_and_the_same_curves(watched, scripts, train, load_json, tmp_path):
     """Killed once right after the first checkpoint, and once while the best of a later step is exported."""
     whole, run = watched[0], tmp_path / "run"
@@ -120,6 +123,7 @@ def test_a_run_that_is_killed_ends_with_the_same_best_and_the_same_curves(watche
     assert equal(run / "best", whole / "best") and equal(run / "model", whole / "model")
 
 
+@pytest.mark.nightly
 def test_a_run_that_goes_on_elsewhere_takes_the_best_along(watched, train, load_json, tmp_path):
     whole = watched[0]
     more = [*WATCH, "trainer.checkpoint_every_n_steps=2", "logger=wandb"]
@@ -131,6 +135,7 @@ def test_a_run_that_goes_on_elsewhere_takes_the_best_along(watched, train, load_
 
 
 @pytest.mark.parametrize(("lr", "warns"), [(3e-3, True), (1e-5, False)])
+@pytest.mark.nightly
 def test_the_gate_tells_a_run_that_ruins_short_texts(train, tmp_path, lr, warns):
     """At the model's own frequencies and window, so that nothing but the training changes it."""
     printed = train(

@@ -235,6 +235,7 @@ def test_states_of_adapters_and_of_fp32():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["deep", "large vocabulary"])
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_of_two_views_is_what_is_measured(name, checkpointing, objective):
     planned, measured = compare(SHAPES[name], checkpointing=checkpointing, objective=objective)
     assert 0.99 < planned / measured < 1.05
@@ -285,6 +286,7 @@ def test_memory_is_what_is_measured(name, attention, checkpointing):
     ids=str,
 )
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_of_other_models_is_what_is_measured(options, checkpointing):
     planned, measured = compare(SHAPES["deep"], checkpointing=checkpointing, **options)
     assert planned == pytest.approx(measured, rel=0.08)
@@ -302,6 +304,7 @@ def test_memory_of_other_models_is_what_is_measured(options, checkpointing):
     ids=str,
 )
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_of_selective_recomputation_is_what_is_measured(options):
     planned, measured = compare(SHAPES["deep"], checkpointing="selective", **options)
     assert planned == pytest.approx(measured, rel=0.05)

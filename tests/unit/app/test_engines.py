@@ -47,6 +47,9 @@ STATIC = {
 }
 
 
+DAILY = ("linear", "yarn", "longrope of one list")  # the others are made by the same code
+
+
 def make_folder(folder, scaling, target=2048):
     """The shipped model with another RoPE, untrained: what it says is poor, and the same in every engine."""
     config = load_config("assets/tiny")
@@ -64,7 +67,9 @@ def stand_in(tmp_path, answer):
     return str(python)
 
 
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DAILY else pytest.mark.nightly) for name in STATIC]
+)
 def test_llama_cpp_serves_every_static_method_right(tmp_path, monkeypatch, name):
     python = interpreter("llama.cpp")
     monkeypatch.setattr(engines, "SCORED", 16)
@@ -100,6 +105,7 @@ def test_plain_transformers_is_right(tmp_path, scaling):
     assert verdict.version and set(verdict.difference) == {256, 511}
 
 
+@pytest.mark.nightly
 def test_a_folder_that_another_model_is_served_from_is_wrong(tmp_path, monkeypatch):
     """The engine gets a folder whose scaling is gone, as several engines read it."""
     folder = make_folder(tmp_path / "m", Yarn(), 512)
@@ -116,6 +122,7 @@ def test_a_folder_that_another_model_is_served_from_is_wrong(tmp_path, monkeypat
     assert str(verdict).startswith("wrong by ")
 
 
+@pytest.mark.nightly
 def test_an_export_that_is_refused_is_no_failure_of_the_others(tmp_path):
     folder = make_folder(tmp_path / "m", Dynamic(), 512)
     label, found = compare(folder, ["llama.cpp", "transformers"], {}, tokens=64)
@@ -165,6 +172,7 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path):
         assert (verdict.outcome, verdict.why.split()[:2]) == ("missing", ["pip", "install"]), (engine, verdict)
 
 
+@pytest.mark.nightly
 def test_command_line(tmp_path, capsys):
     folder = make_folder(tmp_path / "run" / "model", Linear(), 512)
     python = stand_in(tmp_path, json.dumps({"missing": "vllm"}))

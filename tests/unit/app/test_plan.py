@@ -281,6 +281,7 @@ def test_train_says_two_lines(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+@pytest.mark.nightly
 def test_memory_of_a_training_is_what_is_planned(checkpointing, tmp_path):
     """All that the trainer's process allocates from loading the model to the last step: a width of 256 on the CPU."""
     init = {

@@ -130,6 +130,7 @@ def test_memory_that_runs_out_names_what_helps(tmp_path):
         raise torch.OutOfMemoryError("out of memory")
 
 
+@pytest.mark.nightly
 def test_the_micro_batch_that_is_found_stands_in_the_config_and_is_taken_again(tmp_path, monkeypatch, capsys):
     """The run and its continuation are those of the number given, to the bit; a run that goes on does not search."""
     monkeypatch.setattr(run.runtime, "provenance", dict)

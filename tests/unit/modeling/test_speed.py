@@ -63,6 +63,7 @@ def train(model, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_twenty_compiled_steps_end_as_eager_ones(caplog):
     """Names of the weights stay, and one shape is compiled once."""
     eager, compiled = make(), make()

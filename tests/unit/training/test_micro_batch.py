@@ -222,6 +222,7 @@ def test_the_optimizer_makes_its_states_and_no_weight_moves(make_data, monkeypat
     assert len(seen) == 3, "1 for the states, 1, and 8, where nothing is short"
 
 
+@pytest.mark.nightly
 def test_what_was_compiled_for_other_numbers_is_forgotten(make_data, caplog, monkeypatch):
     """Another number would be compiled for any number of examples, as no run with a number given is."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without half a minute of C++

