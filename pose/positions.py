@@ -164,6 +164,18 @@ class PositionSampler(ABC):
             )
         return self._sample(rng, document_len, breaks) if self.uses_breaks else self._sample(rng, document_len)
 
+    def positions_of_answers(self, position_ids: np.ndarray, is_answer: np.ndarray) -> np.ndarray:
+        """The position ids of an example whose answers alone are scored, such as of a retrieval task.
+
+        Args:
+            position_ids: int64 [L], drawn by `sample`.
+            is_answer: bool [L], not all False.
+
+        Returns:
+            int64 [L]: as drawn, but for a sampler whose skip has to stand before the answers.
+        """
+        return position_ids
+
     @abstractmethod
     def _sample(self, *args: Any, **kwargs: Any) -> Layout:
         """Of rng and document_len, and of breaks where they are used: as `sample`."""
@@ -476,8 +488,8 @@ class EndAnchor(PositionSampler):
     first L tokens of a document; finetune_suffix_random.py has this text, and draws where the cue begins from L-b..T-b.
     Both weigh all tokens alike, as cue_weight=1 does.
 
-    The examples of a retrieval task take the positions alone: their answers, at the end, stand in the cue's place and
-    all weigh the same.
+    Of a retrieval task's example the cue begins b tokens before the first answer, where its question stands, and goes
+    on to the end: answers are asked for from afar, and all weigh the same.
 
     Args:
         cue_len: b in [1, train_len - 1], tokens.
@@ -505,6 +517,11 @@ class EndAnchor(PositionSampler):
     @property
     def weighs_tokens(self) -> bool:
         return self.cue_weight != 1
+
+    def positions_of_answers(self, position_ids, is_answer):
+        index = np.arange(self.train_len)
+        first = max(int(np.argmax(is_answer)) - self.cue_len, 1)
+        return np.where(index < first, index, index + self.target_len - self.train_len)
 
     def _sample(self, rng, document_len):
         before = self.train_len - self.cue_len
@@ -579,6 +596,10 @@ class Mix(PositionSampler):
     def resized(self, train_len: int, target_len: int) -> "Mix":
         inner = self.sampler.resized(train_len, target_len)
         return replace(self, train_len=train_len, target_len=target_len, sampler=inner, curriculum=None)
+
+    def positions_of_answers(self, position_ids, is_answer):
+        is_plain = np.array_equal(position_ids, np.arange(len(position_ids)))
+        return position_ids if is_plain else self.sampler.positions_of_answers(position_ids, is_answer)
 
     def _sample(self, rng, document_len, breaks=None):
         if rng.random() < self.plain_share:

@@ -38,7 +38,8 @@ there are several.
 
 A claim is a list of checks, each a number with a bound (`benchmarks/results/claims.py`). **Holds**: every check that
 has a number holds for every seed. **Not at this scale**: none does for any seed. **Holds in part**: what is between.
-**Not tested**: no check has a number yet.
+**Not tested**: no check has a number yet. Checks of the untuned model alone are premises: no verdict goes by them, and
+they are not counted.
 """
 PICTURE = "docs/images/default.png"  # of docs/TINY.md
 EQUAL = 1.1  # times as long is called equal
@@ -93,6 +94,10 @@ def values(runs: Runs, arm: Arm, metric: str) -> list[float]:
     return found
 
 
+def _num_runs(runs: Runs, arm: Arm) -> str:
+    return str(sum((arm.name, seed) in runs for seed in arm.seeds))
+
+
 def is_begun(runs: Runs, arm: Arm) -> bool:
     """Whether any seed of an arm has been run."""
     return any((arm.name, seed) in runs for seed in arm.seeds)
@@ -125,7 +130,7 @@ def results(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
     )
     sections = [_section(claim, one, runs, arms) for claim, one in found.values()]
     names = {name: None for claim, _ in found.values() for name in claim.arms}
-    listed = table(["arm", "seeds", "command"], ([f"`{n}`", _seeds(arms[n]), f"`{command(arms[n])}`"] for n in names))
+    listed = table(["arm", "seeds", "commands"], ([f"`{n}`", _seeds(runs, arms[n]), _commands(arms[n])] for n in names))
     return "\n\n".join([HEAD.strip(), summary, *sections, "## The runs", _machines(runs, names), listed]) + "\n"
 
 
@@ -143,14 +148,24 @@ def command(arm: Arm) -> str:
     return shlex.join(["python", *script, *arm.overrides, *steps, *many, *seeds]).replace("|", "\\|")
 
 
-def _seeds(arm: Arm) -> str:
-    return ", ".join(map(str, arm.seeds))
+def _commands(arm: Arm) -> str:
+    """Of its runs, and of what is measured of each besides."""
+    more = (shlex.join(["python", EVALUATE, "ckpt=RUN", *overrides]) for overrides in arm.also.values())
+    return "; ".join(f"`{one}`" for one in (command(arm), *more))
+
+
+def _seeds(runs: Runs, arm: Arm) -> str:
+    """Those that have been run, and those that have not."""
+    done = ", ".join(str(seed) for seed in arm.seeds if (arm.name, seed) in runs)
+    left = ", ".join(str(seed) for seed in arm.seeds if (arm.name, seed) not in runs)
+    return done + f"{' ' * bool(done)}(not run: {left})" * bool(left)
 
 
 def _tally(found: Sequence[Checked]) -> str:
-    tested = [one for one in found if one.share is not None]
-    held = sum(one.share == 1 for one in tested)
-    return f"{held} of {len(tested)}" + (f"; {len(found) - len(tested)} not tested" if len(tested) < len(found) else "")
+    counted = [one for one in found if not one.check.is_premise]
+    tested = [one for one in counted if one.share is not None]
+    held, left = sum(one.share == 1 for one in tested), len(counted) - len(tested)
+    return f"{held} of {len(tested)}" + (f"; {left} not tested" if left else "")
 
 
 def _count(claim: Claim, runs: Runs, arms: Mapping[str, Arm]) -> str:
@@ -175,11 +190,15 @@ def _section(claim: Claim, found: Sequence[Checked], runs: Runs, arms: Mapping[s
 
 
 def _check(one: Checked) -> list[str]:
-    check = one.check
-    ours = spread(one.values, lambda value: f"{value:{check.form}}")
+    check, form = one.check, one.check.form
+    unit = 100 if form.endswith("%") else 1
+    rounded = [float(f"{value:{form}}".rstrip("%")) / unit for value in one.values]
+    if any(check.holds(a) != check.holds(b) for a, b in zip(one.values, rounded, strict=True)):
+        form = f".{int(form[1]) + 1}{form[2:]}"  # rounding would hide on which side of the bound it is
+    ours = spread(one.values, lambda value: f"{value:{form}}")
     held = sum(map(check.holds, one.values))
     holds = {None: "not tested", 1: "yes", 0: "no"}.get(one.share, f"for {held} of {len(one.values)} seeds")
-    return [check.says, check.bound(), check.paper or "–", ours, holds]
+    return [check.says, check.bound(), check.paper or "–", ours, holds + " (premise)" * check.is_premise]
 
 
 def _numbers(claim: Claim, runs: Runs, arms: Mapping[str, Arm]) -> str:
@@ -187,11 +206,12 @@ def _numbers(claim: Claim, runs: Runs, arms: Mapping[str, Arm]) -> str:
     processor = _processor(runs, claim.arms)
     alike = {run: one for run, one in runs.items() if one["processor"] == processor}
     rows = [
-        [label, *(cell(alike if metric.startswith(COSTS_OF) else runs, arms[name], metric)
-                  for metric in claim.columns.values())]
+        [label, _num_runs(runs, arms[name]),
+         *(cell(alike if metric.startswith(COSTS_OF) else runs, arms[name], metric)
+           for metric in claim.columns.values())]
         for label, name in claim.rows.items() if is_begun(runs, arms[name])
     ]  # fmt: skip
-    return table(["", *claim.columns], rows) if rows else ""
+    return table(["", "runs", *claim.columns], rows) if rows else ""
 
 
 def _machines(runs: Runs, names: Iterable[str]) -> str:
@@ -210,6 +230,7 @@ def _machines(runs: Runs, names: Iterable[str]) -> str:
     said = "; ".join(f"{key} {', '.join(sorted(of))}" for key, of in facts.items())
     steps = "not compiled" if not any(compiled) else "compiled" if all(compiled) else "partly compiled"
     steps += " (`trainer.compile=true`)" * any(compiled)
+    said += " (+: with changes that were not committed)" * any(one.endswith("+") for one in facts["commit"])
     return (
         f"{len(found)} run{'s' * (len(found) > 1)}, one CPU thread each (`num_threads=1`), training steps {steps}; "
         f"{said}. The base model's weights: SHA-256 `{base_model()}`..."
@@ -248,10 +269,17 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
         cost = spread([seconds / 60 for seconds in _seconds(runs, arms, arm, processor)], lambda value: f"{value:.1f}")
         against = "–" if beside is None else _against(runs, arm, of(beside), gain, short)
         steps = spread(values(runs, arm, "training/steps"), lambda value: f"{value:.0f}")
-        return [told, steps, cost, *(cell(runs, arm, metric) for metric in columns.values()), against]
+        return [
+            told,
+            _num_runs(runs, arm),
+            steps,
+            cost,
+            *(cell(runs, arm, metric) for metric in columns.values()),
+            against,
+        ]
 
     def rows(beside: Mapping[str, str | None]) -> str:
-        head = ["", "steps", "minutes", *columns, "against lm"]
+        head = ["", "runs", "steps", "minutes", *columns, "against lm"]
         found = [row(name, other) for name, other in beside.items() if is_begun(runs, of(name))]
         return table(head, found) if found else "Not run yet."
 

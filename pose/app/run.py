@@ -96,9 +96,9 @@ class Run:
         """Plans, measures, trains, reports."""
         self.plan = plan_training(self.cfg, self.folder)
         if self.plan.is_finished:
+            longer = "" if self.plan.data.has_phases else " A larger trainer.max_steps goes on with it;"
             log.info(
-                f"The run in {self.folder} is finished. A larger trainer.max_steps goes on with it; python evaluate.py "
-                f"ckpt={self.folder} measures it again"
+                f"The run in {self.folder} is finished.{longer} python evaluate.py ckpt={self.folder} measures it again"
             )
             return
         if launch.is_needed(self.plan.trainer):

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -228,12 +228,27 @@ class PoseDataModule(L.LightningDataModule):
 
         phases = [(items(end), dataset(self.sampler.resized(n, n), n)) for end, n in self.curriculum]
         targets = [(items(end), dataset(sampler, self.window_len)) for end, sampler in self.sampler.phases]
+        self._say_what_has_no_step([end for end, _ in (*phases, *targets)])
         if phases or targets:
             targets.append((self.num_examples, whole))
             self.dataset = Curriculum([*phases, *targets])
         if self.sampler.phases:
             until = [(one.sampler.target_len, end // self.global_batch) for end, one in targets]
             log.info("Targets     " + ", ".join(f"{length:,} tokens up to step {step:,}" for length, step in until))
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether the length of examples or their target changes in the run, at shares of its steps."""
+        return bool(self.curriculum or self.sampler.phases)
+
+    def _say_what_has_no_step(self, ends: list[int]):
+        """A warning where a phase of a curriculum, by the item at which it ends, has no step, or the rest has none."""
+        key = "pose.curriculum" if self.sampler.phases else "data.curriculum"
+        steps = self.num_examples // self.global_batch
+        if ends and ends[-1] >= self.num_examples:
+            log.warning(f"{key} leaves no step of trainer.max_steps={steps} to what comes after its last phase")
+        if any(begin == end for begin, end in pairwise([0, *ends])):
+            log.warning(f"{key}: a phase has no step, since trainer.max_steps={steps} is too few for its share")
 
     def _say_what_is_used(self, name: str, num: int, tokens: int):
         """How many of the documents and tokens examples are drawn from: a warning where it is less than half."""

@@ -135,7 +135,8 @@ class PoseDataset(Dataset):
         if self.bos_id is not None:
             tokens, is_answer = np.append(self.bos_id, tokens), np.append(False, is_answer)
         layout = self.sampler.sample(rng, self.sampler.min_document_len)  # its positions alone
-        return self._item(tokens, np.where(is_answer, tokens, IGNORE), layout.position_ids)
+        positions = self.sampler.positions_of_answers(layout.position_ids, is_answer)
+        return self._item(tokens, np.where(is_answer, tokens, IGNORE), positions)
 
     def _item(self, tokens, labels, position_ids, weights=None) -> dict[str, torch.Tensor]:
         arrays = {"input_ids": tokens, "labels": labels, "position_ids": position_ids}

@@ -118,6 +118,8 @@ def resume_settings(
     for group, left_out in RESUME_GROUPS.items():
         values: Any = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
         settings |= {f"{group}.{key}": value for key, value in values.items() if key not in left_out}
+    if data.has_phases:  # which are shares of the run
+        settings["trainer.max_steps"] = cfg.trainer.max_steps
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -128,16 +130,16 @@ def check_resume(cfg: DictConfig, checkpoint: Checkpoint, settings: dict[str, An
         ConfigError: a setting that decides the weights is another than before, or the run is over, or it would
             unpickle what another run wrote.
     """
+    if checkpoint.step > cfg.trainer.max_steps:
+        raise ConfigError(
+            f"trainer.max_steps={cfg.trainer.max_steps} is fewer than the {checkpoint.step} steps that "
+            f"{checkpoint.folder} has done: give at least as many"
+        )
     _check_settings(checkpoint.folder, checkpoint.settings, settings)
     if settings["strategy"] != "any" and not checkpoint.is_own(run_dir) and not cfg.trust_pickle:
         raise ConfigError(
             f"resume={cfg.resume}: the checkpoints of this strategy are read by unpickling, which can run code, and "
             f"{checkpoint.folder} is not of the run in {run_dir}. If you trust whoever made it, set trust_pickle=true"
-        )
-    if checkpoint.step > cfg.trainer.max_steps:
-        raise ConfigError(
-            f"trainer.max_steps={cfg.trainer.max_steps} is fewer than the {checkpoint.step} steps that "
-            f"{checkpoint.folder} has done: give at least as many"
         )
 
 
@@ -158,6 +160,8 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):
     before = {key: value for key, value in BEFORE.items() if key in settings} | before
+    if (steps := "trainer.max_steps") in settings:  # which earlier versions did not write down
+        before = {steps: settings[steps]} | before
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
         for key in sorted(settings.keys() | before.keys())

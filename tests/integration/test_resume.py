@@ -260,6 +260,7 @@ def test_a_damaged_checkpoint_is_passed_over(finish, uninterrupted, tmp_path):
         (["pose.curriculum=[[0.5,64]]"], ["pose.curriculum=[[0.5, 64]], which was None"]),
         (["data.documents=assets/corpora/proofs.train.jsonl.gz"], ["data.documents="]),
         (["trainer.max_steps=10"], ["trainer.max_steps=10 is fewer than the 40 steps"]),
+        (["trainer.max_steps=80"], ["trainer.max_steps=80, which was 40"]),  # a curriculum's phases are shares of it
         (["resume=null"], ["holds a run already", "resume=auto"]),
         (["resume=assets/tiny"], ["holds a run already"]),
         (["+model.init.attention_bias=true"], ["model's attention_bias=True, which was False"]),

@@ -466,6 +466,45 @@ def test_a_verdict_follows_from_the_numbers(metrics, shares, expected):
     assert [one.share for one in found] == shares and verdict(found) == expected
 
 
+def test_a_premise_is_shown_and_no_verdict_goes_by_it():
+    """The untuned model breaks whatever is trained: that alone holds nothing, and its failing refutes nothing."""
+    premise = replace(HIGH, is_premise=True)
+    for values, expected in (([10, 10], Verdict.HOLDS), ([11, 12], Verdict.NOT_HERE)):
+        for a in ([30, 40], [1, 2]):
+            found = checked(claim(premise, LOW), runs_of(a=a, b=values), SMALL, (0, 1))
+            assert verdict(found) == expected
+    assert pages._tally(found) == "0 of 1" and pages._check(found[0])[-1] == "no (premise)"
+    assert verdict(checked(claim(premise), runs_of(a=[30], b=[10]), SMALL, (0, 1))) == Verdict.NOT_TESTED
+
+
+def test_rounding_does_not_hide_on_which_side_of_its_bound_a_number_is():
+    (found,) = checked(claim(replace(LOW, form=".1f")), runs_of(b=[10.04]), SMALL, (0,))
+    assert pages._check(found)[1:] == ["≤ 10.0", "–", "10.04", "no"]
+    share = Check("b", lambda n: n("b", "tail_ppl@256"), least=0.9, form=".0%")
+    (found,) = checked(claim(share), runs_of(b=[0.897]), SMALL, (0,))
+    assert pages._check(found)[1:] == ["≥ 90%", "–", "89.7%", "no"]
+
+
+def test_arms_of_other_targets_are_compared_through_the_untuned_model():
+    """Windows of another longest length score other tokens."""
+
+    def of(arm, seed, metric):
+        own = 2.0 if arm in ("linear.randpos.16x", "untuned.16x") else 1.0
+        return own * (1.5 if "randpos" in arm else 1.0)
+
+    found = checked(claims(SCALE)["table1"], synthetic(SCALE, of), ARMS, (0,))
+    (text,) = (one.values for one in found if one.check.says.startswith("RandPos 16×") and "proofs" in one.check.says)
+    assert text == [1.0]
+
+
+def test_the_seeds_of_a_page_are_those_that_were_run():
+    runs = {("a", 1): line(SMALL, "a", 1)}
+    assert pages._seeds(runs, SMALL["a"]) == "1 (not run: 0)" and pages._num_runs(runs, SMALL["a"]) == "1"
+    assert pages._seeds({}, SMALL["a"]) == "(not run: 0, 1)"
+    told = pages._commands(ARMS["linear.pose.8x"])
+    assert told.count("`") == 4 and "python evaluate.py ckpt=RUN eval=perplexity" in told
+
+
 def test_a_bound_is_met_at_its_edge():
     assert Check("", float, least=-0.05).holds(0.95 - 1.0) and not Check("", float, least=-0.05).holds(-0.06)
     assert Check("", float, most=1.1).holds(1.1) and not Check("", float, most=1.1).holds(1.11)
@@ -500,7 +539,7 @@ def test_a_table_has_costs_of_one_kind_of_processor():
     ours, cost = (
         next(row for row in text.splitlines() if f"| {name} |" in row) for name in ("PoSE 8×", "PoSE, to 2,048")
     )
-    assert ours.split("|")[2:4] == [" – ", " – "] and "–" not in ours.split("|")[4]
+    assert ours.split("|")[3:5] == [" – ", " – "] and "–" not in ours.split("|")[5]
     assert "–" not in cost.split("|")[2] + cost.split("|")[3]
 
 
@@ -586,14 +625,14 @@ def test_the_tables_of_methods_tell_what_beats_lm():
     assert rows["`cope`"] == "**better**, ppl higher" and rows["`rcd3`"] == "no difference" and rows["`lm`"] == "–"
     # Not end_anchor (worse), cope (perplexity), yarn_mixed (1.2 times as long)
     assert text.endswith("perplexity no higher: `self_distill`, `searched`.")
-    assert "| `searched` (`rope=searched rope.factors={search.16x}`) | 250 | 3.8 |" in text  # 125 s, and the search
-    assert "rope.long_factor=[...]" in text and "| untuned | – | – |" in text
+    assert "| `searched` (`rope=searched rope.factors={search.16x}`) | 3 | 250 | 3.8 |" in text  # 125 s, and the search
+    assert "rope.long_factor=[...]" in text and "| untuned | 1 | – | – |" in text
     elsewhere = {
         key: run | {"processor": "Another"} if "self_distill_seconds" in key[0] else run for key, run in runs.items()
     }
     found = pages.method_tables(elsewhere, ARMS, SCALE)["methods16x"]
     assert found.endswith("perplexity no higher: `searched`.")
-    assert "| `self_distill_seconds` | 250 | – |" in found  # no minutes
+    assert "| `self_distill_seconds` | 3 | 250 | – |" in found  # no minutes
     one_seed = {key: run for key, run in runs.items() if key[1] == 0}
     assert "better" not in pages.method_tables(one_seed, ARMS, SCALE)["methods16x"].partition("Against lm")[0]
 

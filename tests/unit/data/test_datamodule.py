@@ -218,6 +218,26 @@ def test_a_run_that_goes_on_within_a_phase_meets_the_same_batches(make):
     assert torch.equal(torch.stack(halves, 1).flatten(0, 1), whole[12:])
 
 
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"sampler": PoSE(16, 64, curriculum=[[0.99, 32]])}, "pose.curriculum"),
+        ({"curriculum": [(0.99, 8)]}, "data.curriculum"),
+    ],
+)
+def test_a_curriculum_that_leaves_no_step_to_the_rest_is_said(make, caplog, options, key):
+    ready(make(**options))
+    assert f"{key} leaves no step of trainer.max_steps=12 to what comes after its last phase" in caplog.messages
+
+
+def test_a_phase_without_a_step_is_said(make, caplog):
+    module = ready(make(sampler=PoSE(16, 64, curriculum=[[0.01, 16], [0.5, 32]])))
+    assert (
+        "pose.curriculum: a phase has no step, since trainer.max_steps=12 is too few for its share" in caplog.messages
+    )
+    assert [end for end, _ in module.dataset.phases] == [0, 24, 48]
+
+
 def test_both_curricula_together(make, caplog):
     """Short plain sequences first, then the nearer target, then all of it."""
     with caplog.at_level(logging.INFO):

@@ -4,16 +4,20 @@ import pickle
 from collections import Counter
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers import PreTrainedTokenizerFast
 
 from pose.data.examples import IGNORE, Curriculum, PoseDataset, collate, collate_scored
 from pose.errors import DataError
 from pose.positions import EndAnchor, Full, Layout, Mix, PoSE, PositionSampler, RandPos, SentenceSkip
+from pose.tasks.synthetic import TASKS
 
+TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
 BASE = 10_000  # token t of document d is d * BASE + t + 1: a token says where it is from
 BOS = 9_999_999
 LENGTHS = (100, 37, 16, 260, 15, 64)  # the fifth is too short for 16 tokens
@@ -379,6 +383,25 @@ def test_weights_of_a_sampler_reach_the_batch_and_retrieval_answers_weigh_alike(
         assert got.tolist() == pytest.approx(wanted)
         seen[is_task, is_plain] += 1
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("train_len", [256, 1024])
+@pytest.mark.parametrize("bos_id", [None, 0])
+def test_the_answers_of_an_end_anchor_are_asked_for_from_afar(name, train_len, bos_id):
+    """Each scored token, and the question before it, beyond the skip; what is asked for before it, plain."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
+    documents = [np.arange(4096) % 4000 for _ in range(3)]
+    task, target_len = TASKS[name](tokenizer, documents), 16 * train_len
+    sampler = EndAnchor(train_len, target_len, cue_len=20)
+    data = PoseDataset(documents, sampler, num_examples=20, seed=0, bos_id=bos_id, synthetic={task: 1.0})
+    for i in range(20):
+        item = data[i]
+        positions, first = item["position_ids"], int((item["labels"] != IGNORE).nonzero()[0])
+        assert positions.tolist() == [j if j < first - 20 else j + target_len - train_len for j in range(train_len)]
+        assert positions[-1] == target_len - 1
+    mixed = PoseDataset(documents, Mix(train_len, target_len, sampler), num_examples=40, seed=0, synthetic={task: 1.0})
+    assert {int(mixed[i]["position_ids"][-1]) for i in range(40)} == {train_len - 1, target_len - 1}
 
 
 def test_a_sampler_without_weights_gives_none():
