@@ -23,8 +23,9 @@ from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, PoseError, first_line, require_choice, require_int
 from pose.evaluation.options import MAX_SEED, EvalOptions
 from pose.evaluation.suite import Suite
-from pose.files import REPOSITORY, is_inside, locate
+from pose.files import REPOSITORY, Memo, is_inside, locate
 from pose.modeling.attention import resolve_backend
+from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.export.engines import check_engine
 from pose.modeling.layers import check_layers
 from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, scale_config
@@ -191,7 +192,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     data.setup()
     say_tokens(cfg, data, sampler)
     fill_in(cfg, sampler, scaling)
-    settings = resume_settings(cfg, trainer, data, base)
+    settings = resume_settings(cfg, trainer, data, base, _original(cfg, objective))
     is_finished = cfg.resume == "auto" and finished_steps(run_dir) == cfg.trainer.max_steps
     if checkpoint is not None:
         check_resume(cfg, checkpoint, settings, run_dir)
@@ -212,14 +213,28 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     )  # fmt: skip
 
 
+def _original(cfg: DictConfig, objective: Objective) -> list | None:
+    """The fingerprint of what a frozen teacher is read from; None without one. The teacher of adapters is not read."""
+    if not objective.has_teacher or cfg.model.path is None or cfg.finetune.lora.rank is not None:
+        return None
+    return fingerprint(locate(cfg.model.path), cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
+
+
 def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int):
-    """Warns where pose=mix with a longrope that keeps short texts trains other than mixed windows (docs/ROPE.md).
+    """Warns where a longrope that keeps short texts trains other than mixed windows (docs/ROPE.md).
 
     Args:
         sampler, scaling: of the run.
         window: the model's own, in tokens.
     """
-    if not (isinstance(sampler, Mix) and isinstance(scaling, LongRope) and scaling.keeps_short_texts):
+    if not (isinstance(scaling, LongRope) and scaling.keeps_short_texts):
+        return
+    if not isinstance(sampler, Mix):
+        if sampler.target_len > window and sampler.skips:
+            log.warning(
+                f"rope keeps texts within the window of {window} tokens as they are, and {sampler.name} trains on "
+                "hardly any: they are served by weights that were trained under rope.long_factor alone. Choose pose=mix"
+            )
         return
     if sampler.train_len > window:
         log.warning(

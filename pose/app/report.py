@@ -91,7 +91,8 @@ def read(folder: Path) -> list["Source"]:
         raise DataError(f"{folder} is no folder: give that of a run, a sweep or an evaluation")
     if any((folder / name).is_file() for name in RUN_FILES):
         return [_read_one(folder)]
-    jobs = [each for each in folder.iterdir() if any((each / name).is_file() for name in RUN_FILES)]
+    folders = (each for each in folder.iterdir() if not each.name.startswith("."))  # .hydra has a config.yaml too
+    jobs = [each for each in folders if any((each / name).is_file() for name in RUN_FILES)]
     if not jobs:
         raise DataError(
             f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {' or '.join(RUN_FILES)}"

@@ -219,6 +219,7 @@ class SearchOptions:
     haystack: Any = "assets/corpora/books.train.jsonl.gz"  # text of the questions: as eval.haystack
     heldout: Any = "assets/corpora/reports.train.jsonl.gz"  # text of those that the winner is measured by at the end
     attention_factor: float | None = None  # multiplies cos and sin; null: sqrt(1 + ln s / ln window)
+    add_bos: bool | None = None  # before each text; null: as the tokenizer does
 
     def __post_init__(self):
         require_int("search.trials", self.trials, at_least=1)

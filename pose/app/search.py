@@ -36,7 +36,7 @@ schema.register()
 CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than a question gains by it
 PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
-NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout")  # in what tells two searches apart
+NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout", "add_bos")  # in what tells two searches apart
 COLUMNS = ("generation", "nll", "first", "divisors")
 BASELINES: dict[str, RopeScaling] = {
     "linear": Linear(), "ntk": NTK(), "yarn": Yarn(), "ntk, rcd_shift": NTK(rcd_shift=True),
@@ -130,6 +130,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     import torch
 
     from pose.app import models, runtime
+    from pose.data.datamodule import bos_id
     from pose.evaluation.needle_fitness import NeedleFitness
     from pose.evaluation.scoring import Scorer
     from pose.evaluation.suite import far_depths
@@ -154,6 +155,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
     models.check_vocabulary(tokenizer, config, cfg.model.path)
     check_weights(config, path, cfg.model.revision)
+    bos = bos_id(tokenizer, options.add_bos, "search.add_bos", config.vocab_size)
     depths = far_depths(NUM_KEYS * options.trials) if options.depths is None else list(options.depths)
     texts = _texts(options)
     device = torch.device(
@@ -164,14 +166,14 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     settings = {
         "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": cfg.pose.target_len,
         "seed": cfg.seed, "factor": scaling.factor, "depths": depths, "attention": attention, "device": device.type,
-        "questions of a text": NUM_KEYS,
+        "questions of a text": NUM_KEYS, "bos": bos,
         **{key: value for key, value in asdict(options).items() if key not in NAMED_OTHERWISE},
         "attention_factor": scaling.attention_factor,
         **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
         **{f"tokens of {key}": _digest_of_tokens(tokenizer, text) for key, text in texts.items()},
     }  # fmt: skip
     _check_folder(folder, settings)
-    prompts = _prompts(texts, tokenizer, config.vocab_size, cfg.seed)
+    prompts = _prompts(texts, tokenizer, config.vocab_size, cfg.seed, bos)
     for one in prompts:
         _check_length(one, cfg.pose.target_len, depths, options.trials)
     write_json(folder / "settings.json", settings)
@@ -228,7 +230,7 @@ def _texts(options: schema.SearchOptions) -> dict[str, str]:
     }
 
 
-def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int) -> list["MultiKeyPrompts"]:
+def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int, bos: int | None) -> list["MultiKeyPrompts"]:
     """Questions about needles in each text."""
     from pose.data.tokenizer import check_vocabulary
     from pose.tasks.needle_gain import MultiKeyPrompts
@@ -236,7 +238,7 @@ def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int) -> li
     prompts = []
     for i, (key, text) in enumerate(texts.items()):
         check_vocabulary(tokenizer, text, vocab_size, f"search.{key}")
-        prompts.append(MultiKeyPrompts(tokenizer, text, seed=seed + i))
+        prompts.append(MultiKeyPrompts(tokenizer, text, seed=seed + i, bos_id=bos))
     return prompts
 
 

@@ -1,5 +1,6 @@
 """Whether a run starts, goes on, or is complete; what it must have in common with before; the command that goes on."""
 
+import hashlib
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ RESUME_GROUPS: dict[str, tuple[str, ...]] = {
 BEFORE = {
     "objective._target_": "pose.training.objectives.LanguageModel", "rope.rcd_shift": False, "rope.rcd_periods": 10.0
 }  # fmt: skip
+STEPS, ORIGINAL = "trainer.max_steps", "the files of model.path"  # of a curriculum, and of a teacher, alone
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
 # Keys of a config that change nothing in the weights that are trained
 WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -98,9 +100,14 @@ def finished_steps(run_dir: Path) -> int | None:
 
 
 def resume_settings(
-    cfg: DictConfig, trainer: L.Trainer, data: PoseDataModule, base: PretrainedConfig
+    cfg: DictConfig, trainer: L.Trainer, data: PoseDataModule, base: PretrainedConfig, original: list | None = None
 ) -> dict[str, Any]:
-    """What decides the weights that come out, by key: a run can only go on under the same."""
+    """What decides the weights that come out, by key: a run can only go on under the same.
+
+    Args:
+        cfg, trainer, data, base: of the run.
+        original: fingerprint of the model that a frozen teacher is read from; None without one.
+    """
     strategy = trainer.strategy
     is_sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
     settings = {
@@ -119,7 +126,9 @@ def resume_settings(
         values: Any = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
         settings |= {f"{group}.{key}": value for key, value in values.items() if key not in left_out}
     if data.has_phases:  # which are shares of the run
-        settings["trainer.max_steps"] = cfg.trainer.max_steps
+        settings[STEPS] = cfg.trainer.max_steps
+    if original is not None:
+        settings[ORIGINAL] = hashlib.sha256(json.dumps(original).encode()).hexdigest()[:16]
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -160,8 +169,7 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):
     before = {key: value for key, value in BEFORE.items() if key in settings} | before
-    if (steps := "trainer.max_steps") in settings:  # which earlier versions did not write down
-        before = {steps: settings[steps]} | before
+    before = {key: settings[key] for key in (STEPS, ORIGINAL) if key in settings} | before  # not written by 0.4
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
         for key in sorted(settings.keys() | before.keys())

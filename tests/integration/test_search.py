@@ -115,6 +115,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, t
         (["search.trials=3"], "trials=3, which was 2"),
         (["model.attention=eager"], "attention='eager', which was 'sdpa'"),
         (["search.attention_factor=1"], "attention_factor=1.0, which was 1.06"),
+        (["search.add_bos=true"], "bos=0, which was None"),
         (["pose.target_len=200"], "pose.target_len=200 is not above the model's own window of 256"),
         (["search.haystack=nothing.txt"], "nothing.txt"),
         (["search.mutation=2"], "search.mutation=2"),

@@ -17,6 +17,7 @@ from pose.training import loggers, micro_batch
 from pose.training.callbacks import Export
 from pose.training.checkpoints import Checkpoint
 from pose.training.micro_batch import MicroBatch
+from pose.training.resume import _check_settings
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 schema.register()
@@ -269,7 +270,10 @@ def test_bf16_that_a_cpu_emulates_is_warned_of(plan, capsys, monkeypatch, overri
         ([], None),
         (["rope.attention_factor=null"], ["rope.attention_factor=1.173", "do not see the original model"]),
         (["pose.train_len=512"], ["pose.train_len=512", "window of 256", "rope.long_factor like all others"]),
-        (["pose=pose", "rope.attention_factor=null"], None),
+        (
+            ["pose=pose", "rope.attention_factor=null"],
+            ["window of 256", "PoSE trains on hardly any", "Choose pose=mix"],
+        ),
         (["rope=dynamic", "~rope.attention_factor", "~rope.long_factor"], None),
     ],
 )
@@ -282,6 +286,27 @@ def test_windows_that_are_not_mixed_are_warned_of(plan, documents, capsys, overr
         assert warnings == []
     else:
         assert len(warnings) == 1 and all(word in warnings[0] for word in words)
+
+
+def test_a_teacher_is_the_same_files_when_a_run_goes_on(plan, tmp_path):
+    """Another checkpoint of the same shape would be another teacher; under lm it is not read again."""
+    folder = tmp_path / "original"
+    shutil.copytree(CONF.parent / "assets" / "tiny", folder)
+    given = (f"model.path={folder}", f"cache_dir={tmp_path}/cache", "eval=none")
+
+    def settings(*overrides):
+        return plan(*given, *overrides).settings
+
+    key = "the files of model.path"
+    before = settings("objective=long_short")
+    assert key not in settings() and key not in settings("objective=long_short", "finetune=lora")
+    assert settings("objective=long_short")[key] == before[key]
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4] + bytes(4))
+    after = settings("objective=long_short")
+    assert after[key] != before[key]
+    with pytest.raises(ConfigError, match=f"{key}="):
+        _check_settings(tmp_path, before, after)
+    _check_settings(tmp_path, {name: value for name, value in before.items() if name != key}, after)  # of version 0.4
 
 
 def test_text_that_is_seen_too_often_is_warned_of(plan, tmp_path, capsys):

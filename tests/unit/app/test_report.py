@@ -253,3 +253,12 @@ def test_what_has_ended_does_not_fail_for_its_page(run, monkeypatch, capsys):
     monkeypatch.undo()
     write_beside(folder)
     assert "is no folder" in capsys.readouterr().out
+
+
+def test_a_folder_in_which_a_run_has_only_begun_is_none(tmp_path):
+    """Hydra's own folder has a config.yaml, and is no job of a sweep."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text(CONFIG)
+    (tmp_path / "evaluate.log").write_text("")
+    with pytest.raises(DataError, match="is no run, sweep or evaluation"):
+        read(tmp_path)

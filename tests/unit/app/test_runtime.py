@@ -1,6 +1,8 @@
 """The process around a run: what comes first, what is written, what it needs of the machine."""
 
 import logging
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +90,12 @@ def test_a_gpu_is_not_announced_twice(monkeypatch, caplog):
         log.info("LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES: [0]")
         log.warning("a fault")
     assert [record.getMessage() for record in caplog.records] == ["a fault"]
+
+
+def test_the_processor_is_named_by_its_model(monkeypatch):
+    """Its architecture does not say whether it has bf16, on which its times depend."""
+    found = runtime._processor()
+    if Path("/proc/cpuinfo").exists() and "model name" in Path("/proc/cpuinfo").read_text():
+        assert found not in ("", "x86_64") and found in Path("/proc/cpuinfo").read_text()
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "flags : fpu\n")
+    assert runtime._processor() in (platform.processor(), platform.machine())
