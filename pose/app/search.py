@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -37,6 +38,7 @@ CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than 
 PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
 NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout", "add_bos")  # in what tells two searches apart
+UNUSED = ("data", "objective", "finetune", "strategy", "logger", "eval", "watch")  # groups that train.py has besides
 COLUMNS = ("generation", "nll", "first", "divisors")
 BASELINES: dict[str, RopeScaling] = {
     "linear": Linear(), "ntk": NTK(), "yarn": Yarn(), "ntk, rcd_shift": NTK(rcd_shift=True),
@@ -56,6 +58,10 @@ def main(cfg: DictConfig):
         check_config(cfg, schema.SearchConfig)
         folder = runtime.run_folder()
         runtime.set_up(cfg)
+        if unused := [given for given in HydraConfig.get().overrides.task if given.lstrip("+~").startswith(UNUSED)]:
+            log.warning(
+                f"{', '.join(unused)}: has no part in a search, whose own keys are search.KEY (docs/SETTINGS.md)"
+            )
         search(cfg, folder)
 
 

@@ -61,7 +61,7 @@ def hydra():
 @pytest.fixture(scope="module")
 def found(run, tmp_path_factory):
     folder = with_texts(tmp_path_factory.mktemp("search")) / "whole"
-    code, output = run(*command(folder))
+    code, output = run(*command(folder, "eval.add_bos=true"))
     assert code == 0, output
     return folder, output
 
@@ -80,6 +80,7 @@ def test_what_a_search_leaves(found):
     assert factors.searched_for.target_len == 512 and factors.searched_for.window == 256
     assert set(answers) == {"searched", "linear", "ntk", "yarn", "ntk, rcd_shift", "yarn, rcd_shift"}
     assert "held out" in output and "rope=searched" in output
+    assert "eval.add_bos=true: has no part in a search" in " ".join(output.split())
     for key, where in (("nll", "on the text searched on"), ("heldout_nll", "on text that the search has not seen")):
         better = [name for name, row in answers.items() if row[key] < answers.searched[key]]
         said = " ".join(output.split())
