@@ -179,6 +179,7 @@ def test_loop(script, precision):
         check_spread(values, 2)
 
 
+@pytest.mark.nightly
 def test_evaluation(script):
     """All ways give the same losses or verdicts, or the benchmark fails."""
     table, content = run(script, "evaluation", "--quick", "--repeats", "1", "--trials", "2", "--tokens", "1100")
@@ -252,6 +253,7 @@ def test_objectives(script):
     assert ways["long_short"]["states_mib"] == pytest.approx(lm["states_mib"] * 4 / 3, rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_efficiency(script, tmp_path):
     """Full-length training of 4 times the length takes longer and more memory; both take the same steps."""
     arguments = ("--shape", "rehearsal", "--train-len", "64", "--targets", "128", "256", "--repeats", "2")
