@@ -36,6 +36,22 @@ class Layout(NamedTuple):
     weights: np.ndarray | None = None
 
 
+def skip_before_question(position_ids: np.ndarray, is_answer: np.ndarray, question_len: int) -> np.ndarray:
+    """The ids of a retrieval example with all that they skip put in one place: before the question of its first answer.
+
+    Args:
+        position_ids: int64 [L], as drawn.
+        is_answer: bool [L], not all False.
+        question_len: tokens before the first answer that hold its question, at least.
+
+    Returns:
+        int64 [L], with the same last id: what is asked for and the question are as far apart as the example allows.
+    """
+    index = np.arange(len(position_ids))
+    first = max(int(np.argmax(is_answer)) - question_len, 1)
+    return index + np.where(index < first, 0, position_ids[-1] - index[-1])
+
+
 @dataclass(frozen=True)
 class PositionSampler(ABC):
     """What every sampler has in common.
@@ -519,9 +535,7 @@ class EndAnchor(PositionSampler):
         return self.cue_weight != 1
 
     def positions_of_answers(self, position_ids, is_answer):
-        index = np.arange(self.train_len)
-        first = max(int(np.argmax(is_answer)) - self.cue_len, 1)
-        return np.where(index < first, index, index + self.target_len - self.train_len)
+        return skip_before_question(position_ids, is_answer, self.cue_len)
 
     def _sample(self, rng, document_len):
         before = self.train_len - self.cue_len

@@ -169,6 +169,7 @@ def build_data(
         add_bos=d.add_bos,
         synthetic={name: share for name, share in vars(d.synthetic).items() if share},
         curriculum=d.curriculum,
+        skip_before_question=d.skip_before_question,
         num_workers=d.num_workers,
         collate=objective.collate,
     )

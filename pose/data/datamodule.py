@@ -68,6 +68,7 @@ class PoseDataModule(L.LightningDataModule):
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
         synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
         curriculum: (share of the run, length in tokens) of phases of shorter sequences before the rest.
+        skip_before_question: as of `PoseDataset`.
         num_workers: processes that read; 0 reads in the training process.
         collate: joins examples to a batch.
 
@@ -106,6 +107,7 @@ class PoseDataModule(L.LightningDataModule):
         add_bos: bool | None = None,
         synthetic: Mapping[str, float] | None = None,
         curriculum: Sequence[tuple[float, int]] = (),
+        skip_before_question: bool = False,
         num_workers: int = 0,
         collate: Callable[[Sequence[dict[str, torch.Tensor]]], dict[str, torch.Tensor]] = collate_scored,
     ):
@@ -128,6 +130,7 @@ class PoseDataModule(L.LightningDataModule):
             )
         self.vocab_size, self.bos_id = vocab_size, bos_id(tokenizer, add_bos, "data.add_bos", vocab_size)
         self.synthetic, self.num_workers = dict(synthetic or {}), num_workers
+        self.skip_before_question = skip_before_question
         self.curriculum: list[tuple] = [
             tuple(phase) if isinstance(phase, Sequence) else (phase,) for phase in curriculum
         ]
@@ -215,6 +218,7 @@ class PoseDataModule(L.LightningDataModule):
             return PoseDataset(
                 documents, sampler, num_examples=self.num_examples, seed=self.seed,
                 window_len=window_len, bos_id=self.bos_id, synthetic=tasks, sentence_end=ends,
+                skip_before_question=self.skip_before_question,
             )  # fmt: skip
 
         self.dataset = whole = dataset(self.sampler, self.window_len)

@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from pose.errors import DataError
-from pose.positions import PositionSampler
+from pose.positions import PositionSampler, skip_before_question
 
+QUESTION_LEN = 20  # tokens that hold the question before an answer, of every task and tokenizer that was tried
 IGNORE = -100  # the label of tokens that carry no loss, as in transformers
 
 
@@ -35,6 +36,8 @@ class PoseDataset(Dataset):
         synthetic: retrieval tasks by the share of examples they take, each an object with
             ``sample(rng, length) -> (tokens, is_answer)``.
         sentence_end: bool [vocabulary], the tokens that end a sentence; for samplers that use breaks.
+        skip_before_question: whether what the positions of a retrieval example skip stands before its first question
+            (`pose.positions.skip_before_question`), in place of where it was drawn.
 
     Raises:
         DataError: no document is long enough for the sampler.
@@ -51,10 +54,12 @@ class PoseDataset(Dataset):
         bos_id: int | None = None,
         synthetic: Mapping[Any, float] | None = None,
         sentence_end: np.ndarray | None = None,
+        skip_before_question: bool = False,
     ):
         self.documents, self.sampler = documents, sampler
         self.num_examples, self.seed, self.window_len, self.bos_id = num_examples, seed, window_len, bos_id
         self.synthetic, self.sentence_end = dict(synthetic or {}), sentence_end
+        self.skip_before_question = skip_before_question
         self.num_bos = 0 if bos_id is None else 1
         lengths = np.array([len(document) for document in documents])
         self.usable = np.flatnonzero(lengths + self.num_bos >= sampler.min_document_len)
@@ -136,6 +141,8 @@ class PoseDataset(Dataset):
             tokens, is_answer = np.append(self.bos_id, tokens), np.append(False, is_answer)
         layout = self.sampler.sample(rng, self.sampler.min_document_len)  # its positions alone
         positions = self.sampler.positions_of_answers(layout.position_ids, is_answer)
+        if self.skip_before_question:
+            positions = skip_before_question(positions, is_answer, QUESTION_LEN)
         return self._item(tokens, np.where(is_answer, tokens, IGNORE), positions)
 
     def _item(self, tokens, labels, position_ids, weights=None) -> dict[str, torch.Tensor]:

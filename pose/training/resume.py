@@ -30,7 +30,8 @@ RESUME_GROUPS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Of runs from before there were such keys
 BEFORE = {
-    "objective._target_": "pose.training.objectives.LanguageModel", "rope.rcd_shift": False, "rope.rcd_periods": 10.0
+    "objective._target_": "pose.training.objectives.LanguageModel", "rope.rcd_shift": False, "rope.rcd_periods": 10.0,
+    "data.skip_before_question": False,
 }  # fmt: skip
 STEPS, ORIGINAL = "trainer.max_steps", "the files of model.path"  # of a curriculum, and of a teacher, alone
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
