@@ -293,6 +293,7 @@ def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
         "searched_mixed": (*searched, "rope.mixed=true", *MIXED),
         "yarn_mixed": ("rope=longrope", f"rope.long_factor={listed(_yarn(target))}", *MIXED),
         "end_anchor": ("pose=end_anchor",),
+        "far_answers": ("data.skip_before_question=true",),
         "curriculum": (f"pose.curriculum=[[0.25,{scale.at(times // 4)}],[0.5,{scale.at(times // 2)}]]",),
         "cope": ("rope=cope",),
     }

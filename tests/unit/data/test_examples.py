@@ -404,6 +404,34 @@ def test_the_answers_of_an_end_anchor_are_asked_for_from_afar(name, train_len, b
     assert {int(mixed[i]["position_ids"][-1]) for i in range(40)} == {train_len - 1, target_len - 1}
 
 
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("sampler", [PoSE(256, 4096, 2), PoSE(256, 4096, 3), RandPos(256, 4096)], ids=str)
+def test_retrieval_examples_may_ask_across_all_that_they_skip(name, sampler):
+    """The last id is the one that was drawn; before the question all is plain, and after it too. Text is as it was."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
+    texts = [np.arange(4096) % 4000 for _ in range(3)]
+    task = TASKS[name](tokenizer, texts)
+    make = lambda far: PoseDataset(  # noqa: E731
+        texts, sampler, num_examples=40, seed=0, synthetic={task: 0.5}, skip_before_question=far
+    )
+    plain, far = make(False), make(True)
+    kinds = Counter()
+    for i in range(40):
+        item, other = far[i], plain[i]
+        is_task = bool((item["labels"] == IGNORE).any())
+        kinds[is_task] += 1
+        if not is_task:
+            assert same(item, other)
+            continue
+        first = int((item["labels"] != IGNORE).nonzero()[0])
+        skip = int(other["position_ids"][-1]) - 255
+        assert item["position_ids"].tolist() == [j if j < max(first - 20, 1) else j + skip for j in range(256)]
+        assert torch.equal(item["input_ids"], other["input_ids"]) and torch.equal(item["labels"], other["labels"])
+        question = tokenizer.decode(item["input_ids"][max(first - 20, 0) : first])
+        assert name != "passkey" or "What is the pass key? The pass key is" in question
+    assert min(kinds[True], kinds[False]) > 5
+
+
 def test_a_sampler_without_weights_gives_none():
     for sampler in (POSE, EndAnchor(16, 64, cue_len=4, cue_weight=1)):
         assert dataset(sampler)[0].keys() == {"input_ids", "labels", "position_ids"}
