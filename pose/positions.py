@@ -36,7 +36,12 @@ class Layout(NamedTuple):
     weights: np.ndarray | None = None
 
 
-def skip_before_question(position_ids: np.ndarray, is_answer: np.ndarray, question_len: int) -> np.ndarray:
+QUESTION_LEN = 20  # tokens; the passkey's question has 13 with the shipped tokenizer, and is the longest of a task
+
+
+def skip_before_question(
+    position_ids: np.ndarray, is_answer: np.ndarray, question_len: int = QUESTION_LEN
+) -> np.ndarray:
     """The ids of a retrieval example with all that they skip put in one place: before the question of its first answer.
 
     Args:
@@ -504,8 +509,8 @@ class EndAnchor(PositionSampler):
     first L tokens of a document; finetune_suffix_random.py has this text, and draws where the cue begins from L-b..T-b.
     Both weigh all tokens alike, as cue_weight=1 does.
 
-    Of a retrieval task's example the cue begins b tokens before the first answer, where its question stands, and goes
-    on to the end: answers are asked for from afar, and all weigh the same.
+    Of a retrieval task's example the cue begins b tokens before the first answer, at least QUESTION_LEN, so that the
+    question is in it, and goes on to the end: answers are asked for from afar, and all weigh the same.
 
     Args:
         cue_len: b in [1, train_len - 1], tokens.
@@ -535,7 +540,7 @@ class EndAnchor(PositionSampler):
         return self.cue_weight != 1
 
     def positions_of_answers(self, position_ids, is_answer):
-        return skip_before_question(position_ids, is_answer, self.cue_len)
+        return skip_before_question(position_ids, is_answer, max(self.cue_len, QUESTION_LEN))
 
     def _sample(self, rng, document_len):
         before = self.train_len - self.cue_len

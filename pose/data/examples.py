@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from pose.errors import DataError
 from pose.positions import PositionSampler, skip_before_question
 
-QUESTION_LEN = 20  # tokens that hold the question before an answer, of every task and tokenizer that was tried
 IGNORE = -100  # the label of tokens that carry no loss, as in transformers
 
 
@@ -142,7 +141,7 @@ class PoseDataset(Dataset):
         layout = self.sampler.sample(rng, self.sampler.min_document_len)  # its positions alone
         positions = self.sampler.positions_of_answers(layout.position_ids, is_answer)
         if self.skip_before_question:
-            positions = skip_before_question(positions, is_answer, QUESTION_LEN)
+            positions = skip_before_question(positions, is_answer)
         return self._item(tokens, np.where(is_answer, tokens, IGNORE), positions)
 
     def _item(self, tokens, labels, position_ids, weights=None) -> dict[str, torch.Tensor]:

@@ -27,19 +27,13 @@ class NeedleFitness:
         places = cycle(depths)
         made = [prompts.sample(length, list(islice(places, NUM_KEYS)), trial) for trial in range(trials)]
         self.windows = np.concatenate([prompt.input_ids for prompt in made])
-        self.answers = [answer for prompt in made for answer in prompt.answers]
-        self.scored = length - min(answer.start for answer in self.answers)
+        answers = [answer for prompt in made for answer in prompt.answers]
+        first = min(answer.start for answer in answers)
+        self.scored = length - first  # tokens at the end of a window, and which of them are its answer
+        self.answers = [slice(answer.start - first, answer.stop - first) for answer in answers]
 
     def __call__(self, frequencies: Frequencies) -> float:
         """With the given frequencies, float; lower is better."""
         set_frequencies(self.scorer.model, frequencies)
         losses = self.scorer.ending_nll(self.windows, self.scored)
-        first = self.windows.shape[1] - self.scored  # the token that the first column is of
-        return float(
-            np.mean(
-                [
-                    nll[answer.start - first : answer.stop - first].mean()
-                    for nll, answer in zip(losses, self.answers, strict=True)
-                ]
-            )
-        )
+        return float(np.mean([nll[answer].mean() for nll, answer in zip(losses, self.answers, strict=True)]))

@@ -75,9 +75,7 @@ class SwapPrompts(NeedleTexts):
         room = around - sum(map(len, (needles[0], question, answers[0])))
         filling, borders = self._filling(first, room)
         sentences = np.split(filling, borders[1:])
-        befores = _nearest(sentences, places * around)
-        for i in np.argsort(befores, kind="stable")[::-1]:  # from behind, so that the places of the others stay
-            sentences.insert(befores[i], hidden[i])
+        _hide(hidden, sentences, places * around)
         (before,) = _nearest(sentences, [depth * sum(map(len, sentences))])
         texts = [
             np.concatenate([head, *sentences[:before], needle, *sentences[before:], question]) for needle in needles
@@ -153,9 +151,7 @@ class MultiKeyPrompts(NeedleTexts):
         room = length - sum(map(len, (head, *needles))) - max(len(tokens) for tokens, _ in asked)
         filling, borders = self._filling(first, room)
         sentences = np.split(filling, borders[1:])
-        befores = _nearest(sentences, [depth * room for depth in depths])
-        for i in np.argsort(befores, kind="stable")[::-1]:  # from behind, so that the places of the others stay
-            sentences.insert(befores[i], needles[i])
+        _hide(needles, sentences, [depth * room for depth in depths])
         text = np.concatenate([head, *sentences])
         rows = [np.concatenate([text, tokens]) for tokens, _ in asked]
         return MultiKeyPrompt(
@@ -212,6 +208,13 @@ def _only_difference(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     if not len(places) or places[-1] - places[0] + 1 != len(places):
         return 0, 0
     return int(places[0]), int(places[-1]) + 1
+
+
+def _hide(needles: Sequence[np.ndarray], sentences: list[np.ndarray], places: Sequence[float] | np.ndarray):
+    """Puts each needle before the sentence that begins nearest to its place, in tokens from the first."""
+    befores = _nearest(sentences, places)
+    for i in np.argsort(befores, kind="stable")[::-1]:  # from behind, so that the places of the others stay
+        sentences.insert(befores[i], needles[i])
 
 
 def _nearest(sentences: Sequence[np.ndarray], places: Sequence[float] | np.ndarray) -> list[int]:

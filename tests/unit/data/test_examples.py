@@ -387,21 +387,27 @@ def test_weights_of_a_sampler_reach_the_batch_and_retrieval_answers_weigh_alike(
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("train_len", [256, 1024])
-@pytest.mark.parametrize("bos_id", [None, 0])
-def test_the_answers_of_an_end_anchor_are_asked_for_from_afar(name, train_len, bos_id):
+@pytest.mark.parametrize(("bos_id", "cue_len"), [(None, 20), (0, 20), (None, 30), (None, 4)])
+def test_the_answers_of_an_end_anchor_are_asked_for_from_afar(name, train_len, bos_id, cue_len):
     """Each scored token, and the question before it, beyond the skip; what is asked for before it, plain."""
+    question_len = max(cue_len, 20)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
     documents = [np.arange(4096) % 4000 for _ in range(3)]
     task, target_len = TASKS[name](tokenizer, documents), 16 * train_len
-    sampler = EndAnchor(train_len, target_len, cue_len=20)
+    sampler = EndAnchor(train_len, target_len, cue_len=cue_len)
     data = PoseDataset(documents, sampler, num_examples=20, seed=0, bos_id=bos_id, synthetic={task: 1.0})
     for i in range(20):
         item = data[i]
         positions, first = item["position_ids"], int((item["labels"] != IGNORE).nonzero()[0])
-        assert positions.tolist() == [j if j < first - 20 else j + target_len - train_len for j in range(train_len)]
-        assert positions[-1] == target_len - 1
+        far = [j if j < max(first - question_len, 1) else j + target_len - train_len for j in range(train_len)]
+        assert positions.tolist() == far and positions[-1] == target_len - 1
     mixed = PoseDataset(documents, Mix(train_len, target_len, sampler), num_examples=40, seed=0, synthetic={task: 1.0})
-    assert {int(mixed[i]["position_ids"][-1]) for i in range(40)} == {train_len - 1, target_len - 1}
+    ends = set()
+    for i in range(40):
+        positions, first = mixed[i]["position_ids"], int((mixed[i]["labels"] != IGNORE).nonzero()[0])
+        ends.add(int(positions[-1]))
+        assert positions[-1] == train_len - 1 or positions[first] == first + target_len - train_len
+    assert ends == {train_len - 1, target_len - 1}
 
 
 @pytest.mark.parametrize("name", TASKS)
