@@ -36,25 +36,21 @@ class Layout(NamedTuple):
     weights: np.ndarray | None = None
 
 
-QUESTION_LEN = 20  # tokens; the passkey's question has 13 with the shipped tokenizer, and is the longest of a task
-
-
-def skip_before_question(
-    position_ids: np.ndarray, is_answer: np.ndarray, question_len: int = QUESTION_LEN
-) -> np.ndarray:
+def skip_before_question(position_ids: np.ndarray, is_answer: np.ndarray, question_len: int) -> np.ndarray:
     """The ids of a retrieval example with all that they skip put in one place: before the question of its first answer.
 
     Args:
         position_ids: int64 [L], as drawn.
         is_answer: bool [L], not all False.
-        question_len: tokens before the first answer that hold its question, at least.
+        question_len: tokens of a question, which an answer follows.
 
     Returns:
-        int64 [L], with the same last id: what is asked for and the question are as far apart as the example allows.
+        int64 [L], with the same first and last id: what is asked for stands before the skip, its questions behind it.
     """
     index = np.arange(len(position_ids))
     first = max(int(np.argmax(is_answer)) - question_len, 1)
-    return index + np.where(index < first, 0, position_ids[-1] - index[-1])
+    skipped = position_ids[-1] - position_ids[0] - index[-1]
+    return position_ids[0] + index + np.where(index < first, 0, skipped)
 
 
 @dataclass(frozen=True)
@@ -185,12 +181,13 @@ class PositionSampler(ABC):
             )
         return self._sample(rng, document_len, breaks) if self.uses_breaks else self._sample(rng, document_len)
 
-    def positions_of_answers(self, position_ids: np.ndarray, is_answer: np.ndarray) -> np.ndarray:
+    def positions_of_answers(self, position_ids: np.ndarray, is_answer: np.ndarray, question_len: int) -> np.ndarray:
         """The position ids of an example whose answers alone are scored, such as of a retrieval task.
 
         Args:
             position_ids: int64 [L], drawn by `sample`.
             is_answer: bool [L], not all False.
+            question_len: tokens of a question, which an answer follows.
 
         Returns:
             int64 [L]: as drawn, but for a sampler whose skip has to stand before the answers.
@@ -509,8 +506,8 @@ class EndAnchor(PositionSampler):
     first L tokens of a document; finetune_suffix_random.py has this text, and draws where the cue begins from L-b..T-b.
     Both weigh all tokens alike, as cue_weight=1 does.
 
-    Of a retrieval task's example the cue begins b tokens before the first answer, at least QUESTION_LEN, so that the
-    question is in it, and goes on to the end: answers are asked for from afar, and all weigh the same.
+    Of a retrieval task's example the cue is its first question and all that follows, whatever b is: answers are asked
+    for from afar, and all weigh the same.
 
     Args:
         cue_len: b in [1, train_len - 1], tokens.
@@ -539,8 +536,8 @@ class EndAnchor(PositionSampler):
     def weighs_tokens(self) -> bool:
         return self.cue_weight != 1
 
-    def positions_of_answers(self, position_ids, is_answer):
-        return skip_before_question(position_ids, is_answer, max(self.cue_len, QUESTION_LEN))
+    def positions_of_answers(self, position_ids, is_answer, question_len):
+        return skip_before_question(position_ids, is_answer, question_len)
 
     def _sample(self, rng, document_len):
         before = self.train_len - self.cue_len
@@ -616,9 +613,9 @@ class Mix(PositionSampler):
         inner = self.sampler.resized(train_len, target_len)
         return replace(self, train_len=train_len, target_len=target_len, sampler=inner, curriculum=None)
 
-    def positions_of_answers(self, position_ids, is_answer):
+    def positions_of_answers(self, position_ids, is_answer, question_len):
         is_plain = np.array_equal(position_ids, np.arange(len(position_ids)))
-        return position_ids if is_plain else self.sampler.positions_of_answers(position_ids, is_answer)
+        return position_ids if is_plain else self.sampler.positions_of_answers(position_ids, is_answer, question_len)
 
     def _sample(self, rng, document_len, breaks=None):
         if rng.random() < self.plain_share:

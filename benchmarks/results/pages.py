@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.results.arms import (
+    CANDIDATE,
+    CANDIDATES,
     COSTS,
     EVALUATE,
     LR_SEED,
@@ -18,6 +20,8 @@ from benchmarks.results.arms import (
     Scale,
     arms_of_methods,
     arms_of_tiny,
+    candidate_arm,
+    choice_arm,
     methods,
     rate_arm,
     tiny_lengths,
@@ -243,45 +247,26 @@ def _machines(runs: Runs, names: Iterable[str]) -> str:
 def method_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str, str]:
     """The tables of docs/METHODS.md by the name of their place."""
     found = {f"methods{times}x": _methods(runs, arms, scale, times) for times in METHOD_LENGTHS}
+    found["candidate"] = _candidate(runs, arms, scale)
     found["lr"] = _rates(runs, arms, scale)
     found["search"] = _searches(runs, arms, scale)
     return found
 
 
 def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
-    lengths = scale.lengths(*METHOD_LENGTHS[times])
-    gain, short = f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"
-    columns = {
-        **{f"ppl@{n:,}": f"tail_ppl@{n}" for n in lengths},
-        **{f"passkey@{n:,}": f"passkey@{n}" for n in lengths},
-        **{f"needle gain@{n:,}": f"needle_gain@{n}" for n in lengths},
-    }
-
     def of(name: str) -> Arm:
         return arms[f"{name}.{times}x"]
 
     used = arms_of_methods(scale)[f"methods{times}x"]
     processor = _processor(runs, used)
 
-    def row(name: str, beside: str | None) -> list[str]:
-        arm, overrides = of(name), _short(" ".join(methods(scale, times).get(name, ())))
-        told = "untuned" if name == "untuned_books" else f"`{name}`" + (f" (`{overrides}`)" if overrides else "")
-        cost = spread([seconds / 60 for seconds in _seconds(runs, arms, arm, processor)], lambda value: f"{value:.1f}")
-        against = "–" if beside is None else _against(runs, arm, of(beside), gain, short)
-        steps = spread(values(runs, arm, "training/steps"), lambda value: f"{value:.0f}")
-        return [
-            told,
-            _num_runs(runs, arm),
-            steps,
-            cost,
-            *(cell(runs, arm, metric) for metric in columns.values()),
-            against,
-        ]
-
     def rows(beside: Mapping[str, str | None]) -> str:
-        head = ["", "runs", "steps", "minutes", *columns, "against lm"]
-        found = [row(name, other) for name, other in beside.items() if is_begun(runs, of(name))]
-        return table(head, found) if found else "Not run yet."
+        told = {
+            name: "untuned" if name == "untuned_books" else _named(name, methods(scale, times).get(name, ()))
+            for name in beside
+        }
+        pairs = {told[name]: (of(name), other and of(other)) for name, other in beside.items()}
+        return _compared(runs, arms, scale, times, pairs, processor)
 
     machines = _machines(runs, used)
     if not any(is_begun(runs, arms[name]) for name in used):
@@ -298,11 +283,65 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
             "Equal seconds: `_seconds` has as many steps as fit into `lm`'s time, and `lm_as_searched` as many as fit "
             "into that of a search and the training after it. What is searched stands against `lm_as_searched` here.",
             rows(slower) if is_timed else "Not run yet.",
-            f"Against lm: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
-            f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule. "
-            + _best(runs, arms, scale, times),
+            f"{_rule(scale, times)} {_best(runs, arms, scale, times)}",
         ]
     )
+
+
+def _named(name: str, overrides: Sequence[str]) -> str:
+    """A method, with what its command has more than lm's."""
+    return f"`{name}`" + (f" (`{_short(' '.join(overrides))}`)" if overrides else "")
+
+
+def _compared(
+    runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int, pairs: Mapping[str, tuple[Arm, Arm | None]],
+    processor: str,
+) -> str:  # fmt: skip
+    """Arms by what they are called, each against another or none; those of which nothing is run are left out."""
+    lengths = scale.lengths(*METHOD_LENGTHS[times])
+    gain, short = f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"
+    columns = {
+        **{f"ppl@{n:,}": f"tail_ppl@{n}" for n in lengths},
+        **{f"passkey@{n:,}": f"passkey@{n}" for n in lengths},
+        **{f"needle gain@{n:,}": f"needle_gain@{n}" for n in lengths},
+    }
+    found = []
+    for told, (arm, other) in pairs.items():
+        if not is_begun(runs, arm):
+            continue
+        cost = spread([seconds / 60 for seconds in _seconds(runs, arms, arm, processor)], lambda value: f"{value:.1f}")
+        against = "–" if other is None else _against(runs, arm, other, gain, short)
+        steps = spread(values(runs, arm, "training/steps"), lambda value: f"{value:.0f}")
+        cells = (cell(runs, arm, metric) for metric in columns.values())
+        found.append([told, _num_runs(runs, arm), steps, cost, *cells, against])
+    return table(["", "runs", "steps", "minutes", *columns, "against lm"], found) if found else "Not run yet."
+
+
+def _rule(scale: Scale, times: int) -> str:
+    """By which methods are told apart."""
+    lengths = scale.lengths(*METHOD_LENGTHS[times])
+    return (
+        f"Against lm: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
+        f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule."
+    )
+
+
+def _candidate(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
+    """How it was chosen, and how it does against lm on seeds that had no part in that."""
+    used = arms_of_methods(scale)["candidate"]
+    machines = _machines(runs, used)
+    if not any(is_begun(runs, arms[name]) for name in used):
+        return machines
+    processor = _processor(runs, used)
+    choices = {_named(name, of): (arms[choice_arm(name)], None) for name, of in CANDIDATES.items()}
+    told = [machines, f"The choice, seed {LR_SEED}:", _compared(runs, arms, scale, 16, choices, processor)]
+    for times in METHOD_LENGTHS:
+        lm, mine = (arms[candidate_arm(name, times)] for name in ("lm", CANDIDATE))
+        pairs = {"`lm`": (lm, None), _named(CANDIDATE, CANDIDATES[CANDIDATE]): (mine, lm)}
+        seeds = ", ".join(map(str, lm.seeds))
+        told.append(f"{scale.window} → {scale.at(times):,} tokens, seeds {seeds}. {_rule(scale, times)}")
+        told.append(_compared(runs, arms, scale, times, pairs, processor))
+    return "\n\n".join(told)
 
 
 def _searched(scale: Scale, times: int) -> list[str]:

@@ -33,7 +33,7 @@ class PoseDataset(Dataset):
             longer document; None takes documents whole.
         bos_id: put before x when given.
         synthetic: retrieval tasks by the share of examples they take, each an object with
-            ``sample(rng, length) -> (tokens, is_answer)``.
+            ``sample(rng, length) -> (tokens, is_answer)`` and ``question_len`` (`pose.tasks.synthetic.TrainingTask`).
         sentence_end: bool [vocabulary], the tokens that end a sentence; for samplers that use breaks.
         skip_before_question: whether what the positions of a retrieval example skip stands before its first question
             (`pose.positions.skip_before_question`), in place of where it was drawn.
@@ -139,9 +139,9 @@ class PoseDataset(Dataset):
         if self.bos_id is not None:
             tokens, is_answer = np.append(self.bos_id, tokens), np.append(False, is_answer)
         layout = self.sampler.sample(rng, self.sampler.min_document_len)  # its positions alone
-        positions = self.sampler.positions_of_answers(layout.position_ids, is_answer)
+        positions = self.sampler.positions_of_answers(layout.position_ids, is_answer, task.question_len)
         if self.skip_before_question:
-            positions = skip_before_question(positions, is_answer)
+            positions = skip_before_question(positions, is_answer, task.question_len)
         return self._item(tokens, np.where(is_answer, tokens, IGNORE), positions)
 
     def _item(self, tokens, labels, position_ids, weights=None) -> dict[str, torch.Tensor]:

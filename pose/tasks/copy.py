@@ -13,6 +13,7 @@ class Copy:
 
     CUE = 3  # tokens of the repetition that say which span it is
     MIN_LENGTH = 4 * CUE
+    question_len = CUE
 
     def __init__(self, tokenizer, documents: Sequence[np.ndarray], vocab_size: int | None = None):
         self.words, self.documents = plain_tokens(tokenizer, vocab_size), documents

@@ -21,15 +21,16 @@ class KeyValue:
         self.words = plain_tokens(tokenizer, vocab_size)
         self.digits = np.array([token_ids(tokenizer, str(d))[-1] for d in range(10)])
         self.middle, self.end = ids_after(tokenizer, "a", " is"), ids_after(tokenizer, "7", "\n")
+        self.question_len = 2 + len(self.middle)
         # A pair, and a question up to the first digit that it asks for
-        self.least = 2 * (2 + len(self.middle)) + self.DIGITS[1] + len(self.end) + 1
+        self.least = 2 * self.question_len + self.DIGITS[1] + len(self.end) + 1
 
     def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, and which of them are answers; see `pose.tasks.synthetic`."""
         if length < self.least:
             raise ConfigError(f"data.synthetic.key_value needs {self.least} tokens in an example, and has {length}")
         value_len = int(rng.integers(*self.DIGITS, endpoint=True))
-        pair_len = 2 + len(self.middle) + value_len + len(self.end)
+        pair_len = self.question_len + value_len + len(self.end)
         room = max(2, length // pair_len)  # for pairs and questions
         num_pairs = int(rng.integers(1, room // 2, endpoint=True))
         keys = rng.choice(self.words, (num_pairs, 2))
@@ -37,7 +38,7 @@ class KeyValue:
         middle, end = (np.tile(ids, (num_pairs, 1)) for ids in (self.middle, self.end))
         pairs = np.concatenate([keys, middle, values, end], 1)
         answers = np.zeros((num_pairs, pair_len), bool)
-        answers[:, 2 + len(self.middle) : 2 + len(self.middle) + value_len] = True
+        answers[:, self.question_len : self.question_len + value_len] = True
         asked = np.concatenate([rng.permutation(num_pairs) for _ in range(-(-room // num_pairs))])
         tokens = np.concatenate([pairs, pairs[asked]]).ravel()
         is_answer = np.concatenate([np.zeros_like(answers), answers[asked]]).ravel()

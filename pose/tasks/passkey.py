@@ -126,6 +126,7 @@ class Passkey:
     def __init__(self, tokenizer, documents: Sequence[np.ndarray], vocab_size: int | None = None):
         self.prompts, self.documents = PasskeyPrompts(tokenizer), documents
         self.full_stop = ids_after(tokenizer, "7", ".")
+        self.question_len = len(self.prompts.question)
 
     def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, and which of them are answers; see `pose.tasks.synthetic`."""

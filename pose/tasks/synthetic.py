@@ -1,7 +1,8 @@
 """Synthetic retrieval examples, on which a model learns to look things up.
 
-Each task is a small class with ``sample(rng, length)``, which returns ``(tokens, is_answer)``,
-int64 and bool [length]. The loss is taken on the answers alone. A new one is a file beside this one, and a line here.
+Each task is a small class with ``sample(rng, length)``, which returns ``(tokens, is_answer)``, int64 and bool
+[length], and with ``question_len``: so many tokens before the first answer are its question, and what is asked for
+stands before them. The loss is taken on the answers alone. A new one is a file beside this one, and a line here.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,13 @@ from pose.tasks.passkey import Passkey
 
 
 class TrainingTask(Protocol):
-    """What makes the examples of a task."""
+    """What makes the examples of a task.
+
+    Attributes:
+        question_len: tokens of a question, which an answer follows.
+    """
+
+    question_len: int
 
     def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """One example: its tokens, int64, and which of them are answers, bool; [length]."""

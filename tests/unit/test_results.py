@@ -13,6 +13,8 @@ from benchmarks import cpu
 from benchmarks.results import __main__ as results
 from benchmarks.results import pages, records, runner
 from benchmarks.results.arms import (
+    CANDIDATE,
+    CANDIDATE_SEEDS,
     EVALUATE,
     LR_SEED,
     RATE_OF,
@@ -26,6 +28,8 @@ from benchmarks.results.arms import (
     arms,
     arms_of_methods,
     arms_of_tiny,
+    candidate_arm,
+    choice_arm,
     rate_arm,
 )
 from benchmarks.results.claims import (
@@ -661,6 +665,24 @@ def test_the_comparison_has_the_learning_rates_that_were_found():
         assert ARMS[f"{name}.16x"].value("finetune.lr", "") == RATE_OF[of]
 
 
+def test_a_candidate_is_compared_on_seeds_that_chose_nothing():
+    """Each with lm of its own target and seeds; lm's other runs, of the other comparison, have no part in it."""
+    metrics = {"tail_ppl@256": 47.0, "needle_gain@4096": 1.0, "needle_gain@8192": 1.0}
+    runs = {("lm.16x", 0): line(ARMS, "lm.16x", 0, metrics | {"needle_gain@4096": 9.0})}
+    runs[choice_arm(CANDIDATE), LR_SEED] = line(ARMS, choice_arm(CANDIDATE), LR_SEED, metrics)
+    for times, gain in ((16, 2.5), (32, 1.5)):
+        for name, more in (("lm", 0.0), (CANDIDATE, gain - 1)):
+            for seed in CANDIDATE_SEEDS:
+                found = {key: value + (seed - 3) / 2 + more * ("gain" in key) for key, value in metrics.items()}
+                arm = candidate_arm(name, times)
+                runs[arm, seed] = line(ARMS, arm, seed, found)
+    text = pages.method_tables(runs, ARMS, SCALE)["candidate"]
+    assert "9.0" not in text and text.count("| `far_beta4` (`data.skip_before_question=true rope.beta_slow=4`) |") == 3
+    first, second = (text.split(f"256 → {n} tokens, seeds 3, 4, 5. ")[1].splitlines() for n in ("4,096", "8,192"))
+    assert [lines[-1].split(" | ")[-1] for lines in (first[:6], second)] == ["**better** |", "no difference |"]
+    assert not set(CANDIDATE_SEEDS) & {LR_SEED, *SCALE.seeds}
+
+
 def test_what_a_search_found_before_any_training():
     """A column for each target and text; a target without a search has none."""
     found = {"candidates": 120, "searched: nll": 4.8, "searched: heldout_nll": 3.5, "ntk, rcd_shift: nll": 7.1,
@@ -672,7 +694,7 @@ def test_what_a_search_found_before_any_training():
 
 def test_the_tables_without_runs_say_so():
     tables = pages.method_tables({}, ARMS, SCALE)
-    assert all("not run yet" in text.lower() or "No runs yet" in text for text in tables.values()) and len(tables) == 4
+    assert all("not run yet" in text.lower() or "No runs yet" in text for text in tables.values()) and len(tables) == 5
 
 
 def test_tables_have_their_places():

@@ -14,7 +14,18 @@ from transformers import PreTrainedTokenizerFast
 
 from pose.data.examples import IGNORE, Curriculum, PoseDataset, collate, collate_scored
 from pose.errors import DataError
-from pose.positions import EndAnchor, Full, Layout, Mix, PoSE, PositionSampler, RandPos, SentenceSkip
+from pose.positions import (
+    EndAnchor,
+    Full,
+    Layout,
+    Mix,
+    PoSE,
+    PositionSampler,
+    RandPos,
+    SentenceSkip,
+    ShortPI,
+    SingleShift,
+)
 from pose.tasks.synthetic import TASKS
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
@@ -73,6 +84,7 @@ class Constant:
     """A retrieval task whose examples are one token, with the loss on the second and last."""
 
     token: int
+    question_len: int = 1
 
     def sample(self, rng, length):
         is_answer = np.zeros(length, bool)
@@ -385,12 +397,29 @@ def test_weights_of_a_sampler_reach_the_batch_and_retrieval_answers_weigh_alike(
     assert len(seen) == 4
 
 
+def asked_at(name: str, tokenizer, item: dict) -> int:
+    """Where the first question of a retrieval example begins, found in its tokens; what it asks for is all before."""
+    ids, scored = item["input_ids"].tolist(), (item["labels"] != IGNORE).nonzero().ravel().tolist()
+    first = scored[0]
+    if name == "passkey":
+        begin = first - next(n for n in range(1, 99) if "\nWhat is" in tokenizer.decode(ids[first - n : first]))
+        assert tokenizer.decode(ids[begin:first]).strip() == "What is the pass key? The pass key is"
+        assert tokenizer.decode(ids[first : scored[-1]]).strip() in tokenizer.decode(ids[:begin])
+        return begin
+    if name == "copy":
+        answer = ids[first - 3 : scored[-1] + 1]  # with the three tokens that say what is repeated
+        assert any(ids[j : j + len(answer)] == answer for j in range(first - 3 - len(answer) + 1))
+        return first - 3
+    key = ids[first - 3 : first]  # two tokens, and " is"
+    assert any(ids[j : j + 3] == key and ids[j + 3 : j + 6] == ids[first : first + 3] for j in range(first - 8))
+    return first - 3
+
+
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("train_len", [256, 1024])
-@pytest.mark.parametrize(("bos_id", "cue_len"), [(None, 20), (0, 20), (None, 30), (None, 4)])
+@pytest.mark.parametrize(("bos_id", "cue_len"), [(None, 20), (0, 20), (None, 4)])
 def test_the_answers_of_an_end_anchor_are_asked_for_from_afar(name, train_len, bos_id, cue_len):
     """Each scored token, and the question before it, beyond the skip; what is asked for before it, plain."""
-    question_len = max(cue_len, 20)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
     documents = [np.arange(4096) % 4000 for _ in range(3)]
     task, target_len = TASKS[name](tokenizer, documents), 16 * train_len
@@ -398,9 +427,10 @@ def test_the_answers_of_an_end_anchor_are_asked_for_from_afar(name, train_len, b
     data = PoseDataset(documents, sampler, num_examples=20, seed=0, bos_id=bos_id, synthetic={task: 1.0})
     for i in range(20):
         item = data[i]
-        positions, first = item["position_ids"], int((item["labels"] != IGNORE).nonzero()[0])
-        far = [j if j < max(first - question_len, 1) else j + target_len - train_len for j in range(train_len)]
-        assert positions.tolist() == far and positions[-1] == target_len - 1
+        positions = item["position_ids"]
+        begin = asked_at(name, tokenizer, item)
+        assert positions.tolist() == [j if j < begin else j + target_len - train_len for j in range(train_len)]
+        assert positions[-1] == target_len - 1
     mixed = PoseDataset(documents, Mix(train_len, target_len, sampler), num_examples=40, seed=0, synthetic={task: 1.0})
     ends = set()
     for i in range(40):
@@ -429,13 +459,22 @@ def test_retrieval_examples_may_ask_across_all_that_they_skip(name, sampler):
         if not is_task:
             assert same(item, other)
             continue
-        first = int((item["labels"] != IGNORE).nonzero()[0])
-        skip = int(other["position_ids"][-1]) - 255
-        assert item["position_ids"].tolist() == [j if j < max(first - 20, 1) else j + skip for j in range(256)]
+        start, end = other["position_ids"][[0, -1]].tolist()
+        begin = asked_at(name, tokenizer, item)
+        assert item["position_ids"].tolist() == [j + start if j < begin else j + end - 255 for j in range(256)]
         assert torch.equal(item["input_ids"], other["input_ids"]) and torch.equal(item["labels"], other["labels"])
-        question = tokenizer.decode(item["input_ids"][max(first - 20, 0) : first])
-        assert name != "passkey" or "What is the pass key? The pass key is" in question
     assert min(kinds[True], kinds[False]) > 5
+
+
+@pytest.mark.parametrize("sampler", [ShortPI(256, 4096), SingleShift(256, 4096)], ids=str)
+def test_a_control_without_skips_gets_none(sampler):
+    texts = [np.arange(4096) % 4000 for _ in range(3)]
+    task = TASKS["key_value"](PreTrainedTokenizerFast.from_pretrained(TINY), texts)
+    plain, far = (
+        PoseDataset(texts, sampler, num_examples=9, seed=0, synthetic={task: 1.0}, skip_before_question=is_far)
+        for is_far in (False, True)
+    )
+    assert all(same(plain[i], far[i]) for i in range(9))
 
 
 def test_a_sampler_without_weights_gives_none():
