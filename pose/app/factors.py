@@ -22,7 +22,13 @@ def read_factors(node: DictConfig):
         ConfigError: there is no such file, or it is none of a search; names it.
     """
     factors = node.get("factors")
-    if factors is None or node.get("long_factor") is not None:
+    if factors is None:
+        return
+    if node.get("long_factor") is not None:  # of a config.yaml, which has both
+        if node.get("searched_for") is None:
+            raise ConfigError(
+                f"rope.long_factor beside rope.factors={factors}, which has divisors of its own: leave out one of them"
+            )
         return
     path = Path(locate(str(factors)))
     path = path / "factors.yaml" if path.is_dir() else path

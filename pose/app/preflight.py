@@ -32,7 +32,7 @@ from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, sca
 from pose.modeling.speed import warn_of_emulated_bf16
 from pose.plan import micro_batch_of_views
 from pose.positions import Mix, PositionSampler
-from pose.rope import Frequencies, LongRope, RopeGeometry, RopeScaling
+from pose.rope import NTK, Dynamic, Frequencies, LongRope, RopeGeometry, RopeScaling
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoint, Checkpoints
 from pose.training.micro_batch import AUTO, MicroBatch, is_searched
@@ -168,6 +168,12 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     objective = build.build_objective(cfg.objective, sampler, base)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
     warn_of_windows(sampler, scaling, geometry.window)
+    if objective.has_teacher and sampler.train_len > geometry.window:
+        raise ConfigError(
+            f"pose.train_len={sampler.train_len} is above the model's own window of {geometry.window} tokens, where "
+            "the original model is no teacher: give at most that with this objective"
+        )
+    warn_without_effect(cfg, sampler)
     if cfg.model.engine is not None:
         check_engine(cfg.model.engine, config)
     resolve_backend(cfg.model.attention)
@@ -227,7 +233,13 @@ def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int)
         sampler, scaling: of the run.
         window: the model's own, in tokens.
     """
-    if not (isinstance(scaling, LongRope) and scaling.keeps_short_texts):
+    is_mixed = isinstance(scaling, LongRope) and scaling.keeps_short_texts
+    if (is_mixed or isinstance(scaling, Dynamic)) and sampler.train_len <= window and not sampler.skips:
+        log.warning(
+            f"{sampler.name} skips no position, and rope={scaling.name} leaves texts within the window of {window} "
+            "tokens as they are: the model trains unscaled, and nothing trains the frequencies beyond the window"
+        )
+    if not is_mixed:
         return
     if not isinstance(sampler, Mix):
         if sampler.target_len > window and sampler.skips:
@@ -247,6 +259,16 @@ def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int)
             f"rope.attention_factor={scaling.attention_factor:.4g} holds for the plain examples of pose=mix too, so "
             "these do not see the original model. Give rope.attention_factor=1 for mixed windows"
         )
+
+
+def warn_without_effect(cfg: DictConfig, sampler: PositionSampler):
+    """Warns of settings that change nothing beside the others."""
+    if cfg.data.skip_before_question and not any(cfg.data.synthetic.values()):
+        log.warning("data.skip_before_question=true changes nothing without retrieval examples (data.synthetic)")
+    if sampler.phases and not sampler.skips:
+        log.warning(f"pose.curriculum changes nothing with {sampler.name}, which skips no position")
+    if cfg.rope.get("rcd_periods", NTK.rcd_periods) != NTK.rcd_periods and not cfg.rope.get("rcd_shift"):
+        log.warning(f"rope.rcd_periods={cfg.rope.rcd_periods:g} changes nothing without rope.rcd_shift=true")
 
 
 def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoint | None, num_views: int = 1) -> int:

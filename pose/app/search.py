@@ -3,7 +3,7 @@
 python -m pose.search model=llama3_8b pose.target_len=131072 hydra.run.dir=DIR
 
 leaves DIR/factors.yaml, for train.py rope=searched rope.factors=DIR, and DIR/search.csv with all that was tried. Given
-again, the same command goes on where it was.
+again with the same DIR, the command goes on where it was.
 """
 
 import csv
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from pose.app import schema
 from pose.app.hints import naming_near_keys
 from pose.divisors import Candidate, Evolution, Space
-from pose.errors import ConfigError, DataError
+from pose.errors import ConfigError, DataError, require_choice, require_int
 from pose.files import CONF, Memo, atomic_file, locate, read_json, write_json
 from pose.rope import NTK, Frequencies, Linear, LongRope, RopeGeometry, RopeScaling, Yarn
 
@@ -36,9 +37,22 @@ schema.register()
 
 CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than a question gains by it
 PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
+GPUS = ("gpu", "cuda")  # trainer.accelerator
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
 NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout", "add_bos")  # in what tells two searches apart
-UNUSED = ("data", "objective", "finetune", "strategy", "logger", "eval", "watch")  # groups that train.py has besides
+UNUSED = (
+    "data",
+    "objective",
+    "finetune",
+    "strategy",
+    "logger",
+    "eval",
+    "watch",
+    "pose",
+    "trainer",
+)  # train.py's groups
+USED = ("pose.target_len", "trainer.accelerator")  # of which a search takes these
+OF_A_TRAINING = ("model", "checkpoints", "metrics.json")
 COLUMNS = ("generation", "nll", "first", "divisors")
 BASELINES: dict[str, RopeScaling] = {
     "linear": Linear(), "ntk": NTK(), "yarn": Yarn(), "ntk, rcd_shift": NTK(rcd_shift=True),
@@ -53,16 +67,27 @@ def main(cfg: DictConfig):
     from pose.app import runtime  # torch and the like are imported when the config stands
     from pose.app.preflight import check_config
     from pose.training import signals
+    from pose.training.folder import alone_in
 
-    with runtime.readable_errors(), signals.ending(lambda: "Given again, the same command goes on"):
+    def advice() -> str:
+        return f"The same command with hydra.run.dir={runtime.run_folder()} goes on"
+
+    with runtime.readable_errors(), signals.ending(advice):
         check_config(cfg, schema.SearchConfig)
         folder = runtime.run_folder()
         runtime.set_up(cfg)
-        if unused := [given for given in HydraConfig.get().overrides.task if given.lstrip("+~").startswith(UNUSED)]:
+        if unused := [given for given in HydraConfig.get().overrides.task if _is_unused(given)]:
             log.warning(
                 f"{', '.join(unused)}: has no part in a search, whose own keys are search.KEY (docs/SETTINGS.md)"
             )
-        search(cfg, folder)
+        with alone_in(folder):
+            search(cfg, folder)
+
+
+def _is_unused(override: str) -> bool:
+    """Whether an override is of what only a training has."""
+    key = override.lstrip("+~").partition("=")[0]
+    return key.split(".")[0].split("@")[0] in UNUSED and key not in USED
 
 
 @dataclass(frozen=True)
@@ -136,6 +161,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     import torch
 
     from pose.app import models, runtime
+    from pose.app.build import build_scaling
     from pose.data.datamodule import bos_id
     from pose.evaluation.needle_fitness import NeedleFitness
     from pose.evaluation.scoring import Scorer
@@ -152,6 +178,9 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
             f"rope ({cfg.rope.get('_target_')}) has no part in a search, which looks for divisors of the model's own "
             "frequencies: leave it out"
         )
+    build_scaling(cfg.rope)  # refuses a factor
+    require_choice("trainer.accelerator", cfg.trainer.accelerator, ("auto", "cpu", *GPUS))
+    require_int("pose.target_len", cfg.pose.target_len, at_least=1)
     if cfg.model.path is None:
         raise ConfigError("model.path is not set: a search needs the weights of a model, a folder or a hub id")
     models.find_model(cfg)
@@ -164,9 +193,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     bos = bos_id(tokenizer, options.add_bos, "search.add_bos", config.vocab_size)
     depths = far_depths(NUM_KEYS * options.trials) if options.depths is None else list(options.depths)
     texts = _texts(options)
-    device = torch.device(
-        "cuda" if cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-    )
+    device = torch.device("cuda" if cfg.trainer.accelerator in ("auto", *GPUS) and torch.cuda.is_available() else "cpu")
     attention = models.attention_on(cfg.model.attention, device)
     files = fingerprint(path, cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
     settings = {
@@ -199,7 +226,7 @@ def _digest_of_tokens(tokenizer, text: str) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def _scaled(config, target_len: Any, options: schema.SearchOptions) -> tuple[RopeGeometry, LongRope]:
+def _scaled(config, target_len: int, options: schema.SearchOptions) -> tuple[RopeGeometry, LongRope]:
     """The geometry of a model, and the method that is searched for, in its config too.
 
     Raises:
@@ -210,7 +237,12 @@ def _scaled(config, target_len: Any, options: schema.SearchOptions) -> tuple[Rop
 
     check_layers(config)
     geometry = rope_geometry(config)
-    if not isinstance(target_len, int) or target_len <= geometry.window:
+    if geometry.rope_type != "default":
+        raise ConfigError(
+            f"the RoPE of model.path is scaled already (rope_type {geometry.rope_type!r}): a search needs the unscaled "
+            "model"
+        )
+    if target_len <= geometry.window:
         raise ConfigError(
             f"pose.target_len={target_len} is not above the model's own window of {geometry.window} tokens: there is "
             "nothing to search for"
@@ -230,10 +262,19 @@ def _texts(options: schema.SearchOptions) -> dict[str, str]:
     from pose.app.documents import find_documents
     from pose.evaluation.options import read_haystack
 
-    return {
+    texts = {
         key: read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search")[:CHARS]
         for key in ("haystack", "heldout")
     }
+    for key, text in texts.items():
+        if not text.strip():
+            raise ConfigError(f"search.{key}={getattr(options, key)} is empty: give a text to hide needles in")
+    if texts["haystack"] == texts["heldout"]:
+        raise ConfigError(
+            f"search.heldout={options.heldout} is the text of search.haystack: the winner is to be measured on text "
+            "that no candidate was chosen by. Give another one"
+        )
+    return texts
 
 
 def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int, bos: int | None) -> list["MultiKeyPrompts"]:
@@ -244,7 +285,10 @@ def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int, bos: 
     prompts = []
     for i, (key, text) in enumerate(texts.items()):
         check_vocabulary(tokenizer, text, vocab_size, f"search.{key}")
-        prompts.append(MultiKeyPrompts(tokenizer, text, seed=seed + i, bos_id=bos))
+        try:
+            prompts.append(MultiKeyPrompts(tokenizer, text, seed=seed + i, bos_id=bos))
+        except ConfigError as error:
+            raise error.under("search") from None
     return prompts
 
 
@@ -297,7 +341,8 @@ def _try(
     with (folder / "search.csv").open("a", newline="") as file:
         writer = csv.writer(file)
         for one in tqdm(left, desc=f"generation {index}", unit="candidate", leave=False):
-            tried[one], generations[one] = fitness(one), index
+            nll = fitness(one)
+            tried[one], generations[one] = nll if math.isfinite(nll) else math.inf, index
             writer.writerow(_row(one, tried[one], index))
             file.flush()
 
@@ -308,8 +353,13 @@ def _row(one: Candidate, nll: float, generation: int) -> list:
 
 
 def _check_folder(folder: Path, settings: dict[str, Any]):
-    """Raises a ConfigError where a folder holds another search."""
+    """Raises a ConfigError where a folder holds another search, or a training."""
     before = read_json(folder / "settings.json")
+    if not before and (left := [name for name in OF_A_TRAINING if (folder / name).exists()]):
+        raise ConfigError(
+            f"hydra.run.dir={folder} holds what a training has left ({', '.join(left)}), whose config.yaml would be "
+            "overwritten: give another folder"
+        )
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
         for key in before | settings

@@ -232,7 +232,8 @@ class PoseDataModule(L.LightningDataModule):
 
         phases = [(items(end), dataset(self.sampler.resized(n, n), n)) for end, n in self.curriculum]
         targets = [(items(end), dataset(sampler, self.window_len)) for end, sampler in self.sampler.phases]
-        self._say_what_has_no_step([end for end, _ in (*phases, *targets)])
+        self._say_what_has_no_step("data.curriculum", [end for end, _ in phases])
+        self._say_what_has_no_step("pose.curriculum", [end for end, _ in targets])
         if phases or targets:
             targets.append((self.num_examples, whole))
             self.dataset = Curriculum([*phases, *targets])
@@ -245,9 +246,8 @@ class PoseDataModule(L.LightningDataModule):
         """Whether the length of examples or their target changes in the run, at shares of its steps."""
         return bool(self.curriculum or self.sampler.phases)
 
-    def _say_what_has_no_step(self, ends: list[int]):
+    def _say_what_has_no_step(self, key: str, ends: list[int]):
         """A warning where a phase of a curriculum, by the item at which it ends, has no step, or the rest has none."""
-        key = "pose.curriculum" if self.sampler.phases else "data.curriculum"
         steps = self.num_examples // self.global_batch
         if ends and ends[-1] >= self.num_examples:
             log.warning(f"{key} leaves no step of trainer.max_steps={steps} to what comes after its last phase")

@@ -201,6 +201,10 @@ class LongShort(Objective):
     def __post_init__(self):
         for name in ("lm_weight", "short_weight", "skipped_weight"):
             require_number(f"objective.{name}", getattr(self, name), at_least=0)
+        if not any((self.lm_weight, self.short_weight, self.skipped_weight)):
+            raise ConfigError(
+                "objective.lm_weight, objective.short_weight and objective.skipped_weight are all 0: give one above"
+            )
         if self.layers is not None:
             if isinstance(self.layers, str) or not isinstance(self.layers, Sequence) or not self.layers:
                 raise ConfigError(f"objective.layers={self.layers!r} is not accepted: give a list of layers, or null")

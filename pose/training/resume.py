@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # What a run that goes on has in common with before, by group, but for these keys.
 RESUME_GROUPS: dict[str, tuple[str, ...]] = {
-    "pose": (), "rope": (), "objective": (), "data": ("documents", "heldout", "leave_out", "num_workers"),
+    "pose": (), "rope": ("factors",), "objective": (), "data": ("documents", "heldout", "leave_out", "num_workers"),
     "finetune": (),
 }  # fmt: skip
 # Of runs from before there were such keys

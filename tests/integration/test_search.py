@@ -123,20 +123,28 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, t
         (["model.path=null"], "model.path is not set"),
         (["model.tokenizer=TOKENIZER"], "tokens of haystack="),
         (["rope=linear"], "rope (pose.rope.Linear) has no part in a search"),
+        (["rope.factor=8"], "rope.factor=8 means nothing for rope=none"),
+        (["trainer.accelerator=cuda:0"], "trainer.accelerator='cuda:0'"),
+        (["search.heldout=${search.haystack}"], "is the text of search.haystack"),
+        (["search.heldout=EMPTY.txt"], "EMPTY.txt is empty: give a text"),
+        (["model.path=SCALED"], "the RoPE of model.path is scaled already (rope_type 'linear')"),
         (["model.path=FAST"], "there is nothing to search"),
     ],
 )
 def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, words, tmp_path, monkeypatch):
     folder, _ = found
-    for name in ("TOKENIZER", "FAST"):
+    for name in ("TOKENIZER", "FAST", "SCALED"):
         shutil.copytree("assets/tiny", tmp_path / name)
     config = json.loads((tmp_path / "FAST" / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 2.0  # every dimension turns within the window
     (tmp_path / "FAST" / "config.json").write_text(json.dumps(config))
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
+    (tmp_path / "SCALED" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "EMPTY.txt").write_text(" \n")
     tokenizer = json.loads((tmp_path / "TOKENIZER" / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:2000]
     (tmp_path / "TOKENIZER" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for name in ("TOKENIZER", "FAST"):
+    for name in ("TOKENIZER", "FAST", "SCALED", "EMPTY.txt"):
         overrides = [one.replace(name, str(tmp_path / name)) for one in overrides]
     monkeypatch.setattr("pose.modeling.load.build_model", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(PoseError, match=re.escape(words)):
@@ -204,6 +212,7 @@ def test_training_takes_what_was_found(found, run, tmp_path):
         (["+rope.searched_for=3"], "rope.searched_for=3"),
         (["rope.searched_for={base: '500'}"], "in which base, dim, window, target_len are numbers"),
         (["rope.short_factor=[5]"], "rope.short_factor"),
+        (["rope.long_factor=[5]"], "which has divisors of its own"),
     ],
 )
 def test_factors_that_do_not_belong_are_errors(found, hydra, overrides, words):

@@ -275,6 +275,11 @@ def test_bf16_that_a_cpu_emulates_is_warned_of(plan, capsys, monkeypatch, overri
             ["window of 256", "PoSE trains on hardly any", "Choose pose=mix"],
         ),
         (["rope=dynamic", "~rope.attention_factor", "~rope.long_factor"], None),
+        (["pose=short_pi"], ["skips no position, and rope=longrope leaves texts", "the model trains unscaled"]),
+        (
+            ["pose=short_pi", "rope=dynamic", "~rope.attention_factor", "~rope.long_factor"],
+            ["skips no position, and rope=dynamic leaves texts"],
+        ),
     ],
 )
 def test_windows_that_are_not_mixed_are_warned_of(plan, documents, capsys, overrides, words):
@@ -535,6 +540,36 @@ def test_objectives_are_checked_before_anything_long(plan, documents):
             plan("eval=none", "data=jsonl", documents(LONG), "objective=self_distill", objective)
     with pytest.raises(ConfigError, match=r"objective.layers=\[99\]: this model has 6 layers"):
         plan("eval=none", "data=jsonl", documents(LONG), "objective=long_short", "objective.layers=[99]")
+
+
+@pytest.mark.parametrize("objective", ["lm", "self_distill", "long_short"])
+def test_a_teacher_does_not_see_beyond_its_window(plan, documents, objective):
+    """The original model is at a loss there; without it examples may be longer than its window."""
+    given = ("eval=none", "data=jsonl", documents(LONG), "pose.train_len=300", f"objective={objective}")
+    if objective == "long_short":
+        with pytest.raises(ConfigError, match=r"pose.train_len=300 is above the model's own window of 256 tokens"):
+            plan(*given)
+    else:
+        assert plan(*given).sampler.train_len == 300
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.skip_before_question=true"], None),
+        (["data.skip_before_question=true", "data.synthetic={}"], "data.skip_before_question=true changes nothing"),
+        (["pose.curriculum=[[0.5,1024]]"], None),
+        (["pose=short_pi", "pose.curriculum=[[0.5,1024]]"], "pose.curriculum changes nothing with ShortPI"),
+        (["rope.rcd_shift=true", "rope.rcd_periods=3"], None),
+        (["rope.rcd_periods=3"], "rope.rcd_periods=3 changes nothing without rope.rcd_shift=true"),
+    ],
+)
+def test_what_changes_nothing_is_said(plan, documents, capsys, overrides, words):
+    synthetic = [f"data.synthetic.{task}=0" for task in ("key_value", "copy", "passkey")]
+    overrides = [part for one in overrides for part in (synthetic if one == "data.synthetic={}" else [one])]
+    plan("eval=none", "data=jsonl", documents(*[LONG] * 40), "trainer.max_steps=4", *overrides)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    assert len(warnings) == (words is not None) and (words is None or words in warnings[0])
 
 
 def test_where_it_is_searched_the_largest_micro_batch_stays_open(plan, documents, monkeypatch):

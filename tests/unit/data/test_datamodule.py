@@ -238,6 +238,11 @@ def test_a_phase_without_a_step_is_said(make, caplog):
     assert [end for end, _ in module.dataset.phases] == [0, 24, 48]
 
 
+def test_of_two_curricula_the_one_whose_phase_has_no_step_is_named(make, caplog):
+    ready(make(sampler=PoSE(16, 64, curriculum=[[0.5, 32]]), curriculum=[(0.01, 8)]))
+    assert [m.split(":")[0] for m in caplog.messages if "has no step" in m] == ["data.curriculum"]
+
+
 def test_both_curricula_together(make, caplog):
     """Short plain sequences first, then the nearer target, then all of it."""
     with caplog.at_level(logging.INFO):

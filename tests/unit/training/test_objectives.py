@@ -247,6 +247,7 @@ def test_objectives_of_two_views_need_a_sampler_that_skips(objective):
         (lambda: SelfDistill(-1), "objective.weight=-1"),
         (lambda: SelfDistill("a"), "objective.weight='a'"),
         (lambda: LongShort(short_weight=-0.1), "objective.short_weight=-0.1"),
+        (lambda: LongShort(lm_weight=0, short_weight=0, skipped_weight=0), "skipped_weight are all 0"),
         (lambda: LongShort(layers=[]), r"objective.layers=\[\]"),
         (lambda: LongShort(layers="12"), "objective.layers='12'"),
         (lambda: LongShort(layers=[0, 1]), "objective.layers=0"),
