@@ -102,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     known = read_runs(file)
 
     def tell(runs):
-        write_runs(file, current(runs, every).values())
+        if stale := len(runs) - len(current(runs, every)):
+            log.warning(f"{stale} of {len(runs)} runs in {file} are of other settings than now, and not shown")
         made = pages(runs, every, scale, texts(args.docs))
         write(args.docs, made)
         draw(runs, every, scale, args.docs.parent)
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     runner.min_steps = 1 if args.quick else runner.min_steps
     runner.collect()
     if not args.check:
-        runner.save = lambda: write_runs(file, current(runner.runs, every).values())
+        runner.save = lambda: write_runs(file, runner.runs.values())
     todo = runner.missing(wanted)
     log.info(
         f"{len(wanted)} runs, of which {sum(runner.is_done(*run) for run in wanted)} are finished; {len(todo)} to do, "
@@ -139,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         runner.collect()
         if not args.check:
+            runner.save()
             tell(runner.runs)
     is_within = not args.check or compare(wanted, runner.runs, known, every)
     for (name, seed), reason in runner.failures.items():

@@ -322,7 +322,8 @@ def _rule(scale: Scale, times: int) -> str:
     lengths = scale.lengths(*METHOD_LENGTHS[times])
     return (
         f"Against lm: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
-        f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule."
+        f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule; – where they have no "
+        "processor in common."
     )
 
 
@@ -384,7 +385,17 @@ def compare(mine: Sequence[float], theirs: Sequence[float]) -> str:
     return "below" if max(mine) < min(theirs) else "among"
 
 
+def _share_a_processor(runs: Runs, one: Arm, other: Arm) -> bool:
+    """Whether runs of two arms can be compared: another kind rounds otherwise, and may train in another precision."""
+    mine, theirs = (
+        {runs[arm.name, s]["processor"] for s in arm.seeds if (arm.name, s) in runs} for arm in (one, other)
+    )
+    return bool(mine & theirs)
+
+
 def _against(runs: Runs, arm: Arm, other: Arm, gain: str, short: str) -> str:
+    if not _share_a_processor(runs, arm, other):
+        return "–"
     gains, ppls = (compare(values(runs, arm, metric), values(runs, other, metric)) for metric in (gain, short))
     if not gains or not ppls:
         return "–"
@@ -402,6 +413,8 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
     processor = _processor(runs, arms_of_methods(scale)[f"methods{times}x"])
     for name, pair in same.items():
         mine, theirs = (arms[f"{one}.{times}x"] for one in pair)
+        if not _share_a_processor(runs, mine, theirs):
+            continue
         gains, ppls = (compare(values(runs, mine, m), values(runs, theirs, m))
                        for m in (f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"))  # fmt: skip
         is_tested |= bool(gains)

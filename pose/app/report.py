@@ -106,6 +106,7 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     """A run of train.py, or an evaluation. Files that are missing or damaged leave their parts out."""
     import yaml
 
+    from pose.reporting.lines import STATE
     from pose.reporting.metrics_csv import logged_rows
     from pose.reporting.page import Source
 
@@ -146,7 +147,7 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
     return Source(
         kind="training",
-        facts={"State": _state(flat, metrics)}
+        facts={STATE: _state(flat, metrics)}
         | _training_facts(flat, window, target)
         | _measured_on(flat)
         | _how(folder, provenance),

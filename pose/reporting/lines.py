@@ -26,6 +26,12 @@ SHAPES = {  # of MARKERS: as Vega calls them, and as a character of the legend
 }
 MAX_SHOWN = len(COLORS) * len(DASHES)  # lines that differ in colour or dash; others are shown when asked for
 INTERVAL = "95 % interval"
+STATE = "State"  # the label of a fact, "" of what is finished
+TOKENS = (  # say which tokens are scored
+    "eval.windows", "eval.max_documents", "eval.draw_documents", "eval.tail", "eval.min_tokens", "eval.text_field",
+    "eval.add_bos",
+)  # fmt: skip
+PROMPTED = ("passkey", "needle", "ruler")  # families of metrics that are of drawn prompts
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
     first: list[Line] = []
     others: list[Line] = []
     references: list[Line] = []
-    evaluated: dict[tuple[str, str], dict[str, Estimate]] = {}
+    evaluated: dict[tuple[str, str], list[tuple[dict[str, str], dict[str, Estimate]]]] = {}
     differing = _differing(sources)
 
     def about(of: Sequence[Source]) -> str:
@@ -126,9 +132,10 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
         return " ".join(dict.fromkeys([*facts, *settings]))
 
     for group in _over_seeds(sources):
-        extended = [source.models["extended"] for source in group if "extended" in source.models]
+        whole = [source for source in group if not source.facts.get(STATE)]
+        extended = [source.models["extended"] for source in whole if "extended" in source.models]
         if len(group) > 1:
-            name = re.sub(r"\bseed=\S+\s*", "", group[0].name).strip() or "all"
+            name = re.sub(r"(?<!\S)seed=\S+\s*", "", group[0].name).strip() or "all"
             several = f"{len(extended)} of " * (len(extended) < len(group)) + f"{len(group)} "
             several += "seeds" if len({one.config.get("seed") for one in group}) > 1 else "runs"
             mean = line(f"{name} ({several})", _mean(extended), f"lowest to highest of {several}", about(group))
@@ -137,15 +144,17 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
         for source in group:
             if source.kind == "evaluation":
                 for model, estimates in source.models.items():
-                    same = evaluated.setdefault((model, source.identities.get(model, source.name)), {})
-                    is_new = not same
-                    if all(same.get(metric, value) == value for metric, value in estimates.items()):
-                        same.update(estimates)  # another evaluation of it measured something else
+                    before = evaluated.setdefault((model, source.identities.get(model, source.name)), [])
+                    conditions = _conditions(source, estimates)
+                    for known, same in before:
+                        if _agree(known, conditions) and _agree(same, estimates):
+                            known.update(conditions)
+                            same.update(estimates)  # another evaluation of it measured something else
+                            break
                     else:
-                        is_new, same = True, dict(estimates)
-                    if is_new:
+                        before.append((conditions, dict(estimates)))
                         name = f"{source.name}: {model}" if one_line(model) in names else model
-                        first.append(line(name, same, about=about([source])))
+                        first.append(line(name, before[-1][1], about=about([source])))
                 continue
             own = line(source.name, source.models.get("extended", {}), about=about([source]), is_shown=len(group) == 1)
             (first if len(group) == 1 else others).append(own)
@@ -153,7 +162,7 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
     trained = [source for source in sources if source.kind == "training"]
     for model in ("untuned", "scaled"):
         having = [(source.name, source.models[model]) for source in trained if model in source.models]
-        if len(having) > 1 and all(estimates == having[0][1] for _, estimates in having):
+        if len(having) > 1 and all(_are_equal(estimates, having[0][1]) for _, estimates in having):
             references.append(line(model, having[0][1]))
         else:
             others += [line(f"{name}: {model}", estimates, is_shown=False) for name, estimates in having]
@@ -164,6 +173,25 @@ def _differing(sources: Sequence[Source]) -> list[str]:
     """The settings that are not the same in all, where they are there."""
     keys = dict.fromkeys(key for source in sources for key in source.config)
     return [key for key in keys if len({one.config[key] for one in sources if key in one.config}) > 1]
+
+
+def _are_equal(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """A number that is none (nan) counts as equal to another one."""
+    return some.keys() == others.keys() and _agree(some, others)
+
+
+def _agree(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two have nothing that they tell differently."""
+    return all(repr(some[key]) == repr(others[key]) for key in some.keys() & others.keys())
+
+
+def _conditions(source: Source, estimates: Mapping[str, Estimate]) -> dict[str, str]:
+    """Settings of an evaluation that a number depends on beside the model: of two that differ none are one line."""
+    families = {name.partition("@")[0] for name in estimates}
+    keys = ["dtype"]
+    keys += ["eval.documents", *TOKENS] * bool(families & {"ppl", "tail_ppl"})
+    keys += ["eval.seed", "eval.trials", "eval.haystack"] * any(name.startswith(PROMPTED) for name in families)
+    return {key: source.config[key] for key in keys if key in source.config}
 
 
 def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:

@@ -20,16 +20,12 @@ from pose.errors import one_line
 from pose.evaluation.task import FAMILIES, Estimate, describe, shown
 from pose.reporting import charts, plots
 from pose.reporting.charts import better, bounds_of, capital, estimate_of, finite
-from pose.reporting.lines import INTERVAL, Line, Source, lines_of
+from pose.reporting.lines import INTERVAL, TOKENS, Line, Source, lines_of
 from pose.reporting.tables import main_families, series
 
 ASSETS = Path(__file__).parent / "assets"
 LIBRARIES = ("vega-6.4.0", "vega-lite-6.5.0", "vega-embed-7.3.0")
 DOCUMENTS = "Measured on"  # the label of a fact
-TOKENS = (  # say which tokens are scored
-    "eval.windows", "eval.max_documents", "eval.draw_documents", "eval.tail", "eval.min_tokens", "eval.text_field",
-    "eval.add_bos",
-)  # fmt: skip
 NOTES = {  # below headings
     "position": "Perplexity of the tokens at each part of the longest window: a break cannot hide in an average.",
     "needle_gain": "What the needle's value saves of the answer: 0 where nothing comes from the needle.",

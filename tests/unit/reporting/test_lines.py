@@ -1,5 +1,9 @@
 """Which lines a page has: what is compared, over seeds, and which models are one."""
 
+from dataclasses import replace
+
+import pytest
+
 from pose.evaluation.task import Estimate
 from pose.reporting.lines import MAX_SHOWN, Source, lines_of
 
@@ -74,6 +78,53 @@ def test_a_model_that_two_evaluations_measured_is_one_line():
     lines, _ = lines_of([evaluation("x", ppl=3.0), evaluation("y", passkey=1.0), evaluation("z", "b", passkey=0.5)])
     assert [line.name for line in lines] == ["mine", "z: mine"], "other weights of the same name are another"
     assert lines[0].estimates == {"ppl@8": Estimate(3.0), "passkey@8": Estimate(1.0)}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "key", "are_one"),
+    [
+        (("ppl", "tail_ppl"), "dtype", False),
+        (("ppl", "tail_ppl"), "eval.documents", False),
+        (("ppl", "tail_ppl"), "eval.tail", False),
+        (("ppl", "tail_ppl"), "eval.trials", True),
+        (("passkey", "needle_gain"), "eval.trials", False),
+        (("passkey", "needle_gain"), "eval.documents", True),
+        (("ppl", "passkey"), "eval.documents", True),
+        (("ppl", "tail_ppl"), "device", True),
+    ],
+)
+def test_numbers_under_other_conditions_are_another_line(metrics, key, are_one):
+    """One model, two numbers that do not meet: beside each other only where what they depend on is the same."""
+    jobs = [
+        replace(evaluation(name, **{metric: 1.0}), config={key: value, "eval.seed": "0"})
+        for name, metric, value in zip("xy", metrics, ("1", "2"), strict=True)
+    ]
+    lines, _ = lines_of(jobs)
+    assert [line.name for line in lines] == ["mine"] + ["y: mine"] * (not are_one)
+
+
+def test_a_number_that_is_none_is_no_difference():
+    """needle_gain_kept is nan by design where there is nothing to keep."""
+    jobs = [evaluation("x", ppl=3.0, needle_gain_kept=float("nan")), evaluation("y", needle_gain_kept=float("nan"))]
+    assert [line.name for line in lines_of(jobs)[0]] == ["mine"]
+    lines, _ = lines_of([run("a", untuned=float("nan")), run("b", rope="ntk", untuned=float("nan"))])
+    assert shown(lines) == ["untuned", "a", "b"]
+
+
+def test_a_run_that_is_not_finished_has_no_part_in_a_mean():
+    jobs = [run(f"seed={seed}", str(seed), ppl=ppl) for seed, ppl in ((0, 2.0), (1, 4.0), (2, 80.0))]
+    jobs[2] = replace(jobs[2], facts=jobs[2].facts | {"State": "not finished: what was measured is of 1 of 9 steps"})
+    lines, name_of = lines_of(jobs)
+    assert lines[1].name == "all (2 of 3 seeds)" == name_of["seed=2"] and lines[1].estimates["ppl@8"].value == 3.0
+
+
+def test_seeds_of_an_evaluation_tell_lines_apart():
+    jobs = []
+    for ev in "01":
+        for seed in "01":
+            job = run(f"eval.seed={ev} seed={seed}", seed)
+            jobs.append(replace(job, config=job.config | {"eval.seed": ev}))
+    assert shown(lines_of(jobs)[0]) == ["untuned", "eval.seed=0 (2 seeds)", "eval.seed=1 (2 seeds)"]
 
 
 def test_what_two_evaluations_found_differently_stays_apart():
