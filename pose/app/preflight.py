@@ -197,6 +197,12 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     data.prepare_data()
     data.setup()
     say_tokens(cfg, data, sampler)
+    for group, measures in (("eval", suite), ("watch", None if watch is None else watch.suite)):
+        if measures is not None and (trained := data.trains_on(measures.documents)):
+            log.warning(
+                f"{group}.documents: {', '.join(trained[:3])}{' ...' * (len(trained) > 3)} of the training text "
+                "is what perplexity is measured on, so it is of no held-out text: leave it out with data.leave_out"
+            )
     fill_in(cfg, sampler, scaling)
     settings = resume_settings(cfg, trainer, data, base, _original(cfg, objective))
     is_finished = cfg.resume == "auto" and finished_steps(run_dir) == cfg.trainer.max_steps

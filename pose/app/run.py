@@ -400,7 +400,7 @@ class Run:
             title = (
                 f"{plan.scaling.name}, {plan.sampler.name}, {plan.geometry.window} -> {plan.sampler.target_len} tokens"
             )
-            title += f"; held out: {documents}" if documents else ""
+            title += f"; perplexity on {documents}" if documents else ""
             metrics = {name: values(found) for name, found in self.results.items()}
             print_table(results_table(metrics, title))
         lines = [f"Run folder  {folder}", f"Model       {folder}/model  (any transformers loads it)"]

@@ -203,7 +203,7 @@ class PoseDataModule(L.LightningDataModule):
                 )
         if left_out := self._left_out(cache):
             self.fingerprint += f", without {len(left_out)} of data.leave_out: " + _fingerprint(left_out)
-        documents = _Documents(cache, [*kept_back, *left_out])
+        self._documents = documents = _Documents(cache, [*kept_back, *left_out])
         lengths = cache.lengths[documents.indices]
         tasks: dict[Any, float] = {
             TASKS[name](self.tokenizer, documents, self.vocab_size): share for name, share in self.synthetic.items()
@@ -240,6 +240,12 @@ class PoseDataModule(L.LightningDataModule):
         if self.sampler.phases:
             until = [(one.sampler.target_len, end // self.global_batch) for end, one in targets]
             log.info("Targets     " + ", ".join(f"{length:,} tokens up to step {step:,}" for length, step in until))
+
+    def trains_on(self, documents: Sequence[np.ndarray]) -> list[str]:
+        """The ids of the training documents that have the same tokens as one of others."""
+        assert self.dataset is not None, "setup comes first"
+        cache, trained = self._documents.cache, set(self._documents.indices.tolist())
+        return [cache.ids[i] for i in found_again(cache, documents) if i in trained]
 
     @property
     def has_phases(self) -> bool:

@@ -49,7 +49,7 @@ class Suite:
 
     Attributes:
         lengths: sorted, each once.
-        document_ids: of the documents that perplexity is measured on.
+        documents, document_ids: that perplexity is measured on: tokens, int64 or less, and ids.
         tasks: what is run, in order.
         took: what each unit took when it was measured, of the last run.
 
@@ -75,6 +75,7 @@ class Suite:
         self.vocab_size = vocab_size
         self.window = self.lengths[0] if window is None else window
         self.bos_id = bos_id(tokenizer, options.add_bos, "{group}.add_bos", vocab_size, group="eval")
+        self.documents: list[np.ndarray] = []
         self.document_ids: list[str] = []
         self.took: list[Took] = []
         haystack = read_haystack(options.haystack) if needs_haystack(options.tasks) else ""
@@ -168,9 +169,9 @@ class Suite:
                 "dataset",
                 group="eval",
             )
-        tokens, self.document_ids = self._choose(documents, cache_dir)
+        self.documents, self.document_ids = self._choose(documents, cache_dir)
         return Perplexity(
-            tokens, self.document_ids, self.lengths,
+            self.documents, self.document_ids, self.lengths,
             windows=o.windows, tail=o.tail, bin=o.bin, stride=o.stride, sliding_tokens=o.sliding_tokens,
             bos_id=self.bos_id, token_bytes=token_bytes(self.tokenizer),
         )  # fmt: skip

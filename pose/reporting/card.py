@@ -58,7 +58,7 @@ class Card:
         data: names of what was trained on.
         training: further rows of the table, label: value.
         results: metrics by model: untuned, scaled, extended.
-        measured_on: names of held-out documents.
+        measured_on: names of the documents that perplexity is of.
         command: that made it, without folders of this machine.
         versions: package: version.
         commit: of the code, where it is known.
@@ -166,7 +166,7 @@ class Card:
         if any(name.startswith("tail_ppl") for name in names):
             text += " `tail_ppl` is the perplexity of the same last tokens, given more or less text before them."
         if self.measured_on:
-            text += f" Perplexity is of held-out documents: {', '.join(map(markdown, self.measured_on))}."
+            text += f" Perplexity is of these documents: {', '.join(map(markdown, self.measured_on))}."
         return text
 
     def _loading(self) -> str:

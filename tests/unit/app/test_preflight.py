@@ -345,6 +345,25 @@ def test_perplexity_on_a_shipped_book_beside_ones_own_text_is_warned_of(plan, tm
     assert "data.heldout=null sets some of your documents aside" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("group", ["eval", "watch"])
+def test_perplexity_on_text_that_is_trained_on_is_warned_of(plan, tmp_path, capsys, group):
+    """By the text, wherever it stands; not where it is left out."""
+    own = lines(tmp_path, 3)
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(own).read_text().splitlines()[1] + "\n")
+    measured = {
+        "eval": ("eval.tasks=[perplexity]", "eval.lengths=[256]", f"eval.documents={other}"),
+        "watch": ("eval=none", "watch.every_n_steps=1", "watch.tasks=[perplexity]", "watch.lengths=[256]",
+                  f"watch.documents={other}"),
+    }  # fmt: skip
+    given = ("data=jsonl", f"data.documents={own}", "trainer.max_steps=1", *measured[group])
+    plan(*given)
+    assert f"Warning: {group}.documents: " in (out := " ".join(capsys.readouterr().out.split()))
+    assert "is of no held-out text: leave it out with data.leave_out" in out
+    plan(*given, f"data.leave_out={other}")
+    assert "held-out text" not in capsys.readouterr().out
+
+
 def test_of_ones_own_data_whole_documents_are_set_aside(plan, tmp_path, capsys):
     file = lines(tmp_path, 20)
     overrides = ["data=jsonl", f"data.documents={file}", "trainer.max_steps=1", "eval=perplexity", "eval.windows=1"]

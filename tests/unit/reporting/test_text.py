@@ -85,7 +85,7 @@ def test_a_card_shows_every_field_as_it_was_given(given, tmp_path):
         assert [t.content for t in tokens if t.type == "fence"][1] == f"python train.py {shown}\n"
         for wanted in (shown, f"With {shown} {shown}, commit {shown}."):
             assert wanted in texts
-        assert any(text.endswith(f"held-out documents: {shown}.") for text in texts)
+        assert any(text.endswith(f"these documents: {shown}.") for text in texts)
         rows = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
         cells = [len(re.findall(r"(?<!\\)\|", row)) for table in rows for row in table.splitlines()]
         assert set(cells) == {3}
