@@ -203,7 +203,12 @@ def _measured_on(flat: Mapping[str, str]) -> dict[str, str]:
     from pose.reporting.page import DOCUMENTS
 
     is_measured = "perplexity" in flat.get("eval.tasks", "")
-    return {DOCUMENTS: _documents(flat, "eval.documents")} if is_measured else {}
+    if not is_measured:
+        return {}
+    documents = _documents(flat, "eval.documents")
+    if documents == "null":  # of one's own data
+        documents = f"what is set aside of {_documents(flat, 'data.documents')}"
+    return {DOCUMENTS: documents}
 
 
 def _documents(flat: Mapping[str, str], key: str) -> str:

@@ -157,6 +157,12 @@ def test_data_sets_are_named_by_path_and_fields(run):
     assert source.facts["Measured on"] == "emozilla/pg19 split=test" and source.facts["Data"] == "a.jsonl, b.jsonl"
 
 
+def test_documents_that_are_set_aside_are_named_by_what_they_are_of(run):
+    """Two runs on two texts were measured on different documents, though neither names some."""
+    (source,) = read(run(config=CONFIG.replace("documents: held.jsonl", "documents: null")))
+    assert source.facts["Measured on"] == "what is set aside of a.jsonl, b.jsonl"
+
+
 def test_a_model_of_random_weights_is_called_so(run):
     assert read(run(config=CONFIG.replace("assets/tiny", "null")))[0].facts["Model"] == "random weights"
 
