@@ -322,8 +322,8 @@ def _rule(scale: Scale, times: int) -> str:
     lengths = scale.lengths(*METHOD_LENGTHS[times])
     return (
         f"Against lm: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
-        f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule; – where they have no "
-        "processor in common."
+        f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule; – where they have not "
+        "two seeds each on one kind of processor."
     )
 
 
@@ -385,17 +385,16 @@ def compare(mine: Sequence[float], theirs: Sequence[float]) -> str:
     return "below" if max(mine) < min(theirs) else "among"
 
 
-def _share_a_processor(runs: Runs, one: Arm, other: Arm) -> bool:
-    """Whether runs of two arms can be compared: another kind rounds otherwise, and may train in another precision."""
+def _comparable(runs: Runs, one: Arm, other: Arm) -> Runs:
+    """Those on kinds of processor that both arms ran on: another rounds otherwise, and may train in other precision."""
     mine, theirs = (
         {runs[arm.name, s]["processor"] for s in arm.seeds if (arm.name, s) in runs} for arm in (one, other)
     )
-    return bool(mine & theirs)
+    return {key: run for key, run in runs.items() if run["processor"] in mine & theirs}
 
 
 def _against(runs: Runs, arm: Arm, other: Arm, gain: str, short: str) -> str:
-    if not _share_a_processor(runs, arm, other):
-        return "–"
+    runs = _comparable(runs, arm, other)
     gains, ppls = (compare(values(runs, arm, metric), values(runs, other, metric)) for metric in (gain, short))
     if not gains or not ppls:
         return "–"
@@ -413,9 +412,8 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
     processor = _processor(runs, arms_of_methods(scale)[f"methods{times}x"])
     for name, pair in same.items():
         mine, theirs = (arms[f"{one}.{times}x"] for one in pair)
-        if not _share_a_processor(runs, mine, theirs):
-            continue
-        gains, ppls = (compare(values(runs, mine, m), values(runs, theirs, m))
+        both = _comparable(runs, mine, theirs)
+        gains, ppls = (compare(values(both, mine, m), values(both, theirs, m))
                        for m in (f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"))  # fmt: skip
         is_tested |= bool(gains)
         if gains == "above" and ppls != "above":

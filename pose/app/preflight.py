@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,11 +169,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     objective = build.build_objective(cfg.objective, sampler, base)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
     warn_of_windows(sampler, scaling, geometry.window)
-    if objective.has_teacher and sampler.train_len > geometry.window:
-        raise ConfigError(
-            f"pose.train_len={sampler.train_len} is above the model's own window of {geometry.window} tokens, where "
-            "the original model is no teacher: give at most that with this objective"
-        )
+    check_window(objective, sampler, geometry.window)
     warn_without_effect(cfg, sampler)
     if cfg.model.engine is not None:
         check_engine(cfg.model.engine, config)
@@ -197,12 +194,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     data.prepare_data()
     data.setup()
     say_tokens(cfg, data, sampler)
-    for group, measures in (("eval", suite), ("watch", None if watch is None else watch.suite)):
-        if measures is not None and (trained := data.trains_on(measures.documents)):
-            log.warning(
-                f"{group}.documents: {', '.join(trained[:3])}{' ...' * (len(trained) > 3)} of the training text "
-                "is what perplexity is measured on, so it is of no held-out text: leave it out with data.leave_out"
-            )
+    warn_of_trained_text(data, {"eval": suite, "watch": None if watch is None else watch.suite})
     fill_in(cfg, sampler, scaling)
     settings = resume_settings(cfg, trainer, data, base, _original(cfg, objective))
     is_finished = cfg.resume == "auto" and finished_steps(run_dir) == cfg.trainer.max_steps
@@ -265,6 +257,30 @@ def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int)
             f"rope.attention_factor={scaling.attention_factor:.4g} holds for the plain examples of pose=mix too, so "
             "these do not see the original model. Give rope.attention_factor=1 for mixed windows"
         )
+
+
+def check_window(objective: Objective, sampler: PositionSampler, window: int):
+    """Raises a ConfigError where the original model is to teach on texts beyond its window, in tokens."""
+    if objective.has_teacher and sampler.train_len > window:
+        raise ConfigError(
+            f"pose.train_len={sampler.train_len} is above the model's own window of {window} tokens, where the "
+            "original model is no teacher: give at most that with this objective"
+        )
+
+
+def warn_of_trained_text(data: PoseDataModule, suites: Mapping[str, Suite | None]):
+    """Warns of perplexity on documents that train.
+
+    Args:
+        data: of the run, set up.
+        suites: what is measured, by group of the config.
+    """
+    for group, suite in suites.items():
+        if suite is not None and (trained := data.trains_on(suite.documents)):
+            log.warning(
+                f"{group}.documents: {', '.join(trained[:3])}{' ...' * (len(trained) > 3)} of the training text "
+                "is what perplexity is measured on, so it is of no held-out text: leave it out with data.leave_out"
+            )
 
 
 def warn_without_effect(cfg: DictConfig, sampler: PositionSampler):

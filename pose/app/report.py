@@ -129,7 +129,9 @@ def _read_one(folder: Path, name: str = "") -> "Source":
             },
             models={model: _estimates(each.get("metrics")) for model, each in found.items()},
             identities={
-                model: json.dumps(_object(each.get("identity")).get("checkpoint")) for model, each in found.items()
+                model: json.dumps(checkpoint)
+                for model, each in found.items()
+                if (checkpoint := _object(each.get("identity")).get("checkpoint")) is not None
             },
             window=min((w for each in found.values() if (w := _whole(each.get("window")))), default=None),
             target=max((t for each in found.values() if (t := _whole(each.get("target")))), default=None),
@@ -200,7 +202,7 @@ def _training_facts(flat: Mapping[str, str], window: int | None, target: int | N
 
 def _measured_on(flat: Mapping[str, str]) -> dict[str, str]:
     """The documents of perplexity, where it is measured."""
-    from pose.reporting.page import DOCUMENTS
+    from pose.reporting.lines import DOCUMENTS
 
     is_measured = "perplexity" in flat.get("eval.tasks", "")
     if not is_measured:

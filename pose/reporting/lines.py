@@ -26,11 +26,12 @@ SHAPES = {  # of MARKERS: as Vega calls them, and as a character of the legend
 }
 MAX_SHOWN = len(COLORS) * len(DASHES)  # lines that differ in colour or dash; others are shown when asked for
 INTERVAL = "95 % interval"
-STATE = "State"  # the label of a fact, "" of what is finished
+STATE, DOCUMENTS = "State", "Measured on"  # labels of facts; the state of what is finished is ""
 TOKENS = (  # say which tokens are scored
     "eval.windows", "eval.max_documents", "eval.draw_documents", "eval.tail", "eval.min_tokens", "eval.text_field",
     "eval.add_bos",
 )  # fmt: skip
+PROMPTS = ("eval.seed", "eval.trials", "eval.depths", "eval.haystack", "eval.add_bos")  # say which prompts are drawn
 PROMPTED = ("passkey", "needle", "ruler")  # families of metrics that are of drawn prompts
 
 
@@ -187,11 +188,11 @@ def _agree(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
 
 def _conditions(source: Source, estimates: Mapping[str, Estimate]) -> dict[str, str]:
     """Settings of an evaluation that a number depends on beside the model: of two that differ none are one line."""
-    families = {name.partition("@")[0] for name in estimates}
-    keys = ["dtype"]
-    keys += ["eval.documents", *TOKENS] * bool(families & {"ppl", "tail_ppl"})
-    keys += ["eval.seed", "eval.trials", "eval.haystack"] * any(name.startswith(PROMPTED) for name in families)
-    return {key: source.config[key] for key in keys if key in source.config}
+    of_text = any(name.partition("@")[0] in ("ppl", "tail_ppl") for name in estimates)
+    of_prompts = any(name.startswith(PROMPTED) for name in estimates)
+    keys = ("dtype", *TOKENS * of_text, *PROMPTS * of_prompts)
+    found = {key: source.config[key] for key in keys if key in source.config}
+    return found | ({DOCUMENTS: source.facts[DOCUMENTS]} if of_text and DOCUMENTS in source.facts else {})
 
 
 def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:

@@ -20,12 +20,11 @@ from pose.errors import one_line
 from pose.evaluation.task import FAMILIES, Estimate, describe, shown
 from pose.reporting import charts, plots
 from pose.reporting.charts import better, bounds_of, capital, estimate_of, finite
-from pose.reporting.lines import INTERVAL, TOKENS, Line, Source, lines_of
+from pose.reporting.lines import DOCUMENTS, INTERVAL, TOKENS, Line, Source, lines_of
 from pose.reporting.tables import main_families, series
 
 ASSETS = Path(__file__).parent / "assets"
 LIBRARIES = ("vega-6.4.0", "vega-lite-6.5.0", "vega-embed-7.3.0")
-DOCUMENTS = "Measured on"  # the label of a fact
 NOTES = {  # below headings
     "position": "Perplexity of the tokens at each part of the longest window: a break cannot hide in an average.",
     "needle_gain": "What the needle's value saves of the answer: 0 where nothing comes from the needle.",

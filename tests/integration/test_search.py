@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import time
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pose.app import schema
 from pose.app.build import build_scaling
-from pose.app.search import search
+from pose.app.preflight import plan_training
+from pose.app.search import _is_unused, _order, _try, search
+from pose.divisors import Candidate
 from pose.errors import PoseError
 from pose.files import CONF
 from pose.modeling.load import build_model, load_config, scale_config
@@ -161,6 +164,48 @@ def test_a_search_by_other_questions_is_another_search(found, hydra, tmp_path):
     )
     with pytest.raises(PoseError, match=re.escape("questions of a text=4, which was None")):
         search(compose("search", command(folder)[2:]), folder)
+
+
+@pytest.mark.parametrize("left", ["model", "checkpoints", "metrics.json"])
+def test_the_folder_of_a_training_is_left_alone(hydra, tmp_path, left):
+    folder = with_texts(tmp_path) / "run"
+    (folder / left).mkdir(parents=True)
+    (folder / "config.yaml").write_text("of the training")
+    with pytest.raises(PoseError, match=rf"holds what a training has left \({left}\)"):
+        search(compose("search", command(folder)[2:]), folder)
+    assert (folder / "config.yaml").read_text() == "of the training"
+
+
+def test_a_candidate_without_a_number_is_the_worst(tmp_path):
+    tried, generations = {}, {}
+    one, other = (Candidate(1, (2.0, factor)) for factor in (3.0, 4.0))
+    (tmp_path / "search.csv").write_text("")
+    _try([one, other], 0, tried, generations, {one: math.nan, other: 5.0}.get, tmp_path)
+    assert tried == {one: math.inf, other: 5.0} and min(tried, key=_order(tried)) == other
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("pose.target_len=512", False), ("trainer.accelerator=cpu", False), ("search.trials=1", False),
+        ("model=tiny", False),
+        ("pose.train_len=64", True), ("pose=full", True), ("trainer.max_steps=1", True), ("+eval.x=1", True),
+        ("~logger", True), ("data@data=books", True), ("eval_dtype=float32", False),
+    ],
+)  # fmt: skip
+def test_what_has_no_part_in_a_search(override, wanted):
+    assert _is_unused(override) == wanted
+
+
+def test_a_run_goes_on_with_what_a_search_found_wherever_it_lies(found, hydra, tmp_path):
+    """Its divisors are settings of the run; the folder that they were read from is none."""
+    moved = shutil.copytree(found[0], tmp_path / "moved")
+    given = ("rope=searched", "pose.target_len=512", "eval=none", "trainer.accelerator=cpu", "trainer.max_steps=1")
+    here, there = (
+        plan_training(compose("train", [*given, f"rope.factors={folder}"]), tmp_path / "run").settings
+        for folder in (found[0], moved)
+    )
+    assert here == there and [key for key in here if key.startswith("rope.long_factor")]
 
 
 @pytest.mark.nightly

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from dataclasses import replace
 
@@ -681,6 +682,42 @@ def test_a_candidate_is_compared_on_seeds_that_chose_nothing():
     first, second = (text.split(f"256 → {n} tokens, seeds 3, 4, 5. ")[1].splitlines() for n in ("4,096", "8,192"))
     assert [lines[-1].split(" | ")[-1] for lines in (first[:6], second)] == ["**better** |", "no difference |"]
     assert not set(CANDIDATE_SEEDS) & {LR_SEED, *SCALE.seeds}
+
+
+def test_runs_of_different_processors_are_not_compared():
+    """The two seeds of lm on another one decide nothing, beside two or alone."""
+    gain, short = "needle_gain@4096", "tail_ppl@256"
+
+    def told(*processors):
+        runs = {
+            (name, seed): line(ARMS, name, seed, {gain: value + seed / 9, short: 40.0}, processor=processor)
+            for name, value, of in (("cope.16x", 2.0, "aa"), ("lm.16x", 1.0, processors))
+            for seed, processor in enumerate(of)
+        }
+        if len(processors) > 2:
+            runs["lm.16x", 2]["metrics"][gain] = 9.0
+        table = pages.method_tables(runs, ARMS, SCALE)["methods16x"]
+        return next(row for row in table.splitlines() if row.startswith("| `cope`")).split(" | ")[-1]
+
+    assert [told(*of) for of in ("aa", "bb", "ab", "aab", "aaa")] == [
+        "**better** |", "– |", "– |", "**better** |", "no difference |"
+    ]  # fmt: skip
+
+
+def test_no_line_of_runs_is_lost_to_other_settings(monkeypatch, tmp_path, capsys):
+    """A YAML file that is edited for a try-out makes lines stale; --pages writes none of them, and says so."""
+    docs = tmp_path / "docs"
+    shutil.copytree(REPOSITORY / "docs", docs)
+    shutil.copy(REPOSITORY / "README.md", tmp_path)
+    monkeypatch.setattr(results, "DOCS", docs)
+    monkeypatch.setattr("benchmarks.results.pages.draw", lambda *_: None)
+    file = docs / "results" / "runs.json"
+    runs = read_runs(file)
+    runs["lm.16x", 0]["fingerprint"] = "of other settings"
+    write_runs(file, runs.values())
+    assert results.main(["--pages"]) == 0
+    assert read_runs(file) == runs and "1 of " in capsys.readouterr().out
+    assert "| `lm` | 2 |" in (docs / "METHODS.md").read_text()
 
 
 def test_what_a_search_found_before_any_training():

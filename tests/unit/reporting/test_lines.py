@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pose.evaluation.task import Estimate
-from pose.reporting.lines import MAX_SHOWN, Source, lines_of
+from pose.reporting.lines import DOCUMENTS, MAX_SHOWN, Source, lines_of
 
 
 def run(name, seed="0", rope="yarn", ppl=3.0, untuned=9.0):
@@ -84,19 +84,23 @@ def test_a_model_that_two_evaluations_measured_is_one_line():
     ("metrics", "key", "are_one"),
     [
         (("ppl", "tail_ppl"), "dtype", False),
-        (("ppl", "tail_ppl"), "eval.documents", False),
+        (("ppl", "tail_ppl"), DOCUMENTS, False),
         (("ppl", "tail_ppl"), "eval.tail", False),
         (("ppl", "tail_ppl"), "eval.trials", True),
         (("passkey", "needle_gain"), "eval.trials", False),
-        (("passkey", "needle_gain"), "eval.documents", True),
-        (("ppl", "passkey"), "eval.documents", True),
+        (("passkey", "ruler/vt"), "eval.depths", False),
+        (("passkey", "needle_gain"), DOCUMENTS, True),
+        (("ppl", "passkey"), DOCUMENTS, True),
         (("ppl", "tail_ppl"), "device", True),
     ],
 )
 def test_numbers_under_other_conditions_are_another_line(metrics, key, are_one):
     """One model, two numbers that do not meet: beside each other only where what they depend on is the same."""
     jobs = [
-        replace(evaluation(name, **{metric: 1.0}), config={key: value, "eval.seed": "0"})
+        replace(
+            evaluation(name, **{metric: 1.0}),
+            **({"facts": {key: value}} if key == DOCUMENTS else {"config": {key: value, "eval.seed": "0"}}),
+        )
         for name, metric, value in zip("xy", metrics, ("1", "2"), strict=True)
     ]
     lines, _ = lines_of(jobs)
