@@ -22,6 +22,7 @@ from pose.errors import PoseError
 from pose.files import CONF
 from pose.modeling.load import build_model, load_config, scale_config
 from pose.rope import LongRope
+from pose.training.folder import alone_in
 
 pytestmark = pytest.mark.slow
 SMALL = (
@@ -174,6 +175,13 @@ def test_the_folder_of_a_training_is_left_alone(hydra, tmp_path, left):
     with pytest.raises(PoseError, match=rf"holds what a training has left \({left}\)"):
         search(compose("search", command(folder)[2:]), folder)
     assert (folder / "config.yaml").read_text() == "of the training"
+
+
+def test_two_searches_do_not_meet_in_one_folder(run, tmp_path):
+    folder = with_texts(tmp_path) / "one"
+    with alone_in(folder):
+        code, output = run(*command(folder))
+    assert code == 1 and f"another run is at work in hydra.run.dir={folder}" in " ".join(output.split()), output
 
 
 def test_a_candidate_without_a_number_is_the_worst(tmp_path):

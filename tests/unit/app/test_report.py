@@ -188,6 +188,14 @@ def test_a_damaged_evaluation_has_a_page(evaluation, content):
     write_report([evaluation], evaluation / "report.html")
 
 
+def test_a_model_without_an_identity_is_no_other_one(evaluation):
+    """Or all whose evaluations say none would be one line of a page."""
+    content = json.loads((evaluation / "results.json").read_text())
+    del content["checkpoints"]["base"]["identity"]
+    (evaluation / "results.json").write_text(json.dumps(content))
+    assert set(read(evaluation)[0].identities) == {"mine"}
+
+
 def test_the_command_writes_beside_one_folder_and_here_for_several(run, evaluation, tmp_path, monkeypatch, capsys):
     folder = run()
     main([str(folder)])
