@@ -40,17 +40,9 @@ PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
 GPUS = ("gpu", "cuda")  # trainer.accelerator
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
 NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout", "add_bos")  # in what tells two searches apart
-UNUSED = (
-    "data",
-    "objective",
-    "finetune",
-    "strategy",
-    "logger",
-    "eval",
-    "watch",
-    "pose",
-    "trainer",
-)  # train.py's groups
+UNUSED = (  # train.py's groups
+    "data", "objective", "finetune", "strategy", "logger", "eval", "watch", "pose", "trainer"
+)  # fmt: skip
 USED = ("pose.target_len", "trainer.accelerator")  # of which a search takes these
 OF_A_TRAINING = ("model", "checkpoints", "metrics.json")
 COLUMNS = ("generation", "nll", "first", "divisors")
