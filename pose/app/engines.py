@@ -199,7 +199,7 @@ def ask_pose(folder: Path, config: "PretrainedConfig", tokens: int | None, text:
     """A request to the engines, and the log-probabilities that pose gives: a list for each text."""
     import numpy as np
 
-    from pose.data.documents import read_documents
+    from pose.data.documents import Keys, read_documents
     from pose.evaluation.scoring import Scorer
     from pose.modeling.guards import check_loss
     from pose.modeling.load import build_model, load_tokenizer, rope_geometry
@@ -208,7 +208,8 @@ def ask_pose(folder: Path, config: "PretrainedConfig", tokens: int | None, text:
     window = target_len_of(config)
     longest = min(window - 1, tokens or window)  # what is generated needs a place, too
     tokenizer, ids = load_tokenizer(str(folder)), []
-    for document in read_documents(text or str(TEXT)):
+    keys = Keys("--text", text_field=None, max_document_chars=None, takes_field=False)
+    for document in read_documents(text or str(TEXT), keys=keys):
         beginning = document.text[: CHARACTERS * longest]
         ids += tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= longest:

@@ -288,7 +288,7 @@ def _coverage(file: Path):
         columns = np.array([line.split(",") for line in lines], dtype=np.float64).T
     except (OSError, ValueError):
         return None
-    return tuple(columns) if columns.ndim == 2 and len(columns) == 3 else None
+    return tuple(columns) if columns.ndim == 2 and len(columns) == 3 and np.isfinite(columns).all() else None
 
 
 def _overrides(job: Path) -> list[str]:

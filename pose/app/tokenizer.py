@@ -19,10 +19,11 @@ def main():
     parser.add_argument("--window", type=int, default=256, help="tokens, model_max_length (default: 256)")
     arguments = parser.parse_args()
     with command.running():
-        from pose.data.documents import read_documents
+        from pose.data.documents import Keys, read_documents
         from pose.data.tokenizer import train_tokenizer
 
-        texts = (document.text for document in read_documents(arguments.documents))
+        keys = Keys("documents", text_field=None, max_document_chars=None, takes_field=False)
+        texts = (document.text for document in read_documents(arguments.documents, keys=keys))
         tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.window)
         tokenizer.save_pretrained(arguments.out)
         log.info(f"{arguments.out}  ({len(tokenizer):,} tokens)")

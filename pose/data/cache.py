@@ -465,7 +465,7 @@ def _pieces(document: Document, tokeniser: Tokeniser) -> Iterator[tuple[str, int
 
 
 def _open_source(spec, text_field: str, memo: Memo, keys: Keys) -> Files | HubSource:
-    files = open_files(spec, text_field)
+    files = open_files(spec, text_field, keys.documents)
     if files is not None:
         return files
     if not isinstance(spec, Mapping):

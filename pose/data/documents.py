@@ -249,12 +249,13 @@ class Files:
                     self._before, self._tell = self._before + size, lambda: 0
 
 
-def open_files(spec: Any, text_field: str = "text") -> Files | None:
+def open_files(spec: Any, text_field: str = "text", key: str = OF_DATA.documents) -> Files | None:
     """The files that an entry of `documents` names; None for one that names something else, such as a dataset.
 
     Args:
         spec: a file, folder or glob; or a mapping of `path`, a file or glob, and `text_field`, its own.
         text_field: the key of the text, for files that do not name their own. The shipped ones have theirs.
+        key: of the config, for errors.
 
     Raises:
         DataError: nothing is there, or it cannot be read.
@@ -272,42 +273,43 @@ def open_files(spec: Any, text_field: str = "text") -> Files | None:
     else:
         return None
     field = own or ("text" if is_inside(path, SHIPPED) else text_field)
-    return Files(find_files(path), Path(path).name or str(path), field)
+    return Files(find_files(path, key), Path(path).name or str(path), field)
 
 
-def find_files(pattern: str | Path) -> list[Path]:
+def find_files(pattern: str | Path, key: str = OF_DATA.documents) -> list[Path]:
     """The files of a file, a folder or a glob, sorted.
 
     Args:
         pattern: a file; a folder, of which every file of a kind that is read here is taken, at any depth,
             but hidden ones; or a glob, ** included.
+        key: of the config, for errors.
 
     Raises:
         DataError: nothing is there, something cannot be read, or a file is of another kind.
     """
     path = Path(pattern)
     if not str(pattern).strip():
-        raise DataError(f"documents={str(pattern)!r} is empty: give a file ({ACCEPTED}), a folder or a glob of them")
+        raise DataError(f"{key}={str(pattern)!r} is empty: give a file ({ACCEPTED}), a folder or a glob of them")
     try:
         if path.is_dir():
             inside = files_in(path, lambda name: name.startswith("."))
             found = [file for file in inside if _kind(file) and _is_there(file)]
             if not found:
-                raise DataError(f"the folder {path} holds no file that is read here: {ACCEPTED}")
+                raise DataError(f"{key}: the folder {path} holds no file that is read here: {ACCEPTED}")
             return found
         found = [path] if path.is_file() else []
         if not found and glob.has_magic(str(pattern)):
             _check_folders(path)
             found = sorted(file for file in map(Path, glob.glob(str(pattern), recursive=True)) if _is_there(file))
             if not found:
-                raise DataError(f"no file matches {pattern}")
+                raise DataError(f"{key}: no file matches {pattern}")
     except OSError as error:
         raise unreadable(error) from error
     if not found:
-        raise DataError(f"no documents file at {path}: give a file ({ACCEPTED}), a folder or a glob of them")
+        raise DataError(f"{key}: no documents file at {path}: give a file ({ACCEPTED}), a folder or a glob of them")
     for file in found:
         if _kind(file) is None:
-            raise DataError(f"{file} is not a file that is read here: {ACCEPTED}")
+            raise DataError(f"{key}: {file} is not a file that is read here: {ACCEPTED}")
     return found
 
 
@@ -366,9 +368,9 @@ def read_documents(documents: Any, text_field: str = "text", keys: Keys = OF_DAT
         DataError: it is missing, of another kind, or broken; names file and line.
     """
     for spec in documents if isinstance(documents, list | tuple) else [documents]:
-        files = open_files(spec, text_field)
+        files = open_files(spec, text_field, keys.documents)
         if files is None:
-            raise ConfigError(f"{spec!r} names no file to read: give a file ({ACCEPTED}), a folder or a glob of them")
+            raise ConfigError(f"{keys.documents}: {spec!r} names no file to read: give a file ({ACCEPTED}), a folder or a glob of them")
         yield from files.read(Broken(keys=keys))
 
 

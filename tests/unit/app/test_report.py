@@ -180,6 +180,14 @@ def test_a_damaged_file_leaves_its_part_out(run, name, content):
     assert "assets/tiny" in (folder / "report.html").read_text() or name == "config.yaml"
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_coverage_that_is_no_number_is_left_out(run, value):
+    folder = run()
+    (folder / "coverage.csv").write_text(f"distance,probability,pair_share\n1,1,0.75\n{value},0.5,0.25\n")
+    write_report([folder], folder / "report.html")
+    assert "Probability of a distance" not in (folder / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"checkpoints": 3}', '{"checkpoints": {"a": 1, "b": {"metrics": [], "took": 2}}}']
 )

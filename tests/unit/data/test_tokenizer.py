@@ -237,4 +237,4 @@ def test_the_command_trains_on_files_and_folders(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     said = capsys.readouterr().err
-    assert said.startswith("DataError: no documents file at ") and "gone.jsonl" in said
+    assert said.startswith("DataError: documents: no documents file at ") and "gone.jsonl" in said

@@ -114,8 +114,10 @@ def test_no_document_is_long_enough(suite, documents, token_lengths):
 
 
 def test_missing_documents(suite):
-    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+    with pytest.raises(DataError, match=r"^eval\.documents: no documents file at .*nowhere\.jsonl"):
         suite(documents="nowhere.jsonl")
+    with pytest.raises(DataError, match=r"^eval\.haystack: no documents file at .*nowhere\.txt"):
+        suite(tasks=["needle_gain"], haystack="nowhere.txt")
 
 
 def test_documents_that_are_long_enough_in_order(suite, tokenizer, texts, token_lengths):
