@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pose.app import command
@@ -264,13 +265,16 @@ def _estimates(found: Any) -> dict[str, "Estimate"]:
 
 
 def _training_cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Of the whole training; peak memory and MFU are the highest and the last that were logged.
+    """Of the whole training; of peak memory the highest that was logged, of a step's time and of MFU the median.
 
     Older runs have them all under train/.
     """
     found = {re.sub("^(train|cost)/", "", name): value for name, value in _numbers(metrics).items()}
     keys = ("seconds", "steps", "tokens", "step_seconds", "flops", "mfu")
     cost: dict[str, float] = {key: found[key] for key in keys if key in found}
+    for key in ("step_seconds", "mfu"):  # what metrics.json has is of the last interval alone
+        if logged := [float(row[f"cost/{key}"]) for row in rows if row.get(f"cost/{key}")]:
+            cost[key] = median(logged)
     if cost.get("seconds") and "tokens" in cost:
         cost["tokens_per_second"] = cost["tokens"] / cost["seconds"]
     elif "tokens_per_second" in found:

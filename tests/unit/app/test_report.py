@@ -180,6 +180,18 @@ def test_a_damaged_file_leaves_its_part_out(run, name, content):
     assert "assets/tiny" in (folder / "report.html").read_text() or name == "config.yaml"
 
 
+def test_a_step_takes_the_median_of_what_was_logged(run):
+    """The first steps compile, and the last may wait for a checkpoint."""
+    folder = run()
+    (folder / "metrics.csv").write_text(
+        "step,train/loss,cost/step_seconds,cost/mfu\n9,3,9.0,0.1\n19,3,2.0,0.4\n29,3,2.5,0.3\n30,3,7.0,0.2\n31,3,,\n"
+    )
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"cost/step_seconds": 7.0, "cost/mfu": 0.2}))
+    cost = read(folder)[0].cost["training"]
+    assert (cost["step_seconds"], cost["mfu"]) == (4.75, 0.25)
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_coverage_that_is_no_number_is_left_out(run, value):
     folder = run()
