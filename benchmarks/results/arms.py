@@ -129,7 +129,7 @@ def controls(scale: Scale) -> dict[str, tuple[str, ...]]:
     return {
         "pose": (),
         "short_pi": ("pose=short_pi",),
-        "randpos": ("pose=randpos",),
+        "randpos": ("pose=randpos", "data.skip_before_question=false"),  # all of its ids are its own
         "full": ("pose=full", f"trainer.global_batch={batch}", f"trainer.micro_batch={batch}"),
     }
 
@@ -269,10 +269,10 @@ RATED_AS = {"yarn_mixed": "searched_mixed", "searched_plain": "searched"}
 # Compared at 32x too: at 16x no other was told apart from lm, but for a loss of perplexity at the target
 FARTHEST = ("lm", "short_pi", "self_distill", "long_short", "beta10", "searched", "searched_plain")
 LR_SEED = 10  # no figure of a table is of it
-# Two small changes of lm that each raised the needle gain, taken together; which beta_slow was chosen with LR_SEED
-CANDIDATES = {f"far_beta{beta}": ("data.skip_before_question=true", f"rope.beta_slow={beta}") for beta in (4, 10)}
-CANDIDATE = "far_beta4"
-CANDIDATE_SEEDS = (3, 4, 5)  # that had no part in the choice, neither of the changes nor of the number
+FAR = ("data.skip_before_question=true",)  # as the default has it; the experiment of the other methods does not
+# What became the default, and what comes on top of it: their overrides, and the lengths at which they are compared
+CANDIDATES = {"far_answers": (FAR, (16, 32)), "far_beta4": ((*FAR, "rope.beta_slow=4"), (16,))}
+CANDIDATE_SEEDS = (3, 4, 5)  # that had no part in the choice
 
 
 def rate_arm(name: str, lr: str) -> str:
@@ -281,13 +281,13 @@ def rate_arm(name: str, lr: str) -> str:
 
 
 def candidate_arm(name: str, times: int) -> str:
-    """The name of the arm of lm or of CANDIDATE that are compared with each other alone."""
+    """The name of the arm of lm or of one of CANDIDATES, which are compared with each other alone."""
     return f"candidate.{name}.{times}x"
 
 
-def choice_arm(name: str) -> str:
-    """The name of the arm by which CANDIDATE was chosen."""
-    return f"choice.{name}"
+def candidates(times: int) -> dict[str, tuple[str, ...]]:
+    """Those of CANDIDATES that are compared at a length, by name: their overrides. Before them lm, which has none."""
+    return {"lm": ()} | {name: overrides for name, (overrides, lengths) in CANDIDATES.items() if times in lengths}
 
 
 def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
@@ -307,7 +307,6 @@ def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
         "searched_mixed": (*searched, "rope.mixed=true", *MIXED),
         "yarn_mixed": ("rope=longrope", f"rope.long_factor={listed(_yarn(target))}", *MIXED),
         "end_anchor": ("pose=end_anchor",),
-        "far_answers": ("data.skip_before_question=true",),
         "curriculum": (f"pose.curriculum=[[0.25,{scale.at(times // 4)}],[0.5,{scale.at(times // 2)}]]",),
         "cope": ("rope=cope",),
     }
@@ -345,12 +344,9 @@ def _methods(scale: Scale) -> Iterator[Arm]:
                       as_long=as_long)  # fmt: skip
         as_long = AsLong(f"searched.{times}x", f"lm.{times}x")
         yield Arm(f"lm_as_searched.{times}x", (*common, *rate("lm")), seeds=scale.seeds, as_long=as_long, cost=4.0)
-        for name in ("lm", CANDIDATE):
-            overrides = (*common, *CANDIDATES.get(name, ()), *rate("lm"))
-            yield Arm(candidate_arm(name, times), overrides, seeds=CANDIDATE_SEEDS)
+        for name, overrides in candidates(times).items():
+            yield Arm(candidate_arm(name, times), (*common, *overrides, *rate("lm")), seeds=CANDIDATE_SEEDS)
         if times == 16:
-            for name, overrides in CANDIDATES.items():
-                yield Arm(choice_arm(name), (*common, *overrides, *rate("lm")), seeds=(LR_SEED,))
             for name in RATE_OF:
                 for lr in RATES:
                     yield Arm(
@@ -366,8 +362,7 @@ def arms_of_methods(scale: Scale) -> dict[str, tuple[str, ...]]:
         names = ("untuned_books", "search", *methods(scale, times), *(f"{name}_seconds" for name in COSTS),
                  "lm_as_searched")  # fmt: skip
         found[f"methods{times}x"] = tuple(f"{name}.{times}x" for name in names)
-    compared = tuple(candidate_arm(name, times) for times in METHOD_LENGTHS for name in ("lm", CANDIDATE))
-    found["candidate"] = (*map(choice_arm, CANDIDATES), *compared)
+    found["candidate"] = tuple(candidate_arm(name, times) for times in METHOD_LENGTHS for name in candidates(times))
     return found | {"lr": tuple(rate_arm(name, lr) for name in RATE_OF for lr in RATES)}
 
 

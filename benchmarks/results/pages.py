@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.results.arms import (
-    CANDIDATE,
-    CANDIDATES,
     COSTS,
     EVALUATE,
     LR_SEED,
@@ -21,7 +19,7 @@ from benchmarks.results.arms import (
     arms_of_methods,
     arms_of_tiny,
     candidate_arm,
-    choice_arm,
+    candidates,
     methods,
     rate_arm,
     tiny_lengths,
@@ -328,17 +326,18 @@ def _rule(scale: Scale, times: int) -> str:
 
 
 def _candidate(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
-    """How it was chosen, and how it does against lm on seeds that had no part in that."""
+    """What became the default against lm, on seeds that had no part in the choice."""
     used = arms_of_methods(scale)["candidate"]
-    machines = _machines(runs, used)
+    told = [_machines(runs, used)]
     if not any(is_begun(runs, arms[name]) for name in used):
-        return machines
+        return told[0]
     processor = _processor(runs, used)
-    choices = {_named(name, of): (arms[choice_arm(name)], None) for name, of in CANDIDATES.items()}
-    told = [machines, f"The choice, seed {LR_SEED}:", _compared(runs, arms, scale, 16, choices, processor)]
     for times in METHOD_LENGTHS:
-        lm, mine = (arms[candidate_arm(name, times)] for name in ("lm", CANDIDATE))
-        pairs = {"`lm`": (lm, None), _named(CANDIDATE, CANDIDATES[CANDIDATE]): (mine, lm)}
+        lm = arms[candidate_arm("lm", times)]
+        pairs = {
+            _named(name, of): (arms[candidate_arm(name, times)], None if name == "lm" else lm)
+            for name, of in candidates(times).items()
+        }
         seeds = ", ".join(map(str, lm.seeds))
         told.append(f"{scale.window} → {scale.at(times):,} tokens, seeds {seeds}. {_rule(scale, times)}")
         told.append(_compared(runs, arms, scale, times, pairs, processor))

@@ -285,8 +285,6 @@ def warn_of_trained_text(data: PoseDataModule, suites: Mapping[str, Suite | None
 
 def warn_without_effect(cfg: DictConfig, sampler: PositionSampler):
     """Warns of settings that change nothing beside the others."""
-    if cfg.data.skip_before_question and not any(cfg.data.synthetic.values()):
-        log.warning("data.skip_before_question=true changes nothing without retrieval examples (data.synthetic)")
     if sampler.phases and not sampler.skips:
         log.warning(f"pose.curriculum changes nothing with {sampler.name}, which skips no position")
     if cfg.rope.get("rcd_periods", NTK.rcd_periods) != NTK.rcd_periods and not cfg.rope.get("rcd_shift"):

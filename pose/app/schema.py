@@ -77,7 +77,7 @@ class DataConfig:
     window_len: int | None = None  # tokens of a document an example is drawn from; null: the whole document
     add_bos: bool | None = None  # an example begins with BOS; null: as the tokenizer does
     synthetic: SyntheticShares = field(default_factory=SyntheticShares)  # retrieval examples among the text
-    skip_before_question: bool = False  # retrieval examples skip before their first question, not where it is drawn
+    skip_before_question: bool = True  # retrieval examples skip before their first question, not where it is drawn
     curriculum: list[Any] = field(default_factory=list)  # [share of the run, length in tokens] phases
     num_workers: int = 0  # reading processes; 0: the training process reads (it takes microseconds)
 

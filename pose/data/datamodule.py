@@ -107,7 +107,7 @@ class PoseDataModule(L.LightningDataModule):
         add_bos: bool | None = None,
         synthetic: Mapping[str, float] | None = None,
         curriculum: Sequence[tuple[float, int]] = (),
-        skip_before_question: bool = False,
+        skip_before_question: bool = True,
         num_workers: int = 0,
         collate: Callable[[Sequence[dict[str, torch.Tensor]]], dict[str, torch.Tensor]] = collate_scored,
     ):

@@ -53,7 +53,7 @@ class PoseDataset(Dataset):
         bos_id: int | None = None,
         synthetic: Mapping[Any, float] | None = None,
         sentence_end: np.ndarray | None = None,
-        skip_before_question: bool = False,
+        skip_before_question: bool = True,
     ):
         self.documents, self.sampler = documents, sampler
         self.num_examples, self.seed, self.window_len, self.bos_id = num_examples, seed, window_len, bos_id

@@ -14,7 +14,6 @@ from benchmarks import cpu
 from benchmarks.results import __main__ as results
 from benchmarks.results import pages, records, runner
 from benchmarks.results.arms import (
-    CANDIDATE,
     CANDIDATE_SEEDS,
     EVALUATE,
     LR_SEED,
@@ -30,7 +29,7 @@ from benchmarks.results.arms import (
     arms_of_methods,
     arms_of_tiny,
     candidate_arm,
-    choice_arm,
+    candidates,
     rate_arm,
 )
 from benchmarks.results.claims import (
@@ -666,21 +665,23 @@ def test_the_comparison_has_the_learning_rates_that_were_found():
         assert ARMS[f"{name}.16x"].value("finetune.lr", "") == RATE_OF[of]
 
 
-def test_a_candidate_is_compared_on_seeds_that_chose_nothing():
+def test_the_default_is_compared_on_seeds_that_chose_nothing():
     """Each with lm of its own target and seeds; lm's other runs, of the other comparison, have no part in it."""
     metrics = {"tail_ppl@256": 47.0, "needle_gain@4096": 1.0, "needle_gain@8192": 1.0}
     runs = {("lm.16x", 0): line(ARMS, "lm.16x", 0, metrics | {"needle_gain@4096": 9.0})}
-    runs[choice_arm(CANDIDATE), LR_SEED] = line(ARMS, choice_arm(CANDIDATE), LR_SEED, metrics)
     for times, gain in ((16, 2.5), (32, 1.5)):
-        for name, more in (("lm", 0.0), (CANDIDATE, gain - 1)):
+        for name in candidates(times):
+            more = 0.0 if name == "lm" else gain - 1
             for seed in CANDIDATE_SEEDS:
                 found = {key: value + (seed - 3) / 2 + more * ("gain" in key) for key, value in metrics.items()}
                 arm = candidate_arm(name, times)
                 runs[arm, seed] = line(ARMS, arm, seed, found)
     text = pages.method_tables(runs, ARMS, SCALE)["candidate"]
-    assert "9.0" not in text and text.count("| `far_beta4` (`data.skip_before_question=true rope.beta_slow=4`) |") == 3
+    assert "9.0" not in text and text.count("| `far_answers` (`data.skip_before_question=true`) |") == 2
     first, second = (text.split(f"256 → {n} tokens, seeds 3, 4, 5. ")[1].splitlines() for n in ("4,096", "8,192"))
-    assert [lines[-1].split(" | ")[-1] for lines in (first[:6], second)] == ["**better** |", "no difference |"]
+    told = {row.split("`")[1]: row.split(" | ")[-1] for row in (*first[:7], *second[-1:]) if row.startswith("| `")}
+    assert told == {"lm": "– |", "far_beta4": "**better** |", "far_answers": "no difference |"}
+    assert len(first) > 7 and second[-1].startswith("| `far_answers`")
     assert not set(CANDIDATE_SEEDS) & {LR_SEED, *SCALE.seeds}
 
 

@@ -575,8 +575,8 @@ def test_a_teacher_does_not_see_beyond_its_window(plan, documents, objective):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["data.skip_before_question=true"], None),
-        (["data.skip_before_question=true", "data.synthetic={}"], "data.skip_before_question=true changes nothing"),
+        ([], None),
+        (["data.synthetic={}"], None),
         (["pose.curriculum=[[0.5,1024]]"], None),
         (["pose=short_pi", "pose.curriculum=[[0.5,1024]]"], "pose.curriculum changes nothing with ShortPI"),
         (["rope.rcd_shift=true", "rope.rcd_periods=3"], None),
