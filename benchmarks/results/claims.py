@@ -218,9 +218,6 @@ def _perplexities(lengths: Sequence[int], texts: Sequence[str] = tuple(TEXTS)) -
     return {f"{text} @{length:,}": _ppl(length, text) for text in texts for length in lengths}
 
 
-OTHER_TOKENS = "Rows with another target are of other tokens, and are compared through the untuned model alone."
-
-
 def _table1(scale: Scale) -> Claim:
     window, t8, t16 = scale.at(1), scale.at(8), scale.at(16)
     checks = []
@@ -258,9 +255,9 @@ def _table1(scale: Scale) -> Claim:
         "Table 1: perplexity by method",
         "The untuned model breaks beyond its window; RandPos loses what the model knew, more so for a longer target; "
         "PoSE keeps perplexity to 8 and 16 times the window, as full-length training does.",
-        f"Linear interpolation, 250 steps of 16 examples of {window} tokens (full-length: of {t8:,}; at equal tokens 2 "
-        "of them). For the paper's sliding windows stands `tail_ppl`: the same 128 tokens at every length. "
-        + OTHER_TOKENS,
+        f"Linear interpolation, 250 steps of 16 examples of {window} tokens (full-length: 16 of {t8:,}; at equal "
+        "tokens 2). `tail_ppl` takes the place of the paper's sliding windows: the same 128 tokens at every length. "
+        "Rows with another target are of other tokens, and are compared through the untuned model alone.",
         tuple(checks),
         {"none": "untuned.8x", "none, to 16×": "untuned.16x", "full-length 8×, equal examples": "linear.full.8x",
          "full-length 8×, equal tokens": "linear.full_tokens.8x", "RandPos 8×": "linear.randpos.8x",
@@ -271,7 +268,7 @@ def _table1(scale: Scale) -> Claim:
 
 
 def _keys(n: Numbers, arm: str, lengths: Sequence[int]) -> float:
-    """The lowest share of keys over some lengths."""
+    """The lowest share of passkeys over some lengths."""
     return min(n(arm, f"passkey@{length}") for length in lengths)
 
 
@@ -279,9 +276,9 @@ def _fig2(scale: Scale) -> Claim:
     window, t8 = scale.at(1), scale.at(8)
     l8, l16 = paper_lengths(scale, 8), paper_lengths(scale, 16)
     found = [
-        Check(f"untuned, keys at {window} tokens", lambda n: n("untuned.8x", f"passkey@{window}"), least=0.9, paper="1",
-              form=".0%", is_premise=True),
-        Check(f"untuned, keys at {t8:,} tokens", lambda n: n("untuned.8x", f"passkey@{t8}"), most=0.05, paper="0",
+        Check(f"untuned, passkeys at {window} tokens", lambda n: n("untuned.8x", f"passkey@{window}"), least=0.9,
+              paper="1", form=".0%", is_premise=True),
+        Check(f"untuned, passkeys at {t8:,} tokens", lambda n: n("untuned.8x", f"passkey@{t8}"), most=0.05, paper="0",
               form=".0%", is_premise=True),
     ]  # fmt: skip
     for says, arm, lengths in (
@@ -289,14 +286,14 @@ def _fig2(scale: Scale) -> Claim:
         ("PoSE 8×, linear, 1,000 steps", "linear.long.8x", l8), ("PoSE 8×, YaRN", "yarn.pose.8x", l8),
     ):  # fmt: skip
         found.append(
-            Check(f"{says}: the fewest keys at any length up to {lengths[-1]:,}",
+            Check(f"{says}: the fewest passkeys at any length up to {lengths[-1]:,}",
                   lambda n, a=arm, of=lengths: _keys(n, a, of), least=0.9, paper="≥ 90%", form=".0%")
         )  # fmt: skip
     return Claim(
         "fig2",
         "Figure 2: passkey retrieval",
-        "PoSE finds at least 90 % of the keys everywhere in its target window; the untuned model finds none beyond its "
-        "own.",
+        "PoSE finds at least 90 % of the passkeys everywhere in its target window; the untuned model finds none beyond "
+        "its own.",
         "20 prompts a length. The paper's interpolation is linear and its training 1,000 steps; YaRN stands beside it.",
         tuple(found),
         {"none": "untuned.8x", "PoSE 8×, linear": "linear.pose.8x", "the same, 1,000 steps": "linear.long.8x",
@@ -376,7 +373,7 @@ def _fig4(scale: Scale) -> Claim:
         "Figure 4: families and interpolation methods",
         "LLaMA, LLaMA2, GPT-J and Baichuan2 extend with linear, NTK and YaRN; NTK turns up before the target.",
         "The shipped LLaMA, and small models of two other architectures trained from random weights to 256 tokens "
-        "(2,000 steps): Phi, which GPT-J is read as here, and Qwen3. LLaMA2 and Baichuan2 are LLaMA's architecture.",
+        "(2,000 steps): Phi (GPT-J is loaded as Phi here) and Qwen3. LLaMA2 and Baichuan2 are LLaMA's architecture.",
         tuple(checks),
         rows,
         _perplexities(lengths, ["reports"]) | {f"passkey @{n:,}": f"passkey@{n}" for n in (window, t8)},
@@ -413,7 +410,7 @@ def _table2(scale: Scale) -> Claim:
         "Table 2: 96k and 128k",
         "At 48 and 64 times the window YaRN is best at the target, linear next, and NTK breaks before it.",
         "32 and 64 times the window, on *Persuasion* (for PG-19 and Books3); the paper's figures are those of PG-19. "
-        + OTHER_TOKENS,
+        "Rows with another target are scored on other tokens: compare rows of one target alone.",
         tuple(checks),
         {f"{says} {times}×": f"{rope}.pose.{times}x" for times in LONG for says, rope in ROPES.items()},
         columns,
@@ -432,7 +429,7 @@ def _table3(scale: Scale) -> Claim:
     checks += [
         Check("PoSE 8× over full-length at equal tokens, linear, reports",
               lambda n: n.ratio("linear.pose.8x", ppl, "linear.full_tokens.8x"), most=1.02),
-        *(Check(f"PoSE 8×, {says}: keys at {window} tokens less those of untuned",
+        *(Check(f"PoSE 8×, {says}: passkeys at {window} tokens less those of untuned",
                 lambda n, a=f"{rope}.pose.8x": n(a, key) - n("untuned.8x", key), least=-0.05, form=".0%")
           for says, rope in ROPES.items()),
         *(Check(f"PoSE 8×, {says}: needle gain at {window} tokens over untuned",
@@ -443,8 +440,8 @@ def _table3(scale: Scale) -> Claim:
         "table3",
         "Table 3: short texts",
         "Six standard benchmarks lose about a point, no more than after full-length training: least with YaRN and NTK.",
-        "The benchmarks ask for more than this model knows. In their place: perplexity, keys and needle gain at the "
-        "window's own length. The six on a real model are the command below.",
+        "The benchmarks ask for more than this model knows. In their place: perplexity, passkeys and needle gain at "
+        "the window's own length. The six on a real model are the command below.",
         tuple(checks),
         {"none": "untuned.8x", "full-length, linear": "linear.full_tokens.8x",
          **{f"PoSE, {says}": f"{rope}.pose.8x" for says, rope in ROPES.items()}},

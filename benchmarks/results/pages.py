@@ -33,10 +33,10 @@ HEAD = """\
 # The paper, claim by claim
 
 What the paper claims, and what came of it on the shipped tiny model (window 256) or on what a section names; a real
-model is in [SMOLLM2.md](SMOLLM2.md). Every number and every verdict on this page is made from
-[the runs' metrics](results/runs.json) by `make results` (`python -m benchmarks.results`), none is typed by hand, and a
-test holds the page to the runs. A number is the mean over its seeds, with the lowest and the highest in brackets where
-there are several.
+model is in [SMOLLM2.md](SMOLLM2.md). Every number of ours and every verdict is computed from
+[the runs' metrics](results/runs.json) by `make results` (`python -m benchmarks.results`), and a test holds the page to
+the runs; the paper's numbers and the bounds alone are typed. A number is the mean over its seeds, with the lowest and
+the highest in brackets where there are several.
 
 A claim is a list of checks, each a number with a bound (`benchmarks/results/claims.py`). **Holds**: every check that
 has a number holds for every seed. **Not at this scale**: none does for any seed. **Holds in part**: what is between.

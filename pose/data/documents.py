@@ -370,7 +370,9 @@ def read_documents(documents: Any, text_field: str = "text", keys: Keys = OF_DAT
     for spec in documents if isinstance(documents, list | tuple) else [documents]:
         files = open_files(spec, text_field, keys.documents)
         if files is None:
-            raise ConfigError(f"{keys.documents}: {spec!r} names no file to read: give a file ({ACCEPTED}), a folder or a glob of them")
+            raise ConfigError(
+                f"{keys.documents}: {spec!r} names no file to read: give a file ({ACCEPTED}), a folder or a glob"
+            )
         yield from files.read(Broken(keys=keys))
 
 

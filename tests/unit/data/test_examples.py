@@ -3,6 +3,7 @@
 import pickle
 from collections import Counter
 from dataclasses import dataclass
+from inspect import signature
 from math import sqrt
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
+from pose.app.schema import DataConfig
+from pose.data.datamodule import PoseDataModule
 from pose.data.examples import IGNORE, Curriculum, PoseDataset, collate, collate_scored
 from pose.errors import DataError
 from pose.positions import (
@@ -464,6 +467,12 @@ def test_retrieval_examples_may_ask_across_all_that_they_skip(name, sampler):
         assert item["position_ids"].tolist() == [j + start if j < begin else j + end - 255 for j in range(256)]
         assert torch.equal(item["input_ids"], other["input_ids"]) and torch.equal(item["labels"], other["labels"])
     assert min(kinds[True], kinds[False]) > 5
+
+
+def test_retrieval_examples_ask_across_the_skip_unless_it_is_said_otherwise():
+    """The same in the package and under the command line, or a run from Python would be another one."""
+    for made in (PoseDataset, PoseDataModule):
+        assert signature(made).parameters["skip_before_question"].default is DataConfig().skip_before_question is True
 
 
 @pytest.mark.parametrize("sampler", [ShortPI(256, 4096), SingleShift(256, 4096)], ids=str)
