@@ -481,16 +481,17 @@ def readme_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str
     arm = arms[arms_of_tiny(scale)[0]]
     if not is_begun(runs, arm):
         return dict.fromkeys(("default", "default_table"), _machines(runs, [arm.name]))
-    ppl, key = f"tail_ppl@{lengths[-1]}", f"passkey@{lengths[-1]}"
-    before, after, own, found, keys = (
-        cell(runs, arm, metric)
-        for metric in (f"untuned: {ppl}", ppl, f"untuned: tail_ppl@{lengths[0]}", f"untuned: {key}", key)
+    own = cell(runs, arm, f"untuned: tail_ppl@{lengths[0]}")
+    ppl, key, gain = (
+        [cell(runs, arm, f"{model}{metric}@{lengths[-1]}") for model in ("untuned: ", "")]
+        for metric in ("tail_ppl", "passkey", "needle_gain")
     )
     columns = _by_length(lengths, {"ppl": "tail_ppl", "passkey": "passkey"})
     rows = [*_before(runs, arm, columns), ["extended", *_cells(runs, arm, columns)]]
     return {
-        "default": f"Perplexity at {lengths[-1]:,} tokens falls from {before} to {after}, where the untuned model has "
-        f"{own} at {lengths[0]}. Passkeys found there rise from {found} to {keys} %.",
+        "default": f"Perplexity at {lengths[-1]:,} tokens falls from {ppl[0]} to {ppl[1]}, where the untuned model has "
+        f"{own} at {lengths[0]}. Passkeys found there rise from {key[0]} to {key[1]} %, needle gain from "
+        f"{gain[0]} to {gain[1]} nats.",
         "default_table": table(["", *(head for head, _ in columns)], rows),
     }  # fmt: skip
 

@@ -750,17 +750,14 @@ def test_the_default_run_is_told_where_it_is_shown():
     assert set(none) == {"tiny", "default", "default_table"} and all("No runs yet" in text for text in none.values())
     metrics = {f"{model}tail_ppl@{n}": n / 10 + i for i, model in enumerate(("", "untuned: ", "scaled: "))
                for n in (256, 512, 1024, 2048)}  # fmt: skip
-    runs = {
-        ("default.pose", seed): line(
-            ARMS, "default.pose", seed, metrics | {"passkey@2048": 0.9 + seed / 10, "untuned: passkey@2048": 0.05}
-        )
-        for seed in (0, 1)
-    }
+    metrics |= {"untuned: passkey@2048": 0.05, "untuned: needle_gain@2048": 0.25}
+    found = [metrics | {"passkey@2048": 0.9 + seed / 10, "needle_gain@2048": 2.0 + seed} for seed in (0, 1)]
+    runs = {("default.pose", seed): line(ARMS, "default.pose", seed, found[seed]) for seed in (0, 1)}
     readme = pages.readme_tables(runs, ARMS, SCALE)
     assert f"({pages.PICTURE.removeprefix('docs/')})" in (REPOSITORY / "docs" / "TINY.md").read_text()
     assert readme["default"] == (
         "Perplexity at 2,048 tokens falls from 205.8 to 204.8, where the untuned model has 26.6 at 256. Passkeys found "
-        "there rise from 5 to 95 (90–100) %."
+        "there rise from 5 to 95 (90–100) %, needle gain from 0.25 to 2.50 (2.00–3.00) nats."
     )
     head, _, untuned, scaled, extended = readme["default_table"].splitlines()
     assert head == "|  | ppl@256 | @512 | @1,024 | @2,048 | passkey@256 | @512 | @1,024 | @2,048 |"
