@@ -297,7 +297,9 @@ def _fig2(scale: Scale) -> Claim:
         "PoSE finds at least 90 % of the passkeys everywhere in its target window; the untuned model finds none beyond "
         "its own.",
         "20 prompts a length. The paper's interpolation is linear and its training 1,000 steps; YaRN stands beside it. "
-        "The default run has YaRN, and retrieval examples that ask across the skip ([TINY.md](TINY.md)).",
+        "The default run has YaRN, books alone, and retrieval examples that ask across the skip ([TINY.md](TINY.md)); "
+        "at 16× with the learning rate of [METHODS.md](METHODS.md#the-default), at three lengths. Retrieval examples "
+        "train in all rows but the first; the paper trains on text alone.",
         tuple(found),
         {"none": "untuned.8x", "PoSE 8×, linear": "linear.pose.8x", "the same, 1,000 steps": "linear.long.8x",
          "PoSE 16×, linear": "linear.pose.16x", "PoSE 8×, YaRN": "yarn.pose.8x", "the default run": "default.pose",

@@ -208,7 +208,7 @@ def ask_pose(folder: Path, config: "PretrainedConfig", tokens: int | None, text:
     window = target_len_of(config)
     longest = min(window - 1, tokens or window)  # what is generated needs a place, too
     tokenizer, ids = load_tokenizer(str(folder)), []
-    keys = Keys("--text", text_field=None, max_document_chars=None, takes_field=False)
+    keys = Keys.of_paths("--text")
     for document in read_documents(text or str(TEXT), keys=keys):
         beginning = document.text[: CHARACTERS * longest]
         ids += tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]

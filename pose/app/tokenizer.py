@@ -22,7 +22,7 @@ def main():
         from pose.data.documents import Keys, read_documents
         from pose.data.tokenizer import train_tokenizer
 
-        keys = Keys("documents", text_field=None, max_document_chars=None, takes_field=False)
+        keys = Keys.of_paths("documents")
         texts = (document.text for document in read_documents(arguments.documents, keys=keys))
         tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.window)
         tokenizer.save_pretrained(arguments.out)

@@ -58,6 +58,11 @@ class Keys(NamedTuple):
     max_document_chars: str | None = "data.max_document_chars"
     takes_field: bool = True
 
+    @classmethod
+    def of_paths(cls, documents: str, takes_field: bool = False) -> "Keys":
+        """Of a key or an argument that takes paths, and beside which no other says how they are read."""
+        return cls(documents, text_field=None, max_document_chars=None, takes_field=takes_field)
+
     def choose_field(self) -> str:
         """What to do where the text is under another field."""
         keys = [self.text_field] if self.text_field is not None else []

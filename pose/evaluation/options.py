@@ -102,7 +102,7 @@ def read_haystack(source: Any, group: str = "eval") -> str:
         DataError: what is missing, of another kind, or broken; names file and line. Or memory runs out.
     """
     key = "{group}.haystack"
-    keys = Keys(key, text_field=None, max_document_chars=None, takes_field=bool(group))
+    keys = Keys.of_paths(key, takes_field=bool(group))
     try:
         return "\n\n".join(document.text for document in read_documents(source, keys=keys))
     except PoseError as error:
