@@ -15,6 +15,7 @@ from pose.app import build, models, runtime
 from pose.app.preflight import SHIPPED, check_config
 from pose.app.report import write_beside
 from pose.app.schema import DTYPES, EvaluateConfig, to_options
+from pose.app.trained import warn_of_trained
 from pose.errors import ConfigError, first_line
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.options import EvalOptions
@@ -139,6 +140,8 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         candidates.append(Candidate(name, path, config, window, suite, device, dtype, under))
     _share_documents(candidates)
     _say_whose_text(cfg, candidates)
+    for candidate in candidates:
+        warn_of_trained(candidate.name, candidate.path, candidate.suite)
     return candidates
 
 

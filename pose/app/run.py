@@ -18,6 +18,7 @@ from pose.app.method import method_of
 from pose.app.preflight import Plan, check_config, plan_training
 from pose.app.report import write_beside
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
+from pose.app.trained import note_trained
 from pose.coverage import coverage
 from pose.errors import first_line
 from pose.evaluation.memo import Outcomes, identity
@@ -115,6 +116,7 @@ class Run:
             if self.plan.trainer.is_global_zero:
                 log_settings(self.plan.trainer.loggers, self.settings)
                 self.cover()
+                note_trained(self.folder, self.plan.data)
                 self.go_on()
             with runtime.explained_memory_errors(self.cfg):
                 self.measure_before()

@@ -29,7 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 from pose.data.cache import TokenCache
 from pose.data.documents import MAX_DOCUMENT_CHARS, Keys
 from pose.data.examples import Curriculum, PoseDataset, collate_scored
-from pose.data.heldout import SetAside, found_again, without
+from pose.data.heldout import SetAside, document_digests, found_again, without
 from pose.data.tokenizer import beyond_vocabulary
 from pose.errors import ConfigError, DataError, require_int
 from pose.positions import PositionSampler
@@ -246,6 +246,11 @@ class PoseDataModule(L.LightningDataModule):
         assert self.dataset is not None, "setup comes first"
         cache, trained = self._documents.cache, set(self._documents.indices.tolist())
         return [cache.ids[i] for i in found_again(cache, documents) if i in trained]
+
+    def trained_digests(self) -> np.ndarray:
+        """Those of the training documents (`document_digests`)."""
+        assert self.dataset is not None, "setup comes first"
+        return document_digests(self._documents.cache[i] for i in self._documents.indices.tolist())
 
     @property
     def has_phases(self) -> bool:

@@ -1,7 +1,7 @@
 """Whole documents that are kept for evaluation: a share of the training data, or those that are named."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ import numpy as np
 
 from pose.data.cache import TokenCache
 from pose.errors import DataError
+
+EDGE = 512  # tokens at either end of a document that its digest is of
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,15 @@ def found_again(cache: TokenCache, others: Sequence[np.ndarray]) -> list[int]:
     same_length = np.flatnonzero(np.isin(cache.lengths, [len(one) for one in others])).tolist()
     texts = {one.tobytes() for one in others} if same_length else set()
     return [i for i in same_length if cache[i].tobytes() in texts]
+
+
+def document_digests(documents: Iterable[np.ndarray]) -> np.ndarray:
+    """A number for each document, from its length and the tokens at its two ends; uint64 [D].
+
+    It is the same wherever the document stands, for one tokenizer, and needs no pass over the whole text.
+    """
+    numbers = []
+    for tokens in documents:
+        ends = np.concatenate([tokens[:EDGE], tokens[-EDGE:], [len(tokens)]]).astype("<i8")
+        numbers.append(int.from_bytes(hashlib.sha256(ends.tobytes()).digest()[:8], "little"))
+    return np.array(numbers, np.uint64)

@@ -28,6 +28,7 @@ def test_a_run_leaves_everything(smoke_run, load_json):
         "provenance.json",
         "metrics.csv",
         "coverage.csv",
+        "documents.npy",
         "results.csv",
         "report.html",
     ):

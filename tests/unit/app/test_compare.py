@@ -15,8 +15,12 @@ from safetensors.torch import load_file
 from wandb_run import read_runs
 
 from pose.app import compare, runtime, schema
+from pose.app.trained import FILE, note_trained
+from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
+from pose.modeling.load import load_tokenizer
+from pose.positions import PoSE
 from pose.training.loggers import dashboards_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,6 +54,39 @@ def test_checkpoints_are_measured_at_the_same_lengths(tmp_path, longer):
     assert [c.window for c in candidates] == [256, 1024]
     assert [c.suite.lengths for c in candidates] == [[256, 512, 1024]] * 2
     assert candidates[0].under["checkpoint"] != candidates[1].under["checkpoint"]
+
+
+def texts(path, *numbers) -> Path:
+    """Documents that begin and end alike for all numbers, and differ between."""
+
+    def text(n) -> str:
+        return " ".join(["the grass"] * 400 + [f"is {n}"] * 20 + ["green"] * 400)
+
+    path.write_text("\n".join(json.dumps({"id": f"d{n}", "text": text(n)}) for n in numbers))
+    return path
+
+
+def test_documents_that_the_run_has_trained_on_are_warned_of(tmp_path, longer, capsys):
+    """By their text, in whatever file; of the run's folder, not of a model that was taken out of it."""
+    own = texts(tmp_path / "own.jsonl", 1, 22, 333)
+    data = PoseDataModule(
+        str(own), load_tokenizer(str(TINY)), PoSE(256, 1024), num_examples=4, micro_batch=1, global_batch=1, seed=0,
+        cache_dir=tmp_path / "cache", leave_out=str(texts(tmp_path / "left.jsonl", 22)),
+    )  # fmt: skip
+    data.setup()
+    note_trained(longer, data)
+
+    def warning(documents, ckpt=longer) -> str:
+        plan(tmp_path, f"ckpt={{mine:{ckpt}}}", "eval=perplexity", f"eval.documents={documents}", "eval.lengths=[256]")
+        return capsys.readouterr().out
+
+    out = " ".join(warning(texts(tmp_path / "both.jsonl", 22, 333, 4444)).split())
+    assert "Warning: mine has trained on 1 of the 3 documents that its perplexity is measured on (d333)" in out
+    assert "Warning" not in warning(texts(tmp_path / "other.jsonl", 22, 4444))
+    shutil.copytree(longer / "model", tmp_path / "taken" / "model")
+    assert "Warning" not in warning(own, tmp_path / "taken" / "model")
+    (longer / FILE).write_bytes(b"\x93NUMPY")
+    assert "documents.npy is damaged" in warning(own)
 
 
 @pytest.mark.parametrize(("dtype", "is_warned_of"), [("bfloat16", True), ("float32", False), ("auto", False)])
