@@ -1,6 +1,7 @@
 """Several checkpoints measured alike: what `evaluate.py` plans, measures and leaves behind."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pose.app.preflight import SHIPPED, check_config
 from pose.app.report import write_beside
 from pose.app.schema import DTYPES, EvaluateConfig, to_options
 from pose.app.trained import warn_of_trained
+from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError, first_line
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.options import EvalOptions
@@ -160,6 +162,13 @@ def _say_whose_text(cfg: DictConfig, candidates: list[Candidate]):
 def _share_documents(candidates: list[Candidate]):
     """Leaves the documents that are long enough for all: a tokenizer may make short what is long for another."""
     chosen = [c.suite.document_ids for c in candidates]
+    repeated = next((name for ids in chosen for name, num in Counter(ids).items() if num > 1), None)
+    if repeated is not None and len({tokenizer_digest(c.suite.tokenizer) for c in candidates}) > 1:
+        raise ConfigError(
+            f"eval.documents has two documents of the name {repeated!r}, and checkpoints whose tokenizers differ are "
+            "compared on the documents of the same names: give names of their own (the field id, or files of other "
+            "names), or one checkpoint at a time"
+        )
     if all(ids == chosen[0] for ids in chosen):
         return
     common = set.intersection(*map(set, chosen))

@@ -232,7 +232,7 @@ def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int)
         window: the model's own, in tokens.
     """
     is_mixed = isinstance(scaling, LongRope) and scaling.keeps_short_texts
-    if (is_mixed or isinstance(scaling, Dynamic)) and sampler.train_len <= window and not sampler.skips:
+    if (is_mixed or isinstance(scaling, Dynamic)) and sampler.example_len <= window and not sampler.skips:
         log.warning(
             f"{sampler.name} skips no position, and rope={scaling.name} leaves texts within the window of {window} "
             "tokens as they are: the model trains unscaled, and nothing trains the frequencies beyond the window"

@@ -187,13 +187,14 @@ def _training_facts(flat: Mapping[str, str], window: int | None, target: int | N
         kept = [option for option in options if option.partition("=")[0] not in ("_target_", *without)]
         return f"{name} ({', '.join(kept)})" if kept else name
 
+    example_len = of("pose.target_len" if of("pose._target_").endswith(".Full") else "pose.train_len")
     rank = of("finetune.lora.rank")
     trained = "all weights" if rank in ("", "null") else f"LoRA of rank {rank}"
     batch = f"{of('trainer.max_steps')} steps of {of('trainer.global_batch')} examples"
     return {
         "Model": "random weights" if of("model.path") == "null" else of("model.path"),
         "Window": f"{'?' if window is None else f'{window:,}'} → {'?' if target is None else f'{target:,}'} tokens",
-        "Sampler": f"{method('pose', ('target_len', 'train_len'))}, examples of {of('pose.train_len')} tokens",
+        "Sampler": f"{method('pose', ('target_len', 'train_len'))}, examples of {example_len} tokens",
         "RoPE": method("rope", ()),
         "Training": f"{trained}, {batch}, learning rate {of('finetune.lr')}",
         "Seed": of("seed"),

@@ -204,6 +204,11 @@ class PoseDataModule(L.LightningDataModule):
         if left_out := self._left_out(cache):
             self.fingerprint += f", without {len(left_out)} of data.leave_out: " + _fingerprint(left_out)
         self._documents = documents = _Documents(cache, [*kept_back, *left_out])
+        if not len(documents):
+            raise DataError(
+                "data.documents leave none to train on: all are set aside for perplexity (data.heldout_share) or left "
+                "out (data.leave_out); give more, or others to measure on with data.heldout"
+            )
         lengths = cache.lengths[documents.indices]
         tasks: dict[Any, float] = {
             TASKS[name](self.tokenizer, documents, self.vocab_size): share for name, share in self.synthetic.items()
@@ -232,6 +237,8 @@ class PoseDataModule(L.LightningDataModule):
 
         phases = [(items(end), dataset(self.sampler.resized(n, n), n)) for end, n in self.curriculum]
         targets = [(items(end), dataset(sampler, self.window_len)) for end, sampler in self.sampler.phases]
+        usable = [one.usable for _, one in (*phases, *targets, (self.num_examples, whole))]
+        self._trained = documents.indices if tasks else documents.indices[np.unique(np.concatenate(usable))]
         self._say_what_has_no_step("data.curriculum", [end for end, _ in phases])
         self._say_what_has_no_step("pose.curriculum", [end for end, _ in targets])
         if phases or targets:
@@ -244,13 +251,13 @@ class PoseDataModule(L.LightningDataModule):
     def trains_on(self, documents: Sequence[np.ndarray]) -> list[str]:
         """The ids of the training documents that have the same tokens as one of others."""
         assert self.dataset is not None, "setup comes first"
-        cache, trained = self._documents.cache, set(self._documents.indices.tolist())
+        cache, trained = self._documents.cache, set(self._trained.tolist())
         return [cache.ids[i] for i in found_again(cache, documents) if i in trained]
 
     def trained_digests(self) -> np.ndarray:
         """Those of the training documents (`document_digests`)."""
         assert self.dataset is not None, "setup comes first"
-        return document_digests(self._documents.cache[i] for i in self._documents.indices.tolist())
+        return document_digests(self._documents.cache[i] for i in self._trained.tolist())
 
     @property
     def has_phases(self) -> bool:
@@ -270,12 +277,14 @@ class PoseDataModule(L.LightningDataModule):
         if self.num_documents == num:
             return
         few = 2 * self.num_documents < num or 2 * self.num_tokens < tokens
+        needed = self.sampler.min_document_len
+        key = "train_len" if needed == self.sampler.train_len else "target_len"
         hint = ". Join short documents, or train on less" if few else ""
         log.log(
             logging.WARNING if few else logging.INFO,
             f"{name}: {self.num_documents:,} of {num:,} documents, {self.num_tokens:,} of {tokens:,} tokens, are used: "
-            f"the others are shorter than the {self.sampler.min_document_len:,} tokens that an example needs at "
-            f"pose.train_len={self.sampler.train_len}{hint}",
+            f"the others are shorter than the {needed:,} tokens that an example needs at "
+            f"pose.{key}={getattr(self.sampler, key)}{hint}",
         )
 
     def _open(self) -> TokenCache:

@@ -286,7 +286,7 @@ def find_files(pattern: str | Path, key: str = OF_DATA.documents) -> list[Path]:
 
     Args:
         pattern: a file; a folder, of which every file of a kind that is read here is taken, at any depth,
-            but hidden ones; or a glob, ** included.
+            but hidden ones; or a glob, ** included, of files and such folders.
         key: of the config, for errors.
 
     Raises:
@@ -297,15 +297,16 @@ def find_files(pattern: str | Path, key: str = OF_DATA.documents) -> list[Path]:
         raise DataError(f"{key}={str(pattern)!r} is empty: give a file ({ACCEPTED}), a folder or a glob of them")
     try:
         if path.is_dir():
-            inside = files_in(path, lambda name: name.startswith("."))
-            found = [file for file in inside if _kind(file) and _is_there(file)]
+            found = _files_of(path)
             if not found:
                 raise DataError(f"{key}: the folder {path} holds no file that is read here: {ACCEPTED}")
             return found
         found = [path] if path.is_file() else []
         if not found and glob.has_magic(str(pattern)):
             _check_folders(path)
-            found = sorted(file for file in map(Path, glob.glob(str(pattern), recursive=True)) if _is_there(file))
+            matched = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
+            inside = {file for folder in matched if folder.is_dir() for file in _files_of(folder)}
+            found = sorted(inside.union(file for file in matched if _is_there(file)))
             if not found:
                 raise DataError(f"{key}: no file matches {pattern}")
     except OSError as error:
@@ -316,6 +317,11 @@ def find_files(pattern: str | Path, key: str = OF_DATA.documents) -> list[Path]:
         if _kind(file) is None:
             raise DataError(f"{key}: {file} is not a file that is read here: {ACCEPTED}")
     return found
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Every file of a kind that is read here, at any depth, but hidden ones."""
+    return [file for file in files_in(folder, lambda name: name.startswith(".")) if _kind(file) and _is_there(file)]
 
 
 def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:

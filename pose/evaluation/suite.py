@@ -144,7 +144,9 @@ class Suite:
 
     def keep_documents(self, ids: Collection[str]):
         """Leaves out all documents of perplexity but these."""
-        self.document_ids = [name for name in self.document_ids if name in ids]
+        pairs = zip(self.document_ids, self.documents, strict=True)
+        kept = [(name, tokens) for name, tokens in pairs if name in ids]
+        self.document_ids, self.documents = [name for name, _ in kept], [tokens for _, tokens in kept]
         for task in self.tasks:
             if isinstance(task, Perplexity):
                 task.keep(ids)

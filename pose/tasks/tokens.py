@@ -20,8 +20,12 @@ def ids_after(tokenizer, before: str, text: str) -> np.ndarray:
 
 
 def plain_tokens(tokenizer, vocab_size: int | None = None) -> np.ndarray:
-    """Every token that is not special and has a row in an embedding of vocab_size rows, int64."""
-    ids = set(tokenizer.get_vocab().values()).difference(tokenizer.all_special_ids)
+    """Every token that is not special and has a row in an embedding of vocab_size rows, int64.
+
+    Special are those with a role (BOS, ...) and those that are reserved for one (Llama 3 has 256 of both).
+    """
+    reserved = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    ids = set(tokenizer.get_vocab().values()).difference(tokenizer.all_special_ids, reserved)
     return np.array(sorted(i for i in ids if vocab_size is None or i < vocab_size))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from wandb_run import read_runs
 
 from pose.app import compare, runtime, schema
-from pose.app.trained import FILE, note_trained
+from pose.app.trained import FILE, note_trained, warn_of_trained
 from pose.data.datamodule import PoseDataModule
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
@@ -85,6 +85,10 @@ def test_documents_that_the_run_has_trained_on_are_warned_of(tmp_path, longer, c
     assert "Warning" not in warning(texts(tmp_path / "other.jsonl", 22, 4444))
     shutil.copytree(longer / "model", tmp_path / "taken" / "model")
     assert "Warning" not in warning(own, tmp_path / "taken" / "model")
+    suite = plan(tmp_path, f"ckpt={longer}", "eval=perplexity", f"eval.documents={own}", "eval.lengths=[256]")[0].suite
+    suite.keep_documents({"d1"})
+    warn_of_trained("mine", str(longer / "model"), suite)
+    assert "mine has trained on 1 of the 1 documents" in " ".join(capsys.readouterr().out.split())
     (longer / FILE).write_bytes(b"\x93NUMPY")
     assert "documents.npy is damaged" in warning(own)
 
@@ -113,6 +117,10 @@ def test_tokenizers_that_differ_are_measured_on_the_same_documents(tmp_path, lon
         ConfigError, match=r"no document of eval\.documents was chosen for all.*larger eval\.max_documents"
     ):
         plan(tmp_path, *common, "eval.lengths=[256]", "eval.max_documents=1")
+    documents.write_text("\n".join(json.dumps(line | {"id": "same"}) for line in lines))
+    with pytest.raises(ConfigError, match=r"two documents of the name 'same'.*one checkpoint at a time"):
+        plan(tmp_path, *common, "eval.lengths=[256]")
+    plan(tmp_path, "ckpt=[assets/tiny,assets/tiny/]", *common[1:], "eval.lengths=[256]")
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ def test_bf16_that_a_cpu_emulates_is_warned_of(plan, capsys, monkeypatch, overri
             ["pose=short_pi", "rope=dynamic", "~rope.attention_factor", "~rope.long_factor"],
             ["skips no position, and rope=dynamic leaves texts"],
         ),
+        (["pose=full", "rope=dynamic", "~rope.attention_factor", "~rope.long_factor"], None),
     ],
 )
 def test_windows_that_are_not_mixed_are_warned_of(plan, documents, capsys, overrides, words):

@@ -101,6 +101,12 @@ def test_a_run_is_read(run):
     assert read(folder)[0].models == estimates, "with intervals, as newer runs leave them"
 
 
+def test_examples_of_full_length_training_are_as_long_as_the_target(run):
+    full = "pose: {_target_: pose.positions.Full, target_len: 2048, train_len: 256}"
+    folder = run(config="\n".join(full if line.startswith("pose:") else line for line in CONFIG.splitlines()))
+    assert read(folder)[0].facts["Sampler"] == "Full, examples of 2048 tokens"
+
+
 def test_what_an_older_run_has_cost_is_read(run):
     """It has its costs under train/."""
     folder = run()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pose.data.datamodule import PoseDataModule, bos_id, sentence_ends
@@ -457,6 +457,42 @@ def test_what_is_set_aside_and_what_is_too_short_is_not_counted_as_used(make, tm
     assert f"1 of 3 documents, {max(left)} of {sum(left)} tokens, are used" in caplog.text
 
 
+@pytest.mark.parametrize(("synthetic", "num"), [({}, 1), ({"copy": 0.5}, 3)])
+def test_documents_that_are_too_short_count_as_trained_for_retrieval_examples_alone(make, tmp_path, synthetic, num):
+    path, lengths = tmp_path / "mixed.jsonl", [10, 100, 9]
+    path.write_text("\n".join(json.dumps({"text": " ".join(map(str, range(n)))}) for n in lengths))
+    module = ready(make([path], synthetic=synthetic))
+    cache = module._open()
+    assert len(module.trained_digests()) == num == len(module.trains_on([cache[i] for i in range(3)]))
+
+
+def test_documents_that_are_long_enough_in_a_phase_alone_count_as_trained(make, tmp_path):
+    path, lengths = tmp_path / "mixed.jsonl", [10, 100, 4]
+    path.write_text("\n".join(json.dumps({"text": " ".join(map(str, range(n)))}) for n in lengths))
+    assert len(ready(make([path], curriculum=[(0.5, 8)])).trained_digests()) == 2
+
+
+def test_documents_that_are_set_aside_or_left_out_may_be_all(make, tmp_path):
+    rows = [json.dumps({"text": " ".join(map(str, range(100 * i, 100 * i + 64)))}) for i in range(2)]
+    both = tmp_path / "both.jsonl"
+    both.write_text("\n".join(rows))
+    module = make([both], heldout_share=0.1)
+    cache = module._open()
+    (held_out,) = module.set_aside.of(cache)
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows[1 - held_out])
+    with pytest.raises(DataError, match=r"leave none to train on: .*data\.heldout_share.* or left out"):
+        ready(make([both], heldout_share=0.1, leave_out=str(other), synthetic={"copy": 1.0}))
+
+
+def test_the_length_that_is_too_short_is_named_by_its_key(make, tmp_path, caplog):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(json.dumps({"text": " ".join(map(str, range(n)))}) for n in (32, 100)))
+    with caplog.at_level(logging.INFO):
+        ready(make([path], sampler=Full(train_len=16, target_len=64)))
+    assert "shorter than the 64 tokens that an example needs at pose.target_len=64" in caplog.text
+
+
 def test_copies_of_what_is_set_aside_do_not_train(make, tmp_path, caplog):
     """Whatever their ids; other documents of their length do."""
     rows = [{"id": f"{i}", "text": " ".join(map(str, range(100 * i, 100 * i + 64)))} for i in range(6)]
@@ -497,6 +533,16 @@ def test_tokenizers_with_gaps_in_their_ids():
     )
     assert sentence_ends(tokenizer).tolist() == [i == 2 for i in range(10)]
     assert plain_tokens(tokenizer).tolist() == [0, 2, 9] and plain_tokens(tokenizer, 9).tolist() == [0, 2]
+
+
+def test_reserved_tokens_are_not_plain():
+    """Of Llama 3 and Mistral most special tokens have no role yet; other added tokens are as any."""
+    tokenizer = number_tokenizer(5)
+    before = plain_tokens(tokenizer).tolist()
+    tokenizer.add_tokens([AddedToken("<reserved>", special=True), AddedToken("word", special=False)])
+    reserved, word = tokenizer.convert_tokens_to_ids(["<reserved>", "word"])
+    assert reserved not in tokenizer.all_special_ids
+    assert plain_tokens(tokenizer).tolist() == [*before, word]
 
 
 def test_nothing_is_said_where_every_document_is_used(make, caplog):

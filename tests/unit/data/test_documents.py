@@ -260,6 +260,16 @@ def test_folders_and_globs_are_sorted_and_leave_out_what_is_not_read_here(tmp_pa
     inside = [str(path.relative_to(tmp_path)) for path in find_files(tmp_path)]
     assert inside == ["a.jsonl.gz", "b.jsonl", "sub/c.txt"]
     assert [path.name for path in find_files(f"{tmp_path}/**/*.jsonl*")] == ["a.jsonl.gz", "b.jsonl"]
+    spark = tmp_path / "sub" / "d.parquet"  # a folder, as Spark and Dask write one
+    spark.mkdir()
+    write(spark / "part-0.jsonl", lines({"text": "x"}))
+    of_glob = [str(path.relative_to(tmp_path)) for path in find_files(f"{tmp_path}/s*")]
+    assert (
+        of_glob
+        == ["sub/c.txt", "sub/d.parquet/part-0.jsonl"]
+        == [str(path.relative_to(tmp_path)) for path in find_files(f"{tmp_path}/sub/**")]
+    )
+    assert [path.name for path in find_files(f"{tmp_path}/*/*.parquet")] == ["part-0.jsonl"]
     with pytest.raises(DataError, match=r"x\.md is not a file that is read here"):
         find_files(f"{tmp_path}/*.md")
     (tmp_path / "empty").mkdir()
