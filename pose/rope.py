@@ -510,7 +510,7 @@ class LongRope(RopeScaling):
         return super(LongRope, replace(self, short_factor=short)).resolve(geometry, target_len)
 
     def own_attention_factor(self, geometry):
-        return math.sqrt(1 + math.log(_known(self.factor)) / math.log(geometry.window))
+        return longrope_attention(_known(self.factor), geometry.window)
 
     def inv_freq(self, geometry, seq_len=None):
         divisors = self.long_factor if (seq_len or 0) > geometry.window else self.short_factor
@@ -674,6 +674,16 @@ class Cope(RopeScaling):
         n = min(self.num_tapered, len(raised))
         raised[-n:] *= (1 + torch.linspace(0, math.pi, n, dtype=torch.float64).cos()) / 2
         return raised.maximum(geometry.theta() / DROPPED)
+
+
+def longrope_attention(factor: float, window: int) -> float:
+    """What longrope multiplies cos and sin by where its config does not say (LongRoPE, arXiv 2402.13753).
+
+    Args:
+        factor: by which the window has grown.
+        window: before it has, in tokens.
+    """
+    return math.sqrt(1 + math.log(factor) / math.log(window)) if factor > 1 else 1.0
 
 
 def critical_dimension(geometry: RopeGeometry) -> int:

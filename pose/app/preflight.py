@@ -30,6 +30,7 @@ from pose.modeling.checkpoints.fingerprint import fingerprint
 from pose.modeling.export.engines import check_engine
 from pose.modeling.layers import check_layers
 from pose.modeling.load import check_weights, load_tokenizer, rope_geometry, scale_config
+from pose.modeling.rotary import target_len_of
 from pose.modeling.speed import warn_of_emulated_bf16
 from pose.plan import micro_batch_of_views
 from pose.positions import Mix, PositionSampler
@@ -169,7 +170,8 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     objective = build.build_objective(cfg.objective, sampler, base)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
     warn_of_windows(sampler, scaling, geometry.window)
-    check_window(objective, sampler, geometry.window)
+    warn_of_sliding(sampler, config)
+    check_window(objective, sampler, target_len_of(base))
     warn_without_effect(cfg, sampler)
     if cfg.model.engine is not None:
         check_engine(cfg.model.engine, config)
@@ -224,6 +226,18 @@ def _original(cfg: DictConfig, objective: Objective) -> list | None:
     return fingerprint(locate(cfg.model.path), cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
 
 
+def warn_of_sliding(sampler: PositionSampler, config: PretrainedConfig):
+    """Warns where some layers see the last tokens alone: they tell these by their number, not by their positions."""
+    kinds = getattr(config, "layer_types", None) or ()
+    sliding, window = kinds.count("sliding_attention"), getattr(config, "sliding_window", None)
+    if sliding and window is not None and window < sampler.target_len and sampler.skips:
+        log.warning(
+            f"{sliding} of {len(kinds)} layers of this model attend to the last {window} tokens alone "
+            f"(sliding_window), counted by tokens. In examples of {sampler.name} they see across the skips, as they "
+            "never do in a text, so what they learn there is of no use. pose=full trains them as they are used"
+        )
+
+
 def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int):
     """Warns where a longrope that keeps short texts trains other than mixed windows (docs/ROPE.md).
 
@@ -260,11 +274,14 @@ def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int)
 
 
 def check_window(objective: Objective, sampler: PositionSampler, window: int):
-    """Raises a ConfigError where the original model is to teach on texts beyond its window, in tokens."""
+    """Raises a ConfigError where the original model is to teach on texts beyond its window, in tokens.
+
+    That is what it was extended to, where it was.
+    """
     if objective.has_teacher and sampler.train_len > window:
         raise ConfigError(
-            f"pose.train_len={sampler.train_len} is above the model's own window of {window} tokens, where the "
-            "original model is no teacher: give at most that with this objective"
+            f"pose.train_len={sampler.train_len} is above the {window} tokens that the original model is made for, "
+            "where it is no teacher: give at most that with this objective"
         )
 
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pose.errors import CheckpointError, ConfigError
+from pose.errors import CheckpointError, ConfigError, first_line
 from pose.files import load_json
 from pose.modeling import compat
 from pose.modeling.attention import resolve_backend
@@ -35,7 +35,7 @@ from pose.modeling.layers import check_layers
 from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
 from pose.modeling.shard import Layout, Whole, fill, random_weights
 from pose.modeling.weights import Weights, listed, matched, merges, not_finite, refuse
-from pose.rope import RopeGeometry, RopeScaling
+from pose.rope import RopeGeometry, RopeScaling, longrope_attention
 
 log = logging.getLogger(__name__)
 
@@ -67,23 +67,35 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     form = from_hub("config", _read_form, path, revision)
     if form is not None:
         return form.config
+    scaling = from_hub("config", PretrainedConfig.get_config_dict, path, revision)[0].get("rope_scaling")
+    if isinstance(scaling, dict):
+        _check_rope_type(scaling.get("rope_type", scaling.get("type", "default")), path)
     config = from_hub("config", AutoConfig.from_pretrained, path, revision, trust_remote_code=False)
     config.__dict__.pop("auto_map", None)  # it would be exported without the code that it names
     if config.model_type == "gemma" and config.hidden_act == "gelu":
         config.hidden_act = "gelu_pytorch_tanh"  # what its first folders mean by it
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    _check_rope_type((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"), path)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None) is not None:
+            raise ConfigError(f"{path} is a {config.model_type} model with {name}, which is not supported")
+    for name in ("logits_scaling", "logit_scale"):  # Granite's and Cohere's; losses are taken from the head itself
+        if getattr(config, name, None) not in (None, 1):
+            raise ConfigError(
+                f"{path} is a {config.model_type} model that changes its logits after the head "
+                f"({name}={getattr(config, name)}), which is not supported"
+            )
+    check_groups(config, path)
+    check_rope(config, path)
+    _read_window(config, path)
+    return config
+
+
+def _check_rope_type(rope_type: Any, path: str):
     if isinstance(rope_type, str) and rope_type not in compat.ROPE_TYPES:
         raise CheckpointError(
             f"{path} has a rope_scaling of type {rope_type!r}, which transformers does not know: make a plain "
             "folder of it first, with python -m pose.modeling.legacy SRC DST"
         )
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, name, None) is not None:
-            raise ConfigError(f"{path} is a {config.model_type} model with {name}, which is not supported")
-    check_groups(config, path)
-    check_rope(config, path)
-    _read_window(config, path)
-    return config
 
 
 def _read_window(config: PretrainedConfig, path: str):
@@ -235,6 +247,7 @@ def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int
     scaling = scaling.resolve(geometry, target_len)
     target_len = max(target_len, target_len_of(config))
     if scaling.name == "none":
+        _keep_attention_factor(config, geometry)
         set_target_len(config, target_len)
         return scaling
     config.pose = {"rope": scaling.name, "window": geometry.window, "factor": scaling.factor}
@@ -248,13 +261,34 @@ def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int
     return scaling
 
 
+def _keep_attention_factor(config: PretrainedConfig, geometry: RopeGeometry):
+    """Writes down what transformers works out of max_position_embeddings, which is about to change."""
+    rope, window = config.rope_parameters, geometry.window
+    if rope.get("rope_type") not in ("yarn", "longrope") or rope.get("factor") is not None:
+        return
+    factor = config.max_position_embeddings / rope["original_max_position_embeddings"]
+    if rope["rope_type"] == "yarn":
+        rope["factor"] = factor
+    elif rope.get("attention_factor") is None:
+        rope["attention_factor"] = longrope_attention(factor, rope["original_max_position_embeddings"])
+        if not isinstance(getattr(config, "pose", None), dict):  # so that an export tells engines of it
+            config.pose = {"rope": "longrope", "window": window, "factor": factor}
+
+
 def _write_scaling(config: PretrainedConfig, scaling: RopeScaling, geometry: RopeGeometry, target_len: int):
     _write_rope(config, scaling.to_hf(geometry), geometry)
     set_target_len(config, target_len)
     try:
         config.validate_rope()
-    except ValueError:  # a model class that knows fewer types, such as phi3's
+    except (ValueError, TypeError, KeyError):  # a model class that knows fewer types, such as phi3's
         _write_rope(config, scaling.to_longrope(geometry), geometry)
+        try:
+            config.validate_rope()
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"a {config.model_type} model takes no rope={scaling.name}: {first_line(error)}; none, ntk and theta "
+                "may do"
+            ) from error
 
 
 def _write_rope(config: PretrainedConfig, rope_parameters: dict[str, Any], geometry: RopeGeometry):

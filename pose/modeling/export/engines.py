@@ -15,6 +15,7 @@ from pose.errors import CheckpointError, ConfigError, require_choice
 from pose.files import load_json
 from pose.modeling.options import ENGINES
 from pose.modeling.rotary import depends_on_length
+from pose.rope import longrope_attention
 
 _OF_GGUF = ("llama.cpp", "ollama")
 _OF_ONE_LIST = {
@@ -30,6 +31,10 @@ _OF_DYNAMIC = {
     "llama.cpp": "has no such scaling, and would leave the model unscaled",
     "ollama": "has no such scaling, and would leave the model unscaled",
 }
+# Families whose classes in mlx-lm read `rope_scaling`. Others (Gemma, Phi, GPT-NeoX, Mixtral) drop it without a word.
+_MLX_SCALES = {
+    "llama", "mistral", "qwen2", "qwen3", "granite", "granitemoe", "olmo2", "olmoe", "seed_oss", "phi3",
+}  # fmt: skip
 
 
 def check_engine(engine: str, config: PretrainedConfig):
@@ -65,9 +70,12 @@ def misread_by(folder: str | Path, config: PretrainedConfig) -> dict[str, str]:
 def _never(engine: str, config: PretrainedConfig) -> str | None:
     if engine in _OF_GGUF and config.model_type != "llama":
         return f"GGUF files are written of the architecture 'llama' alone, and this model is {config.model_type!r}"
+    rope_type = config.rope_parameters["rope_type"]
+    if engine == "mlx" and rope_type != "default" and config.model_type not in _MLX_SCALES:
+        return f"its class of {config.model_type!r} models is not known to read a scaling of RoPE ({rope_type})"
     if not depends_on_length(config):
         return None
-    is_dynamic = config.rope_parameters["rope_type"] == "dynamic"
+    is_dynamic = rope_type == "dynamic"
     why = (_OF_DYNAMIC if is_dynamic else _OF_ONE_LIST).get(engine)
     named = "dynamic" if is_dynamic else "longrope with unequal lists"
     return why and f"its frequencies depend on the length of the text ({named}), and {engine} {why}"
@@ -100,7 +108,7 @@ def _factor_meant(rope: Mapping[str, Any], longest: int) -> float:
         return _yarn(rope["factor"], rope.get("mscale") or 1) / _yarn(rope["factor"], rope.get("mscale_all_dim") or 0)
     if rope["rope_type"] == "longrope":
         window = rope["original_max_position_embeddings"]
-        return _longrope(rope.get("factor") or longest / window, window)
+        return longrope_attention(rope.get("factor") or longest / window, window)
     return 1.0
 
 
@@ -115,14 +123,10 @@ def _factor_read(engine: str, rope: Mapping[str, Any], longest: int) -> float:
         return float(rope.get("attention_factor") or own)  # vLLM
     if rope["rope_type"] == "longrope":
         window = rope["original_max_position_embeddings"]
-        own = _longrope(longest / window, window)
+        own = longrope_attention(longest / window, window)
         return own if engine == "mlx" else float(rope.get("long_mscale") or own)
     return 1.0
 
 
 def _yarn(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _longrope(factor: float, window: int) -> float:
-    return math.sqrt(1 + math.log(factor) / math.log(window)) if factor > 1 else 1.0

@@ -18,6 +18,7 @@ from pose.modeling.compat import rotary_modules
 from pose.modeling.export.fold import Fold
 from pose.modeling.load import FACTORLESS
 from pose.modeling.rotary import target_len_of
+from pose.rope import longrope_attention
 
 SHARE = "partial_rotary_factor"
 ORIGINAL = "original_max_position_embeddings"
@@ -86,7 +87,7 @@ def _implied(parameters: dict[str, Any], target_len: int) -> tuple[dict[str, Any
         parameters[ORIGINAL] = target_len  # a window that has not grown implies none, and no list is the wrong one
     window = parameters[ORIGINAL]
     factor = target_len / window
-    implied = math.sqrt(1 + math.log(factor) / math.log(window)) if factor > 1 else 1.0
+    implied = longrope_attention(factor, window)
     return parameters | {"factor": factor, "attention_factor": implied}, implied
 
 

@@ -567,10 +567,38 @@ def test_a_teacher_does_not_see_beyond_its_window(plan, documents, objective):
     """The original model is at a loss there; without it examples may be longer than its window."""
     given = ("eval=none", "data=jsonl", documents(LONG), "pose.train_len=300", f"objective={objective}")
     if objective == "long_short":
-        with pytest.raises(ConfigError, match=r"pose.train_len=300 is above the model's own window of 256 tokens"):
+        with pytest.raises(ConfigError, match=r"pose.train_len=300 is above the 256 tokens .* is made for"):
             plan(*given)
     else:
         assert plan(*given).sampler.train_len == 300
+
+
+def test_a_teacher_that_was_extended_sees_as_far_as_that(plan, documents, tmp_path):
+    folder = tmp_path / "extended"
+    shutil.copytree(CONF.parent / "assets" / "tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    noted = {"rope": "linear", "window": 256, "factor": 2.0}
+    rope = config["rope_parameters"] | {"rope_type": "linear", "factor": 2.0}
+    changed = config | {"max_position_embeddings": 512, "pose": noted, "rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(changed))
+    given = ("eval=none", "data=jsonl", documents(LONG), f"model.path={folder}", "rope=none", "objective=long_short")
+    assert plan(*given, "pose.train_len=300").sampler.train_len == 300
+    with pytest.raises(ConfigError, match=r"pose.train_len=600 is above the 512 tokens"):
+        plan(*given, "pose.train_len=600")
+
+
+@pytest.mark.parametrize(("sampler", "is_warned_of"), [("pose", True), ("full", False)])
+def test_layers_that_slide_are_warned_of(plan, documents, tmp_path, capsys, sampler, is_warned_of):
+    """They count tokens, not positions: across a skip they see what is far away."""
+    folder = tmp_path / "sliding"
+    shutil.copytree(CONF.parent / "assets" / "tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    kinds = ["full_attention", "sliding_attention"] * (config["num_hidden_layers"] // 2)
+    changed = {"model_type": "ministral", "architectures": ["MinistralForCausalLM"], "layer_types": kinds}
+    (folder / "config.json").write_text(json.dumps(config | changed | {"sliding_window": 256}))
+    plan("eval=none", "data=jsonl", documents(*[LONG] * 40), f"model.path={folder}", f"pose={sampler}")
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("Warning: 3 of 6 layers of this model attend to the last 256 tokens alone" in out) is is_warned_of
 
 
 @pytest.mark.parametrize(

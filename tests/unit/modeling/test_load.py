@@ -547,6 +547,17 @@ def test_a_scaling_that_transformers_does_not_know_leads_to_the_importer(checkpo
         load_config(str(checkpoint))
 
 
+def test_the_first_form_of_longrope_leads_to_the_importer(checkpoint):
+    """transformers takes its name for longrope, and then misses a key of longrope's."""
+    of_phi = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"model_type": "phi3", "rope_scaling": of_phi, "original_max_position_embeddings": WINDOW}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"'su', which transformers does not know.*pose\.modeling\.legacy"):
+        load_config(str(checkpoint))
+
+
 def old_config(folder, rope_scaling, **options):
     """Gives a folder the keys that transformers 4 wrote."""
     config = json.loads((folder / "config.json").read_text())

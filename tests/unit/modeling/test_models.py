@@ -14,16 +14,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPTJConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MptConfig,
     Phi3Config,
     PhiConfig,
+    PhimoeConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -495,6 +498,12 @@ def test_baichuans_that_are_not_read_are_refused(tmp_path, changes, words):
     ("config", "words"),
     [
         (Gemma2Config(), "gemma2 model with attn_logit_softcapping, which is not supported"),
+        (
+            GraniteConfig(logits_scaling=8.0),
+            r"granite model that changes its logits after the head \(logits_scaling=8.0",
+        ),
+        (CohereConfig(), r"cohere model that changes its logits after the head \(logit_scale=0.0625"),
+        (PhimoeConfig(max_position_embeddings=4096), "a phimoe model takes no rope=linear"),
         (Gemma3TextConfig(num_hidden_layers=6), "no single rotary embedding"),
         (MptConfig(), "no single rotary embedding"),
         (MistralConfig(sliding_window=4096, max_position_embeddings=32768), "last 4096 tokens only"),

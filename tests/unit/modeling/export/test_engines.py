@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+from transformers import GemmaConfig, GPTNeoXConfig, LlamaConfig, MixtralConfig, PhiConfig, Qwen2Config
 
 from pose.errors import ConfigError
 from pose.modeling.export.engines import check_engine, misread_by
 from pose.modeling.load import scale_config
-from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, Yarn
+from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, Theta, Yarn
 
 RISING, ONES = [1.0 + i for i in range(8)], [1.0] * 8
 
@@ -83,6 +83,16 @@ def test_other_architectures_are_not_written_as_gguf(tmp_path):
     assert list(misread(tmp_path, config)) == ["llama.cpp", "ollama"]
     with pytest.raises(ConfigError, match="architecture 'llama' alone, and this model is 'qwen2'"):
         check_engine("ollama", config)
+
+
+@pytest.mark.parametrize("kind", [GemmaConfig, PhiConfig, GPTNeoXConfig, MixtralConfig])
+def test_mlx_leaves_families_unscaled(kind):
+    """Their classes in mlx-lm have a RoPE of rope_theta alone."""
+    for scaling in (Linear(), Yarn()):
+        with pytest.raises(ConfigError, match=r"mlx cannot serve this model right: .*is not known to read a scaling"):
+            check_engine("mlx", make_config(scaling, kind))
+    check_engine("mlx", make_config(Theta(), kind))
+    check_engine("mlx", make_config(Yarn(), Qwen2Config))
 
 
 def test_what_the_export_can_mend_stops_no_run():

@@ -18,7 +18,7 @@ from transformers import (
 
 from pose.modeling.compat import rotary_modules
 from pose.modeling.export import export_model
-from pose.modeling.export.rope import where_the_factor_is
+from pose.modeling.export.rope import attention_factor, where_the_factor_is
 from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
 from pose.rope import (
     NTK,
@@ -202,6 +202,45 @@ def test_phi3_has_the_three_keys_that_transformers_4_accepts(tmp_path, tokenizer
     assert config["original_max_position_embeddings"] == TARGET_LEN  # its class prefers that to rope_parameters
     kept = exported(model, tokenizer, tmp_path / "kept", fold=False)
     assert kept["rope_scaling"]["attention_factor"] == 1.2 and kept["original_max_position_embeddings"] == WINDOW
+
+
+LONGER = 4 * TARGET_LEN
+
+
+def further(folder, tokenizer, out):
+    """A folder extended by rope=none; its attention factor, and that of what it is exported as."""
+    config = load_config(str(folder))
+    scale_config(config, Unscaled(), LONGER)
+    model = build_model(config, str(folder), "sdpa").eval()
+    written = exported(model, tokenizer, out)
+    return model, written, build_model(load_config(str(out)), str(out), "sdpa").eval()
+
+
+def test_longrope_that_does_not_say_its_attention_factor_keeps_it(tmp_path, tokenizer):
+    """Phi-3-128k: transformers works it out of max_position_embeddings, which rope=none changes."""
+    rope = {"rope_type": "longrope", "rope_theta": BASE, "short_factor": [1.0] * 8, "long_factor": DIVISORS}
+    config = Phi3Config(**SIZES | PHI3 | {"max_position_embeddings": TARGET_LEN}, rope_parameters=rope)
+    torch.manual_seed(0)
+    model = build_model(config, None, "sdpa").eval()
+    own = UNEQUAL["attention_factor"]
+    assert attention_factor(model) == pytest.approx(own)
+    model.save_pretrained(tmp_path / "base")
+    extended, written, again = further(tmp_path / "base", tokenizer, tmp_path / "further")
+    assert attention_factor(extended) == pytest.approx(own)
+    implied = math.sqrt(1 + math.log(LONGER / WINDOW) / math.log(WINDOW))
+    assert attention_factor(again) == pytest.approx(implied)
+    assert written["pose"]["folded"] == pytest.approx(own / implied), "so engines multiply by the model's own"
+    tokens = torch.arange(40)[None]
+    wanted = extended(input_ids=tokens).logits
+    assert (again(input_ids=tokens).logits - wanted).abs().max() < 1e-4 * wanted.std()
+
+
+def test_an_export_of_phi3_is_extended_with_the_factor_that_it_has(tmp_path, tokenizer):
+    model, _ = make_model(Yarn(), Phi3Config(**SIZES | PHI3))
+    exported(model, tokenizer, tmp_path / "model")
+    extended, written, again = further(tmp_path / "model", tokenizer, tmp_path / "further")
+    assert attention_factor(extended) == attention_factor(again) == 1.0
+    assert written["pose"]["folded"] == pytest.approx(0.1 * math.log(8) + 1), "once"
 
 
 def test_names_of_families(tmp_path, tokenizer):
