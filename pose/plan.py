@@ -18,6 +18,7 @@ both views (6 and 6 s; the teacher's are those of the language model's loss). lo
 forward pass of the original's layers: 2 for each of its weights, and a third of attention. Memory is that of s = 1.
 """
 
+import re
 import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,7 +73,7 @@ GPUS = (
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Of a GPU by the name that its driver gives, in what a precision computes in; None for one that is not known."""
     name = device_name.lower().replace("h200", "h100")  # which differ in memory alone
-    gpu = next((one for one in GPUS if one.name.lower() in name), None)
+    gpu = next((one for one in GPUS if re.search(rf"{re.escape(one.name.lower())}(?!\d)", name)), None)  # no A1000
     return None if gpu is None else gpu.half if precision in MIXED else gpu.single
 
 

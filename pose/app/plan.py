@@ -132,7 +132,7 @@ def plan(cfg: DictConfig) -> Training:
     objective.check(sampler, shape.num_layers)
     is_open = trainer.micro_batch == "auto"
     share = max(trainer.global_batch // devices, 1)
-    micro_batch = 1 if is_open else micro_batch_of_views(min(trainer.micro_batch, share), objective.num_views, share)
+    micro_batch = 1 if is_open else min(micro_batch_of_views(trainer.micro_batch, objective.num_views, share), share)
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     training = of_config(
         cfg,

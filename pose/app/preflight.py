@@ -313,7 +313,8 @@ def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoi
 
     trainer.micro_batch is then what is used. It stays auto where that is found on the model (`MicroBatch`): on a GPU,
     unless the run goes on, and takes what was found before. A number that is given counts each view of an example, so
-    that an objective with two needs about the memory of one: it is brought down to a divisor of the share of a device.
+    that an objective with two needs about the memory of one: what is used then is a divisor of the share of a device,
+    and the key stays as it was given.
 
     Args:
         cfg: of the run.
@@ -335,8 +336,10 @@ def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoi
             log.info("Micro-batch 1: trainer.micro_batch=auto looks for the largest that fits on a GPU alone")
     elif num_views > 1:
         share = t.global_batch // trainer.world_size
-        t.micro_batch, given = micro_batch_of_views(t.micro_batch, num_views, max(share, 1)), t.micro_batch
-        log.info(f"Micro-batch {t.micro_batch}: the objective sees each example {num_views} times ({given} was given)")
+        micro_batch = micro_batch_of_views(t.micro_batch, num_views, max(share, 1))
+        given = f"{t.micro_batch} was given"
+        log.info(f"Micro-batch {micro_batch}: the objective sees each example {num_views} times ({given})")
+        return build.accumulate(trainer, micro_batch, t.global_batch)  # the key keeps what may be given again
     micro_batch = build.accumulate(trainer, 1 if t.micro_batch == AUTO else t.micro_batch, t.global_batch)
     if t.micro_batch != AUTO:
         t.micro_batch = micro_batch  # which a small global batch may have lowered

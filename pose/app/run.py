@@ -97,7 +97,8 @@ class Run:
         """Plans, measures, trains, reports."""
         self.plan = plan_training(self.cfg, self.folder)
         if self.plan.is_finished:
-            longer = "" if self.plan.data.has_phases else " A larger trainer.max_steps goes on with it;"
+            goes_on = self.plan.checkpoint is not None and not self.plan.data.has_phases
+            longer = " A larger trainer.max_steps goes on with it;" if goes_on else ""
             log.info(
                 f"The run in {self.folder} is finished.{longer} python evaluate.py ckpt={self.folder} measures it again"
             )

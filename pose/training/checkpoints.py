@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pose.errors import CheckpointError, Interrupted, TrainingError, first_line
 from pose.files import is_inside, load_json, read_json, remove_folder, same_path, sha256, write_json
@@ -184,6 +185,10 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.seen = trainer.global_step
+        if self.saved == 0:  # torch makes the states of sharded parameters by a step without gradients, and counts it
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, torch.optim.Optimizer):
+                    optimizer.state.clear()
         # Lightning's own handler of SIGTERM starts a collective operation in the middle of others. It puts the
         # handlers of before the training back at its end.
         self._handlers = signals.install(self.requests)
@@ -204,8 +209,10 @@ class Checkpoints(L.Callback):
             raise self._interrupted(f"asked to stop at step {step}")
 
     def on_train_end(self, trainer, pl_module):
-        stop = self._is_asked_to_stop(trainer)
-        if self.every_n_steps or stop:
+        if self.every_n_steps:
+            self.save(trainer)
+        stop = self._is_asked_to_stop(trainer)  # while that was written too, which may take minutes
+        if stop:
             self.save(trainer)
         signals.end_again(self._handlers)
         if stop:
@@ -247,17 +254,19 @@ class Checkpoints(L.Callback):
             if trainer.is_global_zero:
                 remove_folder(folder)
                 partial.rename(folder)
-        except (OSError, RuntimeError) as error:
-            if not isinstance(error, OSError) and not any(sign in str(error) for sign in WRITING_FAILED):
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if (cause := _failed_write(error)) is None:
                 raise
             if trainer.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = ", ".join(path.name for path in list_checkpoints(self.folder)) or "none before it"
             free = shutil.disk_usage(next(path for path in partial.parents if path.is_dir())).free
-            raise TrainingError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}: {first_line(error)} "
+            failed = TrainingError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {first_line(cause)} "
                 f"({free / 2**20:,.0f} MiB are free). There is still {kept}, to go on from when the cause is fixed"
-            ) from error
+            )
+            failed.is_everywhere = isinstance(error, CheckpointException)
+            raise failed from error
         self.saved = step
         if trainer.is_global_zero:
             self._prune(step)
@@ -293,6 +302,16 @@ class Checkpoints(L.Callback):
             files = {name: entry for share in shares for name, entry in share.items()}
             manifest = {"step": step, "settings": self.settings, "files": files, "time": time.time()}
             write_json(partial / "manifest.json", manifest | {"run": run_id(self.folder.parent)})
+
+
+def _failed_write(error: BaseException) -> BaseException | None:
+    """The error of the system that kept a checkpoint from being written; None where it was another error.
+
+    Of sharded weights torch tells by an exception that is no Exception, with what happened at each process.
+    """
+    causes = [one for one, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    signs = (one for one in causes if isinstance(one, OSError) or any(sign in str(one) for sign in WRITING_FAILED))
+    return next(signs, None)
 
 
 def _announce(number: int):

@@ -38,6 +38,8 @@ def explained(run_dir: Path) -> Iterator[None]:
             yield
         except PoseError as error:
             if isinstance(error, TrainingError):
+                if launch.PARENT in os.environ and (error.changes or error.anew):
+                    launch.tell(error)
                 _add(error, _way_on(run_dir, *error.changes, anew=error.anew))
             elif isinstance(error, Interrupted):
                 _add(error, _way_on(run_dir, sweep=True))

@@ -9,6 +9,7 @@ job's own overrides in the job's own folder, whatever started the job; the proce
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ CHECKPOINT = "POSE_CHECKPOINT"  # and of the checkpoint that it chose
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what torchrun sets, and other launchers after it
 # Settings of Hydra that are of the sweep, or that every process gets anew
 NOT_PASSED_ON = {"mode", "run", "sweep", "sweeper", "launcher", "output_subdir"}
+WAY_ON = "pose/way_on"  # in the store at which they meet: how a run goes on that has ended with an error
 GRACE = 15.0  # seconds that the other processes have when one has failed, until SIGTERM, and again until SIGKILL
 POLL = 0.2  # seconds
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -213,10 +216,19 @@ def run(num_processes: int, run_dir: Path, checkpoint: Path | None = None):
             raise _with_status(Interrupted(f"process {rank} of {num_processes} was asked to stop, and all did"), code)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         hint = " (the system does so when memory runs out)" if code == -signal.SIGKILL else ""
+        way_on = json.loads(store.get(WAY_ON)) if store.check([WAY_ON]) else {}
         raise _with_status(
-            TrainingError(f"process {rank} of {num_processes} {how}{hint}; the others were ended"),
+            TrainingError(f"process {rank} of {num_processes} {how}{hint}; the others were ended", **way_on),
             code if code > 0 else 128 - code,
         )
+
+
+def tell(error: TrainingError):
+    """Tells the process that has started this one, by `run`, how a run goes on after an error: it says so for all."""
+    with contextlib.suppress(RuntimeError):  # it has ended
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=GRACE))
+        store.set(WAY_ON, json.dumps({"changes": error.changes, "anew": error.anew}))
 
 
 def command(rank: int, run_dir: Path) -> list[str]:

@@ -191,7 +191,9 @@ def test_a_run_killed_after_its_training_is_exported_by_the_next_start(finish, u
 def test_without_checkpoints_a_run_is_complete_or_starts_anew(finish, uninterrupted, tmp_path):
     run, none = tmp_path / "run", "trainer.checkpoint_every_n_steps=null"
     assert finish(run, none) == 0 and steps(run) == []
-    assert finish(run, none) == 0 and "is finished" in Path(f"{run}.log").read_text()
+    assert finish(run, none) == 0
+    said = Path(f"{run}.log").read_text()
+    assert "is finished" in said and "A larger trainer.max_steps" not in said
     assert finish(run, none, "seed=1") == 1 and "seed=1, which was 0" in Path(f"{run}.log").read_text()
     (run / "metrics.json").unlink()  # as if killed in the last evaluation
     (run / ".model.half").mkdir()  # and before in an export

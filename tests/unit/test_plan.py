@@ -420,6 +420,7 @@ def test_configs_without_a_plan_are_errors(config, word):
         ("NVIDIA A100-SXM4-80GB", "16-mixed", 312e12),
         ("NVIDIA GeForce RTX 4090", "32-true", 82.6e12),
         ("NVIDIA L4", "bf16-mixed", None),
+        ("NVIDIA RTX A1000 6GB Laptop GPU", "bf16-mixed", None),
     ],
 )
 def test_the_peak_of_a_gpu_is_known_by_its_name(name, precision, expected):

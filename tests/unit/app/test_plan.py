@@ -129,6 +129,8 @@ def test_objectives_of_two_views():
     assert (lm.objective, lm.micro_batch, lm.skipped) == ("lm", 8, 0)
     distilled = planned(*overrides, "objective=self_distill")
     assert (distilled.objective, distilled.micro_batch, distilled.num_compared) == ("self_distill", 4, 0)
+    beyond = planned(*overrides, "objective=self_distill", "trainer.micro_batch=64", "trainer.global_batch=16")
+    assert beyond.micro_batch == 16, "as train.py takes them: both views of all examples of a device are below 64"
     assert distilled.skipped == pytest.approx(0.5, abs=0.05)
     assert planned(*overrides, "objective=self_distill") == distilled, "always the same"
     short = planned(*overrides, "objective=long_short", "pose=randpos")

@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import signal
+from traceback import StackSummary
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 
 from pose.errors import CheckpointError, Interrupted, TrainingError
@@ -383,6 +386,28 @@ def test_one_in_the_last_step_is_not_forgotten(signalled, tmp_path):
     assert find_checkpoint(tmp_path / "checkpoints").step == 9
 
 
+@pytest.mark.parametrize("every_n_steps", [2, None])
+def test_one_while_the_last_checkpoint_is_written_is_not_forgotten(fit, monkeypatch, every_n_steps):
+    """That may take minutes, and what comes after it hours."""
+    asked, save = Checkpoints._is_asked_to_stop, Checkpoints.save
+
+    def is_asked(callback, trainer):
+        if trainer.global_step == 9 and not every_n_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(callback, trainer)
+
+    def saves(callback, trainer):
+        save(callback, trainer)
+        if trainer.global_step == 9 and every_n_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "_is_asked_to_stop", is_asked)
+    monkeypatch.setattr(Checkpoints, "save", saves)
+    with pytest.raises(Interrupted, match=r"at the last step, 9: the state is in .*step-9") as caught:
+        fit(9, every_n_steps=every_n_steps)
+    assert caught.value.status == 143
+
+
 def test_what_nohup_has_ignored_stays_ignored(signalled, tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -407,6 +432,52 @@ def test_a_folder_that_cannot_be_written_is_said_so(fit, monkeypatch, error):
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(TrainingError, match=r"step 4 cannot be written .*still step-2"):
         fit(6)
+
+
+def of_parts(*errors):
+    """As torch tells what happened at each process that writes sharded weights: by no Exception."""
+    return CheckpointException("write", {rank: (error, StackSummary()) for rank, error in enumerate(errors)})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        of_parts(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")),
+        of_parts(ValueError("of another process"), OSError(28, "No space left on device")),
+    ],
+)
+def test_a_full_disk_under_sharded_weights_is_said_so(fit, monkeypatch, error):
+    def fails(state, path):
+        raise error
+
+    assert not isinstance(error, Exception)
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(TrainingError, match=r"step 2 cannot be written .*(inline_container|No space).*none") as caught:
+        fit(6)
+    assert caught.value.is_everywhere
+
+
+def test_another_failure_of_a_write_is_left_as_it_is(fit, monkeypatch):
+    def fails(state, path):
+        raise of_parts(ValueError("x"))
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(CheckpointException):
+        fit(6)
+
+
+@pytest.mark.parametrize(("saved", "num"), [(0, 0), (4, 1)])
+def test_states_that_no_step_has_made_are_not_gone_on_from(tmp_path, saved, num):
+    """torch makes those of sharded parameters by a step of its own, which counts, when a checkpoint is to have them."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.zeros(1)
+    optimizer.step()
+    trainer = SimpleNamespace(global_step=saved, optimizers=[optimizer], is_global_zero=False)
+    callback = Checkpoints(tmp_path, 2, 2, {}, saved=saved)
+    callback.on_train_start(trainer, None)
+    signals.restore(callback._handlers)
+    assert len(optimizer.state) == num
 
 
 def test_a_runs_folder_that_is_gone_is_not_made_again(tmp_path):

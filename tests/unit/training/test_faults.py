@@ -75,6 +75,23 @@ def test_the_process_that_waits_says_it_for_those_that_it_started(run, monkeypat
     assert str(caught.value) == "asked to stop"
 
 
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (TrainingError("x", changes=("trainer.micro_batch=2",)), True),
+        (TrainingError("x", anew=True), True),
+        (TrainingError("x"), False),
+    ],
+)
+def test_what_to_change_is_told_to_it(run, monkeypatch, error, is_told):
+    told = []
+    monkeypatch.setenv(launch.PARENT, "1")
+    monkeypatch.setattr(launch, "tell", told.append)
+    with pytest.raises(TrainingError), faults.explained(run):
+        raise error
+    assert told == [error] * is_told
+
+
 def gone(run):
     shutil.rmtree(run)
     return FileNotFoundError(errno.ENOENT, "No such file or directory", str(run / "metrics.csv"))

@@ -354,6 +354,20 @@ def test_when_one_fails_all_end_and_its_status_is_the_jobs(processes, codes, sta
     assert error.value.status == status and time.monotonic() - begin < 10
 
 
+def test_how_a_run_goes_on_is_told_to_the_process_that_says_it(processes):
+    """By one that fails with something to change."""
+    code = (
+        f"sys.path.insert(0, {str(launch.REPOSITORY)!r})\n"
+        "from pose.errors import TrainingError\n"
+        "from pose.training import launch\n"
+        "launch.tell(TrainingError('x', changes=('trainer.micro_batch=2',), anew=True))\n"
+        "sys.exit(1)"
+    )
+    with pytest.raises(TrainingError, match="process 1 of 2 ended with status 1") as caught:
+        processes("time.sleep(0)", code)
+    assert (*caught.value.changes,) == ("trainer.micro_batch=2",) and caught.value.anew
+
+
 SAVES = (
     "on({0}, lambda: (time.sleep(1.2), tell('saved' + os.environ['RANK']), os._exit({2}))); tell('{1}'); time.sleep(60)"
 )
