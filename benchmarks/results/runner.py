@@ -90,12 +90,13 @@ class Runner:
         return self.out / name / f"s{seed}"
 
     def collect(self):
-        """Adds the finished runs of the folder, made by other processes too, in place of older ones."""
+        """Adds the finished runs of the folder, made by other processes too, in place of older ones (by their day)."""
         for name, arm in self.arms.items():
             for seed in arm.seeds:
                 found = self._left(arm, seed)
-                if found is not None:
-                    self.runs[name, seed] = found
+                if found is None or (self.is_done(name, seed) and self.runs[name, seed]["date"] > found["date"]):
+                    continue
+                self.runs[name, seed] = found
 
     def _left(self, arm: Arm, seed: int) -> Record | None:
         """The line of a run that is finished in the folder."""

@@ -162,8 +162,11 @@ def _say_whose_text(cfg: DictConfig, candidates: list[Candidate]):
 def _share_documents(candidates: list[Candidate]):
     """Leaves the documents that are long enough for all: a tokenizer may make short what is long for another."""
     chosen = [c.suite.document_ids for c in candidates]
+    differ = len({tokenizer_digest(c.suite.tokenizer) for c in candidates}) > 1
+    if differ and any(chosen):
+        log.info("The tokenizers differ: compare bits per byte, not perplexity, which is by token")
     repeated = next((name for ids in chosen for name, num in Counter(ids).items() if num > 1), None)
-    if repeated is not None and len({tokenizer_digest(c.suite.tokenizer) for c in candidates}) > 1:
+    if repeated is not None and differ:
         raise ConfigError(
             f"eval.documents has two documents of the name {repeated!r}, and checkpoints whose tokenizers differ are "
             "compared on the documents of the same names: give names of their own (the field id, or files of other "
@@ -179,7 +182,7 @@ def _share_documents(candidates: list[Candidate]):
         )
     for candidate in candidates:
         candidate.suite.keep_documents(common)
-    log.info(f"The tokenizers differ: perplexity on the {len(common)} documents that are chosen for each")
+    log.info(f"Perplexity on the {len(common)} documents that are chosen for each tokenizer")
 
 
 def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate], dict[str, Any]]:
@@ -218,6 +221,7 @@ def save(cfg: DictConfig, run_dir: Path, candidates: list[Candidate], results: R
                     "path": c.path,
                     "window": c.window,
                     "target": target_len_of(c.config),
+                    "tokenizer": tokenizer_digest(c.suite.tokenizer),
                     "identity": c.under,
                     "measured": {task.name: task.units() for task in c.suite.tasks},
                     "took": took[c.name],

@@ -134,6 +134,7 @@ def _read_one(folder: Path, name: str = "") -> "Source":
                 for model, each in found.items()
                 if (checkpoint := _object(each.get("identity")).get("checkpoint")) is not None
             },
+            tokenizers=frozenset(one for each in found.values() if isinstance(one := each.get("tokenizer"), str)),
             window=min((w for each in found.values() if (w := _whole(each.get("window")))), default=None),
             target=max((t for each in found.values() if (t := _whole(each.get("target")))), default=None),
             cost={f"measuring {model}": _numbers(each.get("took")) for model, each in found.items()},

@@ -207,8 +207,9 @@ class Suite:
                 group="eval",
             )
         if o.max_documents is not None and o.max_documents < len(usable):
-            rng = np.random.default_rng(o.seed)
-            usable = sorted(rng.choice(usable, o.max_documents, replace=False).tolist())
+            if o.draw_documents:
+                usable = np.random.default_rng(o.seed).choice(usable, o.max_documents, replace=False).tolist()
+            usable = sorted(usable[: o.max_documents])
         if self.vocab_size is not None:
             cache.check_vocabulary(self.tokenizer, self.vocab_size, usable)
         if len(usable) < len(chosen):

@@ -10,6 +10,7 @@ import numpy as np
 from pose.evaluation.task import Estimate, describe, shown
 from pose.reporting import plots
 from pose.reporting.lines import Line, Source
+from pose.reporting.tables import common_tasks
 
 MAX_POINTS = 400  # of a line
 MAX_MARKS = 4  # of windows and targets
@@ -61,8 +62,9 @@ def _measured(lines: Sequence[Line], panel: str, sources: Sequence[Source]) -> P
     metric = describe(family)
     rows: Rows = []
     spreads: dict[str, None] = {}
+    tasks = common_tasks(line.estimates for line in lines)
     for line in lines:
-        for at, value in plots.points_of(line.estimates, panel).items():
+        for at, value in plots.points_of(line.estimates, panel, tasks).items():
             estimate = estimate_of(value)
             row = {"line": line.name, "x": at, "y": finite(estimate.value), "value": shown(family, estimate.value)}
             if bounds := bounds_of(family, estimate):
@@ -117,7 +119,7 @@ def heatmaps(lines: Sequence[Line], family: str, down: str) -> list[Panel]:
     metric = describe(family)
     values = [plots.value_of(value) for _, cells in found for value in cells.values()]
     top = 1.0 if metric.is_share else max((value for value in values if 1e-3 < value < math.inf), default=1e-3)
-    order = list(dict.fromkeys(_row_label(row) for _, cells in found for row, _ in cells))
+    order = [_row_label(row) for row in plots.rows_of(cells for _, cells in found)]
     axis = {"labelAngle": 0, "format": ",d", "labelOverlap": "greedy"}
     legend = {"format": "%" if metric.is_share else ",.3~r", "gradientLength": 120, "gradientThickness": 10}
     scale = {"scheme": plots.HEATMAP, "domain": [0, top], "clamp": True}

@@ -32,7 +32,8 @@ TOKENS = (  # say which tokens are scored
     "eval.add_bos",
 )  # fmt: skip
 PROMPTS = ("eval.seed", "eval.trials", "eval.depths", "eval.haystack", "eval.add_bos")  # say which prompts are drawn
-PROMPTED = ("passkey", "needle", "ruler")  # families of metrics that are of drawn prompts
+STRIDES = ("eval.stride", "eval.sliding_tokens")  # and which tokens sliding windows score
+PROMPTED = ("passkey", "needle", "needle_gain", "ruler")  # families of metrics that are of drawn prompts
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Source:
         config: settings by dotted key; a value is text.
         models: estimates by model; of a training untuned, scaled, extended.
         identities: of the models of an evaluation: what tells the weights of one from those of any other.
+        tokenizers: of the models of an evaluation, digests.
         window: of the model before it was extended, in tokens.
         target: that was trained for, in tokens.
         logged: rows of metrics.csv.
@@ -61,6 +63,7 @@ class Source:
     config: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     identities: Mapping[str, str] = field(default_factory=dict)
+    tokenizers: frozenset[str] = frozenset()
     window: int | None = None
     target: int | None = None
     logged: Sequence[Mapping[str, str]] = ()
@@ -115,22 +118,24 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
         names.add(free)
         return Line(free, *arguments, **options)
 
-    if len(sources) == 1:
-        (source,) = sources
-        models = source.models or {source.name: {}}
-        only = [line(model, estimates) for model, estimates in models.items()]
-        return _styled(only), {source.name: only[-1].name}
-    first: list[Line] = []
-    others: list[Line] = []
-    references: list[Line] = []
-    evaluated: dict[tuple[str, str], list[tuple[dict[str, str], dict[str, Estimate]]]] = {}
     differing = _differing(sources)
 
     def about(of: Sequence[Source]) -> str:
         """Not the command, which is the same for all jobs of a sweep and names the settings of each."""
         facts = [one_line(fact) for one in of for label, fact in one.facts.items() if label != "Command"]
-        settings = [one_line(f"{key}={one.config[key]}") for one in of for key in differing if key in one.config]
+        keys = dict.fromkeys(["seed", *differing])
+        settings = [one_line(f"{key}={one.config[key]}") for one in of for key in keys if key in one.config]
         return " ".join(dict.fromkeys([*facts, *settings]))
+
+    if len(sources) == 1:
+        (source,) = sources
+        models = source.models or {source.name: {}}
+        only = [line(model, estimates, about=about(sources)) for model, estimates in models.items()]
+        return _styled(only), {source.name: only[-1].name}
+    first: list[Line] = []
+    others: list[Line] = []
+    references: list[Line] = []
+    evaluated: dict[tuple[str, str], list[tuple[dict[str, str], dict[str, Estimate]]]] = {}
 
     for group in _over_seeds(sources):
         whole = [source for source in group if not source.facts.get(STATE)]
@@ -190,7 +195,8 @@ def _conditions(source: Source, estimates: Mapping[str, Estimate]) -> dict[str, 
     """Settings of an evaluation that a number depends on beside the model: of two that differ none are one line."""
     of_text = any(name.partition("@")[0] in ("ppl", "tail_ppl") for name in estimates)
     of_prompts = any(name.startswith(PROMPTED) for name in estimates)
-    keys = ("dtype", *TOKENS * of_text, *PROMPTS * of_prompts)
+    of_strides = any(name.startswith("sliding_ppl") for name in estimates)
+    keys = ("dtype", *TOKENS * of_text, *PROMPTS * of_prompts, *STRIDES * of_strides)
     found = {key: source.config[key] for key in keys if key in source.config}
     return found | ({DOCUMENTS: source.facts[DOCUMENTS]} if of_text and DOCUMENTS in source.facts else {})
 

@@ -20,8 +20,8 @@ from pose.errors import one_line
 from pose.evaluation.task import FAMILIES, Estimate, describe, shown
 from pose.reporting import charts, plots
 from pose.reporting.charts import better, bounds_of, capital, estimate_of, finite
-from pose.reporting.lines import DOCUMENTS, INTERVAL, TOKENS, Line, Source, lines_of
-from pose.reporting.tables import main_families, series
+from pose.reporting.lines import DOCUMENTS, INTERVAL, PROMPTED, STRIDES, TOKENS, Line, Source, lines_of
+from pose.reporting.tables import common_tasks, main_families, series
 
 ASSETS = Path(__file__).parent / "assets"
 LIBRARIES = ("vega-6.4.0", "vega-lite-6.5.0", "vega-embed-7.3.0")
@@ -80,7 +80,7 @@ def page(sources: Sequence[Source], title: str, generated: str = "") -> str:
         has_seeds=any(line.spread != INTERVAL for line in lines),
         sections=drawn,
         notes=NOTES,
-        remark=_remark(sources),
+        remarks=_remarks(sources),
         cost=_cost(sources),
         differences=[found for kind in ("training", "evaluation") if (found := _differences(sources, kind))],
         sources=sources,
@@ -107,7 +107,35 @@ def _facts(sources: Sequence[Source]) -> list[tuple[str, list[tuple[str, str]]]]
     return facts
 
 
-def _remark(sources: Sequence[Source]) -> str:
+def _remarks(sources: Sequence[Source]) -> list[str]:
+    """Notes on numbers that cannot be compared."""
+    remarks = [_on_perplexity(sources)]
+    by_tokenizer = [source.tokenizers for source in sources if _has(source, "ppl", "tail_ppl", "sliding_ppl")]
+    if len(frozenset().union(*by_tokenizer)) > 1:
+        remarks.append("The tokenizers differ: compare bits per byte, not perplexity, which is by token.")
+    for what, keys, families in (
+        ("Sliding windows scored other tokens", STRIDES, ("sliding_ppl",)),
+        ("Prompts have their needles at other places", ("eval.depths",), PROMPTED),
+        ("Needles lie in other texts", ("eval.haystack",), ("needle", "needle_gain", "ruler")),
+    ):
+        if found := _differing_in(keys, [source for source in sources if _has(source, *families)]):
+            remarks.append(f"{what} ({found}): compare these within a run or an evaluation, not between them.")
+    return [remark for remark in remarks if remark]
+
+
+def _has(source: Source, *families: str) -> bool:
+    """Whether any of its models has a metric of the families."""
+    names = chain.from_iterable(source.models.values())
+    return any(re.split("[@/]", name)[0] in families for name in names)
+
+
+def _differing_in(keys: Sequence[str], sources: Sequence[Source]) -> str:
+    """Those settings that are not the same in all sources, with their values; "" for none."""
+    found = {key: list(dict.fromkeys(source.config[key] for source in sources if key in source.config)) for key in keys}
+    return "; ".join(one_line(f"{key} {' and '.join(of[:3])}") for key, of in found.items() if len(of) > 1)
+
+
+def _on_perplexity(sources: Sequence[Source]) -> str:
     """A note on perplexities that cannot be compared; "" where they can."""
     longest = {source.name: _longest(source) for source in sources}
     measured = [source for source in sources if longest[source.name]]
@@ -142,10 +170,10 @@ def _table(lines: Sequence[Line]) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(chain.from_iterable(results.values())))
     tasks = dict.fromkeys(name.split("@")[0] for name in names if name.startswith(("ruler/", "harness/")))
     families = [family for family in FAMILIES if family != "position_ppl"] + list(tasks)
-    main = main_families(results)
+    main, of_ruler = main_families(results), common_tasks(results.values())
     columns = []
     for family in families:
-        found = {line.name: series(line.estimates, family) for line in lines}
+        found = {line.name: series(line.estimates, family, of_ruler) for line in lines}
         if lengths := sorted({n for row in found.values() for n in row}):
             metric = describe(family)
             columns.append(
@@ -153,7 +181,7 @@ def _table(lines: Sequence[Line]) -> list[dict[str, Any]]:
                     "family": family,
                     "title": _heading("ruler" if family == "ruler" else family),
                     "better": better(metric.higher_is_better),
-                    "best_first": "descending" if metric.higher_is_better is not False else "ascending",
+                    "best_first": "descending" if metric.higher_is_better else "ascending",
                     "is_main": family in main,
                     "lengths": lengths,
                     "cells": {name: [_cell(family, row.get(n)) for n in lengths] for name, row in found.items()},

@@ -3,8 +3,9 @@
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,7 @@ from pose.errors import one_line
 from pose.evaluation.task import Estimate, describe, shown
 from pose.files import atomic_file
 from pose.reporting.metrics_csv import logged_rows
-from pose.reporting.tables import RULER, Metrics, series, value_of
+from pose.reporting.tables import RULER, Metrics, common_tasks, series, value_of
 
 POSITION = re.compile(r"position_ppl@(\d+)-(\d+)")
 NEEDLE = re.compile(r"(needle|needle_gain)@(\d+)/([\d.]+)")
@@ -160,7 +161,8 @@ def plot_results(
         panels: of PANELS; those without data are left out.
         target: the window that was trained for, in tokens; marked by a dashed line when given.
     """
-    lines = {name: {model: points_of(metrics, name) for model, metrics in results.items()} for name in panels}
+    tasks = common_tasks(results.values())
+    lines = {name: {model: points_of(metrics, name, tasks) for model, metrics in results.items()} for name in panels}
     drawn = [name for name in panels if any(lines[name].values())]
     if not drawn:
         return
@@ -219,6 +221,12 @@ def cells_of(metrics: Metrics, family: str) -> dict[tuple[float | str, int], flo
         return {(m[1], int(m[2])): value for m, value in tasks if m}
     needles = ((NEEDLE.fullmatch(name), value) for name, value in metrics.items())
     return {(float(m[3]), int(m[2])): value for m, value in needles if m and m[1] == family}
+
+
+def rows_of(heatmaps: Iterable[Mapping[tuple[float | str, int], Any]]) -> list[float | str]:
+    """The rows of several heatmaps: depths ascend, tasks stay in the order they come in."""
+    rows = list(dict.fromkeys(row for cells in heatmaps for row, _ in cells))
+    return sorted(rows) if all(isinstance(row, float) for row in rows) else rows
 
 
 def save_figure(figure: Figure, png: Path):
@@ -320,7 +328,7 @@ def _scale_values(axes, name: str, values: Sequence[float]):
 def _plot_heatmaps(
     found: Mapping[str, Mapping[tuple, float | Estimate]], png: Path, family: str, xlabel: str, ylabel: str
 ):
-    """Cells by (row, column); rows in the order they come in; models without any left out.
+    """Cells by (row, column); rows in the order of `rows_of`; models without any left out.
 
     Colours are of shares from 0 to 1, or of numbers from 0 to the largest of all models: those below have the darkest.
     """
@@ -330,7 +338,7 @@ def _plot_heatmaps(
     is_share = describe(family).is_share
     drawn = [value_of(value) for cells in found.values() for value in cells.values()]
     top = 1.0 if is_share else max((value for value in drawn if value > 1e-3), default=1e-3)
-    rows = list(dict.fromkeys(row for cells in found.values() for row, _ in cells))
+    rows = rows_of(found.values())
     columns = sorted({column for cells in found.values() for _, column in cells})
     across = min(len(found), 3)
     down = math.ceil(len(found) / across)
@@ -359,13 +367,13 @@ def _plot_heatmaps(
     save_figure(figure, png)
 
 
-def points_of(metrics: Metrics, panel: str) -> dict[float, float | Estimate]:
-    """What a panel of PANELS shows of one model, by length, or by the middle of the bin."""
+def points_of(metrics: Metrics, panel: str, tasks: Collection[str] | None = None) -> dict[float, float | Estimate]:
+    """What a panel of PANELS shows of one model, by length, or by the middle of the bin; tasks as of `series`."""
     if panel == "position":
         bins = ((POSITION.fullmatch(name), value) for name, value in metrics.items())
         by_middle = {(int(m[1]) + int(m[2])) / 2: value for m, value in bins if m}
         return dict(sorted(by_middle.items()))
-    return {float(n): value for n, value in series(metrics, panel).items()}
+    return {float(n): value for n, value in series(metrics, panel, tasks).items()}
 
 
 def last_position(metrics: Metrics) -> int:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -24,15 +24,35 @@ def lengths_of(metrics: Metrics, family: str) -> dict[int, float | Estimate]:
     return dict(sorted((int(match[1]), value) for match, value in found if match))
 
 
-def series(metrics: Metrics, family: str) -> dict[int, float | Estimate]:
-    """By length: the metrics of a family; of RULER the mean of its tasks, of a benchmark its score at 0."""
+def series(metrics: Metrics, family: str, tasks: Collection[str] | None = None) -> dict[int, float | Estimate]:
+    """By length: the metrics of a family; of RULER the mean of its tasks, of a benchmark its score at 0.
+
+    Args:
+        metrics: of a model.
+        family: what a name has before its @.
+        tasks: of RULER that the mean is of; None takes those that the model has at all lengths.
+    """
     if family == "ruler":
-        by_length: dict[int, list[float]] = {}
-        for name, value in metrics.items():
-            if match := RULER.fullmatch(name):
-                by_length.setdefault(int(match[2]), []).append(value_of(value))
-        return {n: sum(scores) / len(scores) for n, scores in sorted(by_length.items())}
+        by_length = _ruler(metrics)
+        tasks = common_tasks([metrics]) if tasks is None else tasks
+        scores = {n: [score for task, score in found.items() if task in tasks] for n, found in by_length.items()}
+        return {n: sum(found) / len(found) for n, found in sorted(scores.items()) if found}
     return {0: metrics[family]} if family in metrics else lengths_of(metrics, family)
+
+
+def common_tasks(models: Iterable[Metrics]) -> set[str]:
+    """The tasks of RULER that all models have at all their lengths: means of others cannot be compared."""
+    found = [set(scores) for metrics in models for scores in _ruler(metrics).values()]
+    return set.intersection(*found) if found else set()
+
+
+def _ruler(metrics: Metrics) -> dict[int, dict[str, float]]:
+    """Scores by length and task."""
+    by_length: dict[int, dict[str, float]] = {}
+    for name, value in metrics.items():
+        if match := RULER.fullmatch(name):
+            by_length.setdefault(int(match[2]), {})[match[1]] = value_of(value)
+    return by_length
 
 
 def main_families(results: Mapping[str, Metrics | Sequence[Metrics]]) -> tuple[str, ...]:
@@ -60,10 +80,11 @@ def results_table(
     """
     families = main_families(results) if families is None else families
     rows = {name: _runs(found) for name, found in results.items()}
+    tasks = common_tasks(metrics for runs in rows.values() for metrics in runs)
     columns = [
         (family, n)
         for family in families
-        for n in sorted({n for runs in rows.values() for metrics in runs for n in series(metrics, family)})
+        for n in sorted({n for runs in rows.values() for metrics in runs for n in series(metrics, family, tasks)})
     ]
     table = new_table(title)
     table.add_column("", overflow="fold")
@@ -73,7 +94,7 @@ def results_table(
         table.add_column(f"{title}\n@{n}" if n else title, justify="right")
     for name, runs in rows.items():
         cells = (
-            _cell(family, [value_of(series(metrics, family)[n]) for metrics in runs if n in series(metrics, family)])
+            _cell(family, [value_of(found[n]) for one in runs if n in (found := series(one, family, tasks))])
             for family, n in columns
         )
         table.add_row(escaped(name), *cells)

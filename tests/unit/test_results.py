@@ -328,6 +328,17 @@ def test_what_is_finished_is_kept(tmp_path):
     assert third.missing([("b", 0)]) == [("b", 0)]  # and not the search
 
 
+@pytest.mark.parametrize(("day", "is_taken"), [("2000-01-01", False), ("9999-01-01", True)])
+def test_a_finished_run_takes_the_place_of_older_ones_alone(tmp_path, day, is_taken):
+    made = Fake(SMALL, tmp_path, {})
+    made.run(made.missing([("a", 0)]), jobs=1)
+    folder = made.folder("a", 0)
+    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | {"date": day}))
+    again = Fake(SMALL, tmp_path, {("a", 0): made.runs["a", 0]})
+    again.collect()
+    assert (again.runs["a", 0]["date"] == day) is is_taken
+
+
 def test_a_kept_model_stays(tmp_path):
     made = Fake({"base": Arm("base", (), keep=True)}, tmp_path, {})
     made.run([("base", 0)], jobs=1)
@@ -570,7 +581,20 @@ def test_every_check_of_the_paper_has_a_number():
     for one in claims(SCALE).values():
         own = {(name, seed): run for (name, seed), run in runs.items() if name in one.arms}
         for result in checked(one, own, ARMS, SCALE.seeds):
-            assert len(result.values) == 3 and not result.missing, (one.name, result.check.says, result.missing)
+            num = len(ARMS[result.check.arm].seeds) if result.check.arm else 3
+            assert len(result.values) == num and not result.missing, (one.name, result.check.says, result.missing)
+
+
+def test_an_arm_with_seeds_of_its_own_is_checked_for_all_of_them():
+    """A single bad seed decides, whatever its number."""
+    runs, claim = synthetic(SCALE), claims(SCALE)["fig2"]
+    of_default = next(check for check in claim.checks if check.arm == "default.pose")
+    assert ARMS["default.pose"].seeds == (0, 1, 2, 3, 4)
+    bad = runs["default.pose", 4]
+    for key in [key for key in bad["metrics"] if key.startswith("passkey@")]:
+        bad["metrics"][key] = 0.0
+    found = next(one for one in checked(claim, runs, ARMS, SCALE.seeds) if one.check.says == of_default.says)
+    assert found.values[4] == 0.0 and found.share == 0.8 if all(found.values[:4]) else found.share < 1
 
 
 def test_the_papers_own_ratios():

@@ -17,6 +17,7 @@ from wandb_run import read_runs
 from pose.app import compare, runtime, schema
 from pose.app.trained import FILE, note_trained, warn_of_trained
 from pose.data.datamodule import PoseDataModule
+from pose.data.tokenizer import tokenizer_digest
 from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
 from pose.modeling.load import load_tokenizer
@@ -26,6 +27,8 @@ from pose.training.loggers import dashboards_of
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "assets" / "tiny"
 LONG = SimpleNamespace(max_position_embeddings=32)  # the config of a model that was extended
+TOKENIZER = load_tokenizer(str(TINY))
+SUITE = SimpleNamespace(tasks=[], tokenizer=TOKENIZER)
 schema.register()
 
 
@@ -112,7 +115,7 @@ def test_tokenizers_that_differ_are_measured_on_the_same_documents(tmp_path, lon
     candidates = plan(tmp_path, *common, "eval.lengths=[256]")
     assert [c.suite.document_ids for c in candidates] == [["d400", "d300"]] * 2
     assert [len(c.suite.tasks[0].units()) for c in candidates] == [2, 2]
-    assert "perplexity on the 2 documents" in capsys.readouterr().out
+    assert "Perplexity on the 2 documents" in (out := capsys.readouterr().out) and "compare bits per byte" in out
     with pytest.raises(
         ConfigError, match=r"no document of eval\.documents was chosen for all.*larger eval\.max_documents"
     ):
@@ -205,7 +208,7 @@ def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeyp
     candidates, results, took = [], {}, {}
     for i, name in enumerate("ba"):
         task = SimpleNamespace(name="passkey", units=lambda i=i: {"8": {"seed": i}})
-        suite = SimpleNamespace(tasks=[task])
+        suite = SimpleNamespace(tasks=[task], tokenizer=TOKENIZER)
         candidates.append(
             compare.Candidate(name, f"in/{name}", LONG, 8 - i, suite, torch.device("cpu"), None, {"checkpoint": i})
         )
@@ -226,6 +229,7 @@ def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeyp
     for i, name in enumerate("ba"):
         assert saved["checkpoints"][name] == {
             "path": f"in/{name}", "window": 8 - i, "target": 32, "identity": {"checkpoint": i},
+            "tokenizer": tokenizer_digest(TOKENIZER),
             "measured": {"passkey": {"8": {"seed": i}}}, "took": {"seconds": float(i), "peak_memory_gib": 1.0},
             "metrics": {
                 "passkey@8": {"value": 0.5 + i / 4, "low": 0.25, "high": 0.875, "num": 4 + i},
@@ -244,7 +248,7 @@ def two(tmp_path, monkeypatch):
     extended = SimpleNamespace(
         max_position_embeddings=32, rope_parameters={"rope_type": "longrope"}, pose={"rope": "searched"}
     )
-    suite = SimpleNamespace(tasks=[], metrics=dict, document_ids=[])
+    suite = SimpleNamespace(tasks=[], metrics=dict, document_ids=[], tokenizer=TOKENIZER)
 
     def two_(logger, *overrides):
         folder = tmp_path / "2026-11-27" / "10-00-00"
@@ -321,7 +325,7 @@ def test_settings_of_a_dashboard_that_no_evaluation_can_have(tmp_path, options, 
 
 def test_a_table_that_could_not_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
     cfg = composed(tmp_path, "ckpt=a")
-    candidate = compare.Candidate("a", "a", LONG, 8, SimpleNamespace(tasks=[]), torch.device("cpu"), None, {})
+    candidate = compare.Candidate("a", "a", LONG, 8, SUITE, torch.device("cpu"), None, {})
     compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.5)}}, {"a": {}})
     before = (tmp_path / "results.csv").read_text()
 
@@ -353,7 +357,7 @@ def test_a_checkpoint_is_saved_before_the_next_is_measured(tmp_path, monkeypatch
 
 def test_metrics_of_one_checkpoint_are_not_under_its_name(tmp_path):
     cfg = composed(tmp_path, "ckpt=a")
-    suite = SimpleNamespace(tasks=[])
+    suite = SUITE
     candidate = compare.Candidate("a", "a", LONG, 8, suite, torch.device("cpu"), None, {})
     compare.save(cfg, tmp_path, [candidate], {"a": {"harness/x": Estimate(0.5)}}, {"a": {}})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"harness/x": 0.5}

@@ -166,6 +166,21 @@ def test_documents_are_drawn_by_the_seed(suite):
     assert all(len(set(ids)) == 2 and ids == sorted(ids) for ids in drawn)
 
 
+def test_of_documents_that_are_set_aside_the_first_are_taken_too(tokenizer, documents, tmp_path):
+    """For every seed of the prompts; drawn where that is asked for."""
+
+    def ids(seed, **options):
+        aside = SetAside(str(documents), 0.9, 1, tmp_path / "cache")
+        one = EvalOptions(
+            tasks=["perplexity"], lengths=[8], windows=1, tail=None, max_documents=1, seed=seed, **options
+        )
+        return Suite(one, tokenizer, aside, str(tmp_path / "cache"), 64).document_ids
+
+    cache, chosen = SetAside(str(documents), 0.9, 1, tmp_path / "cache").open(tokenizer)
+    assert len(chosen) > 1 and [ids(seed) for seed in range(8)] == [[cache.ids[chosen[0]]]] * 8
+    assert len({ids(seed, draw_documents=True)[0] for seed in range(8)}) > 1
+
+
 def test_no_tasks_need_nothing(suite, model):
     assert suite(tasks=[], documents=None).run(model, progress=False) == {}
 

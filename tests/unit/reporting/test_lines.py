@@ -63,6 +63,13 @@ def test_the_filter_finds_a_job_by_its_own_settings():
     assert ["finetune.warmup_steps=20" in line.about for line in lines] == [False, True]
 
 
+def test_the_filter_finds_what_a_run_alone_is():
+    facts = {"RoPE": "Yarn (factor=8.0)", "Command": "python train.py pose=pose"}
+    source = Source("one", "runs/one", "training", facts, {"seed": "0"}, {"extended": {"ppl@8": Estimate(3.0)}})
+    (line,), _ = lines_of([source])
+    assert "Yarn" in line.about and "seed=0" in line.about and "pose=pose" not in line.about
+
+
 def test_the_same_run_twice_is_no_two_seeds():
     lines, _ = lines_of([run("a"), run("b")])
     assert shown(lines) == ["untuned", "a (2 runs)"]

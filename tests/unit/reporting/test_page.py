@@ -249,6 +249,49 @@ def test_perplexities_of_different_tokens_are_remarked_on(lengths, settings, sai
     assert "different tokens" not in page(sources[:1], "x")
 
 
+def measured(name, metrics, **config):
+    settings = {f"eval.{key}": value for key, value in config.items()}
+    found = {metric: Estimate(3.0) for metric in metrics}
+    return Source(name, name, "evaluation", config=settings, models={name: found}, tokenizers=frozenset({name}))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "settings", "said"),
+    [
+        (["ppl@4"], [{}, {}], "The tokenizers differ"),
+        (["passkey@4"], [{}, {}], None),
+        (["sliding_ppl@4"], [{"stride": "2"}, {"stride": "4"}], "(eval.stride 2 and 4)"),
+        (["passkey@4"], [{"stride": "2"}, {"stride": "4"}], None),
+        (["needle_gain@4"], [{"depths": "null"}, {"depths": "[0, 1]"}], "(eval.depths null and [0, 1])"),
+        (["needle@4"], [{"haystack": "a.txt"}, {"haystack": "b.txt"}], "(eval.haystack a.txt and b.txt)"),
+        (["passkey@4"], [{"haystack": "a.txt"}, {"haystack": "b.txt"}], None),
+        (["needle@4"], [{"haystack": "a.txt"}, {}], None),  # an older one does not tell
+    ],
+)
+def test_what_else_cannot_be_compared_is_remarked_on(metrics, settings, said):
+    text = page([measured(name, metrics, **config) for name, config in zip("ab", settings, strict=True)], "x")
+    assert (said in text) if said else "<strong>" not in text.partition('id="results"')[2].partition("</section>")[0]
+
+
+def test_depths_of_several_heatmaps_ascend():
+    """Whatever the order in which models have them."""
+    few = {f"needle@8/{depth}": Estimate(0.5) for depth in (0, 1)}
+    many = {f"needle@8/{depth}": Estimate(0.5) for depth in (0, 0.25, 0.5, 0.75, 1)}
+    _, specs = read(run("a", few), run("b", many))
+    orders = [spec["encoding"]["y"]["sort"] for spec in specs if "encoding" in spec]
+    assert orders == [["0%", "25%", "50%", "75%", "100%"]] * 2
+
+
+def test_a_score_that_may_be_an_error_sorts_the_lowest_first():
+    reader, _ = read(run("a", {"harness/wikitext": Estimate(9.0), "harness/boolq": Estimate(0.5)}))
+    first = [
+        each["data-first"]
+        for tag, each in reader.elements
+        if "data-first" in each and "harness/" in each["data-family"]
+    ]
+    assert sorted(first) == ["ascending", "descending"]
+
+
 def test_a_run_without_results_says_so():
     reader, specs = read(Source("a", "a", "training", logged=[{"step": "0", "train/loss": "3"}]))
     assert "models" not in reader.ids and "training" in reader.ids and len(specs) == 1

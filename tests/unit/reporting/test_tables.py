@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pose.evaluation.task import Estimate, Metric
-from pose.reporting.tables import comparison_tables, lengths_of, print_table, results_table
+from pose.reporting.tables import common_tasks, comparison_tables, lengths_of, print_table, results_table, series
 
 METRICS = {
     "ppl@512": 9.0, "ppl@256": 12.25, "tail_ppl@256": 20.06, "tail_ppl@2048": 5.0, "sliding_ppl@256": 7.0,
@@ -84,7 +84,18 @@ def test_results_table_has_the_mean_of_rulers_tasks():
     table = results_table(
         {"a": {"ruler/vt@8": 0.5, "ruler/cwe@8": Estimate(1.0)}, "b": {"ruler/vt@16": 0.0}}, "Results"
     )
-    assert cells(table) == [["", "RULER\n@8", "\n@16"], ["a", "75%", ""], ["b", "", "0%"]]
+    assert cells(table) == [["", "RULER\n@8", "\n@16"], ["a", "50%", ""], ["b", "", "0%"]], "of the tasks of all"
+    alone = results_table({"a": {"ruler/vt@8": 0.5, "ruler/cwe@8": Estimate(1.0)}}, "Results")
+    assert cells(alone)[1:] == [["a", "75%"]]
+
+
+def test_the_mean_of_rulers_tasks_is_of_the_same_ones_everywhere():
+    """Another task at another length, or in another row, is no fall of the score."""
+    of_two = {"ruler/niah@4": 1.0, "ruler/vt@8": 0.2}
+    assert series(of_two, "ruler") == {} and common_tasks([of_two]) == set()
+    whole = {"ruler/niah@4": 1.0, "ruler/vt@4": 0.2, "ruler/niah@8": 0.8}
+    assert series(whole, "ruler") == {4: 1.0, 8: 0.8}
+    assert common_tasks([whole, {"ppl@8": 3.0}]) == {"niah"}, "a model without RULER has no say"
 
 
 def test_results_table_takes_estimates_as_numbers():
