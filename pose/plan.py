@@ -836,9 +836,8 @@ def _changes(training: Training) -> list[tuple[tuple[str, ...], dict[str, Any]]]
     elif single and training.frozen_bytes > 1:
         found.append((("finetune.lora.frozen_dtype=nf4",), {"frozen_bytes": NF4_BYTES}))
     for devices in (2, 4, 8, 16, 32):
-        share, size = training.global_batch // devices, training.micro_batch
-        is_kept = size == 1 or share >= training.num_views * size  # as `micro_batch_of_views` has it
-        if devices > training.devices and training.global_batch % (devices * size) == 0 and is_kept:
+        size = training.micro_batch
+        if devices > training.devices and training.global_batch % (devices * size) == 0:
             sharded = keep | whole | {"strategy": "fsdp", "devices": devices}
             if training.is_sharded:
                 found.append(((f"trainer.devices={devices}",), {"devices": devices}))

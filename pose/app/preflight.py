@@ -212,7 +212,8 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         export(run_dir / "model"),
     ]
     if cfg.trainer.micro_batch == AUTO:
-        trainer.callbacks.append(MicroBatch(t.global_batch, partial(_save_micro_batch, cfg, run_dir)))  # type: ignore[attr-defined]
+        save = partial(_save_micro_batch, cfg, run_dir, objective.num_views)
+        trainer.callbacks.append(MicroBatch(t.global_batch, save))  # type: ignore[attr-defined]
     return Plan(
         base, config, tokenizer, scaling, sampler, objective, geometry, trainer, data, suite, watch, settings,
         checkpoint, is_finished,
@@ -311,10 +312,9 @@ def warn_without_effect(cfg: DictConfig, sampler: PositionSampler):
 def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoint | None, num_views: int = 1) -> int:
     """The examples in a batch of one device, to begin with; the trainer accumulates the rest.
 
-    trainer.micro_batch is then what is used. It stays auto where that is found on the model (`MicroBatch`): on a GPU,
-    unless the run goes on, and takes what was found before. A number that is given counts each view of an example, so
-    that an objective with two needs about the memory of one: what is used then is a divisor of the share of a device,
-    and the key stays as it was given.
+    trainer.micro_batch is then what is used, and counts each view of an example, so that an objective with two needs
+    about the memory of one: what is taken is a divisor of the share of a device. It stays auto where that is found on
+    the model (`MicroBatch`): on a GPU, unless the run goes on, and takes what was found before.
 
     Args:
         cfg: of the run.
@@ -325,24 +325,25 @@ def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoi
     Raises:
         ConfigError: the global batch cannot be dealt out, or auto cannot be searched for.
     """
-    t = cfg.trainer
-    if t.micro_batch == AUTO:
+    t, given = cfg.trainer, cfg.trainer.micro_batch
+    share = max(t.global_batch // trainer.world_size, 1)
+    number = 1
+    if given == AUTO:
         before = None if checkpoint is None else _micro_batch_of(checkpoint.folder.parents[1])
-        if before is not None and t.global_batch % (before * trainer.world_size) == 0:
-            t.micro_batch = before
-            log.info(f"Micro-batch {before}, as this run found it before (trainer.micro_batch=auto)")
-        elif not is_searched(trainer.strategy):
-            t.micro_batch = 1
+        found = 0 if before is None else micro_batch_of_views(before, num_views, share)
+        if found and t.global_batch % (found * trainer.world_size) == 0:
+            number = found
+            log.info(f"Micro-batch {number}, as this run found it before (trainer.micro_batch=auto)")
+        elif is_searched(trainer.strategy):
+            return build.accumulate(trainer, 1, t.global_batch)
+        else:
             log.info("Micro-batch 1: trainer.micro_batch=auto looks for the largest that fits on a GPU alone")
-    elif num_views > 1:
-        share = t.global_batch // trainer.world_size
-        micro_batch = micro_batch_of_views(t.micro_batch, num_views, max(share, 1))
-        given = f"{t.micro_batch} was given"
-        log.info(f"Micro-batch {micro_batch}: the objective sees each example {num_views} times ({given})")
-        return build.accumulate(trainer, micro_batch, t.global_batch)  # the key keeps what may be given again
-    micro_batch = build.accumulate(trainer, 1 if t.micro_batch == AUTO else t.micro_batch, t.global_batch)
-    if t.micro_batch != AUTO:
-        t.micro_batch = micro_batch  # which a small global batch may have lowered
+    else:
+        number = micro_batch_of_views(given, num_views, share)
+    if given != AUTO and num_views > 1:
+        log.info(f"Micro-batch {number}: the objective sees each example {num_views} times ({given} was given)")
+    micro_batch = build.accumulate(trainer, number, t.global_batch)
+    t.micro_batch = num_views * micro_batch  # which a small global batch may have lowered
     return micro_batch
 
 
@@ -355,8 +356,8 @@ def _micro_batch_of(run_dir: Path) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _save_micro_batch(cfg: DictConfig, run_dir: Path, number: int):
-    cfg.trainer.micro_batch = number
+def _save_micro_batch(cfg: DictConfig, run_dir: Path, num_views: int, number: int):
+    cfg.trainer.micro_batch = num_views * number
     write_config(cfg, run_dir)
 
 

@@ -20,10 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from transformers import logging as transformers_logging
 
+from pose.app.targets import make
 from pose.errors import Interrupted, PoseError, TrainingError, first_line
 from pose.files import REPOSITORY, atomic_file, read_json, write_json
 from pose.training import faults, launch, signals
 from pose.training.compat import rank
+from pose.training.objectives import Objective
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +94,21 @@ def _memory_change(cfg: DictConfig) -> tuple[str, ...]:
     """The cheapest help that a run can go on with, as overrides: the next smaller micro-batch divides the batch too."""
     if "trainer" not in cfg:
         return ()
-    batch = _micro_batch(cfg)
+    batch, views = _micro_batch(cfg), _num_views(cfg)
     if batch > 1:
-        return (f"trainer.micro_batch={next(n for n in range(batch // 2, 0, -1) if batch % n == 0)}",)
+        return (f"trainer.micro_batch={views * next(n for n in range(batch // 2, 0, -1) if batch % n == 0)}",)
     return () if cfg.model.gradient_checkpointing else ("model.gradient_checkpointing=true",)
 
 
 def _micro_batch(cfg: DictConfig) -> int:
-    """The one that memory ran out with: 1 as long as a larger is looked for, whose failing is no error."""
-    return 1 if cfg.trainer.micro_batch == "auto" else cfg.trainer.micro_batch
+    """Examples that memory ran out with: 1 as long as more are looked for, whose failing is no error."""
+    number = cfg.trainer.micro_batch
+    return 1 if number == "auto" else max(number // _num_views(cfg), 1)
+
+
+def _num_views(cfg: DictConfig) -> int:
+    """How many times the objective sees each example, which trainer.micro_batch counts."""
+    return make(cfg.objective, Objective, "objective").num_views
 
 
 def _memory_advice(cfg: DictConfig) -> list[str]:
@@ -109,7 +117,8 @@ def _memory_advice(cfg: DictConfig) -> list[str]:
         advice = [f"eval.batch_tokens (it is {tokens}; a single window is the least)"]
         return [*advice, "dtype=bfloat16", f"shorter eval.lengths (they are {list(cfg.eval.lengths)})"]
     batch, length = _micro_batch(cfg), cfg.pose.train_len
-    advice = [f"trainer.micro_batch (it is {batch}; the global batch stays)"] if batch > 1 else []
+    number = f"it is {_num_views(cfg) * batch}"
+    advice = [f"trainer.micro_batch ({number}; the global batch stays)"] if batch > 1 else []
     advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
     advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
     advice += ["there strategy=fsdp, zero3 or zero3_offload", f"there pose.train_len (it is {length})"]

@@ -37,7 +37,7 @@ BACKENDS = {
 # for, by compute capability from and below
 FLASH = {
     "flash_attention_3": ("flash_attn_interface", "flash_attn_3, compiled from its sources", (9, 0), (10, 0)),
-    "flash_attention_2": ("flash_attn", "flash-attn (pip install -r requirements-gpu.txt)", (8, 0), (99, 0)),
+    "flash_attention_2": ("flash_attn", "flash-attn (docs/HOWTO.md has how to install it)", (8, 0), (99, 0)),
 }
 FLASH_DEVICES = ("cuda",)
 KERNELS = [  # of torch's SDPA, in order

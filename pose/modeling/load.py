@@ -272,7 +272,8 @@ def _keep_attention_factor(config: PretrainedConfig, geometry: RopeGeometry):
     elif rope.get("attention_factor") is None:
         rope["attention_factor"] = longrope_attention(factor, rope["original_max_position_embeddings"])
         if not isinstance(getattr(config, "pose", None), dict):  # so that an export tells engines of it
-            config.pose = {"rope": "longrope", "window": window, "factor": factor}
+            of_itself = {"rope": "longrope", "window": window, "factor": factor}
+            config.pose = of_itself | {"attention_factor": rope["attention_factor"]}
 
 
 def _write_scaling(config: PretrainedConfig, scaling: RopeScaling, geometry: RopeGeometry, target_len: int):

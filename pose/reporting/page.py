@@ -118,7 +118,8 @@ def _remarks(sources: Sequence[Source]) -> list[str]:
         ("Prompts have their needles at other places", ("eval.depths",), PROMPTED),
         ("Needles lie in other texts", ("eval.haystack",), ("needle", "needle_gain", "ruler")),
     ):
-        if found := _differing_in(keys, [source for source in sources if _has(source, *families)]):
+        alike = ([source for source in sources if _has(source, family)] for family in families)
+        if found := "; ".join(dict.fromkeys(said for of in alike if (said := _differing_in(keys, of)))):
             remarks.append(f"{what} ({found}): compare these within a run or an evaluation, not between them.")
     return [remark for remark in remarks if remark]
 

@@ -62,8 +62,11 @@ def main_families(results: Mapping[str, Metrics | Sequence[Metrics]]) -> tuple[s
         results: as of `results_table`.
     """
     runs = [metrics for found in results.values() for metrics in _runs(found)]
-    benchmarks = dict.fromkeys(name for metrics in runs for name in metrics if name.startswith("harness/"))
-    found = [family for family in (*FAMILIES, *benchmarks) if any(series(metrics, family) for metrics in runs)]
+    tasks = common_tasks(runs)
+    # Where there is no mean of RULER that can be compared, its tasks
+    alone = ("harness/",) if tasks else ("harness/", "ruler/")
+    others = dict.fromkeys(name.partition("@")[0] for metrics in runs for name in metrics if name.startswith(alone))
+    found = [family for family in (*FAMILIES, *others) if any(series(metrics, family, tasks) for metrics in runs)]
     perplexity = "tail_ppl" if "tail_ppl" in found else "ppl"
     return tuple(family for family in found if family in (perplexity, "passkey", "needle_gain")) or tuple(found)
 

@@ -185,7 +185,7 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.seen = trainer.global_step
-        if self.saved == 0:  # torch makes the states of sharded parameters by a step without gradients, and counts it
+        if self.seen == 0:  # torch makes the states of sharded parameters by a step without gradients, and counts it
             for optimizer in trainer.optimizers:
                 if isinstance(optimizer, torch.optim.Optimizer):
                     optimizer.state.clear()

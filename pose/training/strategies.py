@@ -67,8 +67,8 @@ class DeepSpeed(DeepSpeedStrategy):
     def __init__(self, stage: int, offload_optimizer: bool = False, offload_parameters: bool = False):
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError(
-                "this strategy needs the package deepspeed, which is not installed: pip install -r "
-                "requirements-gpu.txt, or choose strategy=fsdp"
+                "this strategy needs the package deepspeed, which is not installed: pip install "
+                "deepspeed, or choose strategy=fsdp"
             )
         if stage not in (1, 2, 3):
             raise ConfigError(f"strategy.stage={stage!r} is not accepted: choose 1, 2 or 3")

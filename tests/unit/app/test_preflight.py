@@ -544,7 +544,7 @@ def test_a_micro_batch_counts_both_views_of_an_example(plan, documents, capsys, 
         "eval=none", "data=jsonl", documents(LONG), "objective=self_distill", "trainer.global_batch=6",
         f"trainer.micro_batch={given}",
     )  # fmt: skip
-    assert planned.data.micro_batch == wanted and plan.cfg.trainer.micro_batch == given, "to be given again"
+    assert planned.data.micro_batch == wanted and plan.cfg.trainer.micro_batch == 2 * wanted, "to be given again"
     assert planned.trainer.accumulate_grad_batches == 6 // wanted
     assert (
         f"Micro-batch {wanted}: the objective sees each example 2 times ({given} was given)" in capsys.readouterr().out

@@ -74,6 +74,19 @@ def test_a_smaller_batch_that_divides_is_suggested(micro_batch, change):
 
 
 @pytest.mark.parametrize(
+    ("micro_batch", "change"),
+    [(16, "trainer.micro_batch=8"), (6, "trainer.micro_batch=2"), (2, "model.gradient_checkpointing=true")],
+)
+def test_it_counts_the_views_of_an_objective(micro_batch, change):
+    """As the key does: what is suggested takes less at a time than what has run."""
+    cfg = composed("train", "objective=self_distill", f"trainer.micro_batch={micro_batch}", "pose.train_len=64")
+    with pytest.raises(TrainingError) as caught, runtime.explained_memory_errors(cfg):
+        raise torch.OutOfMemoryError("out of memory")
+    assert caught.value.changes == (change,)
+    assert (f"it is {micro_batch};" in str(caught.value)) is (micro_batch > 2)
+
+
+@pytest.mark.parametrize(
     ("reuse", "words"), [("true", "the same command goes on"), ("false", "with reuse=true it goes")]
 )
 def test_what_is_said_of_an_evaluation_that_was_stopped(reuse, words):

@@ -273,6 +273,12 @@ def test_what_else_cannot_be_compared_is_remarked_on(metrics, settings, said):
     assert (said in text) if said else "<strong>" not in text.partition('id="results"')[2].partition("</section>")[0]
 
 
+def test_retrieval_of_another_kind_is_not_remarked_on():
+    """A passkey's depths beside a needle's: no number of the two is compared."""
+    text = page([measured("a", ["passkey@4"], depths="null"), measured("b", ["needle@4"], depths="[0, 1]")], "x")
+    assert "(eval.depths" not in text.partition('id="results"')[2].partition("</section>")[0]
+
+
 def test_depths_of_several_heatmaps_ascend():
     """Whatever the order in which models have them."""
     few = {f"needle@8/{depth}": Estimate(0.5) for depth in (0, 1)}

@@ -98,6 +98,11 @@ def test_the_mean_of_rulers_tasks_is_of_the_same_ones_everywhere():
     assert common_tasks([whole, {"ppl@8": 3.0}]) == {"niah"}, "a model without RULER has no say"
 
 
+def test_tasks_of_ruler_stand_alone_where_they_have_no_mean():
+    table = results_table({"a": {"ruler/niah@4": 1.0}, "b": {"ruler/vt@4": 0.2}}, "Results")
+    assert [row[1:] for row in cells(table)[1:]] == [["100%", ""], ["", "20%"]]
+
+
 def test_results_table_takes_estimates_as_numbers():
     found = {"a": {"ppl@8": Estimate(9.0, 8.0, 10.0)}, "b": [{"ppl@8": Estimate(5.0)}, {"ppl@8": 7.0}]}
     assert cells(results_table(found, "Results", ("ppl",)))[1:] == [["a", "9.0"], ["b", "6.0 (5.0-7.0)"]]

@@ -230,6 +230,7 @@ def test_longrope_that_does_not_say_its_attention_factor_keeps_it(tmp_path, toke
     implied = math.sqrt(1 + math.log(LONGER / WINDOW) / math.log(WINDOW))
     assert attention_factor(again) == pytest.approx(implied)
     assert written["pose"]["folded"] == pytest.approx(own / implied), "so engines multiply by the model's own"
+    assert where_the_factor_is(written).startswith(f"{own:.6g}: {own / implied:.6g} times are in the weights")
     tokens = torch.arange(40)[None]
     wanted = extended(input_ids=tokens).logits
     assert (again(input_ids=tokens).logits - wanted).abs().max() < 1e-4 * wanted.std()
