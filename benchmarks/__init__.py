@@ -41,7 +41,7 @@ class Options(argparse.ArgumentParser):
         self.quick = quick
         smaller = ", ".join(f"{option} {_in_words(value)}" for option, value in quick.items())
         self.add_argument("--quick", action="store_true", help=f"some minutes at most: {smaller}")
-        self.add_argument("--json", type=_output, metavar="FILE", help="the last line goes into this file too")
+        self.add_argument("--json", type=output, metavar="FILE", help="the last line goes into this file too")
 
     def read(self) -> argparse.Namespace:
         """The command line's options; a mistake ends the program, with a message that names it."""
@@ -71,7 +71,8 @@ def whole(at_least: int) -> Callable[[str], int]:
     return read
 
 
-def _output(text: str) -> Path:
+def output(text: str) -> Path:
+    """A file to write, of a command line, checked before anything is measured."""
     file = Path(text)
     if file.is_dir() or not file.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: give a file in a folder that exists")

@@ -15,7 +15,7 @@ import multiprocessing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks import Options, in_turn, memory, ratio, report, save_part, spread, table, whole, words
+from benchmarks import Options, in_turn, memory, output, ratio, report, save_part, spread, table, whole, words
 from benchmarks.shapes import SHAPES
 
 
@@ -30,7 +30,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=whole(1), default=5)
     parser.add_argument("--steps", type=whole(1), default=5, help="of PoSE in a row, for one time")
     parser.add_argument("--recompute", action="store_true", help="activations, in both ways")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="a plot of the ratios")
+    parser.add_argument("--plot", type=output, metavar="PNG", help="a plot of the ratios")
     args = parser.read()
     if min(args.targets) <= args.train_len:
         parser.error(f"--targets {min(args.targets)} is not beyond --train-len {args.train_len}")
@@ -168,8 +168,6 @@ def main():
     found: list[dict] = []
     for target in args.targets:
         found.append(compare(args, target, device, bytes_of.get(target, {}), found))
-    if args.plot is not None:
-        plot(found, args.train_len, args.plot)
     rows = [
         (
             f"{one['target_len']:,}", words(one["times_as_long"], ".1f"), f"{one['memory_ratio']:.1f}",
@@ -180,6 +178,8 @@ def main():
     title = f"efficiency: full-length over PoSE of {args.train_len:,} tokens, {args.shape}, {device.type}"
     head = ["target", "time", "memory", "FLOPs", "time by FLOPs"]
     report(table(title, head, rows), "efficiency", args, {"targets": found})
+    if args.plot is not None:
+        plot(found, args.train_len, args.plot)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pose.files import REPOSITORY, read_json, write_json
+from pose.files import REPOSITORY, load_json, read_json, write_json
 
 DOC, FOUND = REPOSITORY / "docs" / "SMOLLM2.md", REPOSITORY / "docs" / "smollm2.json"
 PICTURE = "images/smollm2.png"  # from the document's folder
@@ -47,7 +47,8 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
 
     Returns:
         Rows: model, hardware, on_gpu, target, commit, versions; of a training tokens, steps, seconds; by folder
-        measuring (seconds) and commands; metrics, [value, low, high, num] by name.
+        measuring (seconds) and commands; metrics, [value, low, high, num] by name; where perplexity is among these,
+        measured_on, the tokens.
 
     Raises:
         SystemExit: a folder is neither; names it.
@@ -89,7 +90,8 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
             }
             row |= {"measuring": {} if took is None else {label[folder.resolve()]: took}}
             row |= {"metrics": {key: list(found) for key, found in metrics.items()}}
-            row |= {"setup": own.get("setup") or _measured_on(source, metrics)}
+            tokens = _measured_on(source, metrics)
+            row |= {"setup": own.get("setup") or tokens} | ({"measured_on": tokens} if tokens else {})
             rows.append(row)
     return rows
 
@@ -330,8 +332,13 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _untuned(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The untuned model measured up to the same length: on the same tokens."""
     longest = max(_lengths(row, "tail_ppl"), default=None)
+    tokens = row.get("measured_on")
     found = (
-        one for one in rows if one["model"] == "untuned" and max(_lengths(one, "tail_ppl"), default=None) == longest
+        one
+        for one in rows
+        if one["model"] == "untuned"
+        and max(_lengths(one, "tail_ppl"), default=None) == longest
+        and (tokens is None or one.get("measured_on", tokens) == tokens)
     )
     return next(found, None)
 
@@ -361,7 +368,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--found", type=Path, default=FOUND, metavar="FILE", help="the numbers (docs/smollm2.json)")
     parser.add_argument("--doc", type=Path, default=DOC, metavar="FILE", help="the document (docs/SMOLLM2.md)")
     args = parser.parse_args(arguments)
-    rows = read_json(args.found).get("rows", [])
+    rows = load_json(args.found, required={"rows": list})["rows"] if args.found.exists() else []
     if args.folders:
         rows = merge(rows, read(args.folders, args.hardware))
         write_json(args.found, {"rows": rows})

@@ -157,13 +157,15 @@ class ScorerLM(HFLM):
         holds requests of one length.
         """
         if pos == self._batch_end:
-            rest = n_reordered_requests[pos:]
-            sizes = [min(len(context) + len(answer) - 1, self.max_length) for _, context, answer in rest]
-            num = max(self.scorer.batch_tokens // sizes[0], 1)
+            _, context, answer = n_reordered_requests[pos]
+            longest = min(len(context) + len(answer) - 1, self.max_length)
+            num = max(self.scorer.batch_tokens // longest, 1)
+            batch = n_reordered_requests[pos : pos + num]
+            sizes = [min(len(context) + len(answer) - 1, self.max_length) for _, context, answer in batch]
             if self.scorer.by_length:
-                num = min(num, sizes.count(sizes[0]))
+                num = sizes.count(longest)
             self._batch_size, self._batch_end = num, pos + num
-            scored = zip(sizes[:num], rest[:num], strict=True)
+            scored = zip(sizes[:num], batch[:num], strict=True)
             self._kept = max(sizes[0] - size + len(answer) for size, (_, _, answer) in scored)
         return self._batch_size
 

@@ -47,7 +47,7 @@ class Card:
 
     Attributes:
         base: hub id, or folder, of the model that was extended; None for random weights. Of a folder
-            only its name is shown, or its run's for RUN/model.
+            only its name is shown, or its run's for RUN/model and RUN/best.
         license: of the base, where it is known.
         model_type: transformers' name of the architecture.
         window: of the base.
@@ -106,7 +106,7 @@ class Card:
         if not folder.is_dir():
             return one_line(without_folders(self.base))
         folder = folder.resolve()
-        return one_line(folder.parent.name if folder.name == "model" else folder.name)
+        return one_line(folder.parent.name if folder.name in ("model", "best") else folder.name)
 
     def _head(self) -> str:
         base = {} if self.base is None else {"base_model": self.name, "base_model_relation": "finetune"}

@@ -1,5 +1,6 @@
 """Where a run's metrics go: metrics.csv always, TensorBoard or W&B beside it."""
 
+import configparser
 import contextlib
 import csv
 import logging
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -239,10 +241,22 @@ def _kept_id(file: Path) -> str | None:
 
 
 def has_wandb_account() -> bool:
-    """Whether a key of W&B is in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Whether a key of W&B is in the environment, or in netrc for its server, where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
+    given = os.environ.get("NETRC")
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        known = netrc.netrc(None if given is None else os.path.expanduser(given))
     except (OSError, netrc.NetrcParseError):
         return False
+    return known.authenticators(urlsplit(_wandb_server()).netloc) is not None
+
+
+def _wandb_server() -> str:
+    """The address of the server: of the environment, of wandb's settings file, where `wandb login --host` notes it."""
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+        settings.read(folder / "settings")
+    noted = settings.get("default", "base_url", fallback="https://api.wandb.ai")
+    return os.environ.get("WANDB_BASE_URL") or noted

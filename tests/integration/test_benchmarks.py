@@ -16,6 +16,7 @@ import pytest
 
 import benchmarks
 from benchmarks import gpu, parts, scaled, smollm2
+from pose.errors import PoseError
 from pose.files import sha256
 from pose.modeling.load import load_config, rope_geometry, scale_config
 from pose.rope import Yarn
@@ -428,10 +429,29 @@ def test_the_tables_of_a_real_model(rehearsal, tmp_path):
         smollm2.main([str(tmp_path), *arguments])
 
 
+def test_numbers_that_cannot_be_read_are_not_replaced(tmp_path):
+    """A conflict of a merge in the file, say."""
+    (tmp_path / "found.json").write_text('<<<<<<< {"rows": []}')
+    doc = tmp_path / "doc.md"
+    doc.write_text(f"{smollm2.BEGIN}\nkept\n{smollm2.END}\n")
+    with pytest.raises(PoseError, match=r"found\.json"):
+        smollm2.main(["--found", str(tmp_path / "found.json"), "--doc", str(doc)])
+    assert "kept" in doc.read_text() and (tmp_path / "found.json").read_text().startswith("<<<")
+
+
 def row(model, setup, target=1024, **metrics):
     found = {name.replace("_at_", "@"): [value, None, None, 3] for name, value in metrics.items()}
     return {"hardware": "a CPU", "on_gpu": False, "model": model, "setup": setup, "target": target, "versions": "1",
             "commit": "c", "commands": {}, "measuring": {}, "metrics": found}  # fmt: skip
+
+
+def test_the_untuned_model_decides_on_the_same_tokens_alone():
+    trained = row("PoSE", "lr=1", tail_ppl_at_1024=10.0) | {"measured_on": "windows=4"}
+    on = [{"measured_on": f"windows={n}"} for n in (1, 4)]
+    untuned = [row("untuned", each["measured_on"], None, tail_ppl_at_1024=1.0) | each for each in on]
+    assert smollm2._untuned(untuned, trained) is untuned[1]
+    assert smollm2._untuned(untuned[:1], trained) is None
+    assert smollm2._untuned([row("untuned", "", None, tail_ppl_at_1024=1.0)], trained), "an older one does not tell"
 
 
 def test_runs_that_differ_are_rows_of_their_own(monkeypatch):

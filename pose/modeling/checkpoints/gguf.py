@@ -97,6 +97,8 @@ def convert(file: str | Path, folder: str | Path):
             values that cannot be.
     """
     file, folder = Path(file), Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} cannot be written: it exists. Give a new folder")
     reader = _open(file)
     try:
         fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -49,6 +49,8 @@ def write_gguf(folder: str | Path, file: str | Path, dtype: str = "f16"):
     require_choice("dtype", dtype, DTYPES)
     gguf = _gguf()
     folder, file = Path(folder), Path(file)
+    if file.is_dir():
+        raise CheckpointError(f"{file} cannot be written: it is a folder. Give a file")
     config = load_config(str(folder))
     check_engine("llama.cpp", config)
     _check_llama(config)

@@ -218,6 +218,28 @@ def test_wandb_is_offline_without_an_account(monkeypatch, tmp_path):
     assert loggers.has_wandb_account()
 
 
+def test_an_account_of_another_server_of_wandb_is_one(monkeypatch, tmp_path):
+    """As `wandb login --host` leaves it; and what wandb itself looks at."""
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own").write_text("machine wandb.example.org login user password secret\n")
+    (tmp_path / "own").chmod(0o600)
+    monkeypatch.setenv("NETRC", "~/own")
+    assert not loggers.has_wandb_account(), "of the usual server there is none"
+    with monkeypatch.context() as env:
+        env.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+        assert loggers.has_wandb_account()
+    settings = tmp_path / ".config" / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = https://wandb.example.org\n")
+    assert loggers.has_wandb_account()
+    settings.write_text("damaged")
+    assert not loggers.has_wandb_account()
+    monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", "/token")
+    assert loggers.has_wandb_account()
+
+
 # ----- what trains on what -----
 
 

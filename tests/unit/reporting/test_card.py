@@ -47,6 +47,12 @@ def table(text, heading):
     return {row[0]: row[1:] for row in cells if row[0] != "---"}
 
 
+@pytest.mark.parametrize("place", ["mine/model", "mine/best", "mine"])
+def test_a_base_of_this_machine_is_called_as_its_run(tmp_path, place):
+    (tmp_path / place).mkdir(parents=True)
+    assert head_of(replace(CARD, base=str(tmp_path / place)).text())["base_model"] == "mine"
+
+
 def test_the_head_is_the_hubs():
     assert head_of(CARD.text()) == {
         "base_model": "owner/name",

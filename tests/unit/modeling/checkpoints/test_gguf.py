@@ -195,6 +195,15 @@ def test_what_is_not_read_is_refused(tmp_path, changes, words):
     assert os.listdir(tmp_path) == ["m.gguf"]
 
 
+def test_a_folder_that_is_there_is_refused_before_anything_is_read(tmp_path):
+    """Weights that are dequantised take long, and much room."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    for place in (tmp_path / "out", tmp_path / "out" / "mine"):
+        with pytest.raises(CheckpointError, match=rf"{place} cannot be written: it exists"):
+            convert(tmp_path / "nowhere.gguf", place)
+
+
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"something else, of some length")
     with pytest.raises(CheckpointError, match=r"m\.gguf is not a GGUF file"):

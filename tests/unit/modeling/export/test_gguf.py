@@ -88,6 +88,11 @@ def llama_cpp_rows(weight, heads):
     return parts.swapaxes(1, 2).reshape(weight.shape)
 
 
+def test_a_folder_in_place_of_the_file_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be written: it is a folder"):
+        write_gguf(tmp_path / "nowhere", tmp_path)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 def test_every_tensor_comes_back(tmp_path, dtype, tied):
