@@ -453,6 +453,7 @@ def test_out_of_memory_names_what_to_lower(error):
             "model": {"gradient_checkpointing": False},
             "pose": {"train_len": 2048},
             "finetune": {"lora": {"rank": None}},
+            "objective": {"_target_": "pose.training.objectives.LanguageModel"},
         }
     )
     with pytest.raises(TrainingError) as caught, explained_memory_errors(cfg):
