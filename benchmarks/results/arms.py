@@ -265,13 +265,18 @@ RATES = ("2.5e-4", "5e-4", "1e-3")
 # Of a method the peak learning rate that suits it: the best of the arms lr.*, by needle gain at the target
 RATE_OF = {"lm": "1e-3", "self_distill": "2.5e-4", "long_short": "5e-4", "searched": "5e-4", "searched_mixed": "1e-3"}
 # That of another, of a method for which none was looked for; else lm's
-RATED_AS = {"yarn_mixed": "searched_mixed", "searched_plain": "searched"}
+RATED_AS = {
+    "yarn_mixed": "searched_mixed", "searched_plain": "searched", "far_self_distill": "self_distill",
+    "far_long_short": "long_short",
+}  # fmt: skip
 # Compared at 32x too: at 16x no other was told apart from lm, but for a loss of perplexity at the target
 FARTHEST = ("lm", "short_pi", "self_distill", "long_short", "beta10", "searched", "searched_plain")
 LR_SEED = 10  # no figure of a table is of it
 FAR = ("data.skip_before_question=true",)  # as the default has it; the experiment of the other methods does not
 # What became the default, and what comes on top of it: their overrides, and the lengths at which they are compared
 CANDIDATES = {"far_answers": (FAR, (16, 32)), "far_beta4": ((*FAR, "rope.beta_slow=4"), (16,))}
+# The objectives on top of it, at the first length
+DISTILLED = {"far_self_distill": (*FAR, "objective=self_distill"), "far_long_short": (*FAR, "objective=long_short")}
 CANDIDATE_SEEDS = (3, 4, 5)  # that had no part in the choice
 
 
@@ -281,13 +286,18 @@ def rate_arm(name: str, lr: str) -> str:
 
 
 def candidate_arm(name: str, times: int) -> str:
-    """The name of the arm of lm or of one of CANDIDATES, which are compared with each other alone."""
+    """The name of the arm of lm or of one of CANDIDATES or DISTILLED, which are compared with each other alone."""
     return f"candidate.{name}.{times}x"
 
 
 def candidates(times: int) -> dict[str, tuple[str, ...]]:
     """Those of CANDIDATES that are compared at a length, by name: their overrides. Before them lm, which has none."""
     return {"lm": ()} | {name: overrides for name, (overrides, lengths) in CANDIDATES.items() if times in lengths}
+
+
+def distilled(times: int) -> dict[str, tuple[str, ...]]:
+    """Those of DISTILLED that are compared with the default at a length, by name: their overrides."""
+    return DISTILLED if times == next(iter(METHOD_LENGTHS)) else {}
 
 
 def methods(scale: Scale, times: int) -> dict[str, tuple[str, ...]]:
@@ -344,8 +354,11 @@ def _methods(scale: Scale) -> Iterator[Arm]:
                       as_long=as_long)  # fmt: skip
         as_long = AsLong(f"searched.{times}x", f"lm.{times}x")
         yield Arm(f"lm_as_searched.{times}x", (*common, *rate("lm")), seeds=scale.seeds, as_long=as_long, cost=4.0)
-        for name, overrides in candidates(times).items():
-            yield Arm(candidate_arm(name, times), (*common, *overrides, *rate("lm")), seeds=CANDIDATE_SEEDS)
+        for name, overrides in (candidates(times) | distilled(times)).items():
+            yield Arm(
+                candidate_arm(name, times), (*common, *overrides, *rate(name)), seeds=CANDIDATE_SEEDS,
+                cost=COSTS.get(RATED_AS.get(name, name), 1.0),
+            )  # fmt: skip
         if times == 16:
             for name in RATE_OF:
                 for lr in RATES:
@@ -363,6 +376,10 @@ def arms_of_methods(scale: Scale) -> dict[str, tuple[str, ...]]:
                  "lm_as_searched")  # fmt: skip
         found[f"methods{times}x"] = tuple(f"{name}.{times}x" for name in names)
     found["candidate"] = tuple(candidate_arm(name, times) for times in METHOD_LENGTHS for name in candidates(times))
+    found["distilled"] = tuple(
+        candidate_arm(name, times) for times in METHOD_LENGTHS if distilled(times)
+        for name in ("far_answers", *distilled(times))
+    )  # fmt: skip
     return found | {"lr": tuple(rate_arm(name, lr) for name in RATE_OF for lr in RATES)}
 
 

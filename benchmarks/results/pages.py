@@ -20,6 +20,7 @@ from benchmarks.results.arms import (
     arms_of_tiny,
     candidate_arm,
     candidates,
+    distilled,
     methods,
     rate_arm,
     tiny_lengths,
@@ -246,6 +247,7 @@ def method_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str
     """The tables of docs/METHODS.md by the name of their place."""
     found = {f"methods{times}x": _methods(runs, arms, scale, times) for times in METHOD_LENGTHS}
     found["candidate"] = _candidate(runs, arms, scale)
+    found["distilled"] = _distilled(runs, arms, scale)
     found["lr"] = _rates(runs, arms, scale)
     found["search"] = _searches(runs, arms, scale)
     return found
@@ -293,7 +295,7 @@ def _named(name: str, overrides: Sequence[str]) -> str:
 
 def _compared(
     runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int, pairs: Mapping[str, tuple[Arm, Arm | None]],
-    processor: str,
+    processor: str, first: str = "lm",
 ) -> str:  # fmt: skip
     """Arms by what they are called, each against another or none; those of which nothing is run are left out."""
     lengths = scale.lengths(*METHOD_LENGTHS[times])
@@ -312,14 +314,14 @@ def _compared(
         steps = spread(values(runs, arm, "training/steps"), lambda value: f"{value:.0f}")
         cells = (cell(runs, arm, metric) for metric in columns.values())
         found.append([told, _num_runs(runs, arm), steps, cost, *cells, against])
-    return table(["", "runs", "steps", "minutes", *columns, "against lm"], found) if found else "Not run yet."
+    return table(["", "runs", "steps", "minutes", *columns, f"against {first}"], found) if found else "Not run yet."
 
 
-def _rule(scale: Scale, times: int) -> str:
+def _rule(scale: Scale, times: int, first: str = "lm") -> str:
     """By which methods are told apart."""
     lengths = scale.lengths(*METHOD_LENGTHS[times])
     return (
-        f"Against lm: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
+        f"Against {first}: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
         f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule; – where they have not "
         "two seeds each on one kind of processor."
     )
@@ -327,20 +329,38 @@ def _rule(scale: Scale, times: int) -> str:
 
 def _candidate(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
     """What became the default against lm, on seeds that had no part in the choice."""
-    used = arms_of_methods(scale)["candidate"]
+    return _on_seeds(runs, arms, scale, "candidate", "lm", {times: candidates(times) for times in METHOD_LENGTHS})
+
+
+def _distilled(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
+    """The objectives against the default, on the same seeds."""
+    found = {
+        times: {"far_answers": candidates(times)["far_answers"]} | distilled(times)
+        for times in METHOD_LENGTHS
+        if distilled(times)
+    }
+    return _on_seeds(runs, arms, scale, "distilled", "far_answers", found)
+
+
+def _on_seeds(
+    runs: Runs, arms: Mapping[str, Arm], scale: Scale, claim: str, first: str,
+    methods_at: Mapping[int, Mapping[str, Sequence[str]]],
+) -> str:  # fmt: skip
+    """A table a length: the first of some methods, and the others against it."""
+    used = arms_of_methods(scale)[claim]
     told = [_machines(runs, used)]
     if not any(is_begun(runs, arms[name]) for name in used):
         return told[0]
     processor = _processor(runs, used)
-    for times in METHOD_LENGTHS:
-        lm = arms[candidate_arm("lm", times)]
+    for times, every in methods_at.items():
+        base = arms[candidate_arm(first, times)]
         pairs = {
-            _named(name, of): (arms[candidate_arm(name, times)], None if name == "lm" else lm)
-            for name, of in candidates(times).items()
+            _named(name, of): (arms[candidate_arm(name, times)], None if name == first else base)
+            for name, of in every.items()
         }
-        seeds = ", ".join(map(str, lm.seeds))
-        told.append(f"{scale.window} → {scale.at(times):,} tokens, seeds {seeds}. {_rule(scale, times)}")
-        told.append(_compared(runs, arms, scale, times, pairs, processor))
+        seeds = ", ".join(map(str, base.seeds))
+        told.append(f"{scale.window} → {scale.at(times):,} tokens, seeds {seeds}. {_rule(scale, times, first)}")
+        told.append(_compared(runs, arms, scale, times, pairs, processor, first))
     return "\n\n".join(told)
 
 

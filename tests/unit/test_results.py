@@ -713,6 +713,23 @@ def test_the_default_is_compared_on_seeds_that_chose_nothing():
     assert not set(CANDIDATE_SEEDS) & {LR_SEED, *SCALE.seeds}
 
 
+def test_objectives_stand_against_the_default_by_its_seeds():
+    """At the learning rates of the objectives, chosen on another seed; lm has no part in it."""
+    for name in ("self_distill", "long_short"):
+        assert ARMS[candidate_arm(f"far_{name}", 16)].value("finetune.lr", "") == RATE_OF[name]
+    runs = {}
+    for name, gain in {"lm": 9.0, "far_answers": 2.0, "far_self_distill": 3.5, "far_long_short": 2.5}.items():
+        for seed in CANDIDATE_SEEDS:
+            metrics = {"tail_ppl@256": 47.0 + seed, "needle_gain@4096": gain + (seed - 3) / 2}
+            runs[candidate_arm(name, 16), seed] = line(ARMS, candidate_arm(name, 16), seed, metrics)
+    text = pages.method_tables(runs, ARMS, SCALE)["distilled"]
+    rows = [row for row in text.splitlines() if row.startswith("| `")]
+    assert {row.split("`")[1]: row.split(" | ")[-1] for row in rows} == {
+        "far_answers": "– |", "far_self_distill": "**better** |", "far_long_short": "no difference |",
+    }  # fmt: skip
+    assert "Against far_answers: needle gain" in text and "against far_answers |" in text and "lm" not in text
+
+
 def test_runs_of_different_processors_are_not_compared():
     """The two seeds of lm on another one decide nothing, beside two or alone."""
     gain, short = "needle_gain@4096", "tail_ppl@256"
@@ -760,7 +777,7 @@ def test_what_a_search_found_before_any_training():
 
 def test_the_tables_without_runs_say_so():
     tables = pages.method_tables({}, ARMS, SCALE)
-    assert all("not run yet" in text.lower() or "No runs yet" in text for text in tables.values()) and len(tables) == 5
+    assert all("not run yet" in text.lower() or "No runs yet" in text for text in tables.values()) and len(tables) == 6
 
 
 def test_tables_have_their_places():
