@@ -159,7 +159,7 @@ class Shape:
         experts = [key for key in EXPERTS if config.get(key)]
         if kind is None or experts:
             what = f"has {experts[0]}={config[experts[0]]}" if experts else f"is of class {model_type!r}"
-            raise ConfigError(f"{name} {what}, of which no plan can be made: known are {', '.join(KINDS)}")
+            raise ConfigError(f"{name} {what}, for which no plan can be made; supported: {', '.join(KINDS)}")
 
         def number(key: str, *others: Any) -> int:
             found = next((value for value in (config.get(key), *others) if value is not None), None)
@@ -272,7 +272,7 @@ class Training:
             model all of whose weights train, and of what does not train beside adapters.
 
     Raises:
-        ConfigError: a value that is not accepted, or a batch that cannot be dealt out.
+        ConfigError: a value that is not accepted, or a batch that cannot be split evenly.
     """
 
     shape: Shape

@@ -116,7 +116,7 @@ def accumulate(trainer: L.Trainer, micro_batch: int, global_batch: int) -> int:
     """Sets the trainer's gradient accumulation; returns the examples in a batch of one device.
 
     Raises:
-        ConfigError: the global batch cannot be dealt out.
+        ConfigError: the global batch cannot be split evenly.
     """
     world = trainer.world_size
     micro_batch = min(micro_batch, max(global_batch // world, 1))

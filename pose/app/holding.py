@@ -46,7 +46,7 @@ def check_holding(cfg: DictConfig, config: PretrainedConfig, trainer: L.Trainer)
     in_parts = hasattr(type(strategy), "layout")
     if tune.optimizer == "adamw8bit" and in_parts:
         raise ConfigError(
-            f"finetune.optimizer=adamw8bit is not supported by {name}, which deals the states of the optimizer out to "
+            f"finetune.optimizer=adamw8bit is not supported by {name}, which shards the states of the optimizer over "
             "all processes in a form of its own: take finetune.optimizer=adamw, or strategy=auto or ddp"
         )
     if tune.optimizer == "adamw8bit" and trainer.precision == "16-mixed":
@@ -60,8 +60,8 @@ def check_holding(cfg: DictConfig, config: PretrainedConfig, trainer: L.Trainer)
         )
     if frozen == NF4 and in_parts:
         raise ConfigError(
-            f"finetune.lora.frozen_dtype=nf4 (finetune=qlora) is not supported by {name}, which cannot deal out "
-            "weights of 4 bits: take strategy=auto or ddp, or finetune=lora"
+            f"finetune.lora.frozen_dtype=nf4 (finetune=qlora) is not supported by {name}, which cannot shard "
+            "4-bit weights: take strategy=auto or ddp, or finetune=lora"
         )
     if frozen in ("bfloat16", "float32") and isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
@@ -131,7 +131,7 @@ def check_teacher(cfg: DictConfig, objective: Objective, trainer: L.Trainer):
     key = f"objective={objective.name}"
     if cfg.model.path is None:
         raise ConfigError(
-            f"{key} keeps to the original model, and model.path is null: random weights have nothing to be kept"
+            f"{key} keeps the model close to its original, and model.path is null: random weights have no original"
         )
     lora, strategy = to_options(cfg.finetune, FinetuneConfig).lora, trainer.strategy
     name = cfg.strategy.get("name", type(strategy).__name__)

@@ -148,7 +148,7 @@ def load_model(
     layout: Layout | None = None,
     prepare: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
-    """The configured model with the given config, in fp32, whole in memory; or as `build_model` deals it out."""
+    """The configured model with the given config, in fp32, whole in memory; or as `build_model` shards it."""
     path = None if cfg.model.path is None else locate(cfg.model.path)
     attention = attention_on(cfg.model.attention, device)
     return build_model(config, path, attention, revision=cfg.model.revision, layout=layout, prepare=prepare)

@@ -234,8 +234,9 @@ def warn_of_sliding(sampler: PositionSampler, config: PretrainedConfig):
     if sliding and window is not None and window < sampler.target_len and sampler.skips:
         log.warning(
             f"{sliding} of {len(kinds)} layers of this model attend to the last {window} tokens alone "
-            f"(sliding_window), counted by tokens. In examples of {sampler.name} they see across the skips, as they "
-            "never do in a text, so what they learn there is of no use. pose=full trains them as they are used"
+            f"(sliding_window), counted by tokens and not by positions. In examples of {sampler.name} they see across "
+            "the skips, which never happens in real text, so what they learn there is of no use. pose=full trains them "
+            "as they will be used"
         )
 
 
@@ -297,7 +298,7 @@ def warn_of_trained_text(data: PoseDataModule, suites: Mapping[str, Suite | None
         if suite is not None and (trained := data.trains_on(suite.documents)):
             log.warning(
                 f"{group}.documents: {', '.join(trained[:3])}{' ...' * (len(trained) > 3)} of the training text "
-                "is what perplexity is measured on, so it is of no held-out text: leave it out with data.leave_out"
+                "is what perplexity is measured on, so it is not of held-out text: leave it out with data.leave_out"
             )
 
 
@@ -323,7 +324,7 @@ def choose_micro_batch(cfg: DictConfig, trainer: L.Trainer, checkpoint: Checkpoi
         num_views: of the objective.
 
     Raises:
-        ConfigError: the global batch cannot be dealt out, or auto cannot be searched for.
+        ConfigError: the global batch cannot be split evenly, or auto cannot be searched for.
     """
     t, given = cfg.trainer, cfg.trainer.micro_batch
     share = max(t.global_batch // trainer.world_size, 1)

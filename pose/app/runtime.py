@@ -114,15 +114,16 @@ def _num_views(cfg: DictConfig) -> int:
 def _memory_advice(cfg: DictConfig) -> list[str]:
     if "trainer" not in cfg:
         tokens = cfg.eval.batch_tokens or "null, which is 1024 on a CPU and else 4096"
-        advice = [f"eval.batch_tokens (it is {tokens}; a single window is the least)"]
+        advice = [f"a smaller eval.batch_tokens (it is {tokens}; a single window is the least)"]
         return [*advice, "dtype=bfloat16", f"shorter eval.lengths (they are {list(cfg.eval.lengths)})"]
     batch, length = _micro_batch(cfg), cfg.pose.train_len
     number = f"it is {_num_views(cfg) * batch}"
-    advice = [f"trainer.micro_batch ({number}; the global batch stays)"] if batch > 1 else []
+    advice = [f"a smaller trainer.micro_batch ({number}; the global batch stays)"] if batch > 1 else []
     advice += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
-    advice += [] if cfg.finetune.lora.rank else ["in another folder finetune=lora"]
-    advice += ["there strategy=fsdp, zero3 or zero3_offload", f"there pose.train_len (it is {length})"]
-    return [*advice, "where it was measuring, eval.batch_tokens, eval.before=false or eval=none"]
+    advice += [] if cfg.finetune.lora.rank else ["in a new run folder finetune=lora"]
+    advice += ["in a new run folder strategy=fsdp, zero3 or zero3_offload"]
+    advice += [f"in a new run folder a smaller pose.train_len (it is {length})"]
+    return [*advice, "if it was measuring, a smaller eval.batch_tokens, eval.before=false or eval=none"]
 
 
 def quiet_libraries():

@@ -113,7 +113,7 @@ class FinetuneConfig:
         if self.weights_dtype == "bfloat16" and self.optimizer != "adamw8bit":
             raise ConfigError(
                 f"finetune.weights_dtype=bfloat16 needs finetune.optimizer=adamw8bit, and it is {self.optimizer}: "
-                "other steps are rounded to nothing where they are smaller than half of a weight's last bit"
+                "with other optimizers, updates smaller than half of a weight's last bit are rounded away"
             )
         if self.weights_dtype == "bfloat16" and self.lora.rank is not None:
             raise ConfigError(

@@ -271,8 +271,8 @@ def out_of_reach(results: Mapping[str, Estimate | float], window: int) -> str | 
     if not zero:
         return None
     return (
-        f"{', '.join(zero)}: 0 at every length inside the model's own window of {window:,} tokens. What a model cannot "
-        "do there says nothing of how far it reaches: a 0 beyond the window is no failure of an extension"
+        f"{', '.join(zero)}: 0 at every length inside the model's own window of {window:,} tokens. A task that the "
+        "model cannot do there says nothing about the extension: a 0 beyond the window is not a failure"
     )
 
 

@@ -181,7 +181,7 @@ def initialise(model: PreTrainedModel, module: nn.Module):
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has dealt a parameter out; it is empty then, and a process's part lies beside it."""
+    """Whether DeepSpeed's ZeRO-3 has sharded a parameter; it is empty then, and a process's part lies beside it."""
     return hasattr(parameter, "ds_id")
 
 

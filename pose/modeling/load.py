@@ -320,7 +320,7 @@ def build_model(
         dtype: of the weights. Frequencies are fp32 whatever it is, and stay so.
         revision: of the hub repository.
         layout: how the processes share the weights; None gives each process all of them.
-        prepare: changes the model before it is dealt out (`pose.modeling.lora.add_lora`).
+        prepare: changes the model before it is sharded (`pose.modeling.lora.add_lora`).
 
     Raises:
         CheckpointError: the weights cannot be loaded, or do not fit the config.
@@ -353,7 +353,7 @@ def build_model(
             fill(model, initial, layout)
         elif path is not None:
             from_hub("weights", _fill, path, revision, model=model, layout=layout)
-    _refuse_not_finite(model, path, dealt_out=layout is not None)
+    _refuse_not_finite(model, path, is_sharded=layout is not None)
     keep_frequencies_fp32(model)
     model.base_model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
     source = None if path is None else partial(from_hub, "weights", checkpoint_weights, path, revision)
@@ -437,10 +437,10 @@ def _named(path: str):
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _refuse_not_finite(model: PreTrainedModel, path: str | None, dealt_out: bool):
+def _refuse_not_finite(model: PreTrainedModel, path: str | None, is_sharded: bool):
     """Raises CheckpointError in every process, whichever holds the part that is not finite."""
     names = not_finite(model)
-    if dealt_out and torch.distributed.is_initialized():
+    if is_sharded and torch.distributed.is_initialized():
         everywhere: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, names)
         names = sorted(set().union(*everywhere))

@@ -28,7 +28,7 @@ from pose.modeling.weights import Weights, listed, matched, places
 
 
 class Layout(Protocol):
-    """How the weights of a model are dealt out to the processes.
+    """How the weights of a model are sharded over the processes.
 
     Attributes:
         device: of the buffers.
@@ -145,7 +145,7 @@ def fill(model: PreTrainedModel, weights: Weights, layout: Layout):
         model: as `layout.wrap` left it; adapters (`pose.modeling.lora`) get their initial values.
         weights: of the model, whole, by its names for them (`matched`); read one after the other, by every process
             in the same order.
-        layout: how they are dealt out. What does not train, and is held in fewer bits than it was given in, is noted:
+        layout: how they are sharded. What does not train, and is held in fewer bits than it was given in, is noted:
             `model.rounded` has its names.
 
     Raises:

@@ -81,7 +81,7 @@ def matched(model: PreTrainedModel, weights: Weights, merging: bool = False) -> 
         if converter is not None and not merging:
             raise CheckpointError(
                 f"{name} is merged with other weights, or split, when a {model.config.model_type} model is loaded, so "
-                "this checkpoint cannot be dealt out to several processes: take strategy=ddp or finetune=lora with "
+                "this checkpoint cannot be sharded over several processes: take strategy=ddp or finetune=lora with "
                 "strategy=auto"
             )
         if converter is not None:

@@ -94,6 +94,6 @@ def undo_deepspeed_patches():
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter, which FSDP2 or ZeRO-3 may have dealt out."""
+    """What this process holds of a parameter, which FSDP2 or ZeRO-3 may have sharded."""
     part = getattr(parameter, "ds_tensor", parameter)
     return part.to_local() if hasattr(part, "to_local") else part

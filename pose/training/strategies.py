@@ -1,6 +1,6 @@
 """The strategies that deal a model out to several processes, as Lightning's with what this project needs of them.
 
-`layout` says how the weights are dealt out while the model is built (`pose.modeling.shard`). Each keeps fp32 master
+`layout` says how the weights are sharded while the model is built (`pose.modeling.shard`). Each keeps fp32 master
 weights in mixed precision.
 """
 

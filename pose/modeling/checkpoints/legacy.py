@@ -75,8 +75,8 @@ def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None =
         raise CheckpointError(f"config.json has model_type={raw['model_type']!r}, where a string is expected")
     if raw.get("model_type") in FORMS:
         raise CheckpointError(
-            f"a {raw['model_type']} folder cannot be imported, its weights have a form of their own too: only models "
-            "can that transformers itself scales"
+            f"a {raw['model_type']} folder cannot be imported, since its weights have a form of their own too: only "
+            "models that transformers itself can scale are imported"
         )
     if kind not in METHODS:
         raise CheckpointError(f"rope_scaling has the type {kind!r}, which is not known: {', '.join(METHODS)} are")

@@ -49,7 +49,9 @@ def check_engine(engine: str, config: PretrainedConfig):
     """
     require_choice("model.engine", engine, ENGINES)
     if (why := _never(engine, config)) is not None:
-        raise ConfigError(f"{engine} cannot serve this model right: {why}. docs/SERVING.md has what it can")
+        raise ConfigError(
+            f"{engine} cannot serve this model right: {why}. docs/SERVING.md lists the methods that it can serve"
+        )
 
 
 def misread_by(folder: str | Path, config: PretrainedConfig) -> dict[str, str]:

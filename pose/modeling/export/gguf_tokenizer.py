@@ -135,7 +135,7 @@ def _as_bytes(rules: dict[str, Any], vocabulary: Vocabulary):
     name = next((name for name, known in RULES.items() if known == steps), None)
     if name is None:
         raise _refused(
-            f"its pre_tokenizer is {json.dumps(rules['pre_tokenizer'])}, and known are those of {', '.join(RULES)}"
+            f"its pre_tokenizer is {json.dumps(rules['pre_tokenizer'])}, and only those of {', '.join(RULES)} are known"
         )
     normaliser = rules["normalizer"]
     if name == "qwen2" and normaliser == {"type": "NFC"}:

@@ -382,7 +382,7 @@ def test_perplexity_on_text_that_is_trained_on_is_warned_of(plan, tmp_path, caps
     given = ("data=jsonl", f"data.documents={own}", "trainer.max_steps=1", *measured[group])
     plan(*given)
     assert f"Warning: {group}.documents: " in (out := " ".join(capsys.readouterr().out.split()))
-    assert "is of no held-out text: leave it out with data.leave_out" in out
+    assert "is not of held-out text: leave it out with data.leave_out" in out
     plan(*given, f"data.leave_out={other}")
     assert "held-out text" not in capsys.readouterr().out
 

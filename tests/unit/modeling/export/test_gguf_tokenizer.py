@@ -178,7 +178,7 @@ def with_merges(tokenizer, change):
     ("make", "words"),
     [
         (lambda _: make_tokenizer(pre_tokenizers.Whitespace()), r"pre_tokenizer is .*Whitespace.* those of gpt-2"),
-        (lambda _: make_tokenizer(split(LLAMA3.replace("{1,3}", "{1,4}"))), "known are those"),
+        (lambda _: make_tokenizer(split(LLAMA3.replace("{1,3}", "{1,4}"))), "and only those of"),
         (lambda _: make_tokenizer(normaliser=normalizers.Lowercase()), "normalizer is .*Lowercase"),
         (lambda _: make_tokenizer(split(LLAMA3)), "ignore_merges is False"),
         (lambda path: with_merges(make_spm(path), sorted), "not those of a sentencepiece"),
