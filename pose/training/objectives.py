@@ -52,9 +52,12 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
-    num_views: ClassVar[int] = 1
     parts: ClassVar[tuple[str, ...]] = ()
     has_teacher: ClassVar[bool] = False
+
+    @property
+    def num_views(self) -> int:
+        return 1
 
     def collate(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Joins examples to a batch of its own kind, on the CPU."""
@@ -122,7 +125,6 @@ class SelfDistill(Objective):
     """
 
     name = "self_distill"
-    num_views = 2
     parts = ("lm", "kl")
 
     weight: float = 1.0
@@ -130,13 +132,20 @@ class SelfDistill(Objective):
     def __post_init__(self):
         require_number("objective.weight", self.weight, at_least=0)
 
+    @property
+    def num_views(self):
+        return 1 if self.weight == 0 else 2
+
     def collate(self, items):
+        if self.weight == 0:
+            return collate_scored(items)
         batch = collate_views(items)
         scored, skipped = batch["scored_at"], batch["skipped_at"]
         return batch | {"alone_at": scored[~torch.isin(scored, skipped)]}
 
     def check(self, sampler, num_layers):
-        self._require_skips(sampler)
+        if self.weight != 0:
+            self._require_skips(sampler)
 
     def describe(self):
         return (
@@ -189,7 +198,6 @@ class LongShort(Objective):
     """
 
     name = "long_short"
-    num_views = 2
     parts = ("lm", "short", "skipped")
     has_teacher = True
 
@@ -197,6 +205,10 @@ class LongShort(Objective):
     short_weight: float = 5.0
     skipped_weight: float = 10.0
     layers: Sequence[int] | None = None
+
+    @property
+    def num_views(self):
+        return 2
 
     def __post_init__(self):
         for name in ("lm_weight", "short_weight", "skipped_weight"):

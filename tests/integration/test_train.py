@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_run import read_run
@@ -124,6 +125,20 @@ def test_own_data_and_a_local_folder(smoke_run, script, tmp_path):
 @pytest.mark.parametrize("pose", ["sentence_skip", "mix"])
 def test_samplers_that_are_more_than_positions_train(script, tmp_path, pose):
     train(script, tmp_path, *FAST, f"pose={pose}", "trainer.max_steps=1", "data=reports")
+
+
+def test_self_distillation_of_weight_0_trains_as_plain_positions(script, tmp_path):
+    """Bit for bit, from the first step to the export: micro-batches are those of objective=lm too."""
+    few = ("trainer.max_steps=3", "trainer.global_batch=4", "trainer.micro_batch=4")
+    for name, objective in {
+        "lm": ("objective=lm", "pose=short_pi"),
+        "pose": ("objective=self_distill", "objective.weight=0", "pose.content=contiguous"),
+        "plain": ("objective=self_distill", "objective.weight=0", "pose=short_pi"),
+    }.items():
+        train(script, tmp_path / name, *FAST, *few, *objective)
+    lm, *others = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("lm", "pose", "plain"))
+    for weights in others:
+        assert weights.keys() == lm.keys() and all(torch.equal(weights[key], lm[key]) for key in lm)
 
 
 def test_text_alone_and_tensorboard(script, tmp_path):

@@ -239,6 +239,8 @@ def test_objectives_of_two_views_need_a_sampler_that_skips(objective):
         LanguageModel().check(sampler, LAYERS)
         with pytest.raises(ConfigError, match=r"choose a sampler with skips, or objective=lm"):
             objective.check(sampler, LAYERS)
+        SelfDistill(0).check(sampler, LAYERS)  # has one view
+    assert (SelfDistill(0).num_views, SelfDistill(0.1).num_views, LongShort().num_views) == (1, 2, 2)
 
 
 @pytest.mark.parametrize(
