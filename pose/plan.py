@@ -270,6 +270,8 @@ class Training:
         num_compared: layers whose states long_short compares with the original's.
         original_bytes: of a weight as its checkpoint has it: of the frozen original that long_short keeps beside a
             model all of whose weights train, and of what does not train beside adapters.
+        has_checkpoint: whether it starts from one; else from random weights.
+        barred: settings that change no number here, each with the strategies under which train.py refuses it.
 
     Raises:
         ConfigError: a value that is not accepted, or a batch that cannot be split evenly.
@@ -298,6 +300,8 @@ class Training:
     skipped: float = 0.0
     num_compared: int = 0
     original_bytes: float = MASTER
+    has_checkpoint: bool = True
+    barred: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self):
         require_choice("objective", self.objective, OBJECTIVES)
@@ -866,9 +870,16 @@ def refused(training: Training) -> str:
         return "finetune.weights_dtype=bfloat16 is for one process"
     if training.rank is not None and training.frozen_bytes == NF4_BYTES and strategy != "ddp":
         return f"finetune.lora.frozen_dtype=nf4 is not supported by strategy={strategy}"
+    if training.rank is not None and training.frozen_bytes == NF4_BYTES and not training.has_checkpoint:
+        return "finetune.lora.frozen_dtype=nf4 needs the weights of a checkpoint, and model.path is null"
+    for setting, strategies in training.barred:
+        if strategy in strategies:
+            return f"{setting} is not supported by strategy={strategy}"
     if strategy == "fsdp" and training.precision == "16-mixed":
         return "trainer.precision=16-mixed is not supported by strategy=fsdp"
     if training.objective == "long_short":
+        if not training.has_checkpoint:
+            return "objective=long_short needs an original model, and model.path is null"
         if training.rank is None and strategy == "zero3":
             return "objective=long_short is not supported by strategy=zero3 without finetune=lora"
         if training.train_embeddings_and_norms and training.rank is not None and strategy in ("fsdp", "zero3"):

@@ -365,10 +365,14 @@ class Yarn(_Shifted):
         require_number("rope.beta_fast", self.beta_fast, above=self.beta_slow)
 
     def own_attention_factor(self, geometry):
-        return 0.1 * math.log(_known(self.factor)) + 1.0
+        return yarn_attention(_known(self.factor))
 
     def ramp(self, geometry: RopeGeometry) -> torch.Tensor:
-        """m_j, 1 where a dimension is left alone, 0 where it is interpolated; float64 [d/2]."""
+        """m_j, 1 where a dimension is left alone, 0 where it is interpolated; float64 [d/2].
+
+        Raises:
+            ConfigError: no dimension turns between beta_slow and beta_fast times in the window.
+        """
 
         def dimension(turns: float) -> float:  # the j that turns so often in the window
             ratio = geometry.window / (turns * 2 * math.pi)
@@ -674,6 +678,16 @@ class Cope(RopeScaling):
         n = min(self.num_tapered, len(raised))
         raised[-n:] *= (1 + torch.linspace(0, math.pi, n, dtype=torch.float64).cos()) / 2
         return raised.maximum(geometry.theta() / DROPPED)
+
+
+def yarn_attention(factor: float, mscale: float = 1.0) -> float:
+    """What yarn multiplies cos and sin by where its config does not say (arXiv 2309.00071): 0.1 mscale ln(s) + 1.
+
+    Args:
+        factor: s, by which the window has grown.
+        mscale: DeepSeek's multiplier of the logarithm; 1 is YaRN's own.
+    """
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def longrope_attention(factor: float, window: int) -> float:

@@ -120,7 +120,7 @@ def plan(cfg: DictConfig) -> Training:
     preflight.check_config(cfg, schema.TrainConfig)
     trainer = schema_options(cfg, "trainer", schema.TrainerConfig)
     schema_options(cfg, "model", schema.ModelConfig)
-    config, window, scale = find_shape(cfg)
+    config, window, longest, scale = find_shape(cfg)
     sampler = build.build_sampler(cfg.pose, window)
     scale(build.build_scaling(cfg.rope), sampler.target_len)
     devices = num_devices(trainer.devices) * trainer.num_nodes
@@ -130,6 +130,7 @@ def plan(cfg: DictConfig) -> Training:
     shape = Shape.of(config, cfg.model.path or "model.init")
     objective = make(cfg.objective, Objective, "objective")
     objective.check(sampler, shape.num_layers)
+    preflight.check_window(objective, sampler, longest)
     is_open = trainer.micro_batch == "auto"
     share = max(trainer.global_batch // devices, 1)
     micro_batch = 1 if is_open else min(micro_batch_of_views(trainer.micro_batch, objective.num_views, share), share)
@@ -194,6 +195,14 @@ def of_config(
     lora, strategy = tune.lora, strategy_options(cfg.strategy)
     is_alone = devices == 1 and strategy["strategy"] == "ddp" and precision == "bf16-mixed"
     rounded = tune.optimizer == "adamw8bit" and lora.rank is None
+    zero = ("zero1", "zero2", "zero3")
+    barred: list[tuple[str, str, tuple[str, ...]]] = []
+    if lora.frozen_dtype in ("bfloat16", "float32"):
+        barred.append(("finetune.lora.frozen_dtype", lora.frozen_dtype, zero))
+    if cfg.trainer.on_nonfinite == "skip":
+        barred.append(("trainer.on_nonfinite", "skip", zero))
+    if cfg.trainer.compile is True:
+        barred.append(("trainer.compile", "true", ("zero3",)))
     in_half = rounded and (tune.weights_dtype == "bfloat16" or (tune.weights_dtype == "auto" and is_alone))
     return Training(
         shape,
@@ -213,6 +222,8 @@ def of_config(
         weight_bytes=2 if in_half else MASTER,
         frozen_bytes=frozen_bytes(lora.frozen_dtype, stored),
         original_bytes=frozen_bytes("auto", stored),
+        has_checkpoint=cfg.model.path is not None,
+        barred=tuple((f"{key}={value}", of) for key, value, of in barred),
         **of_objective(objective, sampler, shape.num_layers),
         **strategy,
     )
@@ -250,8 +261,8 @@ def schema_options(cfg: DictConfig, group: str, kind: type[schema.Options]) -> s
         raise error.under(group) from None
 
 
-def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int, Callable[["RopeScaling", int], Any]]:
-    """The numbers of the model's config, its window in tokens, and what lays a scaling over it, or refuses to.
+def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int, int, Callable[["RopeScaling", int], Any]]:
+    """The numbers of the model's config, its window and what it was extended to, and what lays a scaling over it.
 
     Of the ready models from `SHAPES`, whose RoPE is plain; of a folder or another id of the hub from its config.json;
     or of `model.init`.
@@ -261,10 +272,12 @@ def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int, Callable[["RopeSca
     """
     path = cfg.model.path
     if path in SHAPES and not Path(path).is_dir():
-        return SHAPES[path], SHAPES[path]["max_position_embeddings"], lambda scaling, target_len: None
+        window = SHAPES[path]["max_position_embeddings"]
+        return SHAPES[path], window, window, lambda scaling, target_len: None
     from pose.app import models
     from pose.modeling.layers import check_layers
     from pose.modeling.load import load_tokenizer, rope_geometry, scale_config
+    from pose.modeling.rotary import target_len_of
 
     if path is not None and path.endswith(".gguf"):
         raise ConfigError(
@@ -276,7 +289,7 @@ def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int, Callable[["RopeSca
     if path is None and cfg.model.tokenizer is not None:
         config.vocab_size = len(load_tokenizer(locate(cfg.model.tokenizer), cfg.model.revision))
     check_layers(config)
-    return config.to_dict(), rope_geometry(config).window, partial(scale_config, config)
+    return config.to_dict(), rope_geometry(config).window, target_len_of(config), partial(scale_config, config)
 
 
 def num_devices(devices: Any) -> int:
@@ -314,6 +327,8 @@ def strategy_options(node: DictConfig) -> dict[str, Any]:
     stage = node.get("stage")
     if target == "pose.training.strategies.DeepSpeed" and stage in (1, 2, 3):
         both = ("offload_optimizer", "offload_parameters")
+        if stage != 3 and node.get("offload_parameters"):
+            raise ConfigError(f"strategy.offload_parameters=true needs strategy.stage=3, and it is {stage}")
         return {"strategy": f"zero{stage}", **{key: bool(node.get(key, False)) for key in both}}
     raise ConfigError(f"strategy={target or name}: no plan is made of it: choose auto, ddp, fsdp, zero1, zero2, zero3")
 

@@ -49,7 +49,7 @@ from pose.training.callbacks import Throughput
 from pose.training.folder import alone_in
 from pose.training.loggers import closing
 from pose.training.module import PoseModule
-from pose.training.optimizers import OPTIMIZERS
+from pose.training.options import OPTIMIZERS
 from pose.training.processes import from_rank_zero
 from pose.training.strategies import is_compiled
 from pose.training.watch import read_best, short_warning

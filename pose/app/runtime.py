@@ -23,6 +23,7 @@ from transformers import logging as transformers_logging
 from pose.app.targets import make
 from pose.errors import Interrupted, PoseError, TrainingError, first_line
 from pose.files import REPOSITORY, atomic_file, read_json, write_json
+from pose.modeling.compat import is_out_of_memory
 from pose.training import faults, launch, signals
 from pose.training.compat import rank
 from pose.training.objectives import Objective
@@ -81,9 +82,8 @@ def explained_memory_errors(cfg: DictConfig):
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        out_of_memory = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
-        if not out_of_memory and not any(sign in str(error) for sign in ("can't allocate memory", "out of memory")):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         advice = _memory_advice(cfg)
         message = f"out of memory ({first_line(error)}). What helps, the cheapest first: {'; '.join(advice)}"

@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from pose.errors import ConfigError, require_choice, require_int, require_number
 from pose.evaluation.options import EvalOptions
 from pose.modeling.options import ENGINES, RECOMPUTE, LoraOptions
-from pose.training.options import WatchOptions
+from pose.training.options import OPTIMIZERS, WatchOptions
 
 POLYNOMIAL_END = 1e-7  # transformers' lr_end
 # Those of transformers' get_scheduler that need nothing but the steps.
@@ -26,7 +26,6 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-OPTIMIZERS = ("adamw", "adamw8bit")
 DTYPES = ("float32", "bfloat16", "float16")  # by their names in torch
 
 

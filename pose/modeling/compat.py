@@ -267,6 +267,15 @@ class _Recompilation(logging.Handler):
         self.log.warning(f"Compiled again, which takes a while: {reason.split(' #')[0].strip()}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch has a class for its own allocator on a GPU, and words alone for the rest."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("can't allocate memory", "out of memory")
+    )
+
+
 def attention_of(model: PreTrainedModel) -> str:
     """The name of the attention that a model computes with."""
     return model.config._attn_implementation

@@ -64,8 +64,16 @@ def run_guards(
 def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, target_len: int) -> float | None:
     """The inverse frequencies the model rotates a text of target_len with are fp32 and equal the closed form.
 
+    Args:
+        model: as it trains.
+        expected: the closed form for a text of target_len; None compares with nothing.
+        target_len: in tokens.
+
     Returns:
         Their largest relative deviation from it; None without one.
+
+    Raises:
+        GuardError: there are none, or they are of another dtype, or frequencies or attention factor are others.
     """
     modules, deviation = rotary_modules(model), None
     if not modules:
@@ -105,7 +113,16 @@ def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, targ
 
 
 def check_chunks_attend(model: PreTrainedModel, target_len: int, device):
-    """Other tokens in the first chunk move the logits of the last, whatever the skip and the batch."""
+    """Other tokens in the first chunk move the logits of the last, whatever the skip and the batch.
+
+    Args:
+        model: as it trains, in eval mode.
+        target_len: in tokens; the chunks are as far apart as it allows.
+        device: of the model.
+
+    Raises:
+        GuardError: they do not, or the hidden states are not finite.
+    """
     half = PROBE_LEN // 2
     skip = max(target_len - PROBE_LEN, 1)
     positions = torch.cat([torch.arange(half), torch.arange(half) + half + skip]).to(device)
@@ -135,8 +152,15 @@ def check_chunks_attend(model: PreTrainedModel, target_len: int, device):
 def check_loss(model: PreTrainedModel, device) -> tuple[float, float]:
     """The chunked loss is the model's own: nothing between the hidden states and its logits is left out.
 
+    Args:
+        model: causal, of any dtype.
+        device: of the model.
+
     Returns:
         The model's own loss and the chunked one, of a probe; nats per token.
+
+    Raises:
+        GuardError: they differ, or the logits do.
     """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(model.config.vocab_size, (1, PROBE_LEN), generator=generator).to(device)
@@ -156,7 +180,16 @@ def check_loss(model: PreTrainedModel, device) -> tuple[float, float]:
 
 
 def check_views(model: PreTrainedModel, target_len: int, device):
-    """The two views of an example (`pose.modeling.views`) are what the model makes of each by itself."""
+    """The two views of an example (`pose.modeling.views`) are what the model makes of each by itself.
+
+    Args:
+        model: as it trains, in eval mode.
+        target_len: in tokens; the second view ends there.
+        device: of the model.
+
+    Raises:
+        GuardError: they are not.
+    """
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(model.config.vocab_size, (2, PROBE_LEN), generator=generator).to(device)
     plain = torch.arange(PROBE_LEN, device=device).repeat(2, 1)

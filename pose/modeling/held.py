@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pose.errors import CheckpointError
 from pose.modeling import compat
+from pose.modeling.attention import compute_dtype
 from pose.modeling.options import NF4
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -28,7 +29,7 @@ class HeldLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O], in the dtype that nn.Linear with an fp32 weight would give."""
-        dtype, weight = _compute_dtype(input), self.weight
+        dtype, weight = compute_dtype(input), self.weight
         if compat.is_quantised(weight):
             bias = None if self.bias is None else self.bias.to(dtype)
             return compat.linear_4bit(input.to(dtype), weight, bias)
@@ -217,11 +218,6 @@ def _quantised(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _quantisable(model: PreTrainedModel) -> list[nn.Linear]:
     head = model.get_output_embeddings()
     return [module for module in model.modules() if isinstance(module, HeldLinear) and module is not head]
-
-
-def _compute_dtype(input: torch.Tensor) -> torch.dtype:
-    device = input.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
 
 
 def _rows_at_once(weight: torch.Tensor) -> int:

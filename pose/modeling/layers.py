@@ -15,7 +15,7 @@ from transformers import AttentionInterface, DynamicCache, PretrainedConfig, Pre
 from pose.errors import ConfigError, first_line
 from pose.modeling import compat
 from pose.modeling.attention import unsupported_term
-from pose.modeling.rotary import depends_on_length, rotate_by_example_length
+from pose.modeling.rotary import depends_on_length, head_dim_of, rotate_by_example_length
 
 KINDS = ("full_attention", "sliding_attention")  # of layers, in a config's layer_types
 PROBE = "pose_probe"  # what transformers knows the noting attention by
@@ -109,8 +109,7 @@ def cache_can_be_cut(config: PretrainedConfig) -> bool:
 def cache_width(config: PretrainedConfig) -> int:
     """Numbers that a cache holds of a token: its keys and values in all layers."""
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim
+    return 2 * config.num_hidden_layers * kv_heads * head_dim_of(config)
 
 
 def _reason_of_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> str | None:

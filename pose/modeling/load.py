@@ -32,7 +32,13 @@ from pose.modeling.checkpoints.gptj import GPTJ
 from pose.modeling.checkpoints.hub import WEIGHT_FILES, find_file, from_hub, read_weights, weight_files
 from pose.modeling.checkpoints.spm_tokenizer import load_spm_tokenizer, merge_settings
 from pose.modeling.layers import check_layers
-from pose.modeling.rotary import keep_frequencies_fp32, rotate_by_example_length, set_target_len, target_len_of
+from pose.modeling.rotary import (
+    head_dim_of,
+    keep_frequencies_fp32,
+    rotate_by_example_length,
+    set_target_len,
+    target_len_of,
+)
 from pose.modeling.shard import Layout, Whole, fill, random_weights
 from pose.modeling.weights import Weights, listed, matched, merges, not_finite, refuse
 from pose.rope import RopeGeometry, RopeScaling, longrope_attention
@@ -198,8 +204,7 @@ def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
             f"{parameters}): only models with one RoPE for all layers can be extended"
         )
     check_rope(config, f"the {config.model_type} model")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    dim = int(head_dim_of(config) * (parameters.get("partial_rotary_factor") or 1.0))
     window = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     rope_type = parameters.get("rope_type", "default")
     ours = getattr(config, "pose", None)  # what `scale_config` noted: linear and ntk leave no other trace of the window
@@ -297,7 +302,7 @@ def _write_rope(config: PretrainedConfig, rope_parameters: dict[str, Any], geome
     config.rope_parameters = partial | rope_parameters
     # What transformers' functions read beside rope_parameters.
     if getattr(config, "head_dim", 0) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
+        config.head_dim = head_dim_of(config)
     if hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = geometry.window
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pose.data.examples import IGNORE, Targets, scored_tokens
+from pose.modeling.attention import compute_dtype
 from pose.modeling.compat import is_partitioned
 from pose.modeling.held import HeldLinear
 
@@ -215,7 +216,7 @@ def _weighted(
         num_calls: as of `_chunked`.
     """
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = compute_dtype(hidden)
     is_plain = _is_plain(head, dtype)
     is_frozen = not any(p.requires_grad or is_partitioned(p) for p in head.parameters())
     # Gradients in fp16 have to be made of the scaled loss, which is known in the backward pass alone

@@ -32,6 +32,11 @@ def depends_on_length(config: PretrainedConfig) -> bool:
     )
 
 
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Dimensions of a head, which a config names or leaves to the hidden size."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def target_len_of(config: PretrainedConfig) -> int:
     """The window a model is meant for, in tokens.
 

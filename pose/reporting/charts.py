@@ -117,8 +117,7 @@ def heatmaps(lines: Sequence[Line], family: str, down: str) -> list[Panel]:
     """
     found = [(line, cells) for line in lines if (cells := plots.cells_of(line.estimates, family))]
     metric = describe(family)
-    values = [plots.value_of(value) for _, cells in found for value in cells.values()]
-    top = 1.0 if metric.is_share else max((value for value in values if 1e-3 < value < math.inf), default=1e-3)
+    top = plots.top_of(family, (plots.value_of(value) for _, cells in found for value in cells.values()))
     order = [_row_label(row) for row in plots.rows_of(cells for _, cells in found)]
     axis = {"labelAngle": 0, "format": ",d", "labelOverlap": "greedy"}
     legend = {"format": "%" if metric.is_share else ",.3~r", "gradientLength": 120, "gradientThickness": 10}

@@ -229,6 +229,13 @@ def rows_of(heatmaps: Iterable[Mapping[tuple[float | str, int], Any]]) -> list[f
     return sorted(rows) if all(isinstance(row, float) for row in rows) else rows
 
 
+def top_of(family: str, values: Iterable[float]) -> float:
+    """Where the colours of heatmaps end: at 1 for shares, else at the largest finite value, or at 1e-3."""
+    if describe(family).is_share:
+        return 1.0
+    return max((value for value in values if 1e-3 < value < math.inf), default=1e-3)
+
+
 def save_figure(figure: Figure, png: Path):
     """Writes a figure in one step; its folder is made."""
     png.parent.mkdir(parents=True, exist_ok=True)
@@ -336,8 +343,7 @@ def _plot_heatmaps(
     if not found:
         return
     is_share = describe(family).is_share
-    drawn = [value_of(value) for cells in found.values() for value in cells.values()]
-    top = 1.0 if is_share else max((value for value in drawn if value > 1e-3), default=1e-3)
+    top = top_of(family, (value_of(value) for cells in found.values() for value in cells.values()))
     rows = rows_of(found.values())
     columns = sorted({column for cells in found.values() for _, column in cells})
     across = min(len(found), 3)

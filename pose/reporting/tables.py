@@ -84,10 +84,15 @@ def results_table(
     families = main_families(results) if families is None else families
     rows = {name: _runs(found) for name, found in results.items()}
     tasks = common_tasks(metrics for runs in rows.values() for metrics in runs)
+    found = {
+        (name, family): [series(metrics, family, tasks) for metrics in runs]
+        for name, runs in rows.items()
+        for family in families
+    }
     columns = [
         (family, n)
         for family in families
-        for n in sorted({n for runs in rows.values() for metrics in runs for n in series(metrics, family, tasks)})
+        for n in sorted({n for name in rows for by_length in found[name, family] for n in by_length})
     ]
     table = new_table(title)
     table.add_column("", overflow="fold")
@@ -95,9 +100,9 @@ def results_table(
         first = i == 0 or columns[i - 1][0] != family
         title = escaped(describe(family).title) if first else ""
         table.add_column(f"{title}\n@{n}" if n else title, justify="right")
-    for name, runs in rows.items():
+    for name in rows:
         cells = (
-            _cell(family, [value_of(found[n]) for one in runs if n in (found := series(one, family, tasks))])
+            _cell(family, [value_of(by_length[n]) for by_length in found[name, family] if n in by_length])
             for family, n in columns
         )
         table.add_row(escaped(name), *cells)

@@ -19,7 +19,11 @@ class Copy:
         self.words, self.documents = plain_tokens(tokenizer, vocab_size), documents
 
     def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, and which of them are answers; see `pose.tasks.synthetic`."""
+        """Tokens, and which of them are answers; see `pose.tasks.synthetic`.
+
+        Raises:
+            ConfigError: length is below the shortest example.
+        """
         if length < self.MIN_LENGTH:
             raise ConfigError(f"data.synthetic.copy needs {self.MIN_LENGTH} tokens in an example, and has {length}")
         if rng.random() < 0.5:

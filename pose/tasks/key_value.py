@@ -26,7 +26,11 @@ class KeyValue:
         self.least = 2 * self.question_len + self.DIGITS[1] + len(self.end) + 1
 
     def sample(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, and which of them are answers; see `pose.tasks.synthetic`."""
+        """Tokens, and which of them are answers; see `pose.tasks.synthetic`.
+
+        Raises:
+            ConfigError: length is below the shortest example.
+        """
         if length < self.least:
             raise ConfigError(f"data.synthetic.key_value needs {self.least} tokens in an example, and has {length}")
         value_len = int(rng.integers(*self.DIGITS, endpoint=True))

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pose.errors import CheckpointError, Interrupted, TrainingError, first_line
 from pose.files import is_inside, load_json, read_json, remove_folder, same_path, sha256, write_json
+from pose.modeling.compat import local_part
 from pose.training import signals
-from pose.training.compat import local_part
 from pose.training.folder import run_id
 from pose.training.processes import gather
 

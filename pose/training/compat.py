@@ -91,9 +91,3 @@ def undo_deepspeed_patches():
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as patches
 
     torch.nn.functional.linear = getattr(patches, "linear_bk", torch.nn.functional.linear)
-
-
-def local_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter, which FSDP2 or ZeRO-3 may have sharded."""
-    part = getattr(parameter, "ds_tensor", parameter)
-    return part.to_local() if hasattr(part, "to_local") else part

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from pose.modeling.compat import bitsandbytes
-
-OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with states in 8 bits"}
+from pose.training.options import OPTIMIZERS
 
 
 def make_optimizer(
@@ -26,6 +25,7 @@ def make_optimizer(
         betas: of AdamW.
         fused: whether AdamW takes its step in one kernel.
     """
+    assert name in OPTIMIZERS
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
     return _adamw8bit()(groups, lr=lr, betas=betas, weight_decay=0.0)

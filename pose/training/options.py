@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pose.errors import ConfigError
 from pose.evaluation.options import EvalOptions
 
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with states in 8 bits"}  # `finetune.optimizer`, and in words
+
 
 @dataclass
 class WatchOptions(EvalOptions):

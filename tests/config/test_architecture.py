@@ -68,9 +68,28 @@ def test_nothing_points_upward(file):
         assert not ours, "pose/__init__.py imports nothing"
     if room != "app" and str(file.relative_to(POSE)) not in KNOW_HYDRA:
         assert not {name for name in imports(file) if name.split(".")[0] in ("hydra", "omegaconf")}
-    if room in ("positions", "coverage", "plan", "rope"):
+    if room in ("positions", "coverage", "plan", "rope", "divisors"):
         outside = {name.split(".")[0] for name in imports(file)} - {"pose", "numpy", "torch"}
         assert not outside & {"transformers", "lightning", "datasets", "pandas"}
+
+
+# What `python -m` starts under this name is in app/
+LEND_THEIR_NAME = {
+    "coverage.py", "plan.py", "data/tokenizer.py", "evaluation/ruler.py", "modeling/legacy.py",
+    "modeling/checkpoints/gguf.py",
+}  # fmt: skip
+
+
+def test_commands_of_app_are_started_by_their_name_alone():
+    """A module that `runpy` runs is a text, which `imports` does not see."""
+    for file in MODULES:
+        name, tree = str(file.relative_to(POSE)), ast.parse(file.read_text())
+        calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+        runs = {call for call in calls if "run_module" in ast.unparse(call.func)}
+        branches = (node for node in tree.body if isinstance(node, ast.If))
+        as_main = [branch for branch in branches if ast.unparse(branch.test) == "__name__ == '__main__'"]
+        assert bool(runs) == (name in LEND_THEIR_NAME), name
+        assert runs <= {node for one in as_main for node in ast.walk(one)}, f"{name} runs another when it is imported"
 
 
 def test_only_who_must_knows_hydra():

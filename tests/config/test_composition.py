@@ -38,7 +38,7 @@ CHOICES = [(file.parent.name, file.stem) for file in sorted(CONF.glob("*/*.yaml"
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_matches_what_it_builds(group, choice):
     cfg = compose("train", [f"{group}={choice}"])
-    for node in (cfg.pose, cfg.rope, cfg.strategy):
+    for node in (cfg.pose, cfg.rope, cfg.objective, cfg.strategy):
         if "_target_" in node:
             keys = set(OmegaConf.to_container(node)) - {"_target_"}
             accepted = inspect.signature(get_class(node._target_)).parameters

@@ -7,7 +7,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 WINDOW, TARGET = 512, 2048
-RECOMPUTED = "model.gradient_checkpointing=true"
 SMALL = (
     f"pose.target_len={TARGET}", "pose.train_len=128", "data.window_len=512", "trainer.max_steps=2",
     "trainer.global_batch=2", "trainer.micro_batch=1", "trainer.log_every_n_steps=1", "watch.every_n_steps=2",

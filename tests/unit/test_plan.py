@@ -11,8 +11,9 @@ from transformers import AutoConfig
 
 from benchmarks.plan import OBJECTIVES, SHAPES, compare
 from benchmarks.plan import main as benchmark
+from pose import plan
 from pose.errors import ConfigError
-from pose.modeling import speed
+from pose.modeling import loss, speed
 from pose.modeling.load import build_model
 from pose.modeling.lora import add_lora, count_parameters
 from pose.modeling.options import LoraOptions
@@ -33,6 +34,9 @@ from pose.plan import (
     peak_flops,
     summary,
 )
+from pose.training import strategies
+from pose.training.objectives import LanguageModel, LongShort, SelfDistill
+from pose.training.options import OPTIMIZERS
 
 LLAMA_7B = Shape(4096, 32, 32, 32, 128, 11008, 32000)
 PAPER = Training(LLAMA_7B, train_len=2048, target_len=32768)
@@ -425,3 +429,10 @@ def test_configs_without_a_plan_are_errors(config, word):
 )
 def test_the_peak_of_a_gpu_is_known_by_its_name(name, precision, expected):
     assert peak_flops(name, precision) == expected
+
+
+def test_what_other_modules_say_of_the_same():
+    """pose.plan imports none of them, which takes seconds; here they are held together."""
+    assert plan.CHUNK_LEN == loss.CHUNK_LEN
+    assert {*plan.OPTIMIZER_BYTES} == {*OPTIMIZERS} and {*plan.PRECISIONS} == {*strategies.PRECISIONS}
+    assert {*plan.OBJECTIVES} == {kind.name for kind in (LanguageModel, SelfDistill, LongShort)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from pose.errors import CheckpointError
 
@@ -40,14 +40,12 @@ class Baichuan:
 
     Attributes:
         config: the LlamaConfig of the same model.
-        model_class: of the model it becomes.
         frozen: none.
 
     Raises:
         CheckpointError: a 13B model, which has ALiBi in place of RoPE, or quantised weights.
     """
 
-    model_class = LlamaForCausalLM
     frozen = ()
 
     def __init__(self, raw: dict[str, Any]):

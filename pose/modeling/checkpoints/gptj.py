@@ -16,7 +16,7 @@ plain form, and is exported in it. https://github.com/kingoflolz/mesh-transforme
 from typing import Any
 
 import torch
-from transformers import GPTJConfig, PhiConfig, PhiForCausalLM
+from transformers import GPTJConfig, PhiConfig
 
 from pose.errors import CheckpointError
 
@@ -42,14 +42,12 @@ class GPTJ:
 
     Attributes:
         config: the PhiConfig of the same model.
-        model_class: of the model it becomes.
         frozen: ends of the names of parameters that GPT-J does not have.
 
     Raises:
         CheckpointError: no rotary_dim, or more than a head has.
     """
 
-    model_class = PhiForCausalLM
     frozen = tuple(f"self_attn.{name}.bias" for name in ("q_proj", "k_proj", "v_proj", "dense"))
 
     def __init__(self, raw: dict[str, Any]):

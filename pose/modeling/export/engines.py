@@ -15,7 +15,7 @@ from pose.errors import CheckpointError, ConfigError, require_choice
 from pose.files import load_json
 from pose.modeling.options import ENGINES
 from pose.modeling.rotary import depends_on_length
-from pose.rope import longrope_attention
+from pose.rope import longrope_attention, yarn_attention
 
 _OF_GGUF = ("llama.cpp", "ollama")
 _OF_ONE_LIST = {
@@ -107,7 +107,9 @@ def _factor_meant(rope: Mapping[str, Any], longest: int) -> float:
     if (given := rope.get("attention_factor")) is not None:
         return float(given)
     if rope["rope_type"] == "yarn":
-        return _yarn(rope["factor"], rope.get("mscale") or 1) / _yarn(rope["factor"], rope.get("mscale_all_dim") or 0)
+        return yarn_attention(rope["factor"], rope.get("mscale") or 1) / yarn_attention(
+            rope["factor"], rope.get("mscale_all_dim") or 0
+        )
     if rope["rope_type"] == "longrope":
         window = rope["original_max_position_embeddings"]
         return longrope_attention(rope.get("factor") or longest / window, window)
@@ -117,18 +119,16 @@ def _factor_meant(rope: Mapping[str, Any], longest: int) -> float:
 def _factor_read(engine: str, rope: Mapping[str, Any], longest: int) -> float:
     """What an engine multiplies cos and sin by."""
     if rope["rope_type"] == "yarn":
-        own = _yarn(rope["factor"], 1)
+        own = yarn_attention(rope["factor"])
         if engine == "sglang":
             return own * rope.get("attn_factor", 1.0)
         if engine == "mlx":
-            return _yarn(rope["factor"], rope.get("mscale", 1)) / _yarn(rope["factor"], rope.get("mscale_all_dim", 0))
+            return yarn_attention(rope["factor"], rope.get("mscale", 1)) / yarn_attention(
+                rope["factor"], rope.get("mscale_all_dim", 0)
+            )
         return float(rope.get("attention_factor") or own)  # vLLM
     if rope["rope_type"] == "longrope":
         window = rope["original_max_position_embeddings"]
         own = longrope_attention(longest / window, window)
         return own if engine == "mlx" else float(rope.get("long_mscale") or own)
     return 1.0
-
-
-def _yarn(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pose.modeling.compat import full_shape
 from pose.modeling.layers import decoder_layers
 from pose.modeling.load import rope_geometry
+from pose.modeling.rotary import head_dim_of
 
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))  # they hide the scale of what comes before them
 PARTS = (*NORMS, ("q_proj", "k_proj"), ("qkv_proj",), ("query_key_value",))
@@ -79,9 +80,8 @@ def _parts(layer: nn.Module) -> dict[str, nn.Module]:
 
 def _unit(config: PretrainedConfig, part: str, by: float) -> torch.Tensor:
     """The multipliers of the rows of a part, float64 [.], which repeat until its end."""
-    num_heads, num_dims = config.num_attention_heads, getattr(config, "head_dim", None)
-    num_dims = num_dims or config.hidden_size // num_heads
-    head, one = torch.ones(2, num_dims, dtype=torch.float64)
+    num_heads = config.num_attention_heads
+    head, one = torch.ones(2, head_dim_of(config), dtype=torch.float64)
     head[: rope_geometry(config).dim] = by
     if part == "query_key_value":  # query, key and value of a head side by side
         return torch.cat([head, head, one])

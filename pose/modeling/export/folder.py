@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from pose.errors import GuardError, first_line
 from pose.files import atomic_folder, replace_folder
+from pose.modeling import compat
 from pose.modeling.export.check import ask, compare
 from pose.modeling.export.rope import for_old_readers, said
 from pose.modeling.export.weights import Weights
@@ -74,7 +75,7 @@ def export_model(
         try:
             agreement = compare(partial, answers, dtype, progress)
         except Exception as error:
-            if _is_out_of_memory(error):
+            if compat.is_out_of_memory(error):
                 unchecked = folder.with_name(folder.name + ".unchecked")
                 replace_folder(partial, unchecked)
                 log.warning(f"Memory ran out while the model was checked: it is kept, unchecked, as {unchecked}")
@@ -85,12 +86,6 @@ def export_model(
             raise GuardError(f"{message}. It is kept there for inspection, and nothing was put at {folder}.") from error
     seconds = time.perf_counter() - begin
     log.info(f"Checked     {folder}, loaded by transformers alone: {agreement} ({seconds:.0f} s)")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # as torch says it on a CPU
-    )
 
 
 def verify_export(model: PreTrainedModel, folder: str | Path, dtype: torch.dtype = torch.float32):

@@ -25,7 +25,7 @@ from pose.modeling.checkpoints.hub import read_weights
 from pose.modeling.export.engines import check_engine
 from pose.modeling.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from pose.modeling.load import check_weights, load_config, load_tokenizer, rope_geometry
-from pose.modeling.rotary import target_len_of
+from pose.modeling.rotary import head_dim_of, target_len_of
 from pose.modeling.weights import matched
 
 F16_MAX = 65504.0
@@ -103,7 +103,7 @@ def _write_head(writer, folder: Path, config: PretrainedConfig, vocabulary: Voca
     types = _gguf().LlamaFileType
     name = folder.resolve()
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = head_dim_of(config)
     writer.add_name(name.parent.name if name.name in ("model", "best") else name.name)
     writer.add_file_type({"F16": types.MOSTLY_F16, "F32": types.ALL_F32, "Q8_0": types.MOSTLY_Q8_0}[wanted.name])
     writer.add_quantization_version(_gguf().GGML_QUANT_VERSION)
@@ -152,7 +152,7 @@ def _tensors(folder: Path, config: PretrainedConfig) -> Iterator[tuple[str, torc
 
 
 def _check_llama(config: PretrainedConfig):
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     if rope_geometry(config).dim != head_dim:
         raise CheckpointError(
             f"the model rotates {rope_geometry(config).dim} of {head_dim} dimensions of a head, and llama.cpp's LLaMA "

@@ -18,7 +18,7 @@ from pose.modeling.compat import rotary_modules
 from pose.modeling.export.fold import Fold
 from pose.modeling.load import FACTORLESS
 from pose.modeling.rotary import target_len_of
-from pose.rope import longrope_attention
+from pose.rope import longrope_attention, yarn_attention
 
 SHARE = "partial_rotary_factor"
 ORIGINAL = "original_max_position_embeddings"
@@ -80,7 +80,7 @@ def _implied(parameters: dict[str, Any], target_len: int) -> tuple[dict[str, Any
     parameters = {key: value for key, value in parameters.items() if key not in ("type", "short_mscale", "long_mscale")}
     if parameters["rope_type"] == "yarn":
         parameters.pop("attention_factor", None)
-        return parameters, 0.1 * math.log(parameters["factor"]) + 1.0
+        return parameters, yarn_attention(parameters["factor"])
     if parameters["rope_type"] != "longrope":
         return parameters, 1.0
     if list(parameters["short_factor"]) == list(parameters["long_factor"]):

@@ -218,6 +218,31 @@ def test_what_train_refuses_is_not_planned(words, tmp_path, monkeypatch):
     assert words.rpartition(" ")[2] in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["finetune=lora", "finetune.lora.frozen_dtype=bfloat16", "strategy=zero2"],
+            "finetune.lora.frozen_dtype=bfloat16",
+        ),
+        (["trainer.on_nonfinite=skip", "strategy=zero1"], "trainer.on_nonfinite=skip"),
+        (["trainer.compile=true", "strategy=zero3"], "trainer.compile=true"),
+        (["strategy=zero2", "strategy.offload_parameters=true"], "strategy.stage=3"),
+        (["objective=long_short", "pose.train_len=4096"], "pose.train_len=4096 is above the 2048 tokens"),
+        (["experiment=shape_7b", "finetune=qlora"], "model.path is null"),
+        (["experiment=shape_7b", "objective=long_short"], "model.path is null"),
+    ],
+)
+def test_what_train_refuses_by_keys_without_a_number_is_not_planned(overrides, words):
+    """Nor advised."""
+    model = [] if "experiment=shape_7b" in overrides else ["model=llama7b", "trainer.devices=2"]
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        planned(*model, "pose.target_len=16384", *overrides)
+    given = ("model=llama7b", "pose.target_len=16384", "trainer.on_nonfinite=skip")
+    advice = {override for gpu in GPUS for one in advise(planned(*given), gpu) for override in one.overrides}
+    assert advice and not any("zero" in override for override in advice)
+
+
 @pytest.mark.parametrize("method", ["yarn", "linear"])
 def test_a_model_that_is_scaled_already_is_not_planned(method, tmp_path):
     """As train.py says it: the hours of a run that cannot be are of no use."""

@@ -23,6 +23,7 @@ from pose.modeling import attention
 from pose.modeling.layers import cache_width
 from pose.modeling.load import build_model, scale_config
 from pose.modeling.long import feed_forward_in_chunks, takes_cache
+from pose.modeling.loss import token_nll
 from pose.modeling.prefix import PrefixCache, can_share, groups_that_share
 from pose.rope import Dynamic, Yarn
 
@@ -100,7 +101,7 @@ def test_losses_and_predictions_are_the_stock_models(kind, windows, chunk_len):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_a_long_window_holds_at_one_time(monkeypatch, kind, windows):
-    """No layer's feed-forward part, no query and no output layer sees more than a chunk; the others stay whole."""
+    """No layer's feed-forward part and no output layer sees more than a chunk; the others stay whole."""
     model, _ = models(kind)
     scorer = Scorer(model, 1)
     scorer.chunk_len = 8
@@ -116,7 +117,8 @@ def test_what_a_long_window_holds_at_one_time(monkeypatch, kind, windows):
     inner = [m for name, m in model.named_modules() if name.endswith(("down_proj", "dense_4h_to_h"))]
     hooks = [m.register_forward_pre_hook(note("mlp"), with_kwargs=True) for m in inner]
     hooks.append(model.base_model.register_forward_pre_hook(note("base"), with_kwargs=True))
-    monkeypatch.setattr("pose.modeling.loss.CHUNK_LEN", 8)
+    hooks.append(scorer.head.register_forward_pre_hook(note("head"), with_kwargs=True))
+    monkeypatch.setattr("pose.evaluation.scoring.token_nll", functools.partial(token_nll, chunk_len=8))
     try:
         scorer.nll(windows[:1], 44)
     finally:
@@ -125,6 +127,7 @@ def test_what_a_long_window_holds_at_one_time(monkeypatch, kind, windows):
     assert takes_cache(model.config) == (kind in PREFILLED)
     assert seen["base"] == (8 if kind in PREFILLED else 45)
     assert seen["mlp"] <= 8 and (inner or kind == "experts")
+    assert seen["head"] == 8
 
 
 def test_modules_are_as_before_after_a_long_window(windows):

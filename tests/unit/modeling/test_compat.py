@@ -272,6 +272,13 @@ def test_what_a_process_holds(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_memory_that_runs_out_in_whatever_words():
+    for error in (MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("CUDA error: out of memory")):
+        assert compat.is_out_of_memory(error)
+    assert compat.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."))
+    assert not compat.is_out_of_memory(RuntimeError("size mismatch")) and not compat.is_out_of_memory(OSError())
+
+
 def test_the_names_of_deepspeed():
     """Read in its source: it has no processes here."""
     partition = pytest.importorskip("deepspeed.runtime.zero.partition_parameters")

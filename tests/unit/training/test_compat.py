@@ -183,16 +183,3 @@ def test_zero_3_leaves_no_patch_behind(deepspeed):
     finally:
         torch.nn.functional.linear = honest
         del init.linear_bk
-
-
-def test_a_parameter_is_what_this_process_holds():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    assert compat.local_part(parameter) is parameter
-    parameter.ds_tensor = torch.ones(1)  # of ZeRO-3
-    assert compat.local_part(parameter) is parameter.ds_tensor
-
-    class Dealt:
-        def to_local(self):
-            return "part"
-
-    assert compat.local_part(Dealt()) == "part"  # a DTensor, of FSDP2

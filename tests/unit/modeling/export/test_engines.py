@@ -10,7 +10,7 @@ from pose.modeling.export.engines import check_engine, misread_by
 from pose.modeling.load import scale_config
 from pose.rope import NTK, Drope, Dynamic, Linear, Llama3, LongRope, Theta, Yarn
 
-RISING, ONES = [1.0 + i for i in range(8)], [1.0] * 8
+RISING = [1.0 + i for i in range(8)]
 
 
 def make_config(scaling, kind=LlamaConfig):
