@@ -311,19 +311,26 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         parts = []
         if tail and inside:
             parts.append(
-                f"perplexity of the last tokens at {target:,} is {tail / inside - 1:+.1%} of the untuned model's at "
-                f"{window:,} (at most +5 %: {_yes(tail / inside <= 1.05)})"
+                f"perplexity of the last tokens at {target:,} is {abs(tail / inside - 1):.1%} "
+                f"{'below' if tail < inside else 'above'} the untuned model's at {window:,} (at most 5 % above: "
+                f"{_yes(tail / inside <= 1.05)})"
             )
         if untuned_tail and inside:
             times = untuned_tail / inside
-            parts.append(f"the untuned model's is {times:.3g} times that (above 20: {_yes(times > 20)})")
+            parts.append(
+                f"the untuned model's at {target:,} is {times:.3g} times its own at {window:,} (above 20: "
+                f"{_yes(times > 20)})"
+            )
         if key is not None:
             parts.append(f"passkeys at {target:,} {key:.0%} (at least 90 %: {_yes(key >= 0.9)})")
         else:
             parts.append(f"passkeys at {target:,} were not measured")
         if short and untuned_short:
             change = short / untuned_short - 1
-            parts.append(f"perplexity inside {window:,} {change:+.1%} (at most +3 %: {_yes(change <= 0.03)})")
+            parts.append(
+                f"perplexity inside {window:,} {abs(change):.1%} {'lower' if change < 0 else 'higher'} (at most 3 % "
+                f"higher: {_yes(change <= 0.03)})"
+            )
         if parts:
             lines.append(f"- **{_name(row)}**: {'; '.join(parts)}.")
     return ["\n".join(lines)] if lines else []

@@ -4,11 +4,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -135,9 +136,20 @@ def remove_folder(folder: Path):
 
 
 def write_json(path: str | Path, content: Any):
-    """Writes a JSON file in one step, so that a killed run leaves the old one or the new one."""
+    """Writes a JSON file in one step, so that a killed run leaves the old one or the new one.
+
+    NaN and infinity, which JSON does not have (RFC 8259), are written as null.
+    """
     with atomic_file(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+        file.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

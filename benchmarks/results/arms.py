@@ -186,9 +186,7 @@ def _paper(scale: Scale) -> Iterator[Arm]:
     by_step = ("watch.every_n_steps=50", "watch.tasks=[perplexity]")
     yield arm("linear.pose", 8, "rope=linear", *by_step)
     yield arm("linear.full_tokens", 8, "rope=linear", "pose=full", "trainer.global_batch=2", "trainer.micro_batch=2")
-    yield arm(
-        "linear.full", 8, "rope=linear", "pose=full", "trainer.micro_batch=2", *by_step, seeds=scale.seeds[:1], cost=1.3
-    )
+    yield arm("linear.full", 8, "rope=linear", "pose=full", "trainer.micro_batch=2", *by_step, cost=1.3)
     yield arm("linear.randpos", 8, "rope=linear", "pose=randpos")
     yield arm("linear.short", 8, "rope=linear", "pose=short_pi")
     yield arm("linear.n3", 8, "rope=linear", "pose=pose_n3")
@@ -202,6 +200,10 @@ def _paper(scale: Scale) -> Iterator[Arm]:
     for times, lengths in LONG.items():
         books = (f"eval.documents={TEXTS.format('books')}", f"eval.lengths={listed(scale.lengths(*lengths))}",
                  "eval.tasks=[perplexity]")  # fmt: skip
+        yield Arm(
+            f"untuned_long.{times}x",
+            ("ckpt=assets/tiny", "eval=perplexity", "eval.windows=4", "eval.max_documents=5", *books), EVALUATE,
+        )  # fmt: skip
         for rope in ("linear", "ntk", "yarn"):
             yield Arm(
                 f"{rope}.pose.{times}x",
@@ -234,7 +236,7 @@ def _families(scale: Scale) -> Iterator[Arm]:
                 f"{rope}.{family}",
                 (*PAPER, f"pose.target_len={scale.at(8)}", f"eval.lengths={listed(lengths)}", f"rope={rope}", *model,
                  "eval.tasks=[perplexity,passkey]"),
-                seeds=scale.seeds[:1],
+                seeds=scale.seeds,
             )  # fmt: skip
 
 

@@ -179,7 +179,7 @@ def training(folder: Path) -> dict[str, float]:
 
 
 def _kept(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return _rounded({key: value for key, value in metrics.items() if KEPT.fullmatch(key)})
+    return _rounded({key: value for key, value in metrics.items() if KEPT.fullmatch(key) and value is not None})
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -259,7 +260,9 @@ def _estimates(found: Any) -> dict[str, "Estimate"]:
 
     estimates = {}
     for name, value in _object(found).items():
-        fields = value if isinstance(value, dict) else {"value": value, "num": 0}
+        fields = dict(value) if isinstance(value, dict) else {"value": value, "num": 0}
+        if fields.get("value", 0) is None:  # as JSON has what is not a number
+            fields["value"] = math.nan
         fields = {k: v for k, v in fields.items() if k in Estimate._fields and isinstance(v, int | float)}
         if "value" in fields:
             estimates[name] = Estimate(**fields)

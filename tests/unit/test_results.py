@@ -492,6 +492,19 @@ def test_a_premise_is_shown_and_no_verdict_goes_by_it():
     assert verdict(checked(claim(premise), runs_of(a=[30], b=[10]), SMALL, (0, 1))) == Verdict.NOT_TESTED
 
 
+def test_an_arm_that_trained_once_has_no_part_in_a_spread():
+    """And a number of such arms alone is one number, not one for each seed of its claim."""
+    runs = runs_of(a=[20, 30]) | {("search", 0): line(SMALL, "search", 0, {"tail_ppl@256": 10.0})}
+    mixed = replace(HIGH, value=lambda n: n.ratio("a", "tail_ppl@256", "search"))
+    alone = replace(HIGH, value=lambda n: n("search", "tail_ppl@256"))
+    of_mixed, of_alone, of_a = checked(
+        claim(mixed, alone, replace(HIGH, value=lambda n: n("a", "tail_ppl@256"))), runs, SMALL, (0, 1)
+    )
+    assert of_mixed.values == [2.0, 3.0] and pages._check(of_mixed)[3] == "2.50 (2.00–3.00); `search`: one run"
+    assert of_alone.values == [10.0] and pages._check(of_alone)[3] == "10.00"
+    assert of_a.values == [20, 30] and not of_a.once
+
+
 def test_rounding_does_not_hide_on_which_side_of_its_bound_a_number_is():
     (found,) = checked(claim(replace(LOW, form=".1f")), runs_of(b=[10.04]), SMALL, (0,))
     assert pages._check(found)[1:] == ["≤ 10.0", "–", "10.04", "no"]
@@ -581,7 +594,7 @@ def test_every_check_of_the_paper_has_a_number():
     for one in claims(SCALE).values():
         own = {(name, seed): run for (name, seed), run in runs.items() if name in one.arms}
         for result in checked(one, own, ARMS, SCALE.seeds):
-            num = len(ARMS[result.check.arm].seeds) if result.check.arm else 3
+            num = 1 if result.check.is_premise else len(ARMS[result.check.arm].seeds) if result.check.arm else 3
             assert len(result.values) == num and not result.missing, (one.name, result.check.says, result.missing)
 
 
@@ -604,6 +617,7 @@ def test_the_papers_own_ratios():
     assert found["untuned, 2,048 over 256 tokens, proofs"] == "> 353"
     assert found["64×: NTK over YaRN at 16,384 tokens"] == f"{34.80 / 11.33:.2f}"
     assert found["32×: NTK, 8,192 over 2,048 tokens"] == f"{38.73 / 7.98:.2f}"
+    assert found["64×: NTK, 8,192 over 4,096 tokens"] == f"{14.84 / 8.04:.2f}"
     assert found["aligned and random apart at 2,048 tokens, proofs"] == f"{2.60 / 2.56:.2f}"
 
 

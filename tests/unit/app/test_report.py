@@ -1,6 +1,7 @@
 """The command: which folders it reads, what it finds there, and what it says of others."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from pose.app import report
 from pose.app.report import main, read, write_beside, write_report
 from pose.errors import DataError
 from pose.evaluation.task import Estimate
+from pose.files import write_json
 from pose.reporting.results_csv import write_results
 
 PROVENANCE = {
@@ -302,3 +304,17 @@ def test_a_folder_in_which_a_run_has_only_begun_is_none(tmp_path):
     (tmp_path / "evaluate.log").write_text("")
     with pytest.raises(DataError, match="is no run, sweep or evaluation"):
         read(tmp_path)
+
+
+def test_what_is_not_a_number_has_a_place(tmp_path):
+    """JSON has none: metrics.json of any language's reader has null, and a page shows that it was measured."""
+    write_json(tmp_path / "metrics.json", {"a": [float("nan"), float("inf"), 1.5], "b": {"c": float("nan")}, "d": 2})
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    content = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
+    assert content == {"a": [None, None, 1.5], "b": {"c": None}, "d": 2}
+    found = report._estimates({"kept": {"value": None, "low": None, "high": None, "num": 5}, "other": None, "x": 1.0})
+    assert found["kept"].num == 5 and math.isnan(found["kept"].value) and math.isnan(found["other"].value)
+    assert found["x"].value == 1.0
