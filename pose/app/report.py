@@ -193,14 +193,18 @@ def _training_facts(flat: Mapping[str, str], window: int | None, target: int | N
     rank = of("finetune.lora.rank")
     trained = "all weights" if rank in ("", "null") else f"LoRA of rank {rank}"
     batch = f"{of('trainer.max_steps')} steps of {of('trainer.global_batch')} examples"
+    shares = {k.rpartition(".")[2]: v for k, v in flat.items() if k.startswith("data.synthetic.")}
+    retrieval = [f"{float(share):.0%} {name}" for name, share in shares.items() if _number(share)]
+    data = _documents(flat, "data.documents") + f"; retrieval examples: {', '.join(retrieval)}" * bool(retrieval)
     return {
         "Model": "random weights" if of("model.path") == "null" else of("model.path"),
         "Window": f"{'?' if window is None else f'{window:,}'} → {'?' if target is None else f'{target:,}'} tokens",
         "Sampler": f"{method('pose', ('target_len', 'train_len'))}, examples of {example_len} tokens",
         "RoPE": method("rope", ()),
+        "Objective": method("objective", ()),
         "Training": f"{trained}, {batch}, learning rate {of('finetune.lr')}",
         "Seed": of("seed"),
-        "Data": _documents(flat, "data.documents"),
+        "Data": data,
     }
 
 
@@ -366,6 +370,14 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _words(text: str) -> str:
     """A list in JSON as one reads it; any other text as it is."""
     return re.sub(r'[\[\]"]', "", text) if text.startswith("[") and "{" not in text else text
+
+
+def _number(text: str) -> float:
+    """Of a value in a config; 0 where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def _numbers(found: Any) -> dict[str, float]:

@@ -103,6 +103,15 @@ def test_a_run_is_read(run):
     assert read(folder)[0].models == estimates, "with intervals, as newer runs leave them"
 
 
+def test_what_trained_is_said(run):
+    """The objective, and how many of the examples are retrieval, which a page of passkeys must not leave out."""
+    config = CONFIG.replace("a.jsonl, b.jsonl]", "a.jsonl], synthetic: {passkey: 0.2, copy: 0, key_value: 0.15}")
+    config += "objective: {_target_: pose.training.objectives.SelfDistill, weight: 1.0}\n"
+    facts = read(run(config=config))[0].facts
+    assert facts["Objective"] == "SelfDistill (weight=1.0)"
+    assert facts["Data"] == "a.jsonl; retrieval examples: 20% passkey, 15% key_value"
+
+
 def test_examples_of_full_length_training_are_as_long_as_the_target(run):
     full = "pose: {_target_: pose.positions.Full, target_len: 2048, train_len: 256}"
     folder = run(config="\n".join(full if line.startswith("pose:") else line for line in CONFIG.splitlines()))
