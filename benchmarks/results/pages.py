@@ -471,7 +471,14 @@ def _searches(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
         key.removesuffix(": nll") for found in searches.values() for key in found if key.endswith(": nll")
     )
     rows = [
-        [f"`{name}`", *(number(found[f"{name}: {key}"], key) for found in searches.values() for key in texts.values())]
+        [
+            f"`{name}`",
+            *(
+                number(found[at], key) if (at := f"{name}: {key}") in found else "–"
+                for found in searches.values()
+                for key in texts.values()
+            ),
+        ]
         for name in names
     ]
     head = [f"{target:,} tokens, {text}" for target in searches for text in texts]

@@ -46,6 +46,7 @@ UNUSED = (  # train.py's groups
 USED = ("pose.target_len", "trainer.accelerator")  # of which a search takes these
 OF_A_TRAINING = ("model", "checkpoints", "metrics.json")
 COLUMNS = ("generation", "nll", "first", "divisors")
+FIRST = "first generation"  # its best candidate: what the generations after it have gained on text they have not seen
 BASELINES: dict[str, RopeScaling] = {
     "linear": Linear(), "ntk": NTK(), "yarn": Yarn(), "ntk, rcd_shift": NTK(rcd_shift=True),
     "yarn, rcd_shift": Yarn(rcd_shift=True),
@@ -132,7 +133,11 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     task = _prepare(cfg, folder)
     best, tried = _evolve(task, cfg.seed, folder)
-    rows = {"searched": {"nll": tried[best], "heldout_nll": task.heldout(task.frequencies(best))}}
+    first = min((one for one in tried if task.generations[one] == 0), key=_order(tried))
+    rows = {
+        name: {"nll": tried[one], "heldout_nll": task.heldout(task.frequencies(one))}
+        for name, one in (("searched", best), (FIRST, first))
+    }
     for name, method in BASELINES.items():
         frequencies = method.resolve(task.geometry, task.target_len).frequencies(task.geometry)
         rows[name] = {"nll": task.own(frequencies), "heldout_nll": task.heldout(frequencies)}

@@ -101,10 +101,10 @@ class Perplexity(Task):
         estimates: dict[str, Estimate] = {}
         for name in dict.fromkeys(name for sums in outcomes.values() for name in sums):
             nll, tokens, *num_bytes = zip(*(sums[name] for sums in outcomes.values() if name in sums), strict=True)
-            estimates[name] = ratio(nll, tokens, np.exp)
+            estimates[name] = ratio(nll, tokens, np.exp, least=0.0)  # no perplexity is below 1
             if num_bytes:
                 bits = np.array(nll) / np.log(2)
-                estimates[name.replace("ppl", "bits_per_byte")] = ratio(bits, num_bytes[0])
+                estimates[name.replace("ppl", "bits_per_byte")] = ratio(bits, num_bytes[0], least=0.0)
         return estimates
 
 

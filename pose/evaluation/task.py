@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -188,7 +189,10 @@ def wilson(successes: float, trials: int) -> Estimate:
 
 
 def ratio(
-    numerators: Sequence[float], denominators: Sequence[float], transform: Callable[[float], float] = float
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    transform: Callable[[float], float] = float,
+    least: float = -math.inf,
 ) -> Estimate:
     """transform(sum of numerators / sum of denominators), with an interval over the items.
 
@@ -200,6 +204,7 @@ def ratio(
     Args:
         numerators, denominators: one of each for an item.
         transform: an increasing function, such as exp.
+        least: what the ratio cannot be below, where the interval is cut.
     """
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     num, of_all = len(top), bottom.sum()
@@ -208,7 +213,7 @@ def ratio(
         if num < 3:
             return Estimate(float(transform(value)), num=num)
         half = student_95(num - 1) * np.sqrt(num / (num - 1) * ((top - value * bottom) ** 2).sum()) / of_all
-        low, high = (float(transform(bound)) for bound in (value - half, value + half))
+        low, high = (float(transform(bound)) for bound in (max(value - half, least), value + half))
         return Estimate(float(transform(value)), low, high, num)
 
 

@@ -82,7 +82,10 @@ def test_what_a_search_leaves(found):
     assert answers.searched.nll == float(best["nll"]) <= min(float(row["nll"]) for row in rows[:4])
     assert len(factors.long_factor) == 32 and factors.candidates == 12
     assert factors.searched_for.target_len == 512 and factors.searched_for.window == 256
-    assert set(answers) == {"searched", "linear", "ntk", "yarn", "ntk, rcd_shift", "yarn, rcd_shift"}
+    assert set(answers) == {
+        "searched", "first generation", "linear", "ntk", "yarn", "ntk, rcd_shift", "yarn, rcd_shift"
+    }  # fmt: skip
+    assert answers["first generation"].nll == min(float(row["nll"]) for row in rows[:4])
     assert "held out" in output and "rope=searched" in output
     assert "eval.add_bos=true: has no part in a search" in " ".join(output.split())
     for key, where in (("nll", "on the text searched on"), ("heldout_nll", "on text that the search has not seen")):

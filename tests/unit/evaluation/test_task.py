@@ -69,3 +69,10 @@ def test_students_quantile(freedom, quantile):
 def test_a_bound_beyond_every_number_is_infinite():
     estimate = ratio([1.0, 1.0, 9000.0], [1, 1, 10], np.exp)
     assert estimate.low < 1e-20 and estimate.high == math.inf
+
+
+def test_an_interval_is_cut_where_its_ratio_must_end():
+    """A mean loss is at least 0, a perplexity at least 1."""
+    items = [1.0, 2.0, 60.0], [10, 10, 10]
+    free, cut = ratio(*items, np.exp), ratio(*items, np.exp, least=0.0)
+    assert free.low < 1 and cut.low == 1.0 and (cut.value, cut.high) == (free.value, free.high)
