@@ -15,7 +15,7 @@ from pose.files import locate
 from pose.modeling.checkpoints.gguf import cached_folder, describe, find_gguf
 from pose.modeling.checkpoints.hub import is_available
 from pose.modeling.load import build_model, load_config
-from pose.modeling.lora import target_names
+from pose.modeling.lora import add_lora
 from pose.modeling.options import LoraOptions
 from pose.modeling.shard import Layout
 
@@ -117,10 +117,10 @@ def model_config(cfg: DictConfig) -> PretrainedConfig:
 
 
 def check_lora(options: LoraOptions, config: PretrainedConfig):
-    """On a model without weights, so that a misspelt target is found before any are loaded."""
+    """On a model without weights, so that a target that cannot be is found before any are loaded."""
     if options.rank is not None:
         with torch.device("meta"):
-            target_names(build_model(config, None, "sdpa"), options)
+            add_lora(build_model(config, None, "sdpa"), options)
 
 
 def check_vocabulary(tokenizer, config: PretrainedConfig, path: str):

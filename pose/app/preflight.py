@@ -169,8 +169,10 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     sampler = build.build_sampler(cfg.pose, geometry.window)
     objective = build.build_objective(cfg.objective, sampler, base)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
+    check_layers(config)
     warn_of_windows(sampler, scaling, geometry.window)
     warn_of_sliding(sampler, config)
+    warn_of_router_loss(config)
     check_window(objective, sampler, target_len_of(base))
     warn_without_effect(cfg, sampler)
     if cfg.model.engine is not None:
@@ -237,6 +239,16 @@ def warn_of_sliding(sampler: PositionSampler, config: PretrainedConfig):
             f"(sliding_window), counted by tokens and not by positions. In examples of {sampler.name} they see across "
             "the skips, which never happens in real text, so what they learn there is of no use. pose=full trains them "
             "as they will be used"
+        )
+
+
+def warn_of_router_loss(config: PretrainedConfig):
+    """Warns where transformers' own loss has a term for experts that none of the objectives has."""
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if getattr(config, "output_router_logits", False) and coefficient:
+        log.warning(
+            f"this model's config asks for a loss that balances its experts (output_router_logits, "
+            f"router_aux_loss_coef={coefficient:g}), which is not trained here: experts train by the objective alone"
         )
 
 

@@ -6,6 +6,7 @@ layer with a state of its own (linear attention, state space models) reads a jum
 none. Long windows and shared beginnings need a cache of keys and values that gives what one pass gives, and can be cut.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, DynamicCache, PretrainedConfig, Pre
 from pose.errors import ConfigError, first_line
 from pose.modeling import compat
 from pose.modeling.attention import unsupported_term
-from pose.modeling.rotary import depends_on_length, head_dim_of, rotate_by_example_length
+from pose.modeling.rotary import depends_on_length, head_dim_of, rotary_dim_of, rotate_by_example_length
 
 KINDS = ("full_attention", "sliding_attention")  # of layers, in a config's layer_types
 PROBE = "pose_probe"  # what transformers knows the noting attention by
@@ -54,10 +55,12 @@ def check_layers(config: PretrainedConfig):
         except Exception as error:  # a model's code may raise anything for a config's values
             if isinstance(error, KeyError) and error.args == (PROBE,):  # looked up in a list of the class's own
                 raise ConfigError(f"{cls.__name__} is not supported: {ITS_OWN}") from error
-            raise ConfigError(
-                f"{cls.__name__} cannot be built from its config, and run without weights to look at its layers: "
-                f"{type(error).__name__}: {first_line(error)}"
-            ) from error
+            looks = isinstance(error, NotImplementedError) or "meta" in str(error)
+            why = (
+                "its layers cannot be looked at without weights, which pose asks of a class" if looks
+                else "it cannot be built from its config, and run without weights to look at its layers"
+            )  # fmt: skip
+            raise ConfigError(f"{cls.__name__}: {why}: {type(error).__name__}: {first_line(error)}") from error
     if reason is not None:
         raise ConfigError(f"{cls.__name__} is not supported: {reason}")
     _passed.add(key)
@@ -108,6 +111,8 @@ def cache_can_be_cut(config: PretrainedConfig) -> bool:
 
 def cache_width(config: PretrainedConfig) -> int:
     """Numbers that a cache holds of a token: its keys and values in all layers."""
+    if latent := getattr(config, "kv_lora_rank", None):  # DeepSeek's MLA: transformers keeps what both are made of
+        return config.num_hidden_layers * (latent + config.qk_rope_head_dim)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * config.num_hidden_layers * kv_heads * head_dim_of(config)
 
@@ -139,6 +144,12 @@ def _reason_of_layers(config: PretrainedConfig) -> str | None:
         return "it has no RoPE, so there are no frequencies to scale"
     if still:
         return f"{_named(still)} no RoPE: {UNMOVED}"
+    unseen = sorted({i for i, call in calls if call.window is None and _slides(config, i)})
+    if unseen:
+        return (
+            f"{_named(unseen)} a sliding window of {config.sliding_window} tokens that is applied by a mask alone, "
+            "which pose's attention does not take"
+        )
     terms = sorted({call.term for _, call in calls if call.term is not None})
     if terms:
         return f"its attention uses {', '.join(terms)}"
@@ -147,6 +158,18 @@ def _reason_of_layers(config: PretrainedConfig) -> str | None:
     if not all(call.causal for _, call in calls):
         return "its attention is not causal"
     return None
+
+
+def _check_dim(model: PreTrainedModel, config: PretrainedConfig):
+    """Raises a ConfigError where a class rotates other dimensions of a head than its config says."""
+    if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
+        return
+    for module in compat.rotary_modules(model):
+        if (dim := 2 * len(module.inv_freq)) != rotary_dim_of(config):
+            raise ConfigError(
+                f"its config says that {rotary_dim_of(config)} dimensions of a head are rotated "
+                f"(partial_rotary_factor), and the class rotates {dim}"
+            )
 
 
 def _attention_calls(config: PretrainedConfig, **keywords) -> tuple[list[tuple[int, "_Call"]], int | None]:
@@ -164,7 +187,8 @@ def _attention_calls(config: PretrainedConfig, **keywords) -> tuple[list[tuple[i
     def note(module, query, key, value, attention_mask=None, **kwargs):
         rotated, causal = query.requires_grad and key.requires_grad, kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        call = _Call(rotated, causal, attention_mask is not None, unsupported_term(kwargs), frozenset(kwargs))
+        term, window = unsupported_term(kwargs), kwargs.get("sliding_window")
+        call = _Call(rotated, causal, attention_mask is not None, term, frozenset(kwargs), window)
         calls.append((current, call))
         num_batch, num_heads, num_query, _ = query.shape
         # Without a gradient, so that nothing of the rotation reaches the next layer
@@ -187,6 +211,7 @@ def _attention_calls(config: PretrainedConfig, **keywords) -> tuple[list[tuple[i
     if model.base_model is model:
         return calls, None
     layers = decoder_layers(model)
+    _check_dim(model, config)
     rotate_by_example_length(model)  # transformers' own looks at the values of the positions
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(enter(index))
@@ -208,6 +233,7 @@ class _Call(NamedTuple):
         masked: whether the model made a mask of its own.
         term: what it asks for that is not implemented.
         keywords: the names of what it is given beside.
+        window: the sliding window that it is given, in tokens.
     """
 
     rotated: bool
@@ -215,6 +241,19 @@ class _Call(NamedTuple):
     masked: bool
     term: str | None
     keywords: frozenset[str]
+    window: int | None
+
+
+def _slides(config: PretrainedConfig, layer: int) -> bool:
+    """Whether transformers' own mask lets a layer attend to the last tokens alone."""
+    if getattr(config, "sliding_window", None) is None:
+        return False
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return kinds[layer] == "sliding_attention"
+    cls = compat.causal_lm_class(config)
+    assert cls is not None
+    return hasattr(sys.modules[cls.__module__], "create_sliding_window_causal_mask")
 
 
 def _has_alibi(config: PretrainedConfig) -> bool:

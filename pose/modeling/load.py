@@ -35,6 +35,7 @@ from pose.modeling.layers import check_layers
 from pose.modeling.rotary import (
     head_dim_of,
     keep_frequencies_fp32,
+    rotary_dim_of,
     rotate_by_example_length,
     set_target_len,
     target_len_of,
@@ -90,10 +91,24 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
                 f"{path} is a {config.model_type} model that changes its logits after the head "
                 f"({name}={getattr(config, name)}), which is not supported"
             )
+    _refuse_quantised(config, path)
     check_groups(config, path)
     check_rope(config, path)
     _read_window(config, path)
     return config
+
+
+def _refuse_quantised(config: PretrainedConfig, path: str):
+    """Weights in a form of a library's own: they neither train here nor export, and need that library to be read."""
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return
+    method = how.get("quant_method") if isinstance(how, dict) else getattr(how, "quant_method", None)
+    kind = f", {method}" if method else ""
+    raise CheckpointError(
+        f"{path} has quantised weights (quantization_config in its config.json{kind}), which are not supported: give "
+        "the folder with the full weights (finetune=qlora rounds them by itself)"
+    )
 
 
 def _check_rope_type(rope_type: Any, path: str):
@@ -204,7 +219,7 @@ def rope_geometry(config: PretrainedConfig) -> RopeGeometry:
             f"{parameters}): only models with one RoPE for all layers can be extended"
         )
     check_rope(config, f"the {config.model_type} model")
-    dim = int(head_dim_of(config) * (parameters.get("partial_rotary_factor") or 1.0))
+    dim = rotary_dim_of(config)
     window = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     rope_type = parameters.get("rope_type", "default")
     ours = getattr(config, "pose", None)  # what `scale_config` noted: linear and ntk leave no other trace of the window
@@ -402,8 +417,6 @@ def is_merged(config: PretrainedConfig, path: str, revision: str | None = None) 
 
 
 def _check_weights(path: str, config: PretrainedConfig, **hub):
-    if getattr(config, "quantization_config", None) is not None:
-        return  # other tensors than a config alone tells
     empty = compat.build_on_meta(config, "sdpa")
     compat.note_conversions(empty, from_checkpoint=True)
     with _named(path):

@@ -74,8 +74,16 @@ def add_lora(model: PreTrainedModel, options: LoraOptions):
     from peft import LoraConfig, inject_adapter_in_model
 
     numbers: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
-    config = LoraConfig(target_modules=targets, **numbers)
-    inject_adapter_in_model(config, model, low_cpu_mem_usage=next(model.parameters()).is_meta)
+    # In a module without a config: of some classes with experts peft makes other targets than those it is given
+    holder = nn.Module()
+    holder.inner = model
+    config = LoraConfig(target_modules=[f"inner.{name}" for name in targets], **numbers)
+    inject_adapter_in_model(config, holder, low_cpu_mem_usage=next(model.parameters()).is_meta)
+    if (num := len(adapters(model))) != len(targets):
+        raise ConfigError(
+            f"finetune.lora: peft gave {num} adapters to {len(targets)} layers of this "
+            f"{model.config.model_type} model; choose others by finetune.lora.target_modules, or finetune=full"
+        )
     if options.train_embeddings_and_norms:
         model.get_input_embeddings().requires_grad_(True)
         for module in model.modules():

@@ -12,12 +12,15 @@ the cache keep those of their time, as in transformers: only a pass over the who
 Shapes: B batch (or 1, for positions shared by all rows), L tokens, d rotary dimensions of a head.
 """
 
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from pose.errors import ConfigError
 from pose.modeling import compat
 from pose.modeling.compat import Rotary, rotary_modules
 from pose.rope import Frequencies
@@ -26,15 +29,26 @@ from pose.rope import Frequencies
 def depends_on_length(config: PretrainedConfig) -> bool:
     """Whether the frequencies change with the length of the text, so that one pass cannot serve several lengths."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    rope_type = parameters.get("rope_type")
-    return rope_type == "dynamic" or (
-        rope_type == "longrope" and list(parameters["short_factor"]) != list(parameters["long_factor"])
+    return is_dynamic(parameters) or (
+        parameters.get("rope_type") == "longrope"
+        and list(parameters["short_factor"]) != list(parameters["long_factor"])
     )
+
+
+def is_dynamic(parameters: Mapping[str, Any]) -> bool:
+    """Whether rope_parameters are of `dynamic` by length; with `alpha` (HunYuan) they are NTK's, the same at all."""
+    return parameters.get("rope_type") == "dynamic" and not parameters.get("alpha")
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
     """Dimensions of a head, which a config names or leaves to the hidden size."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotary_dim_of(config: PretrainedConfig) -> int:
+    """Dimensions of a head that its config has rotated."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return int(head_dim_of(config) * (parameters.get("partial_rotary_factor") or 1.0))
 
 
 def target_len_of(config: PretrainedConfig) -> int:
@@ -44,7 +58,7 @@ def target_len_of(config: PretrainedConfig) -> int:
     target is noted beside it, and is factor times the window where another program wrote the config.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
-    if parameters.get("rope_type") != "dynamic":
+    if not is_dynamic(parameters):
         return config.max_position_embeddings
     noted = (getattr(config, "pose", None) or {}).get("target_len")
     return noted or int(parameters["factor"] * config.max_position_embeddings)
@@ -52,7 +66,7 @@ def target_len_of(config: PretrainedConfig) -> int:
 
 def set_target_len(config: PretrainedConfig, target_len: int):
     """Sets the window that `target_len_of` returns."""
-    if config.rope_parameters.get("rope_type") != "dynamic":
+    if not is_dynamic(config.rope_parameters):
         config.max_position_embeddings = target_len
         return
     window, factor = config.max_position_embeddings, config.rope_parameters["factor"]
@@ -107,9 +121,16 @@ class _StatelessForward:
         rows = []
         for inv_freq, row in zip(self.inv_freq(position_ids.amax(-1) + 1), position_ids, strict=True):
             frequencies = SimpleNamespace(inv_freq=inv_freq, attention_scaling=self.module.attention_scaling)
-            rows.append(own_forward(frequencies, x, row[None]))
-        cos, sin = zip(*rows, strict=True)
-        return torch.cat(cos), torch.cat(sin)
+            try:
+                cos, sin = own_forward(frequencies, x, row[None])
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{type(self.module).__name__} works out its rotation in a way of its own, so {self.rope_type} "
+                    "frequencies, which depend on the length of each example, are not supported with it"
+                ) from error
+            rows.append((cos, sin))
+        cosines, sines = zip(*rows, strict=True)
+        return torch.cat(cosines), torch.cat(sines)
 
     def inv_freq(self, lengths: torch.Tensor) -> torch.Tensor:
         """The frequencies, fp32 [B, d/2], of texts of the given lengths [B]."""
