@@ -57,10 +57,10 @@ def check_layers(config: PretrainedConfig):
                 raise ConfigError(f"{cls.__name__} is not supported: {ITS_OWN}") from error
             looks = isinstance(error, NotImplementedError) or "meta" in str(error)
             why = (
-                "its layers cannot be looked at without weights, which pose asks of a class" if looks
-                else "it cannot be built from its config, and run without weights to look at its layers"
+                "cannot be looked at without weights, which pose asks of a class" if looks
+                else "cannot be built from its config, and run without weights to look at its layers"
             )  # fmt: skip
-            raise ConfigError(f"{cls.__name__}: {why}: {type(error).__name__}: {first_line(error)}") from error
+            raise ConfigError(f"{cls.__name__} {why}: {type(error).__name__}: {first_line(error)}") from error
     if reason is not None:
         raise ConfigError(f"{cls.__name__} is not supported: {reason}")
     _passed.add(key)

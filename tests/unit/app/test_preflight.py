@@ -9,8 +9,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from transformers import MixtralConfig
 
 from pose.app import preflight, schema
+from pose.app.preflight import warn_of_router_loss
 from pose.app.run import Run
 from pose.errors import CheckpointError, ConfigError, DataError, PoseError
 from pose.training import loggers, micro_batch
@@ -607,6 +609,13 @@ def test_a_teacher_that_was_extended_sees_as_far_as_that(plan, documents, tmp_pa
     assert plan(*given, "pose.train_len=300").sampler.train_len == 300
     with pytest.raises(ConfigError, match=r"pose.train_len=600 is above the 512 tokens"):
         plan(*given, "pose.train_len=600")
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_loss_of_experts_that_is_not_trained_is_said(asked, caplog):
+    config = MixtralConfig(output_router_logits=asked, router_aux_loss_coef=0.02)
+    warn_of_router_loss(config)
+    assert ("router_aux_loss_coef=0.02), which is not trained here" in caplog.text) is asked
 
 
 @pytest.mark.parametrize(("sampler", "is_warned_of"), [("pose", True), ("full", False)])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     DynamicCache,
     GPTNeoXConfig,
     LlamaConfig,
@@ -300,6 +301,9 @@ def test_a_cache_is_as_wide_as_its_heads():
     config = LlamaConfig(num_key_value_heads=2, head_dim=24, **SIZES)
     assert cache_width(config) == 2 * 2 * 2 * 24 and takes_cache(config)
     assert cache_width(CONFIGS["gqa"]()) == 2 * 2 * 2 * 8 and cache_width(CONFIGS["mha, parallel"]()) == 2 * 2 * 32
+    latent = DeepseekV3Config(kv_lora_rank=12, qk_rope_head_dim=8, q_lora_rank=8, **SIZES)
+    cache = build_model(latent, None, "sdpa")(torch.arange(3)[None], use_cache=True).past_key_values
+    assert cache_width(latent) == sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values)) / 3
     config.head_dim = 32  # 2 * 2 * 2 * 32 = 8 * 32: no longer the smaller part
     assert not takes_cache(config)
 

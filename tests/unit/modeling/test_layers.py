@@ -26,7 +26,8 @@ from pose.files import CONF
 from pose.modeling import layers
 from pose.modeling.layers import cache_can_be_cut, cache_is_exact, check_layers
 from pose.modeling.load import build_model, scale_config
-from pose.rope import Cope, Drope, Dynamic, Linear, LongRope, Yarn
+from pose.modeling.rotary import target_len_of
+from pose.rope import Cope, Drope, Dynamic, Linear, LongRope, Unscaled, Yarn
 
 schema.register()
 SIZES = {
@@ -75,6 +76,18 @@ REFUSED = {
     "its own mask": ("doge", {}, "DogeForCausalLM .*a mask of its own"),
     "bert": ("bert", {}, "BertLMHeadModel is not supported: BertModel has no list of layers"),
     "t5": ("t5", {}, "a t5 model is not supported: it is no causal language model"),
+    "slides by its mask": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2,
+                                         "layer_types": ["full_attention", "sliding_attention"] * 2},
+                           "Qwen2MoeForCausalLM .*layers 1, 3 have a sliding window of 16 tokens .* by a mask alone"),
+    "slides by its mask everywhere": ("phimoe", {"sliding_window": 16, "num_local_experts": 2},
+                                      "PhimoeForCausalLM .*layers 0, 1, 2, 3 have a sliding window of 16 tokens"),
+    "rotates by a way of its own": ("phimoe", {
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "short_mscale": 1.0,
+                            "long_factor": [2.0] * 4, "long_mscale": 1.0, "factor": 4.0,
+                            "original_max_position_embeddings": 16},
+        "num_local_experts": 2}, "PhimoeForCausalLM .*works out its rotation in a way of its own, so longrope"),
+    "a share that it does not read": ("llama", {"partial_rotary_factor": 0.5},
+                                      "LlamaForCausalLM .*says that 4 dimensions .*, and the class rotates 8"),
     "nonsense": ("llama", {"hidden_act": "nosuch"}, "LlamaForCausalLM cannot be built .*KeyError.*nosuch"),
 }  # fmt: skip
 
@@ -154,6 +167,21 @@ def test_training_and_measuring_refuse_before_weights_are_read(model_type, tmp_p
     for plan in (lambda: preflight.plan_training(train, tmp_path), lambda: compare.plan_evaluation(measure)):
         with pytest.raises(ConfigError, match=r"ForCausalLM is not supported: .*(ALiBi|no RoPE|state of their own)"):
             plan()
+
+
+def test_a_window_that_a_class_does_not_know_is_no_reason():
+    """It hands nothing on, and its mask has no window either."""
+    check_layers(LlamaConfig(sliding_window=16, **SIZES))
+
+
+def test_a_dynamic_that_is_static_is_taken_as_that():
+    """HunYuan's checkpoints: `alpha` stretches the base once, whatever the length of the text."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
+    config = AutoConfig.for_model("hunyuan_v1_dense", rope_parameters=rope, head_dim=8, **SIZES)
+    check_layers(config)
+    assert cache_is_exact(config) and target_len_of(config) == 64
+    scale_config(config, Unscaled(), 256)
+    assert config.max_position_embeddings == 256 == target_len_of(config)
 
 
 def test_what_can_be_asked_of_a_cache():

@@ -131,6 +131,24 @@ def test_dropout_is_of_training_alone():
     assert loss_of(model) != loss_of(model)
 
 
+@pytest.mark.parametrize("model_type", ["glm4_moe", "ernie4_5_moe"])
+def test_layers_beside_experts_get_their_adapters(model_type, tokenizer, tmp_path):
+    """Those of dense and shared parts; peft would give experts some in their place, and the export would be another."""
+    experts = {
+        "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                     "first_k_dense_replace": 1, "head_dim": 8},
+        "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1},
+    }[model_type]  # fmt: skip
+    model, _ = make_model(model_type, **experts)
+    targets = target_names(model, LoraOptions(rank=4))
+    add_lora(model, LoraOptions(rank=4))
+    assert {name.removesuffix(".base_layer.weight") for name in adapters(model)} == set(targets)
+    assert {name.rsplit(".", 1)[-1] for name in targets} >= {"o_proj", "gate_proj", "down_proj"}
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    stir(model)
+    export_model(model, tokenizer, tmp_path / "out", progress=False)  # which compares the logits
+
+
 def test_every_linear_layer_but_the_head_by_default():
     model, _ = make_model(tie_word_embeddings=False)
     wanted = [f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ATTENTION]

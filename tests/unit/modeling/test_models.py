@@ -494,6 +494,14 @@ def test_baichuans_that_are_not_read_are_refused(tmp_path, changes, words):
         load_config(str(tmp_path))
 
 
+@pytest.mark.parametrize("how", [{"quant_method": "fp8"}, {"load_in_4bit": True}])
+def test_quantised_folders_are_refused(tmp_path, how):
+    """They would train, or not, and could not be exported."""
+    LlamaConfig(quantization_config=how).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} has quantised weights .*give the folder with the full"):
+        load_config(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
