@@ -12,12 +12,14 @@ from pose.files import atomic_file
 log = logging.getLogger("pose.app.wandb_workspace")
 
 USAGE = """\
-Saves a view of a project's runs in W&B: curves by length, sampler x method, training, cost (docs/WANDB.md). Each call
-saves a new one; older ones are deleted in W&B.
+Saves two views of a project's runs in W&B: of each run (curves by length, sampler x method, training, cost), and the
+matrix, whose runs are grouped by model, target, sampler and method (docs/WANDB.md). With --group-by one view, of these
+groups. Each call saves new ones; older ones are deleted in W&B.
 
   python -m pose.wandb_workspace pose --entity TEAM
-  python -m pose.wandb_workspace pose --entity TEAM --name Matrix --group-by sampler rope
-  python -m pose.wandb_workspace pose --json view.json        # what would be sent; needs no network"""
+  python -m pose.wandb_workspace pose --entity TEAM --name Seeds --group-by seed
+  python -m pose.wandb_workspace pose --json views.json        # what would be sent; needs no network"""
+MATRIX = ("model", "target_len", "sampler", "rope")
 PACKAGE = "wandb-workspaces"
 
 
@@ -47,15 +49,17 @@ def main(arguments: list[str] | None = None):
             raise ConfigError(f"this needs the package {PACKAGE}, which is not installed: pip install {PACKAGE}")
         from pose.reporting.workspace import as_json, dashboard
 
+        views = {given.name: given.group_by} if given.group_by else {given.name: (), f"{given.name}, matrix": MATRIX}
         if given.json is not None:
             try:
                 with atomic_file(given.json) as file:
-                    file.write(as_json(dashboard(given.project, given.entity or "", given.name, given.group_by)))
+                    file.write(as_json([dashboard(given.project, given.entity or "", *view) for view in views.items()]))
             except OSError as error:
                 raise DataError(f"--json {given.json} cannot be written: {error.strerror or error}") from error
             log.info(given.json)
             return
-        log.info(save(given.project, given.entity, given.name, given.group_by))
+        for view in views.items():
+            log.info(save(given.project, given.entity, *view))
 
 
 def save(project: str, entity: str | None, name: str, group_by: Sequence[str] = ()) -> str:

@@ -126,12 +126,14 @@ def dashboard(project: str, entity: str, name: str = "PoSE", group_by: Sequence[
     )
 
 
-def as_json(workspace: "Workspace") -> str:
-    """What `save` sends: entity, project, name, and the specification of the view."""
-    view = workspace._to_model()  # the package has no public name for it
-    spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
-    content = {"entity": view.entity, "project": view.project, "name": view.display_name, "spec": spec}
-    return json.dumps(content, indent=1) + "\n"
+def as_json(workspaces: Sequence["Workspace"]) -> str:
+    """What `save` sends of each: entity, project, name, and the specification of the view."""
+    contents = []
+    for workspace in workspaces:
+        view = workspace._to_model()  # the package has no public name for it
+        spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
+        contents.append({"entity": view.entity, "project": view.project, "name": view.display_name, "spec": spec})
+    return json.dumps(contents, indent=1) + "\n"
 
 
 def _title(family: str) -> str:

@@ -19,7 +19,7 @@ needs_package = pytest.mark.skipif(
 def view(tmp_path_factory):
     file = tmp_path_factory.mktemp("view") / "view.json"
     wandb_workspace.main(["long", "--entity", "team", "--json", str(file)])
-    return json.loads(file.read_text())
+    return json.loads(file.read_text())[0]
 
 
 @pytest.fixture
@@ -88,11 +88,28 @@ def test_the_table_of_runs_begins_with_method_and_result(view):
 
 
 @needs_package
+def test_the_matrix_is_a_view_of_its_own(tmp_path):
+    """A table by sampler and method, within one model and target: means over others would say nothing."""
+    wandb_workspace.main(["long", "--name", "Mine", "--json", str(tmp_path / "views.json")])
+    first, matrix = json.loads((tmp_path / "views.json").read_text())
+    assert (first["name"], matrix["name"]) == ("Mine", "Mine, matrix")
+    (runs,) = matrix["spec"]["section"]["runSets"]
+    assert [key["name"] for key in runs["grouping"]] == [
+        "model.value", "target_len.value", "sampler.value", "rope.value",
+    ]  # fmt: skip
+    names = [
+        [one["name"] for one in each["spec"]["section"]["panelBankConfig"]["sections"]] for each in (first, matrix)
+    ]
+    assert names[0] == names[1] and "Sampler x method" in names[1]
+
+
+@needs_package
 def test_runs_are_grouped_by_keys_of_their_config(tmp_path):
     wandb_workspace.main(
         ["long", "--group-by", "sampler", "cfg.pose.num_chunks", "--json", str(tmp_path / "view.json")]
     )
-    (runs,) = json.loads((tmp_path / "view.json").read_text())["spec"]["section"]["runSets"]
+    (one,) = json.loads((tmp_path / "view.json").read_text())
+    (runs,) = one["spec"]["section"]["runSets"]
     assert [(key["section"], key["name"]) for key in runs["grouping"]] == [
         ("config", "sampler.value"), ("config", "cfg.value.pose.num_chunks"),
     ]  # fmt: skip
