@@ -210,7 +210,7 @@ def _section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [[_cell(row, f"position_ppl@{a}-{b}", ".1f", interval=False) for a, b in shown] for row in rows]
         title = "Perplexity by position in the longest window"
         lines.append(_table(title, [f"{a:,} to {b:,}" for a, b in shown], rows, cells, missing))
-    return [*lines, *_verdicts(rows), _commands(rows)]
+    return [*lines, *verdicts(rows), _commands(rows)]
 
 
 def _told_apart(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -290,7 +290,7 @@ def _cell(row: Mapping[str, Any], name: str, form: str, interval: bool = True) -
     return f"{shown} ({low:{form}} to {high:{form}})" if interval and low is not None and high is not None else shown
 
 
-def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was to be shown, by the numbers above, of each training."""
     lines = []
     for row in rows:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import smollm2
 from benchmarks.results.arms import (
     COSTS,
     EVALUATE,
@@ -28,13 +29,13 @@ from benchmarks.results.arms import (
 from benchmarks.results.claims import COSTS_OF, Checked, Claim, Missing, Numbers, checked, claims, verdict
 from benchmarks.results.records import Runs, base_model, current, seed_of
 from pose.errors import DataError
-from pose.files import atomic_file
+from pose.files import atomic_file, load_json
 
 HEAD = """\
 # The paper, claim by claim
 
-What the paper claims, and what came of it on the shipped tiny model (window 256) or on what a section names; a real
-model is in [SMOLLM2.md](SMOLLM2.md). Every number of ours and every verdict is computed from
+What the paper claims, and what came of it on the shipped tiny model (window 256) or on what a section names;
+[a real model](#on-a-real-model) comes last. Every number of ours and every verdict is computed from
 [the runs' metrics](results/runs.json) by `make results` (`python -m benchmarks.results`), and a test holds the page to
 the runs; only the paper's numbers and the bounds are entered by hand. A number is the mean over its seeds, with the
 lowest and the highest in brackets where there are several.
@@ -136,7 +137,18 @@ def results(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
     sections = [_section(claim, one, runs, arms) for claim, one in found.values()]
     names = {name: None for claim, _ in found.values() for name in claim.arms}
     listed = table(["arm", "seeds", "commands"], ([f"`{n}`", _seeds(runs, arms[n]), _commands(arms[n])] for n in names))
-    return "\n\n".join([HEAD.strip(), summary, *sections, "## The runs", _machines(runs, names), listed]) + "\n"
+    parts = [HEAD.strip(), summary, *sections, *_real(), "## The runs", _machines(runs, names), listed]
+    return "\n\n".join(parts) + "\n"
+
+
+def _real() -> list[str]:
+    """The claims that were asked of a real model, from what benchmarks.smollm2 keeps of it."""
+    lines = smollm2.verdicts(load_json(smollm2.FOUND, required={"rows": list})["rows"])
+    told = (
+        "Table 1 (perplexity at the target), Figure 2 (passkeys) and Table 3 (perplexity inside the window), of "
+        "SmolLM2-135M. What they were measured on and with, and its other figures: [SMOLLM2.md](SMOLLM2.md)."
+    )
+    return ["## On a real model", told, *lines] if lines else []
 
 
 def anchor(title: str) -> str:
