@@ -279,10 +279,17 @@ def test_factors_that_do_not_belong_are_errors(found, hydra, overrides, words):
         scale_config(load_config("assets/tiny"), build_scaling(cfg.rope), cfg.pose.target_len)
 
 
-def test_mixed_windows_keep_short_texts(found):
+def test_mixed_windows_keep_short_texts(found, caplog):
+    """Their attention factor too, unless one is given."""
     folder, _ = found
-    node = OmegaConf.load("conf/rope/searched.yaml")
-    node.factors, node.mixed = str(folder), True
-    config = load_config("assets/tiny")
-    scale_config(config, build_scaling(node), 512)
-    assert config.rope_parameters["short_factor"] == [1.0] * 32 != config.rope_parameters["long_factor"]
+    searched = OmegaConf.load(folder / "factors.yaml").attention_factor
+    assert searched > 1
+    for given, expected in ((None, 1.0), (1.1, 1.1)):
+        caplog.clear()
+        node = OmegaConf.load("conf/rope/searched.yaml")
+        node.factors, node.mixed, node.attention_factor = str(folder), True, given
+        config = load_config("assets/tiny")
+        scaling = scale_config(config, build_scaling(node), 512)
+        assert config.rope_parameters["short_factor"] == [1.0] * 32 != config.rope_parameters["long_factor"]
+        assert scaling.attention_factor == expected
+        assert ("search again with search.attention_factor=1" in caplog.text) is (given is None)
