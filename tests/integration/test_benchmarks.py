@@ -480,7 +480,7 @@ def test_runs_that_differ_are_rows_of_their_own(monkeypatch):
     smollm2.draw(rows, Path("unused.png"))
     assert len(drawn) == len(rows) and "PoSE, 1 M tokens, to 1,024 (lr=2)" in drawn, "none takes another's place"
     assert "| untuned (up to 1,024) |" in text and "| PoSE, 1 M tokens, to 1,024 (lr=2) |" in text
-    assert "(lr=1)**: perplexity of the last tokens at 1,024 is +4.0% of the untuned model's at 256" in text
+    assert "(lr=1)**: perplexity of the last tokens at 1,024 is 4.0% above the untuned model's at 256" in text
 
 
 def test_a_training_that_did_not_end_has_cost_what_it_logged(tmp_path):
