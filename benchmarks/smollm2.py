@@ -283,7 +283,7 @@ def _bin(name: str) -> tuple[int, int]:
 
 def _cell(row: Mapping[str, Any], name: str, form: str, interval: bool = True) -> str:
     found = row["metrics"].get(name)
-    if found is None or found[0] != found[0]:
+    if found is None or found[0] is None or found[0] != found[0]:
         return "–"
     value, low, high = found[:3]
     shown = f"{value:{form}}" if abs(value) < 1e4 else f"{value:.1e}"

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping
@@ -179,7 +180,9 @@ def training(folder: Path) -> dict[str, float]:
 
 
 def _kept(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return _rounded({key: value for key, value in metrics.items() if KEPT.fullmatch(key) and value is not None})
+    """What is a number: JSON has null for one that is none, a CSV nan."""
+    kept = {key: value for key, value in metrics.items() if KEPT.fullmatch(key)}
+    return _rounded({key: value for key, value in kept.items() if value is not None and math.isfinite(value)})
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:

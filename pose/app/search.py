@@ -424,12 +424,18 @@ def _say(rows: dict[str, dict[str, float]], folder: Path):
         table.add_row(name, f"{row['nll']:.4f}", f"{row['heldout_nll']:.4f}")
     print_table(table)
     for key, where in (("nll", "on the text searched on"), ("heldout_nll", "on text that the search has not seen")):
-        better = [name for name, row in rows.items() if row[key] < rows["searched"][key]]
+        better = [name for name, row in rows.items() if name != FIRST and row[key] < rows["searched"][key]]
         if better:
             log.warning(
                 f"{where}, what was found is worse than {', '.join(better)}: give it more search.num_generations or "
                 "search.trials, or take that method"
             )
+    if rows[FIRST]["heldout_nll"] < rows["searched"]["heldout_nll"]:
+        log.warning(
+            "on text that the search has not seen, the best of its first generation is better than what was found: the "
+            "later generations fitted the text searched on. Give it more search.trials (every candidate's divisors are "
+            f"in {folder}/search.csv)"
+        )
     log.info(f"Factors     {folder}/factors.yaml  (train.py rope=searched rope.factors={folder})")
     log.info(f"Tried       {folder}/search.csv")
 

@@ -42,6 +42,6 @@ def warn_of_trained(name: str, model: str, suite: Suite):
     if ids:
         log.warning(
             f"{name} has trained on {len(ids)} of the {len(seen)} documents that its perplexity is measured on "
-            f"({', '.join(ids[:3])}{' ...' * (len(ids) > 3)}), so it is of no held-out text: give others with "
+            f"({', '.join(ids[:3])}{' ...' * (len(ids) > 3)}), so it is not of held-out text: give others with "
             "eval.documents"
         )

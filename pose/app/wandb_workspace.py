@@ -1,4 +1,4 @@
-"""The command `python -m pose.wandb_workspace PROJECT`: a saved view of a project in W&B."""
+"""The command `python -m pose.wandb_workspace PROJECT`: saved views of a project in W&B."""
 
 import argparse
 import importlib.util
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None):
         help="keys of the runs' config, such as sampler rope or cfg.pose.num_chunks: panels have a mean and a range of "
         "each group of runs",
     )  # fmt: skip
-    parser.add_argument("--json", type=command.path, metavar="FILE", help="writes the view into a file, and ends")
+    parser.add_argument("--json", type=command.path, metavar="FILE", help="writes the views into a file, and ends")
     given = parser.parse_args(arguments)
     with command.running():
         if not given.project.strip():

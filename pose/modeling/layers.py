@@ -57,7 +57,7 @@ def check_layers(config: PretrainedConfig):
                 raise ConfigError(f"{cls.__name__} is not supported: {ITS_OWN}") from error
             looks = isinstance(error, NotImplementedError) or "meta" in str(error)
             why = (
-                "cannot be looked at without weights, which pose asks of a class" if looks
+                "cannot be run without weights, which the look at its layers needs" if looks
                 else "cannot be built from its config, and run without weights to look at its layers"
             )  # fmt: skip
             raise ConfigError(f"{cls.__name__} {why}: {type(error).__name__}: {first_line(error)}") from error
@@ -148,7 +148,8 @@ def _reason_of_layers(config: PretrainedConfig) -> str | None:
     if unseen:
         return (
             f"{_named(unseen)} a sliding window of {config.sliding_window} tokens that is applied by a mask alone, "
-            "which pose's attention does not take"
+            "which pose's attention does not take: where it is at least your target, give a copy of the folder with "
+            "sliding_window: null"
         )
     terms = sorted({call.term for _, call in calls if call.term is not None})
     if terms:

@@ -12,9 +12,7 @@ the cache keep those of their time, as in transformers: only a pass over the who
 Shapes: B batch (or 1, for positions shared by all rows), L tokens, d rotary dimensions of a head.
 """
 
-from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,15 +27,17 @@ from pose.rope import Frequencies
 def depends_on_length(config: PretrainedConfig) -> bool:
     """Whether the frequencies change with the length of the text, so that one pass cannot serve several lengths."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    return is_dynamic(parameters) or (
+    return is_dynamic(config) or (
         parameters.get("rope_type") == "longrope"
         and list(parameters["short_factor"]) != list(parameters["long_factor"])
     )
 
 
-def is_dynamic(parameters: Mapping[str, Any]) -> bool:
-    """Whether rope_parameters are of `dynamic` by length; with `alpha` (HunYuan) they are NTK's, the same at all."""
-    return parameters.get("rope_type") == "dynamic" and not parameters.get("alpha")
+def is_dynamic(config: PretrainedConfig) -> bool:
+    """Whether a model's RoPE is `dynamic` by length; HunYuan's with `alpha` is NTK's, the same at every length."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    is_static = config.model_type.startswith("hunyuan") and bool(parameters.get("alpha"))
+    return parameters.get("rope_type") == "dynamic" and not is_static
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
@@ -57,16 +57,16 @@ def target_len_of(config: PretrainedConfig) -> int:
     That is max_position_embeddings, save for `dynamic`, whose formula takes the model's own window from there: its
     target is noted beside it, and is factor times the window where another program wrote the config.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if not is_dynamic(parameters):
+    if not is_dynamic(config):
         return config.max_position_embeddings
+    parameters = config.rope_parameters
     noted = (getattr(config, "pose", None) or {}).get("target_len")
     return noted or int(parameters["factor"] * config.max_position_embeddings)
 
 
 def set_target_len(config: PretrainedConfig, target_len: int):
     """Sets the window that `target_len_of` returns."""
-    if not is_dynamic(config.rope_parameters):
+    if not is_dynamic(config):
         config.max_position_embeddings = target_len
         return
     window, factor = config.max_position_embeddings, config.rope_parameters["factor"]

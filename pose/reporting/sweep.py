@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 from pathlib import Path
 
 import yaml
@@ -69,4 +70,6 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
 
 
 def _numbers(found: dict) -> Metrics:
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+    """Those of a metrics.json, where null is what is not a number."""
+    named = {name: math.nan if value is None else value for name, value in found.items()}
+    return {name: value for name, value in named.items() if isinstance(value, int | float)}

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -485,6 +486,8 @@ def test_runs_that_differ_are_rows_of_their_own(monkeypatch):
 
 def test_a_training_that_did_not_end_has_cost_what_it_logged(tmp_path):
     assert smollm2._logged(tmp_path) == {}
+    for none in (math.nan, None):  # as it is made, and as JSON gives it back
+        assert smollm2._cell({"metrics": {"kept": [none, None, None, 5]}}, "kept", ".2f") == "–"
     (tmp_path / "metrics.csv").write_text(
         "cost/seconds,cost/tokens,step,val/ppl@8\n,,-1,9\n3.5,1024,9,\n7.5,2048,19,\n,,19,8\n"
     )

@@ -144,6 +144,19 @@ def test_what_wandb_does_not_take_is_one_line(monkeypatch, capsys):
 
 
 @needs_package
+@pytest.mark.parametrize(("given", "names"), [((), ["PoSE", "PoSE, matrix"]), (("--group-by", "seed"), ["PoSE"])])
+def test_each_view_is_saved(monkeypatch, given, names):
+    import wandb_workspaces.workspaces as ws
+
+    saved = []
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(ws.Workspace, "save", lambda self: saved.append(self.name) or self)
+    monkeypatch.setattr(ws.Workspace, "url", "https://wandb.ai/x", raising=False)
+    wandb_workspace.main(["long", "--entity", "team", *given])
+    assert saved == names
+
+
+@needs_package
 def test_a_file_that_cannot_be_written_is_named(capsys, tmp_path):
     assert f"--json {tmp_path} cannot be written" in says(capsys, "long", "--json", str(tmp_path))
 

@@ -262,6 +262,9 @@ def test_what_a_process_holds(tmp_path):
     plain = torch.nn.Parameter(torch.ones(3, 2))
     assert compat.local_part(plain) is plain and compat.full_shape(plain) == (3, 2)
     assert not compat.is_partitioned(plain) and not compat.has_master(plain)
+    sharded = torch.nn.Parameter(torch.ones(0))
+    sharded.ds_tensor = torch.ones(1)
+    assert compat.local_part(sharded) is sharded.ds_tensor
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         module = torch.nn.Linear(2, 3)

@@ -169,6 +169,15 @@ def test_training_and_measuring_refuse_before_weights_are_read(model_type, tmp_p
             plan()
 
 
+def test_a_class_that_cannot_be_looked_at_is_told_from_a_broken_config(monkeypatch):
+    def refuse(*args):
+        raise NotImplementedError("no meta function for torch.nonzero()")
+
+    monkeypatch.setattr("pose.modeling.compat.build_on_meta", refuse)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be run without weights, which the look .*nonzero"):
+        check_layers(LlamaConfig(**SIZES))
+
+
 def test_a_window_that_a_class_does_not_know_is_no_reason():
     """It hands nothing on, and its mask has no window either."""
     check_layers(LlamaConfig(sliding_window=16, **SIZES))
@@ -182,6 +191,8 @@ def test_a_dynamic_that_is_static_is_taken_as_that():
     assert cache_is_exact(config) and target_len_of(config) == 64
     scale_config(config, Unscaled(), 256)
     assert config.max_position_embeddings == 256 == target_len_of(config)
+    llama = LlamaConfig(rope_parameters=rope | {"factor": 4.0}, **SIZES)  # whose class does not read it
+    assert not cache_is_exact(llama) and target_len_of(llama) == 256
 
 
 def test_what_can_be_asked_of_a_cache():

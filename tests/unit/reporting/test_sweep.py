@@ -43,6 +43,15 @@ def test_sweep_table_joins_the_jobs(tmp_path, capsys):
         assert text in printed
 
 
+def test_what_is_not_a_number_keeps_its_place(tmp_path):
+    """A share of a gain that is none, written as null."""
+    job(tmp_path / "0", ["rope=linear"], {"needle_gain_kept@512": None})
+    job(tmp_path / "1", ["rope=yarn"], {"needle_gain_kept@512": 0.75})
+    SweepTable().on_multirun_end(config(tmp_path))
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        assert list(csv.reader(file))[1:] == [["rope=linear", "nan"], ["rope=yarn", "0.75"]]
+
+
 def test_an_evaluation_of_several_checkpoints_has_a_row_for_each(tmp_path):
     job(tmp_path / "0", ["eval.trials=5"], {"base": {"ppl@256": 20.5}, "mine": {"ppl@256": 19.5, "passkey@256": 1.0}})
     job(tmp_path / "1", ["eval.trials=9"], {"ppl@256": 18.5})
