@@ -168,9 +168,7 @@ def compare(wanted: Sequence[tuple[str, int]], new: Mapping, known: Mapping, arm
             before = values(known, arms[name], metric)
             told += bool(before)
             slack = half_digit(value, metric)
-            finite = [one for one in before if one == one]  # needle_gain_kept has none where there is nothing to keep
-            is_inside = bool(finite) and min(finite) - slack <= value <= max(finite) + slack
-            if before and not (is_inside or (value != value and len(finite) < len(before))):
+            if before and not min(before) - slack <= value <= max(before) + slack:
                 low, high = (number(one(before), metric) for one in (min, max))
                 outside.append(f"{metric} is {number(value, metric)}, and was {low} to {high}")
         log.info(

@@ -146,9 +146,9 @@ def _real() -> list[str]:
     lines = smollm2.verdicts(load_json(smollm2.FOUND, required={"rows": list})["rows"])
     told = (
         "Table 1 (perplexity at the target), Figure 2 (passkeys) and Table 3 (perplexity inside the window), of "
-        "SmolLM2-135M. Much of the drop in perplexity is adaptation to the texts' domain, and scaling alone is flat to "
-        "the target too; passkeys were measured only after 50 steps on a CPU, where they are no better than by "
-        "scaling. What all was measured on and with, and the other figures: [SMOLLM2.md](SMOLLM2.md)."
+        "SmolLM2-135M, of the trainings that were measured on the tokens of the untuned model. To be read with "
+        "[what came of it](SMOLLM2.md#what-came-of-it): scaling alone, adaptation to the texts' domain, and what was "
+        "measured of other trainings."
     )
     return ["## On a real model", told, *lines] if lines else []
 

@@ -55,9 +55,9 @@ def check_layers(config: PretrainedConfig):
         except Exception as error:  # a model's code may raise anything for a config's values
             if isinstance(error, KeyError) and error.args == (PROBE,):  # looked up in a list of the class's own
                 raise ConfigError(f"{cls.__name__} is not supported: {ITS_OWN}") from error
-            looks = isinstance(error, NotImplementedError) or "meta" in str(error)
+            needs_values = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
             why = (
-                "cannot be run without weights, which the look at its layers needs" if looks
+                "cannot be run without weights, which the look at its layers needs" if needs_values
                 else "cannot be built from its config, and run without weights to look at its layers"
             )  # fmt: skip
             raise ConfigError(f"{cls.__name__} {why}: {type(error).__name__}: {first_line(error)}") from error
