@@ -1,5 +1,7 @@
 """Plots: what they draw, where, and that what they write is a picture."""
 
+import math
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
@@ -16,6 +18,7 @@ from pose.reporting.plots import (
     plot_results,
     plot_ruler,
     plot_training,
+    top_of,
 )
 
 METRICS = {
@@ -383,3 +386,10 @@ def test_heatmaps_are_pictures_and_none_without_cells(tmp_path):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 200
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_colours_of_a_heatmap_end_at_the_largest_finite_value():
+    """One infinite cell would leave all others one colour."""
+    assert top_of("needle_gain", [0.5, math.inf, 2.0, -1.0]) == 2.0
+    assert top_of("needle_gain", [-0.2, 0.0]) == 1e-3 and top_of("needle_gain", []) == 1e-3
+    assert top_of("passkey", [0.2]) == 1.0
