@@ -36,8 +36,9 @@ def depends_on_length(config: PretrainedConfig) -> bool:
 def is_dynamic(config: PretrainedConfig) -> bool:
     """Whether a model's RoPE is `dynamic` by length; HunYuan's with `alpha` is NTK's, the same at every length."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    is_static = config.model_type.startswith("hunyuan") and bool(parameters.get("alpha"))
-    return parameters.get("rope_type") == "dynamic" and not is_static
+    if parameters.get("rope_type") != "dynamic":
+        return False
+    return not (config.model_type.startswith("hunyuan") and parameters.get("alpha"))
 
 
 def head_dim_of(config: PretrainedConfig) -> int:

@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 from wandb_run import read_runs
 
 from pose.app import compare, runtime, schema
@@ -26,7 +27,7 @@ from pose.training.loggers import dashboards_of
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "assets" / "tiny"
-LONG = SimpleNamespace(max_position_embeddings=32)  # the config of a model that was extended
+LONG = LlamaConfig(max_position_embeddings=32)  # the config of a model that was extended
 TOKENIZER = load_tokenizer(str(TINY))
 SUITE = SimpleNamespace(tasks=[], tokenizer=TOKENIZER)
 schema.register()

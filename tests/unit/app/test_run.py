@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from pose.app import compare, run, schema
 from pose.app.preflight import plan_training
@@ -197,7 +198,7 @@ def finished(tmp_path, monkeypatch):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         one = run.Run(compose("train", ["experiment=smoke"]), tmp_path)
     one.plan = SimpleNamespace(
-        geometry=SimpleNamespace(window=8), config=SimpleNamespace(max_position_embeddings=32), suite=suite, watch=None,
+        geometry=SimpleNamespace(window=8), config=LlamaConfig(max_position_embeddings=32), suite=suite, watch=None,
         scaling=SimpleNamespace(name="yarn"), sampler=SimpleNamespace(name="pose", target_len=32, example_len=8),
         trainer=SimpleNamespace(loggers=[], callback_metrics={}, global_step=5),
     )  # fmt: skip
