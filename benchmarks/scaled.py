@@ -1,7 +1,7 @@
-"""A model with rescaled RoPE and nothing trained: python -m benchmarks.scaled MODEL FOLDER --target-len N
+"""A model with rescaled RoPE and nothing trained: python -m benchmarks.scaled MODEL FOLDER --target-len N [rope=...]
 
 train.py measures this model by itself (eval.before); the folder is for evaluate.py, where the two have to be apart.
-YaRN alone, since that is what experiment=smollm2_32k takes.
+The method is train.py's: rope=yarn (the default), rope.factor=8, rope.rcd_shift=true and so on.
 """
 
 import argparse
@@ -20,18 +20,31 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("model", help="a Hugging Face folder or a .gguf file")
     parser.add_argument("folder", type=Path, help="to write to; must not be there yet")
     parser.add_argument("--target-len", type=int, required=True, help="the new window, in tokens")
-    args = parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", help="of the group rope, as train.py takes them")
+    args = parser.parse_intermixed_args(arguments)
     if args.folder.exists():
         parser.error(f"{args.folder} is there already")
 
     import shutil
 
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    from pose.app import schema
+    from pose.app.build import build_scaling
     from pose.errors import PoseError
-    from pose.files import atomic_folder, locate
+    from pose.files import CONF, atomic_folder, locate
     from pose.modeling.checkpoints.gguf import convert
     from pose.modeling.load import load_config, scale_config
-    from pose.rope import Yarn
 
+    if others := [given for given in args.overrides if not given.lstrip("+").startswith(("rope=", "rope."))]:
+        parser.error(f"{' '.join(others)}: the group rope alone has a part in it (rope=NAME, rope.KEY=VALUE)")
+    schema.register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            scaling = build_scaling(compose("train", ["rope=yarn", *args.overrides]).rope)
+    except (PoseError, HydraException) as error:
+        raise SystemExit(f"{' '.join(args.overrides)}: {error}") from error
     try:
         with atomic_folder(args.folder) as partial:
             if args.model.endswith(".gguf"):
@@ -39,7 +52,7 @@ def main(arguments: list[str] | None = None):
             else:
                 shutil.copytree(locate(args.model), partial, dirs_exist_ok=True)
             config = load_config(str(partial))
-            scale_config(config, Yarn(), args.target_len)
+            scale_config(config, scaling, args.target_len)
             config.save_pretrained(partial)
     except (PoseError, OSError) as error:
         raise SystemExit(f"{args.model}: {error}") from error

@@ -215,6 +215,7 @@ class SearchOptions:
     num_parents: int = 16  # the best so far, from which a generation comes
     mutation: float = 0.3  # probability that a divisor is drawn anew
     trials: int = 10  # texts that a candidate is measured by, each with four questions
+    example_len: int | None = None  # tokens of a text, whose position ids skip ahead to the target; null: all of it
     depths: list[float] | None = None  # places of needles in [0, 1], in turn; null: 0 to 0.5
     haystack: Any = "assets/corpora/books.train.jsonl.gz"  # text of the questions: as eval.haystack
     heldout: Any = "assets/corpora/reports.train.jsonl.gz"  # text of those that the winner is measured by at the end
@@ -223,6 +224,7 @@ class SearchOptions:
 
     def __post_init__(self):
         require_int("search.trials", self.trials, at_least=1)
+        require_int("search.example_len", self.example_len, at_least=1, optional=True)
         require_number("search.attention_factor", self.attention_factor, above=0, optional=True)
         if self.depths is not None and not (self.depths and all(0 <= depth <= 1 for depth in self.depths)):
             raise ConfigError(f"search.depths={list(self.depths)} is not accepted: give places from 0 to 1")

@@ -39,7 +39,14 @@ CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than 
 PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
 GPUS = ("gpu", "cuda")  # trainer.accelerator
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
-NAMED_OTHERWISE = ("num_generations", "depths", "haystack", "heldout", "add_bos")  # in what tells two searches apart
+NAMED_OTHERWISE = (
+    "num_generations",
+    "depths",
+    "haystack",
+    "heldout",
+    "add_bos",
+    "example_len",
+)  # in what tells two searches apart
 UNUSED = (  # train.py's groups
     "data", "objective", "finetune", "strategy", "logger", "eval", "watch", "pose", "trainer"
 )  # fmt: skip
@@ -178,6 +185,11 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     build_scaling(cfg.rope)  # refuses a factor
     require_choice("trainer.accelerator", cfg.trainer.accelerator, ("auto", "cpu", *GPUS))
     require_int("pose.target_len", cfg.pose.target_len, at_least=1)
+    if options.example_len is not None and options.example_len > cfg.pose.target_len:
+        raise ConfigError(
+            f"search.example_len={options.example_len} is above pose.target_len={cfg.pose.target_len}: the position "
+            "ids of an example skip ahead to the target"
+        )
     if cfg.model.path is None:
         raise ConfigError("model.path is not set: a search needs the weights of a model, a folder or a hub id")
     models.find_model(cfg)
@@ -199,13 +211,14 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
         "questions of a text": NUM_KEYS, "bos": bos,
         **{key: value for key, value in asdict(options).items() if key not in NAMED_OTHERWISE},
         "attention_factor": scaling.attention_factor,
+        **({} if options.example_len is None else {"example_len": options.example_len}),
         **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
         **{f"tokens of {key}": _digest_of_tokens(tokenizer, text) for key, text in texts.items()},
     }  # fmt: skip
     _check_folder(folder, settings)
     prompts = _prompts(texts, tokenizer, config.vocab_size, cfg.seed, bos)
     for one in prompts:
-        _check_length(one, cfg.pose.target_len, depths, options.trials)
+        _check_length(one, cfg.pose.target_len, options.example_len, depths, options.trials)
     write_json(folder / "settings.json", settings)
     tried, generations = _go_on(folder / "search.csv")
     runtime.save_config(cfg, folder)
@@ -213,7 +226,8 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
     check_loss(model, device)  # answers are scored from hidden states
     scorer = Scorer(model)
-    own, heldout = (NeedleFitness(scorer, one, cfg.pose.target_len, depths, options.trials) for one in prompts)
+    length, target_len = options.example_len or cfg.pose.target_len, cfg.pose.target_len
+    own, heldout = (NeedleFitness(scorer, one, length, depths, options.trials, target_len) for one in prompts)
     return _Task(geometry, cfg.pose.target_len, scaling, evolution, own, heldout, settings, tried, generations)
 
 
@@ -289,13 +303,15 @@ def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int, bos: 
     return prompts
 
 
-def _check_length(prompts: "MultiKeyPrompts", target_len: int, depths: list[float], trials: int):
-    """Raises a ConfigError where a target is too short for a question."""
-    shortest = prompts.shortest(target_len, depths, trials)
-    if shortest > target_len:
+def _check_length(
+    prompts: "MultiKeyPrompts", target_len: int, example_len: int | None, depths: list[float], trials: int
+):
+    """Raises a ConfigError where a target, or an example, is too short for a question."""
+    key, length = ("pose.target_len", target_len) if example_len is None else ("search.example_len", example_len)
+    shortest = prompts.shortest(length, depths, trials)
+    if shortest > length:
         raise ConfigError(
-            f"pose.target_len={target_len} is too short for a question about needles, which has {shortest} tokens "
-            "with this tokenizer"
+            f"{key}={length} is too short for a question about needles, which has {shortest} tokens with this tokenizer"
         )
 
 

@@ -20,20 +20,33 @@ class NeedleFitness:
         length: N, tokens of prompt and answer together.
         depths: of the needles, taken in turn.
         trials: texts, each with NUM_KEYS needles of which each is asked for.
+        target_len: T, where the answers' position ids end; None: N. With more than N they skip ahead between the
+            needles and the questions (`MultiKeyPrompts.sample`).
     """
 
-    def __init__(self, scorer: Scorer, prompts: MultiKeyPrompts, length: int, depths: Sequence[float], trials: int):
+    def __init__(
+        self,
+        scorer: Scorer,
+        prompts: MultiKeyPrompts,
+        length: int,
+        depths: Sequence[float],
+        trials: int,
+        target_len: int | None = None,
+    ):
         self.scorer = scorer
         places = cycle(depths)
-        made = [prompts.sample(length, list(islice(places, NUM_KEYS)), trial) for trial in range(trials)]
-        self.windows = np.concatenate([prompt.input_ids for prompt in made])
-        answers = [answer for prompt in made for answer in prompt.answers]
-        first = min(answer.start for answer in answers)
-        self.scored = length - first  # tokens at the end of a window, and which of them are its answer
-        self.answers = [slice(answer.start - first, answer.stop - first) for answer in answers]
+        self.texts = [
+            prompts.sample(length, list(islice(places, NUM_KEYS)), trial, target_len) for trial in range(trials)
+        ]
+        self.first = min(answer.start for text in self.texts for answer in text.answers)
 
     def __call__(self, frequencies: Frequencies) -> float:
         """With the given frequencies, float; lower is better."""
         set_frequencies(self.scorer.model, frequencies)
-        losses = self.scorer.ending_nll(self.windows, self.scored)
-        return float(np.mean([nll[answer].mean() for nll, answer in zip(losses, self.answers, strict=True)]))
+        losses = []
+        for text in self.texts:
+            num = text.input_ids.shape[1] - self.first  # tokens at the end of a window, among them its answer
+            ending = self.scorer.ending_nll(text.input_ids, num, text.position_ids)
+            for nll, answer in zip(ending, text.answers, strict=True):
+                losses.append(nll[answer.start - self.first : answer.stop - self.first].mean())
+        return float(np.mean(losses))

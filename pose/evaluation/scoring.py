@@ -22,7 +22,7 @@ CHUNK_LEN = 2048  # tokens; no shorter chunks of a long window are worth a forwa
 
 
 class Scorer:
-    """Scores windows with plain position ids 0..N-1; logits exist for the scored tokens alone.
+    """Scores windows, with plain position ids 0..N-1 unless given; logits exist for the scored tokens alone.
 
     Gradients are off, but not by inference_mode: FSDP could not train on with the buffers that it would leave behind.
 
@@ -94,46 +94,53 @@ class Scorer:
         return predicted
 
     @torch.no_grad()
-    def ending_nll(self, windows: np.ndarray, num: int) -> np.ndarray:
+    def ending_nll(self, windows: np.ndarray, num: int, position_ids: np.ndarray | None = None) -> np.ndarray:
         """Cross-entropy of the last num tokens of each window; their common beginnings go through once.
 
         Args:
             windows: int [P, N], in any number and order.
             num: at most N - 1.
+            position_ids: int [N], rising, of every window; None: 0..N-1.
 
         Returns:
             float64 [P, num], in nats.
         """
         losses = np.empty((len(windows), num))
-        for group, states in self._ends(windows, num + 1):
+        for group, states in self._ends(windows, num + 1, position_ids):
             targets = self._tokens(windows[group][:, -num:])
             nll = token_nll(states[:, :-1].flatten(0, 1), self.head, targets.flatten())
             losses[group] = nll.view(targets.shape).double().cpu().numpy()
         return losses
 
-    def _ends(self, windows: np.ndarray, num: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def _ends(
+        self, windows: np.ndarray, num: int, position_ids: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """The windows of each batch, int [B], and their last num hidden states, [B, num, H]."""
         size = max(self.batch_tokens // windows.shape[1], 1)
         groups = groups_that_share(windows, size, num) if can_share(self.model, size * windows.shape[1]) else None
-        cache = None if groups is None else PrefixCache(self.model, self.chunk_len)
+        cache = None if groups is None else PrefixCache(self.model, self.chunk_len, position_ids)
         if groups is None:
             groups = np.split(np.arange(len(windows)), range(size, len(windows), size))
         for group in groups:
             batch = windows[group]
-            yield group, self._last_states(batch, num) if cache is None else cache.states(batch, num)
+            states = self._last_states(batch, num, position_ids) if cache is None else cache.states(batch, num)
+            yield group, states
 
-    def _last_states(self, windows: np.ndarray, num: int) -> torch.Tensor:
+    def _last_states(self, windows: np.ndarray, num: int, position_ids: np.ndarray | None) -> torch.Tensor:
         places = np.arange(windows.shape[1] - num, windows.shape[1])
-        return torch.cat([states for states, _ in self._states(self._tokens(windows), places)], 1)
+        return torch.cat([states for states, _ in self._states(self._tokens(windows), places, position_ids)], 1)
 
     def _tokens(self, windows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(windows.astype(np.int64)).to(self.device)
 
-    def _states(self, tokens: torch.Tensor, places: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _states(
+        self, tokens: torch.Tensor, places: np.ndarray, position_ids: np.ndarray | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The hidden states [B, C, H] at some places [C] of the windows, with these, a chunk after the other."""
         wanted = torch.from_numpy(places).to(self.device)
+        given = None if position_ids is None else torch.from_numpy(position_ids).to(self.device)
         begin = 0
-        for states in hidden_states(self.model, tokens, self.chunk_len):
+        for states in hidden_states(self.model, tokens, self.chunk_len, given):
             here = wanted[(wanted >= begin) & (wanted < begin + states.shape[1])]
             if len(here):
                 yield states[:, here - begin], here

@@ -26,29 +26,33 @@ def takes_cache(config: PretrainedConfig) -> bool:
     return grouped and cache_width(config) < LAYER_STATES * config.hidden_size and cache_is_exact(config)
 
 
-def hidden_states(model: PreTrainedModel, tokens: torch.Tensor, chunk_len: int) -> Iterator[torch.Tensor]:
+def hidden_states(
+    model: PreTrainedModel, tokens: torch.Tensor, chunk_len: int, position_ids: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
     """The last hidden states, chunk after chunk.
 
     Args:
         model: with an output layer.
         tokens: int64 [B, N].
         chunk_len: C. Windows of no more take one plain forward pass.
+        position_ids: int64 [N] of every window; None: 0..N-1.
 
     Yields:
         [B, C, H], the last one shorter; or one chunk of all N tokens.
     """
+    given = {} if position_ids is None else {"position_ids": position_ids[None]}
     if tokens.shape[1] <= chunk_len:
-        yield model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        yield model.base_model(input_ids=tokens, use_cache=False, **given).last_hidden_state
     elif takes_cache(model.config):
         cache = DynamicCache(config=model.config)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        for chunk, position_ids in zip(tokens.split(chunk_len, 1), positions.split(chunk_len, 1), strict=True):
+        positions = given.get("position_ids", torch.arange(tokens.shape[1], device=tokens.device)[None])
+        for chunk, places in zip(tokens.split(chunk_len, 1), positions.split(chunk_len, 1), strict=True):
             yield model.base_model(
-                input_ids=chunk, position_ids=position_ids, past_key_values=cache, use_cache=True
+                input_ids=chunk, position_ids=places, past_key_values=cache, use_cache=True
             ).last_hidden_state
     else:
         with feed_forward_in_chunks(model, chunk_len):
-            states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            states = model.base_model(input_ids=tokens, use_cache=False, **given).last_hidden_state
         yield states
 
 

@@ -25,10 +25,11 @@ class PrefixCache:
     Args:
         model: one that `can_share` accepts.
         chunk_len: tokens that go through it at once.
+        position_ids: int [N] of every window; None: 0..N-1.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_len: int):
-        self.model, self.chunk_len = model, chunk_len
+    def __init__(self, model: PreTrainedModel, chunk_len: int, position_ids: np.ndarray | None = None):
+        self.model, self.chunk_len, self.position_ids = model, chunk_len, position_ids
         self.cache = DynamicCache(config=model.config)
         self.tokens = np.empty(0, np.int64)
 
@@ -64,6 +65,8 @@ class PrefixCache:
     def _pass(self, tokens: np.ndarray, begin: int, cache: DynamicCache) -> torch.Tensor:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self.model.device)
         positions = torch.arange(begin, begin + ids.shape[1], device=ids.device)[None]
+        if self.position_ids is not None:
+            positions = torch.from_numpy(self.position_ids).to(ids.device)[positions]
         return self.model.base_model(
             input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state

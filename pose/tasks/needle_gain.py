@@ -38,11 +38,13 @@ class MultiKeyPrompt(NamedTuple):
     Attributes:
         input_ids: int64 [NUM_KEYS, length]: the text, a question and its answer. A shorter row than the longest has its
             last token repeated at the end.
+        position_ids: int64 [length] of every row.
         answers: where the answer of each row stands.
         keys, values: of the needles, in the order of the rows.
     """
 
     input_ids: np.ndarray
+    position_ids: np.ndarray
     answers: list[slice]
     keys: list[str]
     values: list[str]
@@ -138,14 +140,17 @@ class MultiKeyPrompts(NeedleTexts):
     The questions about a text cost little more than one, since the text before them goes through a model once.
     """
 
-    def sample(self, length: int, depths: Sequence[float], trial: int) -> MultiKeyPrompt:
-        """The prompts of a trial, a pure function of (seed, length, depths, trial); exactly `length` tokens.
+    def sample(self, length: int, depths: Sequence[float], trial: int, target_len: int | None = None) -> MultiKeyPrompt:
+        """The prompts of a trial, a pure function of all arguments and the seed; exactly `length` tokens.
 
         Args:
             length: of text, question and answer together, by the longest question.
             depths: place of each needle by tokens of the text, 0 (start) to 1 (end): it stands before the sentence that
                 begins nearest to it. NUM_KEYS of them.
             trial: tells prompts apart.
+            target_len: T, the positions that the tokens are spread over; None: length, with the ids 0..length-1. The
+                ids skip ahead before each needle, to `depths` of the T, and once between the last needle and the
+                question, at the border of sentences nearest to the middle; the last token has T - 1.
         """
         first, keys, values, head, needles, asked = self._parts(trial)
         room = length - sum(map(len, (head, *needles))) - max(len(tokens) for tokens, _ in asked)
@@ -156,6 +161,7 @@ class MultiKeyPrompts(NeedleTexts):
         rows = [np.concatenate([text, tokens]) for tokens, _ in asked]
         return MultiKeyPrompt(
             np.stack([np.pad(row, (0, length - len(row)), mode="edge") for row in rows]),
+            _spread(length, target_len or length, len(head), sentences, needles, depths),
             [slice(len(text) + begin, len(row)) for row, (_, begin) in zip(rows, asked, strict=True)],
             keys,
             values,
@@ -215,6 +221,34 @@ def _hide(needles: Sequence[np.ndarray], sentences: list[np.ndarray], places: Se
     befores = _nearest(sentences, places)
     for i in np.argsort(befores, kind="stable")[::-1]:  # from behind, so that the places of the others stay
         sentences.insert(befores[i], needles[i])
+
+
+def _spread(
+    length: int,
+    target_len: int,
+    begin: int,
+    sentences: Sequence[np.ndarray],
+    needles: Sequence[np.ndarray],
+    depths: Sequence[float],
+) -> np.ndarray:
+    """Position ids for `MultiKeyPrompts.sample`, int64 [length]: those before a needle skip up to its depth.
+
+    Args:
+        length, target_len: tokens, and positions that they are spread over.
+        begin: of the first sentence.
+        sentences: the text, needles among them.
+        needles, depths: each needle's place.
+    """
+    skipped = target_len - length
+    begins = begin + np.cumsum([0, *map(len, sentences)])  # and the question's
+    places = [next(i for i, one in enumerate(sentences) if one is needle) for needle in needles]
+    after = begins[max(places) + 1 :]
+    jumps = [(begins[place], round(depth * skipped)) for place, depth in zip(places, depths, strict=True)]
+    jumps.append((after[np.abs(after - (after[0] + after[-1]) / 2).argmin()], skipped))
+    offsets = np.zeros(length, np.int64)
+    for place, offset in jumps:
+        offsets[place:] = np.maximum(offsets[place:], offset)
+    return np.arange(length) + offsets
 
 
 def _nearest(sentences: Sequence[np.ndarray], places: Sequence[float] | np.ndarray) -> list[int]:

@@ -716,3 +716,19 @@ def test_a_model_that_is_rescaled_alone(tmp_path):
     with pytest.raises(SystemExit, match="below the model's own window"):
         scaled.main(["assets/tiny", str(tmp_path / "other"), "--target-len", "128"])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_model_that_is_rescaled_by_another_method(tmp_path, capsys):
+    others = ["rope=yarn", "rope.factor=16", "rope.rcd_shift=true"]
+    scaled.main(["assets/tiny", str(tmp_path / "scaled"), "--target-len", "2048", *others])
+    wanted = load_config("assets/tiny")
+    scale_config(wanted, Yarn(factor=16.0, rcd_shift=True), 2048)
+    assert load_config(str(tmp_path / "scaled")).rope_parameters == wanted.rope_parameters
+    for given, words in (
+        ("pose.target_len=64", "the group rope alone"), ("rope=yarm", "yarm"), ("rope.factro=2", "factro"),
+        ("rope.factor=-1", "rope.factor=-1"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            scaled.main([given, "assets/tiny", str(tmp_path / "other"), "--target-len", "2048"])
+        assert words in str(ended.value) + capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

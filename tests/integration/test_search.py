@@ -19,9 +19,12 @@ from pose.app.preflight import plan_training
 from pose.app.search import BASELINES, _is_unused, _order, _try, search
 from pose.divisors import Candidate
 from pose.errors import PoseError
+from pose.evaluation.needle_fitness import NeedleFitness
+from pose.evaluation.scoring import Scorer
 from pose.files import CONF
-from pose.modeling.load import build_model, load_config, scale_config
-from pose.rope import LongRope
+from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
+from pose.rope import Linear, LongRope
+from pose.tasks.needle_gain import MultiKeyPrompts
 from pose.training.folder import alone_in
 
 pytestmark = pytest.mark.slow
@@ -138,6 +141,10 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, t
         (["search.heldout=EMPTY.txt"], "EMPTY.txt is empty: give a text"),
         (["model.path=SCALED"], "the RoPE of model.path is scaled already (rope_type 'linear')"),
         (["model.path=FAST"], "there is nothing to search"),
+        (["search.example_len=100"], "search.example_len=100 is too short for a question about needles"),
+        (["search.example_len=513"], "search.example_len=513 is above pose.target_len=512"),
+        (["search.example_len=500"], "example_len=500, which was None"),
+        (["search.example_len=0"], "search.example_len=0"),
     ],
 )
 def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, words, tmp_path, monkeypatch):
@@ -156,6 +163,9 @@ def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, wo
     for name in ("TOKENIZER", "FAST", "SCALED", "EMPTY.txt"):
         overrides = [one.replace(name, str(tmp_path / name)) for one in overrides]
     monkeypatch.setattr("pose.modeling.load.build_model", lambda *_, **__: pytest.fail("the weights were read"))
+    if "too short" in words:
+        folder = with_texts(tmp_path) / "new"
+        folder.mkdir()
     with pytest.raises(PoseError, match=re.escape(words)):
         search(compose("search", command(folder, *overrides)[2:]), folder)
 
@@ -170,6 +180,22 @@ def test_a_search_by_other_questions_is_another_search(found, hydra, tmp_path):
     )
     with pytest.raises(PoseError, match=re.escape("questions of a text=4, which was None")):
         search(compose("search", command(folder)[2:]), folder)
+
+
+def test_short_examples_reach_the_target_by_their_position_ids(run, tmp_path):
+    """What is measured of linear interpolation is what the fitness by itself has for it."""
+    folder = with_texts(tmp_path) / "short"
+    few = ("search.population=2", "search.num_generations=0", "search.depths=[0,0.4]")
+    code, output = run(*command(folder, "pose.target_len=4096", "search.example_len=500", *few))
+    assert code == 0, output
+    found = OmegaConf.load(folder / "factors.yaml")
+    assert json.loads((folder / "settings.json").read_text())["example_len"] == 500
+    config = load_config("assets/tiny")
+    frequencies = Linear().resolve(rope_geometry(config), 4096).frequencies(rope_geometry(config))
+    model = build_model(config, "assets/tiny", "sdpa", torch.float32)
+    prompts = MultiKeyPrompts(load_tokenizer("assets/tiny"), (tmp_path / "haystack.txt").read_text(), seed=0)
+    alone = NeedleFitness(Scorer(model), prompts, 500, [0.0, 0.4], 2, 4096)(frequencies)
+    assert found["needle_answers"]["linear"]["nll"] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("left", ["model", "checkpoints", "metrics.json"])

@@ -59,17 +59,17 @@ ARMS = arms(SCALE)
 
 def test_every_arm_is_a_command_that_composes():
     """With the configs of today, of training, evaluation and search; of arms that differ in numbers alone the first."""
-    seen = set()
+    kinds: dict[tuple[str, ...], tuple[str, list[str]]] = {}
+    for arm in ARMS.values():
+        config = {TRAIN: "train", EVALUATE: "evaluate", SEARCH: "search"}[arm.script]
+        of_arm = [REFERENCE.sub("FOLDER", override) for override in arm.overrides]
+        for name, overrides in ((config, of_arm), *(("also", ["ckpt=x", *more]) for more in arm.also.values())):
+            kinds.setdefault((name, *(re.sub(r"\d+", "0", override) for override in overrides)), (name, overrides))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for arm in ARMS.values():
-            overrides = [REFERENCE.sub("FOLDER", override) for override in arm.overrides]
-            kind = (arm.script, *(re.sub(r"\d+", "0", override) for override in overrides))
-            if kind not in seen:
-                config = {TRAIN: "train", EVALUATE: "evaluate", SEARCH: "search"}[arm.script]
-                assert compose(config, overrides) is not None
-                for more in arm.also.values():
-                    assert compose("evaluate", ["ckpt=x", *more]).eval.tasks == ["perplexity"]
-            seen.add(kind)
+        for name, overrides in kinds.values():
+            cfg = compose("evaluate" if name == "also" else name, overrides)
+            assert name != "also" or cfg.eval.tasks == ["perplexity"]
+    assert {name for name, _ in kinds.values()} == {"train", "evaluate", "search", "also"}
 
 
 def test_the_untuned_model_is_measured_as_the_trained_ones_are():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pose.evaluation.needle_fitness import NeedleFitness
@@ -37,6 +38,26 @@ def test_it_is_the_mean_over_questions_of_what_each_answer_costs_alone(model_and
             losses.append(scorer.nll(row[None, : answer.stop], answer.stop - answer.start).mean())
     assert len(losses) == 3 * NUM_KEYS and np.std(losses) > 0.1
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_a_short_text_can_stand_for_a_long_one(model_and_frequencies, monkeypatch, with_cache):
+    """By the position ids that its prompts say, in plain forward passes of single windows."""
+    model, frequencies = model_and_frequencies
+    if not with_cache:
+        monkeypatch.setattr("pose.evaluation.scoring.can_share", lambda *_: False)
+    prompts, losses = MultiKeyPrompts(TOKENIZER, HAYSTACK, seed=0), []
+    found = NeedleFitness(Scorer(model), prompts, 500, [0.0, 0.5], 2, 1024)(frequencies)
+    for trial in range(2):
+        made = prompts.sample(500, [0.0, 0.5, 0.0, 0.5], trial, 1024)
+        for row, answer in zip(made.input_ids, made.answers, strict=True):
+            ids, places = torch.from_numpy(row)[None], torch.from_numpy(made.position_ids)[None]
+            with torch.no_grad():
+                logits = model(input_ids=ids, position_ids=places, use_cache=False).logits[0].double()
+            nll = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+            losses.append(nll[answer.start - 1 : answer.stop - 1].mean().item())
+    assert found == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found != pytest.approx(NeedleFitness(Scorer(model), prompts, 500, [0.0, 0.5], 2)(frequencies), rel=1e-3)
 
 
 def test_a_text_goes_through_the_model_once(model_and_frequencies):

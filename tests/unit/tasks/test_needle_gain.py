@@ -203,6 +203,28 @@ def test_needles_that_are_all_asked_for_stand_where_they_are_put(tokenizer):
         assert len(before) / 3000 == pytest.approx(place, abs=0.06)
 
 
+@pytest.mark.parametrize("depths", [[0, 0.125, 0.25, 0.5], [0.5, 0, 0.9, 0], [0.3] * 4, [1, 0.5, 0, 0.25], [1] * 4])
+@pytest.mark.parametrize(("length", "target_len"), [(1500, 1501), (1500, 8192), (900, 131072)])
+def test_position_ids_skip_to_where_the_needles_would_be(tokenizer, length, target_len, depths):
+    prompts = MultiKeyPrompts(tokenizer, HAYSTACK, seed=3)
+    plain, made = prompts.sample(length, depths, 0), prompts.sample(length, depths, 0, target_len)
+    assert plain.position_ids.tolist() == [*range(length)]
+    assert (plain.input_ids == made.input_ids).all() and plain.answers == made.answers
+    steps = np.diff(made.position_ids)
+    assert made.position_ids[0] == 0 and made.position_ids[-1] == target_len - 1 and (steps >= 1).all()
+    assert (steps > 1).sum() <= NUM_KEYS + 1
+    texts = [tokenizer.decode(made.input_ids[0, :i]) for i in range(length + 1)]
+    ends = [  # of each needle
+        next(i for i in range(length) if f"for {key} is: {value}." in texts[i])
+        for key, value in zip(made.keys, made.values, strict=True)
+    ]
+    for end, depth in zip(ends, depths, strict=True):
+        assert made.position_ids[end] == pytest.approx(depth * target_len, abs=length / 2)
+        assert (steps[end - 10 : end - 1] == 1).all(), "a needle is not torn apart"
+    asked = next(i for i in range(length) if "What is" in texts[i])
+    assert max(ends) < asked and (steps[asked - 3 :] == 1).all(), "nor a question, nor its answer"
+
+
 def test_the_shortest_text_that_is_asked_for_each_needle(tokenizer):
     prompts = MultiKeyPrompts(tokenizer, HAYSTACK, seed=0)
     shortest = prompts.shortest(10, [0.5], 3)
