@@ -729,6 +729,6 @@ def test_a_model_that_is_rescaled_by_another_method(tmp_path, capsys):
         ("rope.factor=-1", "rope.factor=-1"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
-            scaled.main([given, "assets/tiny", str(tmp_path / "other"), "--target-len", "2048"])
+            scaled.main(["assets/tiny", str(tmp_path / "other"), "--target-len", "2048", given])
         assert words in str(ended.value) + capsys.readouterr().err
     assert not (tmp_path / "other").exists()
