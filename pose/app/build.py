@@ -50,10 +50,10 @@ def _with_train_len(arguments: dict, window: int | None) -> dict:
     return arguments | open_len | nested
 
 
-def build_scaling(node: DictConfig) -> RopeScaling:
+def build_scaling(node: DictConfig, key: str = "rope") -> RopeScaling:
     """The method of the group `rope`; what a search has found is read, and written into it."""
     read_factors(node)
-    return make(node, RopeScaling, "rope")
+    return make(node, RopeScaling, key)
 
 
 def build_objective(node: DictConfig, sampler: PositionSampler, config: PretrainedConfig) -> Objective:

@@ -221,6 +221,7 @@ class SearchOptions:
     heldout: Any = "assets/corpora/reports.train.jsonl.gz"  # text of those that the winner is measured by at the end
     attention_factor: float | None = None  # multiplies cos and sin; null: sqrt(1 + ln s / ln window)
     add_bos: bool | None = None  # before each text; null: as the tokenizer does
+    methods: Any = None  # to compare with: {NAME: {rope: yarn, factor: 8}, ...}
 
     def __post_init__(self):
         require_int("search.trials", self.trials, at_least=1)

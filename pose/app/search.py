@@ -39,14 +39,9 @@ CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than 
 PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
 GPUS = ("gpu", "cuda")  # trainer.accelerator
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
-NAMED_OTHERWISE = (
-    "num_generations",
-    "depths",
-    "haystack",
-    "heldout",
-    "add_bos",
-    "example_len",
-)  # in what tells two searches apart
+NAMED_OTHERWISE = (  # in what tells two searches apart, or no part of it
+    "num_generations", "depths", "haystack", "heldout", "add_bos", "example_len", "methods"
+)  # fmt: skip
 UNUSED = (  # train.py's groups
     "data", "objective", "finetune", "strategy", "logger", "eval", "watch", "pose", "trainer"
 )  # fmt: skip
@@ -97,6 +92,7 @@ class _Task:
     Attributes:
         geometry, target_len: of the model and its extension.
         scaling: the method whose divisors are searched for.
+        methods: those without a search that are measured too, by name.
         evolution: how.
         own, heldout: NLL of needle answers on the text that is searched on, and on another.
         settings: by which two searches are told apart.
@@ -107,6 +103,7 @@ class _Task:
     geometry: RopeGeometry
     target_len: int
     scaling: LongRope
+    methods: dict[str, RopeScaling]
     evolution: Evolution
     own: Callable[[Frequencies], float]
     heldout: Callable[[Frequencies], float]
@@ -145,8 +142,8 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         name: {"nll": tried[one], "heldout_nll": task.heldout(task.frequencies(one))}
         for name, one in (("searched", best), (FIRST, first))
     }
-    for name, method in BASELINES.items():
-        frequencies = method.resolve(task.geometry, task.target_len).frequencies(task.geometry)
+    for name, method in task.methods.items():
+        frequencies = method.resolve(task.geometry, task.target_len).frequencies(task.geometry, task.target_len)
         rows[name] = {"nll": task.own(frequencies), "heldout_nll": task.heldout(frequencies)}
     found = _factors(task, best, rows, len(tried))
     with atomic_file(folder / "factors.yaml") as file:
@@ -194,7 +191,8 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
         raise ConfigError("model.path is not set: a search needs the weights of a model, a folder or a hub id")
     models.find_model(cfg)
     config = models.model_config(cfg)
-    geometry, scaling = _scaled(config, cfg.pose.target_len, options)
+    methods = BASELINES | _methods(options.methods)
+    geometry, scaling = _scaled(config, cfg.pose.target_len, options, methods)
     path = locate(cfg.model.path)
     tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
     models.check_vocabulary(tokenizer, config, cfg.model.path)
@@ -228,7 +226,32 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     scorer = Scorer(model)
     length, target_len = options.example_len or cfg.pose.target_len, cfg.pose.target_len
     own, heldout = (NeedleFitness(scorer, one, length, depths, options.trials, target_len) for one in prompts)
-    return _Task(geometry, cfg.pose.target_len, scaling, evolution, own, heldout, settings, tried, generations)
+    return _Task(geometry, target_len, scaling, methods, evolution, own, heldout, settings, tried, generations)
+
+
+def _methods(asked: Any) -> dict[str, RopeScaling]:
+    """Those of `search.methods`.
+
+    Raises:
+        ConfigError: a name that a row of the table has already, or what is no method with arguments that it takes.
+    """
+    from pose.app.build import build_scaling
+
+    if asked is not None and not isinstance(asked, dict):
+        raise ConfigError(f"search.methods={asked!r} is not accepted: give {{NAME: {{rope: yarn, factor: 8}}, ...}}")
+    files, methods = {file.stem: file for file in (CONF / "rope").glob("*.yaml")}, {}
+    for name, arguments in (asked or {}).items():
+        key = f"search.methods.{name}"
+        if name in (*BASELINES, FIRST, "searched"):
+            raise ConfigError(f"{key} is the name of a row that is there already: give another")
+        if not isinstance(arguments, dict) or "rope" not in arguments:
+            raise ConfigError(f"{key}={arguments!r} is not accepted: give {{rope: NAME}}, and what rope=NAME takes")
+        given = dict(arguments)
+        require_choice(f"{key}.rope", given.pop("rope"), sorted(files))
+        node = OmegaConf.merge(OmegaConf.load(files[arguments["rope"]]), given)
+        assert isinstance(node, DictConfig)
+        methods[name] = build_scaling(node, key)
+    return methods
 
 
 def _digest_of_tokens(tokenizer, text: str) -> str:
@@ -237,7 +260,9 @@ def _digest_of_tokens(tokenizer, text: str) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def _scaled(config, target_len: int, options: schema.SearchOptions) -> tuple[RopeGeometry, LongRope]:
+def _scaled(
+    config, target_len: int, options: schema.SearchOptions, methods: dict[str, RopeScaling]
+) -> tuple[RopeGeometry, LongRope]:
     """The geometry of a model, and the method that is searched for, in its config too.
 
     Raises:
@@ -263,7 +288,7 @@ def _scaled(config, target_len: int, options: schema.SearchOptions) -> tuple[Rop
     scaling = scale_config(config, plain, target_len)
     assert isinstance(scaling, LongRope) and scaling.factor is not None
     Space.of(geometry, scaling.factor)
-    for method in BASELINES.values():  # measured at the end, refused here
+    for method in methods.values():  # measured at the end, refused here
         method.resolve(geometry, target_len)
     return geometry, scaling
 

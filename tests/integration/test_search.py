@@ -23,7 +23,7 @@ from pose.evaluation.needle_fitness import NeedleFitness
 from pose.evaluation.scoring import Scorer
 from pose.files import CONF
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
-from pose.rope import Linear, LongRope
+from pose.rope import Dynamic, Linear, LongRope
 from pose.tasks.needle_gain import MultiKeyPrompts
 from pose.training.folder import alone_in
 
@@ -145,6 +145,12 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, t
         (["search.example_len=513"], "search.example_len=513 is above pose.target_len=512"),
         (["search.example_len=500"], "example_len=500, which was None"),
         (["search.example_len=0"], "search.example_len=0"),
+        (["search.methods={yarn:{rope:yarn}}"], "search.methods.yarn is the name of a row that is there already"),
+        (["search.methods=[yarn]"], "search.methods=['yarn'] is not accepted: give {NAME: {rope: yarn"),
+        (["search.methods={a:yarn}"], "search.methods.a='yarn' is not accepted: give {rope: NAME}"),
+        (["search.methods={a:{rope:yarm}}"], "search.methods.a.rope='yarm' is unknown: choose cope, "),
+        (["search.methods={a:{rope:yarn,factro:2}}"], "search.methods.a.factro is not accepted"),
+        (["search.methods={a:{rope:yarn,factor:-2}}"], "factor=-2"),
     ],
 )
 def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, words, tmp_path, monkeypatch):
@@ -186,16 +192,21 @@ def test_short_examples_reach_the_target_by_their_position_ids(run, tmp_path):
     """What is measured of linear interpolation is what the fitness by itself has for it."""
     folder = with_texts(tmp_path) / "short"
     few = ("search.population=2", "search.num_generations=0", "search.depths=[0,0.4]")
-    code, output = run(*command(folder, "pose.target_len=4096", "search.example_len=500", *few))
+    others = "search.methods={twice:{rope:linear,factor:32},dynamic:{rope:dynamic},again:{rope:yarn}}"
+    code, output = run(*command(folder, "pose.target_len=4096", "search.example_len=500", others, *few))
     assert code == 0, output
     found = OmegaConf.load(folder / "factors.yaml")
     assert json.loads((folder / "settings.json").read_text())["example_len"] == 500
     config = load_config("assets/tiny")
-    frequencies = Linear().resolve(rope_geometry(config), 4096).frequencies(rope_geometry(config))
+    geometry = rope_geometry(config)
     model = build_model(config, "assets/tiny", "sdpa", torch.float32)
     prompts = MultiKeyPrompts(load_tokenizer("assets/tiny"), (tmp_path / "haystack.txt").read_text(), seed=0)
-    alone = NeedleFitness(Scorer(model), prompts, 500, [0.0, 0.4], 2, 4096)(frequencies)
-    assert found["needle_answers"]["linear"]["nll"] == pytest.approx(alone, rel=1e-5)
+    fitness = NeedleFitness(Scorer(model), prompts, 500, [0.0, 0.4], 2, 4096)
+    for name, method in {"linear": Linear(), "twice": Linear(factor=32.0), "dynamic": Dynamic()}.items():
+        alone = fitness(method.resolve(geometry, 4096).frequencies(geometry, 4096))
+        assert found.needle_answers[name].nll == pytest.approx(alone, rel=1e-5), name
+        assert name in output
+    assert found.needle_answers.again == found.needle_answers.yarn
 
 
 @pytest.mark.parametrize("left", ["model", "checkpoints", "metrics.json"])
