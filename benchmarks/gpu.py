@@ -177,7 +177,8 @@ SMOLLM2 = (
     ),
     measured("after", "{extended:{out}/run-smollm2-train}", "extended", "smollm2-train", tasks=USED),
     measured("before", "{untuned:{model}}", "untuned", tasks=USED),
-    Stage("smollm2-scale", ("-m", "benchmarks.scaled", "{model}", "{out}/run-{name}", "--target-len", "32768"),
+    Stage("smollm2-scale", ("-m", "benchmarks.scaled", "{model}", "{out}/run-{name}", "--target-len", "32768",
+                            f"experiment={REAL}"),
           ("--target-len", "1024"), "SmolLM2 with rescaled RoPE, as a folder", keeps=True),
     measured("scaled", "{scaled:{out}/run-smollm2-scale}", "scaled, nothing trained", "smollm2-scale", tasks=USED),
     # Many prompts at once: they are decoded, and a GPU takes as long for one as for ten

@@ -1,7 +1,8 @@
 """A model with rescaled RoPE and nothing trained: python -m benchmarks.scaled MODEL FOLDER --target-len N [rope=...]
 
 train.py measures this model by itself (eval.before); the folder is for evaluate.py, where the two have to be apart.
-The method is train.py's: rope=yarn (the default), rope.factor=8, rope.rcd_shift=true and so on.
+The method is train.py's: rope=yarn (the default), rope.factor=8, rope.rcd_shift=true and so on, or that of
+experiment=NAME.
 """
 
 import argparse
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("model", help="a Hugging Face folder or a .gguf file")
     parser.add_argument("folder", type=Path, help="to write to; must not be there yet")
     parser.add_argument("--target-len", type=int, required=True, help="the new window, in tokens")
-    parser.add_argument("overrides", nargs="*", help="of the group rope, as train.py takes them")
+    parser.add_argument("overrides", nargs="*", help="of the group rope, or experiment=NAME, as train.py takes them")
     args = parser.parse_intermixed_args(arguments)
     if args.folder.exists():
         parser.error(f"{args.folder} is there already")
@@ -37,8 +38,11 @@ def main(arguments: list[str] | None = None):
     from pose.modeling.checkpoints.gguf import convert
     from pose.modeling.load import load_config, scale_config
 
-    if others := [given for given in args.overrides if not given.lstrip("+").startswith(("rope=", "rope."))]:
-        parser.error(f"{' '.join(others)}: the group rope alone has a part in it (rope=NAME, rope.KEY=VALUE)")
+    known = ("rope=", "rope.", "experiment=")
+    if others := [given for given in args.overrides if not given.lstrip("+").startswith(known)]:
+        parser.error(
+            f"{' '.join(others)}: the group rope alone has a part in it (rope=NAME, rope.KEY=VALUE, or experiment=NAME)"
+        )
     schema.register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
