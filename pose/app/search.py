@@ -240,7 +240,7 @@ def _methods(asked: Any) -> dict[str, RopeScaling]:
     if asked is not None and not isinstance(asked, dict):
         raise ConfigError(f"search.methods={asked!r} is not accepted: give {{NAME: {{rope: yarn, factor: 8}}, ...}}")
     files, methods = {file.stem: file for file in (CONF / "rope").glob("*.yaml")}, {}
-    for name, arguments in (asked or {}).items():
+    for name, arguments in ((str(name), arguments) for name, arguments in (asked or {}).items()):
         key = f"search.methods.{name}"
         if name in (*BASELINES, FIRST, "searched"):
             raise ConfigError(f"{key} is the name of a row that is there already: give another")

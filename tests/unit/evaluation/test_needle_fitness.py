@@ -40,14 +40,16 @@ def test_it_is_the_mean_over_questions_of_what_each_answer_costs_alone(model_and
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("with_cache", [True, False])
-def test_a_short_text_can_stand_for_a_long_one(model_and_frequencies, monkeypatch, with_cache):
+@pytest.mark.parametrize("goes", ["shared", "whole", "in chunks", "by layers"])
+def test_a_short_text_can_stand_for_a_long_one(model_and_frequencies, monkeypatch, goes):
     """By the position ids that its prompts say, in plain forward passes of single windows."""
     model, frequencies = model_and_frequencies
-    if not with_cache:
-        monkeypatch.setattr("pose.evaluation.scoring.can_share", lambda *_: False)
-    prompts, losses = MultiKeyPrompts(TOKENIZER, HAYSTACK, seed=0), []
-    found = NeedleFitness(Scorer(model), prompts, 500, [0.0, 0.5], 2, 1024)(frequencies)
+    monkeypatch.setattr("pose.evaluation.scoring.can_share", lambda *_: goes == "shared")
+    monkeypatch.setattr("pose.modeling.long.takes_cache", lambda _: goes == "in chunks")
+    prompts, losses, scorer = MultiKeyPrompts(TOKENIZER, HAYSTACK, seed=0), [], Scorer(model)
+    if goes in ("in chunks", "by layers"):
+        scorer.chunk_len = 128
+    found = NeedleFitness(scorer, prompts, 500, [0.0, 0.5], 2, 1024)(frequencies)
     for trial in range(2):
         made = prompts.sample(500, [0.0, 0.5, 0.0, 0.5], trial, 1024)
         for row, answer in zip(made.input_ids, made.answers, strict=True):
