@@ -23,6 +23,8 @@ USUAL = ("LanguageModel", "Yarn")  # of the experiments, and not said
 # What else tells trainings apart: those that differ in one of these are rows of their own
 SETUP = ("finetune.lr", "pose.train_len", "trainer.global_batch", "finetune.lora.rank", "seed")
 OPTIONS = ("rope.rcd_shift", "pose.curriculum")  # said where they are on
+# And these, as a command has them: config.yaml has the factor that was worked out
+NUMBERS = re.compile(r"\brope\.(factor|beta_slow|attention_factor)=([\d.]+)")
 FAMILIES = {  # of metrics, in order: title, format
     "ppl": ("Perplexity of the first N tokens", ".2f"),
     "tail_ppl": ("Perplexity of the last 128 of N tokens, the same tokens for every N", ".2f"),
@@ -136,6 +138,7 @@ def _trained(name: str, source, logged: Mapping[str, float]) -> dict[str, Any]:
     parts = [config.get(f"{group}._target_", "").rpartition(".")[2] for group in ("pose", "objective", "rope")]
     parts += [key.rpartition(".")[2] for key in OPTIONS if config.get(key, "null") not in ("null", "false", "[]")]
     parts = [part for part in parts if part and part not in USUAL]
+    parts += [f"{key} {value}" for key, value in sorted(NUMBERS.findall(source.facts.get("Command", "")))]
     parts += [f"{found['tokens'] / 1e6:.3g} M tokens"] if "tokens" in found else []
     setup = ", ".join(f"{key}={config[key]}" for key in SETUP if key in config)
     return {"model": ", ".join(parts), "setup": setup, "commands": {name: _command(source)}, **found}

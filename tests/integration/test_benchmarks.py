@@ -381,8 +381,9 @@ def test_arms_of_a_real_model_are_told_apart():
         "rope.rcd_shift": "false", "objective._target_": "pose.training.objectives.LanguageModel",
     }  # fmt: skip
 
-    def name(**more):
-        source = SimpleNamespace(cost={"training": {"tokens": 13.1e6}}, config=usual | more, facts={})
+    def name(command="train.py rope=yarn", **more):
+        facts = {"Command": command}
+        source = SimpleNamespace(cost={"training": {"tokens": 13.1e6}}, config=usual | more, facts=facts)
         return smollm2._trained("run", source, {"tokens": 1e6})["model"]
 
     assert name() == "PoSE, 13.1 M tokens"
@@ -390,6 +391,8 @@ def test_arms_of_a_real_model_are_told_apart():
     assert name(**objective) == "PoSE, LongShort, 13.1 M tokens"
     both = {"rope.rcd_shift": "true", "pose.curriculum": "[[0.5, 512]]"}
     assert name(**both) == "PoSE, rcd_shift, curriculum, 13.1 M tokens"
+    scaled = name("train.py rope.factor=8 seed=1 rope.beta_slow=3", **{"rope.factor": "8.0"})
+    assert scaled == "PoSE, beta_slow 3, factor 8, 13.1 M tokens"
 
 
 @pytest.mark.nightly
