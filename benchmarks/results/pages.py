@@ -222,13 +222,20 @@ def _check(one: Checked) -> list[str]:
 
 
 def _numbers(claim: Claim, runs: Runs, arms: Mapping[str, Arm]) -> str:
-    """The table of a claim; "" where none of its arms has been run. Costs are of one kind of processor."""
+    """The table of a claim; "" where none of its arms has been run. Costs are of one kind of processor.
+
+    They are shown of arms that measure nothing else: others have batches of another size, and are compiled.
+    """
     processor = _processor(runs, claim.arms)
     alike = {run: one for run, one in runs.items() if one["processor"] == processor}
+
+    def shown(name: str, metric: str) -> Runs:
+        is_cost = metric.startswith(COSTS_OF)
+        return {} if is_cost and not name.startswith("cost.") else alike if is_cost else runs
+
     rows = [
         [label, _num_runs(runs, arms[name]),
-         *(cell(alike if metric.startswith(COSTS_OF) else runs, arms[name], metric)
-           for metric in claim.columns.values())]
+         *(cell(shown(name, metric), arms[name], metric) for metric in claim.columns.values())]
         for label, name in claim.rows.items() if is_begun(runs, arms[name])
     ]  # fmt: skip
     return table(["", "runs", *claim.columns], rows) if rows else ""
@@ -458,7 +465,8 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
                 winners.append(f"`{name}`")
     if not is_tested:
         return "Not run yet."
-    return f"At equal seconds better in needle gain, with perplexity no higher: {', '.join(winners) or 'none'}."
+    names = ", ".join(winners) or "none"
+    return f"At equal seconds better in needle gain, with perplexity at the window no higher: {names}."
 
 
 def _rates(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:

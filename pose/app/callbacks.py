@@ -1,5 +1,6 @@
 """What Hydra calls beside a job (hydra.callbacks in conf/). Nothing heavy is imported before it is needed."""
 
+import atexit
 import logging
 import os
 import signal
@@ -53,6 +54,10 @@ def _check_folder(key: str, config):
 class SweepTable(Callback):
     """sweep.csv after every job of a multirun, and at its end one table and report.html."""
 
+    def on_multirun_start(self, config, **kwargs):
+        """Hydra leaves out the end of a sweep in which a job failed: then the end of the process stands for it."""
+        atexit.register(self.on_multirun_end, config)
+
     def on_job_end(self, config, job_return, **kwargs):
         """Adds the job to sweep.csv."""
         if config.hydra.mode.name == "MULTIRUN":
@@ -65,6 +70,7 @@ class SweepTable(Callback):
         from pose.app.report import write_beside
         from pose.reporting.sweep import show_sweep
 
+        atexit.unregister(self.on_multirun_end)
         folder = Path(config.hydra.sweep.dir)
         if show_sweep(folder):
             write_beside(folder)

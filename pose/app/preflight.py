@@ -34,7 +34,7 @@ from pose.modeling.rotary import target_len_of
 from pose.modeling.speed import warn_of_emulated_bf16
 from pose.plan import micro_batch_of_views
 from pose.positions import Mix, PositionSampler
-from pose.rope import NTK, Dynamic, Frequencies, LongRope, RopeGeometry, RopeScaling
+from pose.rope import NTK, Dynamic, Frequencies, Linear, Llama3, LongRope, RopeGeometry, RopeScaling, Yarn
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoint, Checkpoints
 from pose.training.micro_batch import AUTO, MicroBatch, is_searched
@@ -170,6 +170,12 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     objective = build.build_objective(cfg.objective, sampler, base)
     scaling = scale_config(config, build.build_scaling(cfg.rope), sampler.target_len)
     check_layers(config)
+    warn_of_factor(scaling, geometry.window, sampler.target_len)
+    if cfg.model.path is not None and sampler.target_len <= (reach := target_len_of(base)):
+        log.warning(
+            f"pose.target_len={sampler.target_len} is not above the {reach:,} tokens that {cfg.model.path} is made "
+            "for: this run extends nothing"
+        )
     warn_of_windows(sampler, scaling, geometry.window)
     warn_of_sliding(sampler, config)
     warn_of_router_loss(config)
@@ -252,6 +258,22 @@ def warn_of_router_loss(config: PretrainedConfig):
         )
 
 
+def warn_of_factor(scaling: RopeScaling, window: int, target_len: int):
+    """Warns of a factor that does not reach the target.
+
+    Args:
+        scaling: of the run.
+        window: the model's own, in tokens.
+        target_len: in tokens.
+    """
+    factor = scaling.factor or 1.0
+    if isinstance(scaling, Linear | Yarn | Llama3) and factor * window < target_len * (1 - 1e-9):
+        log.warning(
+            f"rope.factor={factor:g} reaches {factor * window:,.0f} tokens, the window of {window:,} times the factor, "
+            f"and pose.target_len is {target_len:,}: leave rope.factor out, or give {target_len / window:g} or more"
+        )
+
+
 def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int):
     """Warns where a longrope that keeps short texts trains other than mixed windows (docs/ROPE.md).
 
@@ -316,6 +338,12 @@ def warn_of_trained_text(data: PoseDataModule, suites: Mapping[str, Suite | None
 
 def warn_without_effect(cfg: DictConfig, sampler: PositionSampler):
     """Warns of settings that change nothing beside the others."""
+    warmup, steps = cfg.finetune.warmup_steps, cfg.trainer.max_steps
+    if warmup >= steps and cfg.finetune.schedule != "constant":
+        log.warning(
+            f"finetune.warmup_steps={warmup} takes the whole run (trainer.max_steps={steps}): the learning rate "
+            f"reaches {(steps - 1) / warmup:.0%} of finetune.lr={cfg.finetune.lr:g}"
+        )
     if sampler.phases and not sampler.skips:
         log.warning(f"pose.curriculum changes nothing with {sampler.name}, which skips no position")
     if cfg.rope.get("rcd_periods", NTK.rcd_periods) != NTK.rcd_periods and not cfg.rope.get("rcd_shift"):

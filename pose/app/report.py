@@ -104,8 +104,19 @@ def read(folder: Path) -> list["Source"]:
     return [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not content and file.is_file() and file.read_bytes().strip() != b"{}":
+        _warn_of_damage(file)
+    return content
+
+
+def _warn_of_damage(file: Path):
+    log.warning(f"{file} is damaged: the page is without what it has")
+
+
 def _read_one(folder: Path, name: str = "") -> "Source":
-    """A run of train.py, or an evaluation. Files that are missing or damaged leave their parts out."""
+    """A run of train.py, or an evaluation. A file that is missing leaves its part out, a damaged one with a warning."""
     import yaml
 
     from pose.reporting.lines import STATE
@@ -114,12 +125,15 @@ def _read_one(folder: Path, name: str = "") -> "Source":
 
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        config = None
     except (OSError, ValueError, yaml.YAMLError):
         config = None
-    flat, provenance = _flat(_object(config)), read_json(folder / "provenance.json")
+        _warn_of_damage(folder / "config.yaml")
+    flat, provenance = _flat(_object(config)), _read_json(folder / "provenance.json")
     common: dict[str, Any] = {"name": name, "folder": str(folder), "config": flat}
     if (folder / "results.json").is_file():
-        checkpoints = _object(read_json(folder / "results.json").get("checkpoints"))
+        checkpoints = _object(_read_json(folder / "results.json").get("checkpoints"))
         found = {model: each for model, each in checkpoints.items() if isinstance(each, dict)}
         return Source(
             kind="evaluation",
@@ -141,7 +155,7 @@ def _read_one(folder: Path, name: str = "") -> "Source":
             cost={f"measuring {model}": _numbers(each.get("took")) for model, each in found.items()},
             **common,
         )
-    metrics = read_json(folder / "metrics.json")
+    metrics = _read_json(folder / "metrics.json")
     settings = _object(provenance.get("settings"))
     rope = _object(settings.get("model's rope_parameters"))
     window = _whole(

@@ -117,10 +117,11 @@ class Run:
             if self.plan.trainer.is_global_zero:
                 log_settings(self.plan.trainer.loggers, self.settings)
                 self.cover()
-                note_trained(self.folder, self.plan.data)
                 self.go_on()
             with runtime.explained_memory_errors(self.cfg):
                 self.measure_before()
+                if self.plan.trainer.is_global_zero:
+                    note_trained(self.folder, self.plan.data)
                 self.train()
                 if self.plan.trainer.is_global_zero:
                     self.measure_after()
@@ -169,7 +170,11 @@ class Run:
         plan = self.plan
         if plan.watch is not None and plan.watch.short is not None:
             plan.watch.untuned = self._measure_short(plan.watch.short)
-        if plan.suite is None or self.cfg.model.path is None or not self.cfg.eval.before:
+        if plan.suite is None:
+            return
+        if self.cfg.model.path is None or not self.cfg.eval.before:
+            if plan.trainer.is_global_zero:
+                plan.suite.prepare()  # or what is missing would be found after the training
             return
         self.measure("untuned", plan.base)
         if plan.scaling.name != "none":

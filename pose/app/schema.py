@@ -4,6 +4,7 @@ Values are checked where they stand, in `__post_init__`, once the config is comp
 `_target_` (pose, rope, objective, strategy) are checked by the class that they name. Nothing heavy is imported here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ class ModelConfig:
     offline: str | None = None  # Python package (name==version) with a GGUF of the model, for want of the hub
     revision: str | None = None  # of the hub repository
     tokenizer: str | None = None  # folder or hub id; null is the model's own
-    init: dict[str, Any] | None = None  # config of a model that starts from random weights (path: null)
+    init: Any = None  # config of a model that starts from random weights (path: null)
     attention: str = "auto"  # auto, sdpa, eager, flash_attention_2, flash_attention_3
     gradient_checkpointing: Any = False  # false, true, selective: recompute activations in the backward pass
     export_dtype: str = "float32"  # float32, bfloat16, float16: of the weights in RUN/model
@@ -45,6 +46,8 @@ class ModelConfig:
     engine: str | None = None  # that has to serve RUN/model: vllm, llama.cpp, ... (docs/SERVING.md); null: any
 
     def __post_init__(self):
+        if self.init is not None and not isinstance(self.init, Mapping):
+            raise ConfigError(f"model.init={self.init!r} is not accepted: give a model's config, {{model_type: ...}}")
         require_choice("model.export_dtype", self.export_dtype, DTYPES)
         require_choice("model.gradient_checkpointing", self.gradient_checkpointing, RECOMPUTE)
         if self.engine is not None:
@@ -148,6 +151,7 @@ class TrainerConfig:
             require_int("trainer.micro_batch", self.micro_batch, at_least=1)
         require_int("trainer.checkpoint_every_n_steps", self.checkpoint_every_n_steps, at_least=1, optional=True)
         require_number("trainer.gradient_clip", self.gradient_clip, above=0, optional=True)
+        require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
         require_choice("trainer.compile", self.compile, ("auto", True, False))
         require_choice("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
 

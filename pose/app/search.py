@@ -299,7 +299,7 @@ def _texts(options: schema.SearchOptions) -> dict[str, str]:
     from pose.evaluation.options import read_haystack
 
     texts = {
-        key: read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search")[:CHARS]
+        key: read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search", key)[:CHARS]
         for key in ("haystack", "heldout")
     }
     for key, text in texts.items():

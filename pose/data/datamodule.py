@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
 HANDLES, HANDLES_OF_A_WORKER = 128, 16  # open files: of the training process, and for each that reads (8 were seen)
-SENTENCE_END = re.compile(r"""([.!?]["'”’»)\]]*|\n)\s*$""")
+SENTENCE_END = re.compile(r"""([.!?]["'”’»)\]]*|[。！？][”’」』）]*|\n)\s*$""")
 
 
 class PoseDataModule(L.LightningDataModule):

@@ -5,16 +5,21 @@ import errno
 import glob
 import gzip
 import json
+import logging
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pose.errors import ConfigError, DataError, require_choice, require_int
 from pose.files import REPOSITORY, Memo, digest, is_inside
+
+log = logging.getLogger(__name__)
 
 KINDS = (".jsonl", ".txt", ".parquet")
 PACKED = (".gz", ".zst")  # of .jsonl and .txt; Parquet packs its columns itself
@@ -297,7 +302,7 @@ def find_files(pattern: str | Path, key: str = OF_DATA.documents) -> list[Path]:
         raise DataError(f"{key}={str(pattern)!r} is empty: give a file ({ACCEPTED}), a folder or a glob of them")
     try:
         if path.is_dir():
-            found = _files_of(path)
+            found = _files_of(path, key)
             if not found:
                 raise DataError(f"{key}: the folder {path} holds no file that is read here: {ACCEPTED}")
             return found
@@ -305,7 +310,7 @@ def find_files(pattern: str | Path, key: str = OF_DATA.documents) -> list[Path]:
         if not found and glob.has_magic(str(pattern)):
             _check_folders(path)
             matched = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
-            inside = {file for folder in matched if folder.is_dir() for file in _files_of(folder)}
+            inside = {file for folder in matched if folder.is_dir() for file in _files_of(folder, key)}
             found = sorted(inside.union(file for file in matched if _is_there(file)))
             if not found:
                 raise DataError(f"{key}: no file matches {pattern}")
@@ -319,9 +324,21 @@ def find_files(pattern: str | Path, key: str = OF_DATA.documents) -> list[Path]:
     return found
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """Every file of a kind that is read here, at any depth, but hidden ones."""
-    return [file for file in files_in(folder, lambda name: name.startswith(".")) if _kind(file) and _is_there(file)]
+def _files_of(folder: Path, key: str) -> list[Path]:
+    """Every file of a kind that is read here, at any depth, but hidden ones; warns of others beside them."""
+    files = [file for file in files_in(folder, lambda name: name.startswith(".")) if _is_there(file)]
+    found = [file for file in files if _kind(file)]
+    others = [file for file in files if not _kind(file) and not file.name.lower().startswith(("readme", "license"))]
+    if found and others:
+        count = Counter(file.suffix or file.name for file in others)
+        endings = ", ".join(f"{num} {ending}" for ending, num in count.most_common(5)) + ", ..." * (len(count) > 5)
+        _warn_of_others(key, str(folder), endings)
+    return found
+
+
+@cache  # once a process: a folder is opened several times
+def _warn_of_others(key: str, folder: str, endings: str):
+    log.warning(f"{key}: {folder} has files of other kinds, which are left out ({endings}): {ACCEPTED} are read")
 
 
 def files_in(folder: Path, leave_out: Callable[[str], bool]) -> list[Path]:

@@ -22,7 +22,7 @@ class EvalOptions:
     lengths: list[int] | None = None  # null: the window, doubled up to the target
     seed: int = 0  # of prompts, and of which documents are drawn
     batch_tokens: int | None = None  # tokens in one forward pass, at least one window; null: 1024 on a CPU, else 4096
-    add_bos: bool = False  # windows and prompts begin with BOS
+    add_bos: bool | None = None  # windows and prompts begin with BOS; null: as the tokenizer does
     before: bool = True  # train.py measures the untuned and the scaled model too
     # perplexity
     documents: Any = None  # file, folder, glob, or dataset {path, name, split, ...}, or a list of them: docs/DATA.md
@@ -90,18 +90,19 @@ def needs_haystack(tasks: Iterable[str]) -> bool:
     return any(task in ("needle", "needle_gain") or task.startswith("ruler/") for task in tasks)
 
 
-def read_haystack(source: Any, group: str = "eval") -> str:
+def read_haystack(source: Any, group: str = "eval", name: str = "haystack") -> str:
     """The text of a haystack, documents separated by empty lines.
 
     Args:
         source: as `EvalOptions.haystack`, its paths found.
         group: of the config that it is of, for errors; "" for a command, which takes paths alone.
+        name: of the key in it.
 
     Raises:
         ConfigError: a value that names no file.
         DataError: what is missing, of another kind, or broken; names file and line. Or memory runs out.
     """
-    key = "{group}.haystack"
+    key = f"{{group}}.{name}"
     keys = Keys.of_paths(key, takes_field=bool(group))
     try:
         return "\n\n".join(document.text for document in read_documents(source, keys=keys))

@@ -81,12 +81,11 @@ class Suite:
         haystack = read_haystack(options.haystack) if needs_haystack(options.tasks) else ""
         if haystack and vocab_size is not None:
             check_vocabulary(tokenizer, haystack, vocab_size, "the haystack")
-        self.tasks: list[Task] = []
-        for name in dict.fromkeys(options.tasks):
-            if name == "perplexity":
-                self.tasks.append(self._perplexity(documents, cache_dir))
-            else:
-                self.tasks.append(self._retrieval(name, haystack))
+        names = dict.fromkeys(options.tasks)
+        tasks = {name: self._retrieval(name, haystack) for name in names if name != "perplexity"}
+        if "perplexity" in names:  # the last to be made, since it reads the documents, which takes long
+            tasks["perplexity"] = self._perplexity(documents, cache_dir)
+        self.tasks: list[Task] = [tasks[name] for name in names]
 
     @property
     def seconds(self) -> float:
@@ -96,6 +95,11 @@ class Suite:
     def metrics(self) -> dict[str, Metric]:
         """What `run` will give, by name."""
         return {name: metric for task in self.tasks for name, metric in task.metrics().items()}
+
+    def prepare(self):
+        """Loads what measuring needs beside a model, such as the questions of a benchmark, whose errors it raises."""
+        for task in self.tasks:
+            task.prepare()
 
     def run(
         self,

@@ -127,7 +127,7 @@ class Card:
             f"# {name}, extended from {self.window:,} to {self.target_len:,} tokens\n\n"
             f"The window of {name} is {self.window:,} tokens; this model uses {times} times as many. It was "
             f"trained on examples of {self.sampler.example_len:,} tokens whose position ids lie between 0 and "
-            f"{self.target_len - 1:,}, after [PoSE](https://arxiv.org/abs/2309.10400), with the package `pose`."
+            f"{self.sampler.target_len - 1:,}, after [PoSE](https://arxiv.org/abs/2309.10400), with the package `pose`."
         )
 
     def _making(self) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class Source:
     facts: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    _: KW_ONLY
     identities: Mapping[str, str] = field(default_factory=dict)
     tokenizers: frozenset[str] = frozenset()
     window: int | None = None

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 SKIPS_IN_A_ROW = 10
 KINDS = ("text", "retrieval")
 SOMETIMES = (*(f"train/loss_{kind}" for kind in KINDS), "train/grad_norm")  # logged where there is one
+NAME = re.compile(r"^.*?-(?=[0-9a-f]{16}(,|$))")  # of a cache, before its digest: of a folder that may be elsewhere
 # A training has diverged when its loss is about that of a guess, and was lower by this factor before
 GUESSING, BETTER = 0.95, 1.1
 
@@ -299,6 +301,7 @@ class PoseModule(L.LightningModule):
         checkpoint["loops"]["fit_loop"] = loops_at(self.trainer, checkpoint["global_step"])
 
     def on_train_start(self):
+        self._check_same_text()
         # Of a run that goes on the schedule may be longer than it was when this learning rate was worked out.
         scheduler: Any = self.lr_schedulers()
         for group, base, rate in zip(
@@ -313,6 +316,18 @@ class PoseModule(L.LightningModule):
                 self.model, run_guards, self.model, self.expected, self.target_len, self.device, has_views
             )
         log.info(f"Checked     {found}")
+
+    def _check_same_text(self):
+        """Raises a TrainingError where the processes of a job have read other documents, or other tokens of them."""
+        fingerprint = getattr(getattr(self.trainer, "datamodule", None), "fingerprint", None) or ""
+        everywhere = gather(NAME.sub("", fingerprint))
+        if others := [rank for rank, one in enumerate(everywhere) if one != everywhere[0]]:
+            error = TrainingError(
+                f"data.documents are not the same everywhere: process {', '.join(map(str, others[:8]))} has read other "
+                "text than process 0. Give all machines the same files (or the same revision of a dataset)"
+            )
+            error.is_everywhere = True
+            raise error
 
     @property
     def _fused(self) -> bool:

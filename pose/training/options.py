@@ -13,6 +13,7 @@ OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW with states in 8 bits"}  # `
 class WatchOptions(EvalOptions):
     """What is measured while the model trains: the group `watch`. The rest is as in `eval`."""
 
+    seed: int = 1  # not that of eval: a model chosen by its prompts is measured on others
     every_n_steps: int | None = None  # optimizer steps from one measurement to the next; null: nothing is measured
     before: bool = True  # before the first step too
     best: str | None = None  # metric, such as passkey@2048: RUN/best is the model of the step where it was best

@@ -77,6 +77,16 @@ def test_a_sweep_ends_with_one_table_and_one_page(script, tmp_path):
     assert "Sweep" in result.stdout and "Page" in result.stdout
 
 
+def test_a_sweep_with_a_job_that_fails_has_its_table_and_page_too(script, tmp_path):
+    result = script(
+        "evaluate.py", "-m", f"hydra.sweep.dir={tmp_path / 'sweep'}", f"cache_dir={tmp_path / 'cache'}",
+        "ckpt=assets/tiny", "eval.tasks=[perplexity]", "eval.lengths=[128]", "eval.tail=16", "eval.windows=0,1",
+    )  # fmt: skip
+    assert result.returncode == 1 and "eval.windows=0" in result.stdout
+    assert "Sweep (" in result.stdout and "eval.windows=1" in (tmp_path / "sweep" / "sweep.csv").read_text()
+    assert "assets/tiny" in (tmp_path / "sweep" / "report.html").read_text()
+
+
 @pytest.mark.nightly
 def test_several_checkpoints_and_nothing_is_measured_twice(script, load_json, tmp_path, other):
     evaluate(script, tmp_path / "alone", "ckpt=assets/tiny", *QUICK)

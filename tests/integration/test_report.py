@@ -64,9 +64,10 @@ def html():
     covered = (distance, np.full(1023, 0.5), np.full(1023, 1 / 1023))
     runs = [
         Source(
-            name, "runs/x", "training", {"Model": name, "RoPE": rope}, {"rope.factor": rope, "seed": "0"},
-            {"untuned": estimates(30), "extended": estimates(shift)}, {}, 256, 1024, rows, covered,
-            {"training": {"seconds": 12.5, "tokens": 40960, "tokens_per_second": 3276.8}},
+            name=name, folder="runs/x", kind="training", facts={"Model": name, "RoPE": rope},
+            config={"rope.factor": rope, "seed": "0"}, models={"untuned": estimates(30), "extended": estimates(shift)},
+            window=256, target=1024, logged=rows, coverage=covered,
+            cost={"training": {"seconds": 12.5, "tokens": 40960, "tokens_per_second": 3276.8}},
         )
         for name, rope, shift in ((HOSTILE, "yarn", 20), ("plain", "linear", 0))
     ]  # fmt: skip

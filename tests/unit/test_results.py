@@ -667,14 +667,14 @@ def test_the_tables_of_methods_tell_what_beats_lm():
     assert rows["`searched`"] == "**better**" and rows["`end_anchor`"] == "worse"
     assert rows["`cope`"] == "**better**, ppl higher" and rows["`rcd3`"] == "no difference" and rows["`lm`"] == "–"
     # Not end_anchor (worse), cope (perplexity), yarn_mixed (1.2 times as long)
-    assert text.endswith("perplexity no higher: `self_distill`, `searched`.")
+    assert text.endswith("perplexity at the window no higher: `self_distill`, `searched`.")
     assert "| `searched` (`rope=searched rope.factors={search.16x}`) | 3 | 250 | 3.8 |" in text  # 125 s, and the search
     assert "rope.long_factor=[...]" in text and "| untuned | 1 | – | – |" in text
     elsewhere = {
         key: run | {"processor": "Another"} if "self_distill_seconds" in key[0] else run for key, run in runs.items()
     }
     found = pages.method_tables(elsewhere, ARMS, SCALE)["methods16x"]
-    assert found.endswith("perplexity no higher: `searched`.")
+    assert found.endswith("perplexity at the window no higher: `searched`.")
     assert "| `self_distill_seconds` | 3 | 250 | – |" in found  # no minutes
     one_seed = {key: run for key, run in runs.items() if key[1] == 0}
     assert "better" not in pages.method_tables(one_seed, ARMS, SCALE)["methods16x"].partition("Against lm")[0]

@@ -76,6 +76,8 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["trainer.micro_batch=0"], ConfigError, ["trainer.micro_batch=0", "at least 1"]),
         (["trainer.max_steps=0"], ConfigError, ["trainer.max_steps=0"]),
         (["trainer.accelerator=abacus"], ConfigError, ["abacus"]),
+        (["trainer.accelerator=tpu"], ConfigError, ["trainer.accelerator='tpu'", "auto", "cpu", "gpu"]),
+        (["model.path=null", "model.init=llama"], ConfigError, ["model.init='llama'", "model_type"]),
         (["model.attention=quick"], ConfigError, ["model.attention", "'quick'", "sdpa"]),
         (["model.attention=flash_attention_2"], ConfigError, ["flash_attention_2", "sdpa"]),
         (["model.export_dtype=int8"], ConfigError, ["model.export_dtype='int8'", "bfloat16"]),
@@ -308,7 +310,7 @@ def test_bf16_that_a_cpu_emulates_is_warned_of(plan, capsys, monkeypatch, overri
     ],
 )
 def test_windows_that_are_not_mixed_are_warned_of(plan, documents, capsys, overrides, words):
-    overrides = [*overrides, "eval=none", "data=jsonl", documents(*[LONG] * 40), "trainer.max_steps=1"]
+    overrides = [*overrides, "eval=none", "data=jsonl", documents(*[LONG] * 40), "trainer.max_steps=11"]
     plan("experiment=mixed_windows_tiny", *overrides)
     out = capsys.readouterr().out
     warnings = [line for line in out.splitlines() if line.startswith("Warning")]
@@ -341,7 +343,7 @@ def test_a_teacher_is_the_same_files_when_a_run_goes_on(plan, tmp_path):
 
 def test_text_that_is_seen_too_often_is_warned_of(plan, tmp_path, capsys):
     file = lines(tmp_path, 2)
-    plan("eval=none", "data=jsonl", f"data.documents={file}", "trainer.max_steps=10")
+    plan("eval=none", "data=jsonl", f"data.documents={file}", "trainer.max_steps=10", "finetune.warmup_steps=0")
     assert "Warning" not in capsys.readouterr().out
     plan("eval=none", "data=jsonl", f"data.documents={file}", "trainer.max_steps=100")
     out = capsys.readouterr().out
@@ -359,6 +361,7 @@ def test_a_real_model_on_the_shipped_text_is_warned_of(plan, tmp_path, capsys):
         "eval=none",
         f"model.path={tmp_path}/real",
         "trainer.max_steps=1",
+        "finetune.warmup_steps=0",
         "data=jsonl",
         f"data.documents={lines(tmp_path, 2)}",
     )
@@ -641,14 +644,38 @@ def test_layers_that_slide_are_warned_of(plan, documents, tmp_path, capsys, samp
         (["pose=short_pi", "pose.curriculum=[[0.5,1024]]"], "pose.curriculum changes nothing with ShortPI"),
         (["rope.rcd_shift=true", "rope.rcd_periods=3"], None),
         (["rope.rcd_periods=3"], "rope.rcd_periods=3 changes nothing without rope.rcd_shift=true"),
+        (["finetune.warmup_steps=10"], "takes the whole run (trainer.max_steps=4): the learning rate reaches 30%"),
+        (["finetune.warmup_steps=3"], None),
+        (["finetune.warmup_steps=10", "finetune.schedule=constant"], None),
+        (["rope.factor=7"], "rope.factor=7 reaches 1,792 tokens, the window of 256 times the factor"),
+        (["rope=linear", "rope.factor=2"], "leave rope.factor out, or give 8 or more"),
+        (["pose.target_len=3000", "rope=linear"], None),
+        (["rope=dynamic", "rope.factor=1"], None),
+        (["pose.target_len=256"], "pose.target_len=256 is not above the 256 tokens that assets/tiny is made for"),
     ],
 )
 def test_what_changes_nothing_is_said(plan, documents, capsys, overrides, words):
     synthetic = [f"data.synthetic.{task}=0" for task in ("key_value", "copy", "passkey")]
     overrides = [part for one in overrides for part in (synthetic if one == "data.synthetic={}" else [one])]
-    plan("eval=none", "data=jsonl", documents(*[LONG] * 40), "trainer.max_steps=4", *overrides)
+    plan(
+        "eval=none", "data=jsonl", documents(*[LONG] * 40), "trainer.max_steps=4", "finetune.warmup_steps=0", *overrides
+    )
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
     assert len(warnings) == (words is not None) and (words is None or words in warnings[0])
+
+
+def test_a_model_of_random_weights_can_be_given_on_the_command_line(plan, documents):
+    sizes = "hidden_size:32,num_hidden_layers:1,num_attention_heads:2,intermediate_size:32"
+    made = f"model.init={{model_type:llama,{sizes}}}"
+    own = ["model.path=null", "model.tokenizer=assets/tiny", made, "+model.init.max_position_embeddings=256"]
+    config = plan("eval=none", "data=jsonl", documents(*[LONG] * 40), *own).base
+    assert (config.hidden_size, config.max_position_embeddings) == (32, 256)
+
+
+def test_the_watch_asks_other_prompts_than_the_evaluation(plan, documents):
+    """Or a model chosen by watch.best would be measured on what it was chosen by."""
+    plan("eval=none", "data=jsonl", documents(*[LONG] * 40))
+    assert plan.cfg.watch.seed != plan.cfg.eval.seed
 
 
 def test_where_it_is_searched_the_largest_micro_batch_stays_open(plan, documents, monkeypatch):

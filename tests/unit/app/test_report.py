@@ -190,10 +190,12 @@ def test_a_model_of_random_weights_is_called_so(run):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe\0", b"[1, 2]", b"{a: [", b'{"settings": 3, "packages": [], "x": {"y": {}}}']
 )
-def test_a_damaged_file_leaves_its_part_out(run, name, content):
+def test_a_damaged_file_leaves_its_part_out(run, name, content, capsys):
     folder = run()
     (folder / name).write_bytes(content)
     write_report([folder], folder / "report.html")
+    if name in ("provenance.json", "metrics.json") and not content.startswith(b'{"settings"'):
+        assert f"{folder / name} is damaged" in capsys.readouterr().out
     assert "assets/tiny" in (folder / "report.html").read_text() or name == "config.yaml"
 
 
@@ -215,6 +217,14 @@ def test_a_coverage_that_is_no_number_is_left_out(run, value):
     (folder / "coverage.csv").write_text(f"distance,probability,pair_share\n1,1,0.75\n{value},0.5,0.25\n")
     write_report([folder], folder / "report.html")
     assert "Probability of a distance" not in (folder / "report.html").read_text()
+
+
+def test_whole_files_are_not_called_damaged(run, capsys):
+    folder = run()
+    write_report([folder], folder / "report.html")
+    (folder / "metrics.json").unlink()
+    write_report([folder], folder / "report.html")
+    assert "damaged" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from pose.app import compare, run, schema
 from pose.app.preflight import plan_training
-from pose.errors import ConfigError, TrainingError
+from pose.errors import ConfigError, DataError, TrainingError
 from pose.evaluation.task import Estimate
 from pose.reporting.results_csv import read_results
 from pose.training import micro_batch
@@ -77,6 +77,17 @@ def test_the_untuned_model_is_measured_once_for_all_jobs(start, tmp_path):
     units = {task: task.units() for task in candidate.suite.tasks}
     kept = compare.Outcomes(cfg.cache_dir).find(candidate.under, *units.popitem())
     assert set(kept) == {"256"}
+
+
+def test_questions_that_cannot_be_had_are_found_before_the_training(start, monkeypatch):
+    """Where nothing is measured before it, too."""
+
+    def prepare(suite):
+        raise DataError("the questions cannot be loaded")
+
+    monkeypatch.setattr(run.Suite, "prepare", prepare)
+    with pytest.raises(DataError, match="the questions cannot be loaded"):
+        start("a", "eval.before=false")
 
 
 def test_what_was_measured_belongs_to_the_weights_and_the_text(start, tmp_path):

@@ -265,8 +265,27 @@ def test_synthetic_examples_are_mixed_in(make):
 
 
 def test_tokens_that_end_a_sentence():
-    ending = [".", "?", "!", "...", '."', "?”", ".)", "!'", " .", "\n", "\n\n", ".\n", "\n   ", "said.", "»\n", '!"»']
-    going_on = ["a", ",", ":", "e.g", ".5", ". A", '"', "”", "(", " ", "\nThe", "- ", ";", "</s>"]
+    ending = [
+        ".",
+        "?",
+        "!",
+        "...",
+        '."',
+        "?”",
+        ".)",
+        "!'",
+        " .",
+        "\n",
+        "\n\n",
+        ".\n",
+        "\n   ",
+        "said.",
+        "»\n",
+        '!"»',
+        "。",
+        "好！”",
+    ]
+    going_on = ["a", ",", ":", "e.g", ".5", ". A", '"', "”", "(", " ", "\nThe", "- ", ";", "</s>", "，", "。好"]
     vocab = {text: i for i, text in enumerate([*ending, *going_on])}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")))
     assert sentence_ends(tokenizer).tolist() == [True] * len(ending) + [False] * len(going_on)

@@ -277,6 +277,17 @@ def test_folders_and_globs_are_sorted_and_leave_out_what_is_not_read_here(tmp_pa
         find_files(tmp_path / "empty")
 
 
+def test_files_of_other_kinds_beside_those_that_are_read_are_said(tmp_path, capsys):
+    for name in ("a.jsonl", "b.json", "sub/c.json", "d.csv", "README.md", "LICENSE", ".hidden.bz2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, lines({"text": name}))
+    for _ in range(2):
+        assert [path.name for path in find_files(tmp_path)] == ["a.jsonl"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("Warning") == 1, "a folder is opened several times"
+    assert f"data.documents: {tmp_path} has files of other kinds, which are left out (2 .json, 1 .csv)" in out
+
+
 def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
     path = write(tmp_path / "a[1].jsonl", lines({"text": "x"}))
     assert find_files(str(path)) == [path]

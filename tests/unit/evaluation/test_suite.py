@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 from pose.data.heldout import SetAside
@@ -75,6 +76,24 @@ def suite(tokenizer, documents, tmp_path):
         return Suite(EvalOptions(**options), tokenizer, options["documents"], tmp_path / "cache")
 
     return build
+
+
+@pytest.mark.parametrize("task", ["ruler/nope", "passkey"])
+def test_documents_are_read_after_all_else_is_checked(suite, task):
+    """Which may take hours. The tasks keep their order."""
+    with pytest.raises(ConfigError, match=r"nope|a passkey prompt of 16 tokens"):
+        suite(tasks=["perplexity", task], documents="nowhere.jsonl", lengths=[16])
+    names = [one.name for one in suite(tasks=["perplexity", "passkey"], lengths=[100, 110]).tasks]
+    assert names == ["perplexity", "passkey"]
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_adds_one(tokenizer, documents, tmp_path):
+    adding = copy.deepcopy(tokenizer)
+    bos, token = adding.bos_token_id, adding.bos_token
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, bos)])
+    for each, add_bos, wanted in ((adding, None, bos), (adding, False, None), (tokenizer, None, None)):
+        options = EvalOptions(tasks=["perplexity"], lengths=[8], add_bos=add_bos)
+        assert Suite(options, each, str(documents), tmp_path / "cache").bos_id == wanted
 
 
 @pytest.mark.parametrize("stride, accepted", [(7, True), (8, False), (20, False)])

@@ -221,3 +221,9 @@ def test_a_run_writes_it_and_its_lines_load_the_model(smoke_run, script, load_js
     result = script("-c", f"{lines}\n{check}", cwd=smoke_run)
     assert result.returncode == 0, result.stderr
     assert json.loads((smoke_run / "provenance.json").read_text())["commit"] in text
+
+
+def test_position_ids_are_those_that_were_drawn():
+    """Of a model that was extended before, training may reach less far than the model does."""
+    text = replace(CARD, target_len=32_768).text()
+    assert "extended from" in text and "position ids lie between 0 and 16,383" in " ".join(text.split())

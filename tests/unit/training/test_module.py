@@ -510,3 +510,15 @@ def test_the_number_of_processes_does_not_change_a_global_batch(data):
         parts = [torch.cat(batches(rank, world)).reshape(15, 4 // world, -1) for rank in range(world)]
         assert torch.equal(torch.stack(parts, 2).flatten(1, 2), alone)
     assert torch.equal(torch.cat(batches(0, 1, step=7)).reshape(8, 4, -1), alone[7:])
+
+
+def test_processes_that_have_read_other_text_are_refused(data, monkeypatch):
+    """Of one cache at two places the name may differ, not the digest."""
+    digest = data.fingerprint.rpartition("-")[2]
+    monkeypatch.setattr(pose_module, "gather", lambda value: [value, value])
+    fit(data, steps=1)
+    shown = []
+    monkeypatch.setattr(pose_module, "gather", lambda value: shown.append(value) or [value, "0" * 16])
+    with pytest.raises(TrainingError, match=r"^data.documents are not the same everywhere: process 1 has"):
+        fit(data, steps=1)
+    assert shown == [digest] and len(digest) == 16
