@@ -86,7 +86,7 @@ def test_curves_are_logged_and_the_best_step_is_a_folder(watched, load_json, scr
 
     result = script(
         "evaluate.py", f"ckpt={run}/best", "eval.lengths=[256,512]", "eval.max_documents=1", "eval.windows=1",
-        "eval.trials=4", "reuse=false", f"hydra.run.dir={tmp_path}",
+        "eval.trials=4", "eval.seed=1", "reuse=false", f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     measured, step = load_json(tmp_path / "metrics.json"), best["step"] - 1

@@ -471,7 +471,7 @@ def test_what_cannot_be_loaded_is_named_at_once(harness, model):
 
 
 def test_what_cannot_be_loaded_is_named_before_any_other_task_is_measured(harness, tmp_path):
-    suite = Suite(EvalOptions(tasks=[], lengths=[8]), None, None, tmp_path)
+    suite = Suite(EvalOptions(tasks=[], lengths=[8], add_bos=False), None, None, tmp_path)
     suite.tasks = [harness("choice"), harness("absent")]
     with pytest.raises(DataError, match="harness/absent cannot be loaded"):
         suite.run(load=lambda: pytest.fail("a model was loaded"), progress=False)

@@ -94,7 +94,7 @@ def test_outcomes_belong_to_the_code_that_measured(tmp_path, monkeypatch):
 
 @pytest.fixture
 def suite(tmp_path):
-    suite = Suite(EvalOptions(lengths=[8, 16]), None, None, tmp_path)
+    suite = Suite(EvalOptions(lengths=[8, 16], add_bos=False), None, None, tmp_path)
     documents = [np.arange(20), np.arange(1, 21)]
     suite.tasks = [Perplexity(documents, ["a", "b"], [8, 16], token_bytes=np.ones(32, int), tail=4)]
     return suite
