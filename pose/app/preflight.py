@@ -17,10 +17,12 @@ from transformers import PretrainedConfig
 from yaml import YAMLError
 
 from pose.app import build, models
+from pose.app.documents import find_documents
 from pose.app.holding import check_holding, check_teacher
 from pose.app.runtime import write_config
 from pose.app.schema import DTYPES, FinetuneConfig, TrainConfig, to_options
 from pose.data.datamodule import PoseDataModule
+from pose.data.documents import open_files
 from pose.errors import ConfigError, PoseError, first_line, require_choice, require_int
 from pose.evaluation.options import MAX_SEED, EvalOptions
 from pose.evaluation.suite import Suite
@@ -161,6 +163,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         except PoseError as error:
             raise error.under(group) from None
     require_choice("eval_dtype", cfg.eval_dtype, DTYPES)
+    check_files(cfg)
     checkpoint = find_resume(cfg, run_dir)
     models.find_model(cfg)
     base, config = models.model_config(cfg), models.model_config(cfg)
@@ -226,6 +229,23 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         base, config, tokenizer, scaling, sampler, objective, geometry, trainer, data, suite, watch, settings,
         checkpoint, is_finished,
     )  # fmt: skip
+
+
+def check_files(cfg: DictConfig):
+    """Opens what the config names as documents, before any of it is tokenised; named by the key that it was given by.
+
+    Raises:
+        PoseError: a file that is not there, or of a kind that is not read.
+    """
+    named = {"data.documents": cfg.data.documents, "data.leave_out": cfg.data.leave_out}
+    for group in ("eval", "watch"):
+        node = cfg[group]
+        if "perplexity" in node.tasks and (group == "eval" or node.every_n_steps is not None):
+            named["data.heldout" if node.documents == cfg.data.heldout else f"{group}.documents"] = node.documents
+    for key, value in named.items():
+        found = find_documents(key, value)
+        for one in found if isinstance(found, list) else [found]:
+            open_files(one, key=key)
 
 
 def _original(cfg: DictConfig, objective: Objective) -> list | None:

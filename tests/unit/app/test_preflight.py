@@ -256,6 +256,24 @@ def lines(tmp_path, num, words=400, name="own.jsonl"):
     return file
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.documents=[{book},nowhere.txt]"], ["data.leave_out=nowhere.txt"], ["data.heldout=nowhere.txt"],
+        ["eval.documents=nowhere.txt"], ["watch.documents=[{book},nowhere.txt]", "watch.every_n_steps=2"],
+    ],
+)  # fmt: skip
+def test_files_that_are_not_there_are_named_by_their_key_before_any_text_is_read(plan, tmp_path, overrides):
+    cache = tmp_path / "cache"
+    book = CONF.parent / "assets/corpora/books.heldout.jsonl.gz"
+    given = [one.format(book=book) for one in overrides]
+    with pytest.raises(DataError, match=f"^{given[0].partition('=')[0]}: no documents file at nowhere.txt"):
+        plan(f"cache_dir={cache}", *given)
+    assert not list(cache.rglob("*.bin"))
+    if given[0].startswith("data.heldout"):
+        plan(*given, "eval=none", "trainer.max_steps=1")  # nothing reads it
+
+
 def test_a_run_says_how_many_tokens_and_epochs(plan, capsys):
     """16 examples of 256 tokens in 250 steps, three in five of them text, on 1,063,787 tokens."""
     plan("eval=none")
