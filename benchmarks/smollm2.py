@@ -7,6 +7,7 @@ docs/SMOLLM2.md and its figure from that file. No number is typed by hand. Witho
 
 import argparse
 import csv
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,12 @@ from pose.files import REPOSITORY, load_json, read_json, write_json
 DOC, FOUND = REPOSITORY / "docs" / "SMOLLM2.md", REPOSITORY / "docs" / "smollm2.json"
 PICTURE = "images/smollm2.png"  # from the document's folder
 BEGIN, END = "<!-- from python -m benchmarks.smollm2 -->", "<!-- until here -->"
-UNTRAINED = ("untuned", "scaled")
+UNTRAINED = ("untuned", "scaled")  # of the latter several, by their scaling
 SAMPLERS = ("PoSE", "ShortPI", "Full")  # what is compared at equal tokens
 USUAL = ("LanguageModel", "Yarn")  # of the experiments, and not said
 # What else tells trainings apart: those that differ in one of these are rows of their own
 SETUP = ("finetune.lr", "pose.train_len", "trainer.global_batch", "finetune.lora.rank", "seed")
 OPTIONS = ("rope.rcd_shift", "pose.curriculum")  # said where they are on
-# And these, as a command has them: config.yaml has the factor that was worked out
-NUMBERS = re.compile(r"\brope\.(factor|beta_slow|attention_factor)=([\d.]+)")
 FAMILIES = {  # of metrics, in order: title, format
     "ppl": ("Perplexity of the first N tokens", ".2f"),
     "tail_ppl": ("Perplexity of the last 128 of N tokens, the same tokens for every N", ".2f"),
@@ -86,6 +85,10 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
                 took = source.cost[f"measuring {name}"].get("seconds")
                 target = checkpoints[name].get("target") if name != "untuned" else None
             row = {"model": own.get("model", name), "target": target if name != "untuned" else None, **common}
+            if name == "scaled":
+                is_of_a_run = source.kind == "training"
+                scaling = _scaling(source) if is_of_a_run else _scaling_of(Path(checkpoints[name]["path"]))
+                row["model"] = ", ".join([name, *scaling])
             row |= {
                 **own,
                 "commands": own.get("commands", {}) | {label[folder.resolve()]: _command(source)},
@@ -138,10 +141,38 @@ def _trained(name: str, source, logged: Mapping[str, float]) -> dict[str, Any]:
     parts = [config.get(f"{group}._target_", "").rpartition(".")[2] for group in ("pose", "objective", "rope")]
     parts += [key.rpartition(".")[2] for key in OPTIONS if config.get(key, "null") not in ("null", "false", "[]")]
     parts = [part for part in parts if part and part not in USUAL]
-    parts += [f"{key} {value}" for key, value in sorted(NUMBERS.findall(source.facts.get("Command", "")))]
+    parts += _scaling(source)
     parts += [f"{found['tokens'] / 1e6:.3g} M tokens"] if "tokens" in found else []
     setup = ", ".join(f"{key}={config[key]}" for key in SETUP if key in config)
     return {"model": ", ".join(parts), "setup": setup, "commands": {name: _command(source)}, **found}
+
+
+def _scaling(source) -> list[str]:
+    """What `_numbers` says of a training."""
+    rope = {key.removeprefix("rope."): value for key, value in source.config.items() if key.startswith("rope.")}
+    is_known = rope.get("_target_", "").endswith(".Yarn") and source.target and source.window
+    return _numbers(rope, source.target / source.window) if is_known else []
+
+
+def _numbers(rope: Mapping[str, Any], factor: float) -> list[str]:
+    """What a YaRN says otherwise than by default.
+
+    Args:
+        rope: its arguments, as a config has them; what is null or absent is the default.
+        factor: target / window, the default.
+    """
+    given = {key: float(rope[key]) for key in ("factor", "beta_slow", "attention_factor")
+             if rope.get(key) not in (None, "null")}  # fmt: skip
+    usual = {"beta_slow": 1.0, "factor": factor, "attention_factor": 0.1 * math.log(given.get("factor", factor)) + 1}
+    return [f"{key} {value:g}" for key, value in given.items() if not math.isclose(value, usual[key], rel_tol=1e-6)]
+
+
+def _scaling_of(folder: Path) -> list[str]:
+    """What `_numbers` says of the config of a model whose RoPE is rescaled and nothing trained; [] where it is gone."""
+    config = read_json(folder / "config.json")
+    rope = config.get("rope_parameters") or {}
+    window = rope.get("original_max_position_embeddings")
+    return _numbers(rope, config["max_position_embeddings"] / window) if window else []
 
 
 def _logged(folder: Path) -> dict[str, float]:
@@ -298,7 +329,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         target = row["target"]
-        if row["model"] in UNTRAINED or target is None:
+        if target is None:
             continue
         untuned = _untuned(rows, row)
         window = None if untuned is None else min(_lengths(untuned, "tail_ppl"), default=None)

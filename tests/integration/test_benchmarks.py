@@ -18,7 +18,7 @@ import pytest
 import benchmarks
 from benchmarks import gpu, parts, scaled, smollm2
 from pose.errors import PoseError
-from pose.files import sha256
+from pose.files import sha256, write_json
 from pose.modeling.load import load_config, rope_geometry, scale_config
 from pose.rope import Yarn
 
@@ -381,9 +381,10 @@ def test_arms_of_a_real_model_are_told_apart():
         "rope.rcd_shift": "false", "objective._target_": "pose.training.objectives.LanguageModel",
     }  # fmt: skip
 
-    def name(command="train.py rope=yarn", **more):
-        facts = {"Command": command}
-        source = SimpleNamespace(cost={"training": {"tokens": 13.1e6}}, config=usual | more, facts=facts)
+    def name(**more):
+        source = SimpleNamespace(
+            cost={"training": {"tokens": 13.1e6}}, config=usual | more, facts={}, window=8192, target=32768
+        )
         return smollm2._trained("run", source, {"tokens": 1e6})["model"]
 
     assert name() == "PoSE, 13.1 M tokens"
@@ -391,8 +392,21 @@ def test_arms_of_a_real_model_are_told_apart():
     assert name(**objective) == "PoSE, LongShort, 13.1 M tokens"
     both = {"rope.rcd_shift": "true", "pose.curriculum": "[[0.5, 512]]"}
     assert name(**both) == "PoSE, rcd_shift, curriculum, 13.1 M tokens"
-    scaled = name("train.py rope.factor=8 seed=1 rope.beta_slow=3", **{"rope.factor": "8.0"})
-    assert scaled == "PoSE, beta_slow 3, factor 8, 13.1 M tokens"
+    worked_out = {"rope.factor": "4.0", "rope.beta_slow": "1.0", "rope.attention_factor": "1.1386294361119891"}
+    assert name(**worked_out) == "PoSE, 13.1 M tokens"
+    given = {"rope.factor": "8", "rope.beta_slow": "3", "rope.attention_factor": "null"}
+    assert name(**given) == "PoSE, factor 8, beta_slow 3, 13.1 M tokens"
+    assert name(**given | {"rope.attention_factor": "1.05"}).startswith(
+        "PoSE, factor 8, beta_slow 3, attention_factor 1.05,"
+    )
+
+
+def test_untrained_models_are_told_apart_by_their_scaling(tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "attention_factor": None}
+    for more, said in (({}, []), ({"factor": 8, "attention_factor": 1.05}, ["factor 8", "attention_factor 1.05"])):
+        write_json(tmp_path / "config.json", {"max_position_embeddings": 1024, "rope_parameters": rope | more})
+        assert smollm2._scaling_of(tmp_path) == said
+    assert smollm2._scaling_of(tmp_path / "gone") == []
 
 
 @pytest.mark.nightly
