@@ -114,15 +114,18 @@ def test_the_papers_experiments_name_its_method(name, target_len):
 
 @pytest.mark.parametrize("target_len", [32768, 65536])
 def test_the_real_model_has_the_papers_optimiser_and_tokens(target_len):
-    """From 8,192 to 32,768, and to 65,536 by one key: lengths and scaling follow the target."""
-    cfg = compose("train", ["experiment=smollm2_32k"] + [f"pose.target_len={target_len}"] * (target_len != 32768))
+    """From 8,192 to 32,768, and to 65,536 as the head of the experiment has it: the lengths follow the target."""
+    farther = ["pose.target_len=65536", "rope.factor=16"]
+    assert " ".join(farther) in (CONF / "experiment" / "smollm2_32k.yaml").read_text()
+    cfg = compose("train", ["experiment=smollm2_32k", *(farther if target_len == 65536 else [])])
     assert (cfg.finetune.lr, cfg.finetune.schedule, cfg.finetune.warmup_steps) == (2e-5, "linear", 10)
     assert (cfg.finetune.optimizer, cfg.finetune.weight_decay, list(cfg.finetune.betas)) == ("adamw", 0.0, [0.9, 0.999])
     sampler = build.build_sampler(cfg.pose, 8192)
     assert isinstance(sampler, PoSE) and (sampler.train_len, sampler.target_len) == (2048, target_len)
     assert cfg.trainer.max_steps * cfg.trainer.global_batch * sampler.example_len == 131_072_000
     scaling = build.build_scaling(cfg.rope).resolve(RopeGeometry(100000.0, 64, 8192), target_len)
-    assert isinstance(scaling, Yarn) and scaling.factor == target_len / 8192
+    assert isinstance(scaling, Yarn) and scaling.factor == 2 * target_len / 8192
+    assert (scaling.beta_slow, scaling.attention_factor) == (3, 1.05)
     assert cfg.eval.lengths is None and cfg.watch.lengths is None and cfg.watch.every_n_steps == 250
     kept = {*cfg.data.heldout, cfg.eval.haystack}
     assert kept <= set(cfg.data.leave_out) and not kept & set(cfg.data.documents)

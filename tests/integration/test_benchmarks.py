@@ -364,7 +364,7 @@ def test_a_real_model_is_measured_before_and_after(rehearsal):
     )
     assert scaled < untuned / 1.1, "the window of the shipped model is 256 tokens"
     assert 1e-6 < abs(extended / scaled - 1) < 0.1, "two steps of training"
-    assert json.loads((out / "run-smollm2-scale" / "config.json").read_text())["rope_parameters"]["factor"] == 4.0
+    assert json.loads((out / "run-smollm2-scale" / "config.json").read_text())["rope_parameters"]["factor"] == 8
     ruler = stages["smollm2-ruler"]["result"]
     assert list(ruler) == ["untuned", "scaled", "extended"]
     assert set(ruler["scaled"]) == {f"ruler/niah_{t}@{n}" for t in ("single_2", "multikey_1") for n in (512, 1024)}
@@ -421,9 +421,12 @@ def test_the_tables_of_a_real_model(rehearsal, tmp_path):
     assert doc.read_text().count("Not run yet.") == 2, "no number without a run"
     smollm2.main([*folders, "--hardware", "a rehearsal", *arguments])
     rows = {row["model"]: row for row in json.loads(file.read_text())["rows"]}
-    assert set(rows) == {"untuned", "scaled", "PoSE, 0.000256 M tokens", "Full, 0.0041 M tokens"}
+    own = "factor 8, beta_slow 3, attention_factor 1.05"
+    assert set(rows) == {
+        "untuned", f"scaled, {own}", f"PoSE, {own}, 0.000256 M tokens", f"Full, {own}, 0.0041 M tokens"
+    }  # fmt: skip
     stages = content["stages"]
-    pose = rows["PoSE, 0.000256 M tokens"]
+    pose = rows[f"PoSE, {own}, 0.000256 M tokens"]
     assert set(pose["measuring"]) == {"run-smollm2-after", "run-smollm2-ruler"}
     assert (pose["tokens"], pose["steps"], pose["target"], pose["hardware"]) == (256, 2, 1024, "a rehearsal")
     assert pose["seconds"] == pytest.approx(stages["smollm2-train"]["result"]["cost/seconds"])
@@ -433,11 +436,11 @@ def test_the_tables_of_a_real_model(rehearsal, tmp_path):
         assert pose["metrics"][name][0] == pytest.approx(value, nan_ok=True), name
     text = doc.read_text()
     assert text.startswith("above\n") and text.endswith(f"{smollm2.END}\nbelow\n")
-    assert f"| scaled, to 1,024 | {stages['smollm2-scaled']['result']['scaled']['tail_ppl@512']:.2f}" in text
+    assert f"| scaled, {own}, to 1,024 | {stages['smollm2-scaled']['result']['scaled']['tail_ppl@512']:.2f}" in text
     assert text.count("| ShortPI | not run yet") == text.count("**Needle gain, nats per token**") * 9
-    assert "- **PoSE, 0.000256 M tokens, to 1,024**: perplexity of the last tokens at 1,024 is" in text
+    assert f"- **PoSE, {own}, 0.000256 M tokens, to 1,024**: perplexity of the last tokens at 1,024 is" in text
     assert str(out) not in text + file.read_text(), "no folder of one machine"
-    assert "passkeys at 1,024 " in text.split("**PoSE, 0.000256 M tokens, to 1,024**")[1].splitlines()[0]
+    assert "passkeys at 1,024 " in text.split(f"**PoSE, {own}, 0.000256 M tokens, to 1,024**")[1].splitlines()[0]
     assert (tmp_path / smollm2.PICTURE).stat().st_size > 10_000, "perplexity by position"
     smollm2.main([*folders, "--hardware", "a rehearsal", *arguments])
     assert doc.read_text() == text, "the same folders again change nothing"

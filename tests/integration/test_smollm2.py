@@ -58,7 +58,7 @@ def test_before_scaled_and_after(train, load_json):
         assert "position_ppl@1024-2048" in metrics[name] and metrics[f"measuring/{name}_seconds"] > 0
     assert metrics["cost/tokens"] == 2 * 2 * 128 and metrics["train/steps"] == 2
     config = load_json(folder / "model" / "config.json")
-    assert config["rope_parameters"]["factor"] == TARGET / WINDOW == 4
+    assert config["rope_parameters"]["factor"] == 2 * TARGET / WINDOW == 8
     assert config["max_position_embeddings"] == TARGET and config["pose"]["window"] == WINDOW
     assert "val/short_ppl_increase" in (folder / "metrics.csv").read_text(), "the watch looks after short texts"
 
