@@ -87,7 +87,7 @@ def read(folders: Iterable[Path], hardware: str | None = None) -> list[dict[str,
             row = {"model": own.get("model", name), "target": target if name != "untuned" else None, **common}
             if name == "scaled":
                 is_of_a_run = source.kind == "training"
-                scaling = _scaling(source) if is_of_a_run else _scaling_of(Path(checkpoints[name]["path"]))
+                scaling = _scaling(source) if is_of_a_run else _scaling_of(Path(checkpoints[name]["path"]), folder)
                 row["model"] = ", ".join([name, *scaling])
             row |= {
                 **own,
@@ -167,12 +167,23 @@ def _numbers(rope: Mapping[str, Any], factor: float) -> list[str]:
     return [f"{key} {value:g}" for key, value in given.items() if not math.isclose(value, usual[key], rel_tol=1e-6)]
 
 
-def _scaling_of(folder: Path) -> list[str]:
-    """What `_numbers` says of the config of a model whose RoPE is rescaled and nothing trained; [] where it is gone."""
-    config = read_json(folder / "config.json")
+def _scaling_of(model: Path, evaluation: Path) -> list[str]:
+    """What `_numbers` says of a model whose RoPE is rescaled and nothing trained.
+
+    Args:
+        model: its folder; where that is on another machine, the folder of its name beside the evaluation is read.
+        evaluation: the folder of its evaluation.
+
+    Raises:
+        SystemExit: neither is there: it would be taken for a model with another scaling.
+    """
+    config = read_json(model / "config.json") or read_json(evaluation.resolve().parent / model.name / "config.json")
+    if not config:
+        raise SystemExit(f"{evaluation}: the config.json of {model} is needed, there or beside the evaluation")
     rope = config.get("rope_parameters") or {}
-    window = rope.get("original_max_position_embeddings")
-    return _numbers(rope, config["max_position_embeddings"] / window) if window else []
+    if rope.get("rope_type") != "yarn":
+        return []
+    return _numbers(rope, config["max_position_embeddings"] / rope["original_max_position_embeddings"])
 
 
 def _logged(folder: Path) -> dict[str, float]:

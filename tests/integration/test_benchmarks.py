@@ -402,11 +402,17 @@ def test_arms_of_a_real_model_are_told_apart():
 
 
 def test_untrained_models_are_told_apart_by_their_scaling(tmp_path):
+    """A model that was evaluated on another machine is the one of its name beside the evaluation."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "attention_factor": None}
+    model, evaluation = tmp_path / "model", tmp_path / "evaluation"
+    for folder in (model, evaluation):
+        folder.mkdir()
     for more, said in (({}, []), ({"factor": 8, "attention_factor": 1.05}, ["factor 8", "attention_factor 1.05"])):
-        write_json(tmp_path / "config.json", {"max_position_embeddings": 1024, "rope_parameters": rope | more})
-        assert smollm2._scaling_of(tmp_path) == said
-    assert smollm2._scaling_of(tmp_path / "gone") == []
+        write_json(model / "config.json", {"max_position_embeddings": 1024, "rope_parameters": rope | more})
+        for place in (model, Path("/elsewhere/model")):
+            assert smollm2._scaling_of(place, evaluation) == said
+    with pytest.raises(SystemExit, match=r"the config\.json of /elsewhere/gone is needed"):
+        smollm2._scaling_of(Path("/elsewhere/gone"), evaluation)
 
 
 @pytest.mark.nightly
