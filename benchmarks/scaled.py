@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None):
     schema.register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            scaling = build_scaling(compose("train", ["rope=yarn", *args.overrides]).rope)
+            scaling = build_scaling(compose("train", args.overrides).rope)
     except (PoseError, HydraException) as error:
         raise SystemExit(f"{' '.join(args.overrides)}: {error}") from error
     try:
