@@ -214,7 +214,7 @@ class CoverageConfig:
 class SearchOptions:
     """How `python -m pose.search` looks for divisors, and by which questions."""
 
-    population: int = 64  # candidates in a generation
+    population: int = 64  # candidates in a generation; 0: no search, scalings are compared
     num_generations: int = 10  # after the first; a larger number goes on with a search
     num_parents: int = 16  # the best so far, from which a generation comes
     mutation: float = 0.3  # probability that a divisor is drawn anew
@@ -226,6 +226,7 @@ class SearchOptions:
     attention_factor: float | None = None  # multiplies cos and sin; null: sqrt(1 + ln s / ln window)
     add_bos: bool | None = None  # before each text; null: as the tokenizer does
     methods: Any = None  # to compare with: {NAME: {rope: yarn, factor: 8}, ...}
+    baselines: bool = True  # linear, ntk and yarn are compared with too
 
     def __post_init__(self):
         require_int("search.trials", self.trials, at_least=1)

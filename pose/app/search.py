@@ -2,8 +2,9 @@
 
 python -m pose.search model=llama3_8b pose.target_len=131072 hydra.run.dir=DIR
 
-leaves DIR/factors.yaml, for train.py rope=searched rope.factors=DIR, and DIR/search.csv with all that was tried. Given
-again with the same DIR, the command goes on where it was.
+leaves DIR/factors.yaml, for train.py rope=searched rope.factors=DIR, DIR/search.csv with all that was tried, and
+DIR/needles.csv with what was found beside other scalings. With search.population=0 nothing is searched: scalings are
+compared. Given again with the same DIR, the command goes on where it was.
 """
 
 import csv
@@ -12,7 +13,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from pose.files import CONF, Memo, atomic_file, locate, read_json, write_json
 from pose.rope import NTK, Frequencies, Linear, LongRope, RopeGeometry, RopeScaling, Yarn
 
 if TYPE_CHECKING:
+    from pose.app.needles import Measured
+    from pose.evaluation.needle_fitness import NeedleFitness
     from pose.tasks.needle_gain import MultiKeyPrompts
 
 log = logging.getLogger("pose.app.search")
@@ -40,7 +43,7 @@ PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
 GPUS = ("gpu", "cuda")  # trainer.accelerator
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
 NAMED_OTHERWISE = (  # in what tells two searches apart, or no part of it
-    "num_generations", "depths", "haystack", "heldout", "add_bos", "example_len", "methods"
+    "num_generations", "depths", "haystack", "heldout", "add_bos", "example_len", "methods", "baselines"
 )  # fmt: skip
 UNUSED = (  # train.py's groups
     "data", "objective", "finetune", "strategy", "logger", "eval", "watch", "pose", "trainer"
@@ -48,7 +51,11 @@ UNUSED = (  # train.py's groups
 USED = ("pose.target_len", "trainer.accelerator")  # of which a search takes these
 OF_A_TRAINING = ("model", "checkpoints", "metrics.json")
 COLUMNS = ("generation", "nll", "first", "divisors")
+SEARCHED = "searched"
 FIRST = "first generation"  # its best candidate: what the generations after it have gained on text they have not seen
+OWN, HELDOUT = "haystack", "heldout"  # keys of search: the text that is searched on, and another
+NLL = {OWN: "nll", HELDOUT: "heldout_nll"}  # in factors.yaml
+TITLES = {OWN: "searched on", HELDOUT: "held out"}
 BASELINES: dict[str, RopeScaling] = {
     "linear": Linear(), "ntk": NTK(), "yarn": Yarn(), "ntk, rcd_shift": NTK(rcd_shift=True),
     "yarn, rcd_shift": Yarn(rcd_shift=True),
@@ -93,8 +100,8 @@ class _Task:
         geometry, target_len: of the model and its extension.
         scaling: the method whose divisors are searched for.
         methods: those without a search that are measured too, by name.
-        evolution: how.
-        own, heldout: NLL of needle answers on the text that is searched on, and on another.
+        evolution: how; None where methods are compared and nothing is searched.
+        fitness: NLL of needle answers, on the text that is searched on and on another, by their keys.
         settings: by which two searches are told apart.
         tried: NLL of the candidates that a process before has tried.
         generations: in which each was.
@@ -104,9 +111,8 @@ class _Task:
     target_len: int
     scaling: LongRope
     methods: dict[str, RopeScaling]
-    evolution: Evolution
-    own: Callable[[Frequencies], float]
-    heldout: Callable[[Frequencies], float]
+    evolution: Evolution | None
+    fitness: dict[str, "NeedleFitness"]
     settings: dict[str, Any]
     tried: dict[Candidate, float]
     generations: dict[Candidate, int]
@@ -130,26 +136,33 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         folder: for factors.yaml, search.csv and what tells another search from this one.
 
     Returns:
-        What factors.yaml says.
+        What factors.yaml says; {} where nothing is searched.
 
     Raises:
         PoseError: what cannot be searched, before anything long.
     """
+    from pose.app.needles import compare
+
     task = _prepare(cfg, folder)
-    best, tried = _evolve(task, cfg.seed, folder)
-    first = min((one for one in tried if task.generations[one] == 0), key=_order(tried))
-    rows = {
-        name: {"nll": tried[one], "heldout_nll": task.heldout(task.frequencies(one))}
-        for name, one in (("searched", best), (FIRST, first))
+    scalings = {
+        name: method.resolve(task.geometry, task.target_len).frequencies(task.geometry, task.target_len)
+        for name, method in task.methods.items()
     }
-    for name, method in task.methods.items():
-        frequencies = method.resolve(task.geometry, task.target_len).frequencies(task.geometry, task.target_len)
-        rows[name] = {"nll": task.own(frequencies), "heldout_nll": task.heldout(frequencies)}
+    if task.evolution is None:
+        _say(compare(scalings, task.fitness, folder / "needles.csv"), {OWN: OWN, HELDOUT: HELDOUT})
+        log.info(f"Answers     {folder}/needles.csv")
+        return {}
+    best, tried = _evolve(task, task.evolution, cfg.seed, folder)
+    first = min((one for one in tried if task.generations[one] == 0), key=_order(tried))
+    scalings = {SEARCHED: task.frequencies(best), FIRST: task.frequencies(first)} | scalings
+    measured = compare(scalings, task.fitness, folder / "needles.csv")
+    rows = {name: {NLL[one.text]: one.nll for one in measured if one.scaling == name} for name in scalings}
     found = _factors(task, best, rows, len(tried))
     with atomic_file(folder / "factors.yaml") as file:
         file.write(f"# python train.py rope=searched rope.factors={folder}  (docs/ROPE.md)\n")
         file.write(OmegaConf.to_yaml(OmegaConf.create(found)))
-    _say(rows, folder)
+    _say(measured, TITLES)
+    _warn(rows, folder)
     return found
 
 
@@ -173,7 +186,9 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     from pose.tasks.needle_gain import NUM_KEYS
 
     options: schema.SearchOptions = schema.to_options(cfg.search, schema.SearchOptions)
-    evolution = Evolution(options.population, options.num_generations, options.num_parents, options.mutation)
+    evolution = None
+    if options.population != 0:
+        evolution = Evolution(options.population, options.num_generations, options.num_parents, options.mutation)
     if cfg.rope.get("_target_") != PLAIN:
         raise ConfigError(
             f"rope ({cfg.rope.get('_target_')}) has no part in a search, which looks for divisors of the model's own "
@@ -191,7 +206,12 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
         raise ConfigError("model.path is not set: a search needs the weights of a model, a folder or a hub id")
     models.find_model(cfg)
     config = models.model_config(cfg)
-    methods = BASELINES | _methods(options.methods)
+    baselines = BASELINES if options.baselines else {}
+    methods = baselines | _methods(options.methods, {*baselines, SEARCHED, FIRST})
+    if evolution is None and not methods:
+        raise ConfigError(
+            "search.population=0 compares scalings, and search.baselines=false leaves none: give search.methods"
+        )
     geometry, scaling = _scaled(config, cfg.pose.target_len, options, methods)
     path = locate(cfg.model.path)
     tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
@@ -218,19 +238,22 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     for one in prompts:
         _check_length(one, cfg.pose.target_len, options.example_len, depths, options.trials)
     write_json(folder / "settings.json", settings)
-    tried, generations = _go_on(folder / "search.csv")
+    tried, generations = ({}, {}) if evolution is None else _go_on(folder / "search.csv")
     runtime.save_config(cfg, folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
     check_loss(model, device)  # answers are scored from hidden states
     scorer = Scorer(model)
     length, target_len = options.example_len or cfg.pose.target_len, cfg.pose.target_len
-    own, heldout = (NeedleFitness(scorer, one, length, depths, options.trials, target_len) for one in prompts)
-    return _Task(geometry, target_len, scaling, methods, evolution, own, heldout, settings, tried, generations)
+    fitness = {
+        key: NeedleFitness(scorer, one, length, depths, options.trials, target_len)
+        for key, one in zip(texts, prompts, strict=True)
+    }
+    return _Task(geometry, target_len, scaling, methods, evolution, fitness, settings, tried, generations)
 
 
-def _methods(asked: Any) -> dict[str, RopeScaling]:
-    """Those of `search.methods`.
+def _methods(asked: Any, taken: Collection[str]) -> dict[str, RopeScaling]:
+    """Those of `search.methods`, whose names are none of those that are taken.
 
     Raises:
         ConfigError: a name that a row of the table has already, or what is no method with arguments that it takes.
@@ -242,7 +265,7 @@ def _methods(asked: Any) -> dict[str, RopeScaling]:
     files, methods = {file.stem: file for file in (CONF / "rope").glob("*.yaml")}, {}
     for name, arguments in ((str(name), arguments) for name, arguments in (asked or {}).items()):
         key = f"search.methods.{name}"
-        if name in (*BASELINES, FIRST, "searched"):
+        if name in taken:
             raise ConfigError(f"{key} is the name of a row that is there already: give another")
         if not isinstance(arguments, dict) or "rope" not in arguments:
             raise ConfigError(f"{key}={arguments!r} is not accepted: give {{rope: NAME}}, and what rope=NAME takes")
@@ -300,12 +323,12 @@ def _texts(options: schema.SearchOptions) -> dict[str, str]:
 
     texts = {
         key: read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search", key)[:CHARS]
-        for key in ("haystack", "heldout")
+        for key in (OWN, HELDOUT)
     }
     for key, text in texts.items():
         if not text.strip():
             raise ConfigError(f"search.{key}={getattr(options, key)} is empty: give a text to hide needles in")
-    if texts["haystack"] == texts["heldout"]:
+    if texts[OWN] == texts[HELDOUT]:
         raise ConfigError(
             f"search.heldout={options.heldout} is the text of search.haystack: the winner is to be measured on text "
             "that no candidate was chosen by. Give another one"
@@ -340,17 +363,17 @@ def _check_length(
         )
 
 
-def _evolve(task: _Task, seed: int, folder: Path) -> tuple[Candidate, dict[Candidate, float]]:
+def _evolve(task: _Task, evolution: Evolution, seed: int, folder: Path) -> tuple[Candidate, dict[Candidate, float]]:
     """Goes through the generations; the best candidate of them, and the NLL of all."""
-    tried, generations, space = task.tried, task.generations, task.space
-    for index in range(task.evolution.num_generations + 1):
+    tried, generations, space, own = task.tried, task.generations, task.space, task.fitness[OWN]
+    for index in range(evolution.num_generations + 1):
         before = {one: nll for one, nll in tried.items() if generations[one] < index}
-        children = task.evolution.generation(space, seed, index, before)
-        _try(children, index, tried, generations, lambda one: task.own(task.frequencies(one)), folder)
+        children = evolution.generation(space, seed, index, before)
+        _try(children, index, tried, generations, lambda one: own(task.frequencies(one)), folder)
         known = {one: nll for one, nll in tried.items() if generations[one] <= index}  # a longer search has more
         best = min(known, key=_order(known))
         log.info(
-            f"Generation {index} of {task.evolution.num_generations}: best {known[best]:.4f} nats per token, from j = "
+            f"Generation {index} of {evolution.num_generations}: best {known[best]:.4f} nats per token, from j = "
             f"{best.first} of {space.num} on"
         )
     return best, known
@@ -452,33 +475,31 @@ def _factors(task: _Task, best: Candidate, rows: dict, num: int) -> dict[str, An
     }  # fmt: skip
 
 
-def _say(rows: dict[str, dict[str, float]], folder: Path):
-    """A table of the winner and the methods without a search, and where everything is."""
-    from rich.table import Table
-
+def _say(measured: list["Measured"], titles: Mapping[str, str]):
+    """A table of the scalings, with titles for the texts."""
+    from pose.app.needles import table
     from pose.reporting.tables import print_table
 
-    table = Table(title="NLL of needle answers at the target, nats per token (lower is better)")
-    for column in ("", "searched on", "held out"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, row in rows.items():
-        table.add_row(name, f"{row['nll']:.4f}", f"{row['heldout_nll']:.4f}")
-    print_table(table)
+    print_table(table(measured, titles))
+
+
+def _warn(rows: dict[str, dict[str, float]], folder: Path):
+    """Of methods that are better than what was found, and where everything is."""
     for key, where in (("nll", "on the text searched on"), ("heldout_nll", "on text that the search has not seen")):
-        better = [name for name, row in rows.items() if name != FIRST and row[key] < rows["searched"][key]]
+        better = [name for name, row in rows.items() if name != FIRST and row[key] < rows[SEARCHED][key]]
         if better:
             log.warning(
                 f"{where}, what was found is worse than {', '.join(better)}: give it more search.num_generations or "
                 "search.trials, or take that method"
             )
-    if rows[FIRST]["heldout_nll"] < rows["searched"]["heldout_nll"]:
+    if rows[FIRST]["heldout_nll"] < rows[SEARCHED]["heldout_nll"]:
         log.warning(
             "on text that the search has not seen, the best of its first generation is better than what was found: the "
             "later generations fitted the text searched on. Give it more search.trials (every candidate's divisors are "
             f"in {folder}/search.csv)"
         )
     log.info(f"Factors     {folder}/factors.yaml  (train.py rope=searched rope.factors={folder})")
-    log.info(f"Tried       {folder}/search.csv")
+    log.info(f"Tried       {folder}/search.csv; beside other scalings {folder}/needles.csv")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How well a model answers for needles at its target, by its frequencies: what a search minimises."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +10,20 @@ from pose.evaluation.scoring import Scorer
 from pose.modeling.rotary import set_frequencies
 from pose.rope import Frequencies
 from pose.tasks.needle_gain import NUM_KEYS, MultiKeyPrompts
+
+
+class NeedleAnswer(NamedTuple):
+    """What the answer for one needle costs.
+
+    Attributes:
+        trial: of its text.
+        depth: of the needle, 0 (start of the text) to 1 (end).
+        nll: mean over the answer's tokens, nats.
+    """
+
+    trial: int
+    depth: float
+    nll: float
 
 
 class NeedleFitness:
@@ -35,18 +50,23 @@ class NeedleFitness:
     ):
         self.scorer = scorer
         places = cycle(depths)
-        self.texts = [
-            prompts.sample(length, list(islice(places, NUM_KEYS)), trial, target_len) for trial in range(trials)
-        ]
+        self.depths = [list(islice(places, NUM_KEYS)) for _ in range(trials)]
+        self.texts = [prompts.sample(length, asked, trial, target_len) for trial, asked in enumerate(self.depths)]
         self.first = min(answer.start for text in self.texts for answer in text.answers)
 
     def __call__(self, frequencies: Frequencies) -> float:
         """With the given frequencies, float; lower is better."""
+        return float(np.mean([answer.nll for answer in self.answers(frequencies)]))
+
+    def answers(self, frequencies: Frequencies, progress: Callable[[], object] = lambda: None) -> list[NeedleAnswer]:
+        """Each answer with the given frequencies; `progress` is called after each text."""
         set_frequencies(self.scorer.model, frequencies)
-        losses = []
-        for text in self.texts:
+        found = []
+        for trial, (text, depths) in enumerate(zip(self.texts, self.depths, strict=True)):
             num = text.input_ids.shape[1] - self.first  # tokens at the end of a window, among them its answer
             ending = self.scorer.ending_nll(text.input_ids, num, text.position_ids)
-            for nll, answer in zip(ending, text.answers, strict=True):
-                losses.append(nll[answer.start - self.first : answer.stop - self.first].mean())
-        return float(np.mean(losses))
+            for depth, nll, answer in zip(depths, ending, text.answers, strict=True):
+                mean = nll[answer.start - self.first : answer.stop - self.first].mean()
+                found.append(NeedleAnswer(trial, float(depth), float(mean)))
+            progress()
+        return found

@@ -19,11 +19,11 @@ from pose.app.preflight import plan_training
 from pose.app.search import BASELINES, _is_unused, _order, _try, search
 from pose.divisors import Candidate
 from pose.errors import PoseError
-from pose.evaluation.needle_fitness import NeedleFitness
+from pose.evaluation.needle_fitness import NeedleAnswer, NeedleFitness
 from pose.evaluation.scoring import Scorer
 from pose.files import CONF
 from pose.modeling.load import build_model, load_config, load_tokenizer, rope_geometry, scale_config
-from pose.rope import Dynamic, Linear, LongRope
+from pose.rope import Dynamic, Linear, LongRope, Yarn
 from pose.tasks.needle_gain import MultiKeyPrompts
 from pose.training.folder import alone_in
 
@@ -88,6 +88,11 @@ def test_what_a_search_leaves(found):
     assert set(answers) == {
         "searched", "first generation", "linear", "ntk", "yarn", "ntk, rcd_shift", "yarn, rcd_shift"
     }  # fmt: skip
+    with (folder / "needles.csv").open() as file:
+        measured = [row for row in csv.DictReader(file) if row["text"] == "heldout"]
+    assert {row["scaling"] for row in measured} == set(answers) and len(measured) == 2 * 4 * len(answers)
+    nll = [float(row["nll"]) for row in measured if row["scaling"] == "searched"]
+    assert answers.searched.heldout_nll == pytest.approx(sum(nll) / len(nll), rel=1e-9)
     assert answers["first generation"].nll == min(float(row["nll"]) for row in rows[:4])
     assert "held out" in output and "rope=searched" in output
     assert "eval.add_bos=true: has no part in a search" in " ".join(output.split())
@@ -146,6 +151,8 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, t
         (["search.example_len=513"], "search.example_len=513 is above pose.target_len=512"),
         (["search.example_len=500"], "example_len=500, which was None"),
         (["search.example_len=0"], "search.example_len=0"),
+        (["search.population=1"], "search.population=1"),
+        (["search.population=0", "search.baselines=false"], "search.baselines=false leaves none: give search.methods"),
         (["search.methods={yarn:{rope:yarn}}"], "search.methods.yarn is the name of a row that is there already"),
         (["search.methods=[yarn]"], "search.methods=['yarn'] is not accepted: give {NAME: {rope: yarn"),
         (["search.methods={a:yarn}"], "search.methods.a='yarn' is not accepted: give {rope: NAME}"),
@@ -208,6 +215,55 @@ def test_short_examples_reach_the_target_by_their_position_ids(run, tmp_path):
         assert found.needle_answers[name].nll == pytest.approx(alone, rel=1e-5), name
         assert name in output
     assert found.needle_answers["7"] == found.needle_answers.yarn, "a number is a name too"
+
+
+COMPARE = (
+    "search.population=0", "search.baselines=false", "search.depths=[0,0.4]",
+    "search.methods={yarn:{rope:yarn},twice:{rope:linear,factor:4}}",
+)  # fmt: skip
+
+
+def test_scalings_are_compared_without_a_search(hydra, tmp_path, monkeypatch):
+    """By depth, each as the fitness by itself has it; what is measured is not measured again."""
+    monkeypatch.setattr("pose.app.runtime.save_config", lambda *_: None)  # is of a process that Hydra began
+    folder = with_texts(tmp_path) / "compared"
+    folder.mkdir()
+    assert search(compose("search", command(folder, *COMPARE)[2:]), folder) == {}
+    assert not (folder / "factors.yaml").exists() and not (folder / "search.csv").exists()
+    with (folder / "needles.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    config = load_config("assets/tiny")
+    geometry = rope_geometry(config)
+    model = build_model(config, "assets/tiny", "sdpa", torch.float32)
+    for seed, key in enumerate(("haystack", "heldout")):
+        prompts = MultiKeyPrompts(load_tokenizer("assets/tiny"), (tmp_path / f"{key}.txt").read_text(), seed=seed)
+        fitness = NeedleFitness(Scorer(model), prompts, 512, [0.0, 0.4], 2)
+        for name, method in {"yarn": Yarn(), "twice": Linear(factor=4.0)}.items():
+            answers = fitness.answers(method.resolve(geometry, 512).frequencies(geometry))
+            found = [row for row in rows if (row["scaling"], row["text"]) == (name, key)]
+            assert [(int(row["trial"]), float(row["depth"])) for row in found] == [(a.trial, a.depth) for a in answers]
+            assert [float(row["nll"]) for row in found] == pytest.approx([a.nll for a in answers], rel=1e-5)
+    assert len(rows) == 2 * 2 * 2 * 4 and {row["depth"] for row in rows} == {"0.0", "0.4"}
+    measured = []
+    monkeypatch.setattr(
+        NeedleFitness,
+        "answers",
+        lambda _, one, __: measured.append(one) or [NeedleAnswer(0, depth, 1.0) for depth in (0.0, 0.4)],
+    )
+    more = "search.methods={again:{rope:yarn},three:{rope:linear,factor:3}}"
+    search(compose("search", command(folder, *COMPARE[:-1], more)[2:]), folder)
+    assert len(measured) == 2 and {one.inv_freq[0].item() for one in measured} == {1 / 3}, "three, on both texts"
+    again = [row for row in csv.DictReader((folder / "needles.csv").open()) if row["scaling"] == "again"]
+    assert again == [row | {"scaling": "again"} for row in rows if row["scaling"] == "yarn"]
+
+
+def test_a_comparison_with_a_broken_line_is_named(hydra, tmp_path, monkeypatch):
+    monkeypatch.setattr("pose.app.runtime.save_config", lambda *_: None)
+    folder = with_texts(tmp_path) / "broken"
+    folder.mkdir()
+    (folder / "needles.csv").write_text("scaling,text,trial,depth,nll,frequencies\nyarn,haystack,one,0,1,a\n")
+    with pytest.raises(PoseError, match=r"needles\.csv has a line that is none of a comparison"):
+        search(compose("search", command(folder, *COMPARE)[2:]), folder)
 
 
 @pytest.mark.parametrize("left", ["model", "checkpoints", "metrics.json"])
