@@ -382,17 +382,16 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _untuned(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The untuned model measured up to the same length: on the same tokens."""
+    """The untuned model measured up to the same length, on the same tokens; on the same machine where it was on two."""
     longest = max(_lengths(row, "tail_ppl"), default=None)
-    tokens = row.get("measured_on")
-    found = (
+    found = [
         one
         for one in rows
         if one["model"] == "untuned"
         and max(_lengths(one, "tail_ppl"), default=None) == longest
-        and (tokens is None or one.get("measured_on", tokens) == tokens)
-    )
-    return next(found, None)
+        and one.get("measured_on") == row.get("measured_on")
+    ]
+    return min(found, key=lambda one: one["hardware"] != row["hardware"], default=None)
 
 
 def _yes(holds: bool) -> str:

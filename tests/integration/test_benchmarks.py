@@ -18,7 +18,7 @@ import pytest
 import benchmarks
 from benchmarks import gpu, parts, scaled, smollm2
 from pose.errors import PoseError
-from pose.files import sha256, write_json
+from pose.files import load_json, sha256, write_json
 from pose.modeling.load import load_config, rope_geometry, scale_config
 from pose.rope import Yarn
 
@@ -478,7 +478,21 @@ def test_the_untuned_model_decides_on_the_same_tokens_alone():
     untuned = [row("untuned", each["measured_on"], None, tail_ppl_at_1024=1.0) | each for each in on]
     assert smollm2._untuned(untuned, trained) is untuned[1]
     assert smollm2._untuned(untuned[:1], trained) is None
-    assert smollm2._untuned([row("untuned", "", None, tail_ppl_at_1024=1.0)], trained), "an older one does not tell"
+    on_a_gpu = [one | {"hardware": "a GPU"} for one in untuned]
+    assert smollm2._untuned([*on_a_gpu, *untuned], trained) is untuned[1], "the same machine where there are two"
+    assert smollm2._untuned(on_a_gpu, trained) is on_a_gpu[1]
+    assert smollm2._untuned([row("untuned", "", None, tail_ppl_at_1024=1.0)], trained) is None, "of which tokens?"
+
+
+def test_the_verdicts_of_the_results_are_those_of_the_machines_tables():
+    """RESULTS.md has them of all rows, SMOLLM2.md by machine: a model is compared with the same untuned one in both."""
+    rows = load_json(smollm2.FOUND, required={"rows": list})["rows"]
+    by_machine: list[str] = []
+    for hardware in {one["hardware"] for one in rows}:
+        by_machine += smollm2.verdicts([one for one in rows if one["hardware"] == hardware])
+    by_machine = [line for part in by_machine for line in part.splitlines()]
+    found = [line for part in smollm2.verdicts(rows) for line in part.splitlines()]
+    assert found and sorted(found) == sorted(by_machine)
 
 
 def test_runs_that_differ_are_rows_of_their_own(monkeypatch):
