@@ -3,6 +3,7 @@
 import re
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -49,6 +50,7 @@ the verdict and are not counted.
 """
 PICTURE = "docs/images/default.png"  # of docs/TINY.md
 EQUAL = 1.1  # times as long is called equal
+MANY = "†"  # behind the name of a row
 BEGIN, END = "<!-- from python -m benchmarks.results: {} -->", "<!-- until here: {} -->"
 
 
@@ -234,11 +236,17 @@ def _numbers(claim: Claim, runs: Runs, arms: Mapping[str, Arm]) -> str:
         return {} if is_cost and not name.startswith("cost.") else alike if is_cost else runs
 
     rows = [
-        [label, _num_runs(runs, arms[name]),
+        [label + MANY * (len(_processors(runs, name)) > 1), _num_runs(runs, arms[name]),
          *(cell(shown(name, metric), arms[name], metric) for metric in claim.columns.values())]
         for label, name in claim.rows.items() if is_begun(runs, arms[name])
     ]  # fmt: skip
-    return table(["", "runs", *claim.columns], rows) if rows else ""
+    said = f"\n\n{MANY} seeds on several kinds of processors: the spread includes their difference."
+    marked = any(label.endswith(MANY) for label, *_ in rows)
+    return table(["", "runs", *claim.columns], rows) + said * marked if rows else ""
+
+
+def _processors(runs: Runs, name: str) -> set[str]:
+    return {one["processor"] for (of, _), one in runs.items() if of == name}
 
 
 def _machines(runs: Runs, names: Iterable[str]) -> str:
@@ -250,16 +258,18 @@ def _machines(runs: Runs, names: Iterable[str]) -> str:
     facts = {
         "commit": {str(one["commit"]) for one in found},
         "torch": {str(one["torch"]) for one in found},
-        "processor": {one["processor"] for one in found},
         "date": {one["date"] for one in found},
     }
+    on = Counter(one["processor"] for one in found)
+    where = ", ".join(f"{num} on {name}" for name, num in sorted(on.items())) if len(on) > 1 else f"on {next(iter(on))}"
     compiled = {one["is_compiled"] for one in found if one["training"]}
     said = "; ".join(f"{key} {', '.join(sorted(of))}" for key, of in facts.items())
     steps = "not compiled" if not any(compiled) else "compiled" if all(compiled) else "partly compiled"
     steps += " (`trainer.compile=true`)" * any(compiled)
     said += " (+: with changes that were not committed)" * any(one.endswith("+") for one in facts["commit"])
     return (
-        f"{len(found)} run{'s' * (len(found) > 1)}, one CPU thread each (`num_threads=1`), training steps {steps}; "
+        f"{len(found)} run{'s' * (len(found) > 1)} ({where}), one CPU thread each (`num_threads=1`), training steps "
+        f"{steps}; "
         f"{said}. The base model's weights: SHA-256 `{base_model()}`..."
     )
 

@@ -125,7 +125,7 @@ class Suite:
         for task in self.tasks:
             kept[task] = {} if outcomes is None else outcomes.find(under, task, units[task])
             if kept[task]:
-                log.info(f"{task.name}: {len(kept[task])} of {len(units[task])} are there from before")
+                log.info(f"{task.name}: {len(kept[task])} of {len(units[task])} results reused from the cache")
             if len(kept[task]) < len(units[task]):
                 task.prepare()
         self.took = []

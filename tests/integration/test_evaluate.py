@@ -101,7 +101,7 @@ def test_several_checkpoints_and_nothing_is_measured_twice(script, load_json, tm
     assert metrics[str(other)]["ppl@256"] != metrics["assets/tiny"]["ppl@256"]
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
     assert len(list(outcomes.iterdir())) == 2 * len(before)
-    assert "1 of 1 are there from before" in result.stdout
+    assert "1 of 1 results reused from the cache" in result.stdout
     evaluate(script, tmp_path / "anew", "ckpt=assets/tiny", "reuse=false", *QUICK)
     assert all(file.stat().st_mtime_ns > then for file, then in before.items())
     assert load_json(tmp_path / "anew" / "metrics.json") == pytest.approx(metrics["assets/tiny"], rel=1e-6)
@@ -126,7 +126,7 @@ def test_a_killed_evaluation_goes_on(scripts, script, load_json, tmp_path, other
         run.wait(60)
         killed += 1
     assert run.wait(600) == 0, err.read_text()[-3000:]
-    assert killed >= 2 and "are there from before" in out.read_text()
+    assert killed >= 2 and "results reused from the cache" in out.read_text()
     evaluate(script, tmp_path / "whole", arguments[0], f"cache_dir={tmp_path}/other", *QUICK)
     found, expected = (load_json(tmp_path / folder / "metrics.json") for folder in ("run", "whole"))
     assert list(found) == list(expected) == [str(other), "assets/tiny"]

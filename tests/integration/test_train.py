@@ -75,7 +75,7 @@ def test_evaluate_measures_the_run_folder_as_training_did(smoke_run, script, loa
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
         assert "passkey" in result.stdout and smoke_run.name in result.stdout
-        assert ("are there from before" in result.stdout) == (reuse == "reuse=true")
+        assert ("results reused from the cache" in result.stdout) == (reuse == "reuse=true")
         assert load_json(tmp_path / name / "metrics.json") == pytest.approx(trained, rel=1e-6)
 
 
