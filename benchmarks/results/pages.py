@@ -73,6 +73,16 @@ def half_digit(value: float, metric: str) -> float:
     return 0.05 if "ppl@" in metric and value < 1000 else 0.5 if abs(value) >= 100 else 0.005
 
 
+def rounding(value: float, metric: str) -> float:
+    """How far a number may be from that of a single run with the same seed, on another processor or with other code.
+
+    The most that ten methods showed between a CPU and a GPU (docs/METHODS.md, "How far needle gain is noise"); of
+    passkeys, which were not compared there, four of 20 prompts.
+    """
+    largest = {"needle_gain_kept@": 0.4, "needle_gain@": 0.81, "passkey@": 0.2, "ppl@": 1.3 / 48 * value}
+    return next((bound for family, bound in largest.items() if family in metric), 0.0)
+
+
 def spread(values: Sequence[float], form) -> str:
     """Mean, lowest and highest; one value by itself.
 

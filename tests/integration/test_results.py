@@ -1,5 +1,7 @@
 """`make results` in its quick form: training, evaluation, runs.json, pages, going on, checking."""
 
+import re
+
 import pytest
 
 from benchmarks.results import __main__ as results
@@ -10,8 +12,9 @@ pytestmark = pytest.mark.slow
 CHOSEN = ["methods16x/lm.16x", "methods16x/untuned_books.16x", "table4/linear.contiguous.8x"]
 
 
-def test_the_quick_form_goes_from_commands_to_pages(script, monkeypatch, tmp_path, capsys):
-    """The commands run in forks, so that libraries are not imported for each of them."""
+@pytest.fixture
+def commands(script, monkeypatch):
+    """The commands that are run, in forks, so that libraries are not imported for each of them."""
     commands = []
 
     def run(self, command, output, spent):
@@ -22,6 +25,18 @@ def test_the_quick_form_goes_from_commands_to_pages(script, monkeypatch, tmp_pat
         return done.returncode
 
     monkeypatch.setattr(Runner, "_run", run)
+    return commands
+
+
+def test_the_code_of_today_finds_the_committed_numbers_of_the_untuned_model(commands, tmp_path, capsys):
+    """Perplexity of two kinds of text, passkeys and needle gain at four lengths, in full."""
+    code = results.main(["--check", "--jobs", "1", "--only", "table1/untuned.8x", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert code == 0 and len(commands) == 2, printed
+    assert re.search(r"untuned\.8x, seed 0: (\d\d) of \1 numbers within the spread", printed), printed
+
+
+def test_the_quick_form_goes_from_commands_to_pages(commands, tmp_path, capsys):
     arguments = ["--quick", "--jobs", "1", "--out", str(tmp_path), "--only", *CHOSEN]
     assert results.main(arguments) == 0, capsys.readouterr()
     assert [command[0] for command in commands] == ["train.py", "evaluate.py", "evaluate.py", "train.py"]

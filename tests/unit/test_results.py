@@ -860,3 +860,14 @@ def test_new_runs_are_compared_with_the_spread(capsys):
     assert results.compare([("a", 0)], new, known, SMALL)
     assert not results.compare([("a", 0)], new, {}, SMALL)
     assert "no run of it is known" in capsys.readouterr().out
+
+
+def test_of_a_single_training_the_spread_is_that_of_rounding(capsys):
+    one = {run: of for run, of in runs_of(a=[48.0, 48.0]).items() if run == ("a", 0)}
+    assert results.compare([("a", 0)], runs_of(a=[49.3, 0.0]), one, SMALL)
+    assert not results.compare([("a", 0)], runs_of(a=[49.4, 0.0]), one, SMALL)
+    assert "tail_ppl@256 is 49.4, and was 48.0" in capsys.readouterr().out
+    of_evaluation = {name: replace(arm, script=EVALUATE) for name, arm in SMALL.items()}
+    known, new = ({("a", 0): line(of_evaluation, "a", 0, {"tail_ppl@256": value})} for value in (48.0, 48.1))
+    assert not results.compare([("a", 0)], new, known, of_evaluation), "an evaluation is not chance"
+    assert pages.rounding(3.0, "needle_gain@4096") == 0.81 and pages.rounding(3.0, "needle_gain_kept@4096") == 0.4
