@@ -341,7 +341,7 @@ def _compared(
     runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int, pairs: Mapping[str, tuple[Arm, Arm | None]],
     processor: str, first: str = "lm",
 ) -> str:  # fmt: skip
-    """Arms by what they are called, each against another or none; those of which nothing is run are left out."""
+    """Arms by what they are called, each against another or none; those of which nothing is run are named below."""
     lengths = scale.lengths(*METHOD_LENGTHS[times])
     gain, short = f"needle_gain@{lengths[-1]}", f"tail_ppl@{lengths[0]}"
     columns = {
@@ -358,7 +358,11 @@ def _compared(
         steps = spread(values(runs, arm, "training/steps"), lambda value: f"{value:.0f}")
         cells = (cell(runs, arm, metric) for metric in columns.values())
         found.append([told, _num_runs(runs, arm), steps, cost, *cells, against])
-    return table(["", "runs", "steps", "minutes", *columns, f"against {first}"], found) if found else "Not run yet."
+    if not found:
+        return "Not run yet."
+    missing = [told for told, (arm, _) in pairs.items() if not is_begun(runs, arm)]
+    below = f"\n\nNot run yet: {', '.join(missing)}." if missing else ""
+    return table(["", "runs", "steps", "minutes", *columns, f"against {first}"], found) + below
 
 
 def _rule(scale: Scale, times: int, first: str = "lm") -> str:
