@@ -367,7 +367,13 @@ def _title(folders: Sequence[Path], sources: Sequence["Source"]) -> str:
     if source.kind == "evaluation":
         return f"Evaluation of {', '.join(source.models)}"
     method = [source.facts[label].partition(" (")[0].partition(",")[0] for label in ("Sampler", "RoPE")]
-    return f"{source.facts['Model']}: {source.facts['Window']}, {' and '.join(filter(None, method))}"
+    return f"{_model_name(source.facts['Model'])}: {source.facts['Window']}, {' and '.join(filter(None, method))}"
+
+
+def _model_name(model: str) -> str:
+    """The end of an absolute path, with what it lies in where that is called model; a hub id and others as they are."""
+    path = Path(model)
+    return model if not path.is_absolute() else "/".join(path.parts[-2 if path.name == "model" else -1 :])
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -180,6 +180,16 @@ def test_documents_that_are_set_aside_are_named_by_what_they_are_of(run):
     assert source.facts["Measured on"] == "what is set aside of a.jsonl, b.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("path", "title"),
+    [("/a/b/smollm2", "smollm2"), ("/a/RUN/model", "RUN/model"), ("org/name", "org/name"), ("null", "random weights")],
+)
+def test_the_title_names_the_model_without_the_places_of_a_machine(run, path, title):
+    folder = run(config=CONFIG.replace("assets/tiny", path))
+    write_report([folder], folder / "page.html")
+    assert f"<h1>{title}: 256 → 2,048 tokens, " in (folder / "page.html").read_text()
+
+
 def test_a_model_of_random_weights_is_called_so(run):
     assert read(run(config=CONFIG.replace("assets/tiny", "null")))[0].facts["Model"] == "random weights"
 
