@@ -367,7 +367,8 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{_yes(times > 20)})"
             )
         if key is not None:
-            parts.append(f"passkeys at {target:,} {key:.0%} (at least 90 %: {_yes(key >= 0.9)})")
+            num = row["metrics"][f"passkey@{target}"][3]
+            parts.append(f"passkeys at {target:,} {key:.0%} of {num} prompts (at least 90 %: {_yes(key >= 0.9)})")
         else:
             parts.append(f"passkeys at {target:,} were not measured")
         if short and untuned_short:
