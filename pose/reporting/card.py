@@ -17,7 +17,7 @@ from pose.evaluation.task import Metric, shown
 from pose.files import atomic_file
 from pose.positions import PositionSampler
 from pose.reporting.text import markdown
-from pose.rope import RopeScaling
+from pose.rope import RopeScaling, Yarn
 
 COLUMNS = {
     "untuned": "as it was",
@@ -170,7 +170,14 @@ class Card:
         return text
 
     def _loading(self) -> str:
-        return f"## Load it\n\n```python\n{LOAD}\n```"
+        text = f"## Load it\n\n```python\n{LOAD}\n```"
+        factor, ratio = self.scaling.factor, self.target_len / self.window
+        if type(self.scaling) is Yarn and not self.scaling.rcd_shift and factor is not None and factor != ratio:
+            text += (
+                f"\n\nOn loading, transformers warns that the factor ({factor:g}) is not the ratio of the two windows "
+                f"({ratio:g}), and asks to correct the config. Change nothing: the model was trained with {factor:g}."
+            )
+        return text
 
     def _serving(self) -> str:
         if self.misread is None:

@@ -142,7 +142,8 @@ def test_the_real_models_arms_compose(name):
         sampler = build.build_sampler(cfg.pose, 8192)
         tokens = cfg.trainer.max_steps * cfg.trainer.global_batch * sampler.example_len
         plain = compose("train", [f"experiment={name}"]).trainer
-        assert tokens == plain.max_steps * plain.global_batch * 2048, "equal tokens"
+        wanted = plain.max_steps * plain.global_batch * 2048
+        assert tokens == pytest.approx(wanted, rel=0.02), "equal tokens, in whole examples of the target"
         assert list(cfg.eval.tasks) == []
 
 

@@ -11,7 +11,7 @@ import yaml
 from pose.evaluation.task import Metric
 from pose.positions import Full, PoSE
 from pose.reporting.card import Card, license_of, without_folders
-from pose.rope import LongRope, RopeGeometry, Unscaled, Yarn
+from pose.rope import Linear, LongRope, RopeGeometry, Unscaled, Yarn
 
 GEOMETRY = RopeGeometry(10_000.0, 8, 2048)
 CARD = Card(
@@ -108,6 +108,14 @@ def test_long_lists_are_not_written_out():
     factors = tuple(range(1, 65))
     text = replace(CARD, scaling=LongRope(long_factor=factors)).text()
     assert "long_factor=64 values" in text
+
+
+def test_a_factor_that_transformers_warns_of_is_explained():
+    """Of yarn alone, where the factor is not target / window; whoever follows the warning breaks the model."""
+    assert "Change nothing" not in CARD.text()
+    text = replace(CARD, scaling=Yarn(factor=16.0).resolve(GEOMETRY, 16_384)).text()
+    assert "the factor (16) is not the ratio of the two windows (8)" in text and "Change nothing" in text
+    assert "Change nothing" not in replace(CARD, scaling=Linear(factor=16.0).resolve(GEOMETRY, 16_384)).text()
 
 
 def test_how_it_is_served():
