@@ -44,8 +44,8 @@ class Measured(NamedTuple):
 def compare(scalings: Mapping[str, Frequencies], fitness: Mapping[str, NeedleFitness], file: Path) -> list[Measured]:
     """Measures each scaling on each text.
 
-    A text's answers are in the file as soon as all are measured, and what is there is not measured again. In the end
-    the file has those of `scalings` alone.
+    A text's answers are in the file as soon as all are measured, and what is there is not measured again. Other
+    scalings stay there, but for those of another one that now has their name.
 
     Args:
         scalings: frequencies by name.
@@ -72,7 +72,8 @@ def compare(scalings: Mapping[str, Frequencies], fitness: Mapping[str, NeedleFit
             left.append(Measured(name, key, digest, known[digest, key]))
             _write(file, left)
     found = [Measured(name, key, digest, known[digest, key]) for name, key, digest in wanted]
-    _write(file, found)
+    named = {(one.scaling, one.text) for one in found}
+    _write(file, [*found, *(one for one in left if (one.scaling, one.text) not in named)])
     return found
 
 

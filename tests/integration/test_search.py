@@ -248,13 +248,21 @@ def test_scalings_are_compared_without_a_search(hydra, tmp_path, monkeypatch):
     monkeypatch.setattr(
         NeedleFitness,
         "answers",
-        lambda _, one, __: measured.append(one) or [NeedleAnswer(0, depth, 1.0) for depth in (0.0, 0.4)],
+        lambda _, one, __: measured.append(one) or [NeedleAnswer(0, depth, 1.0) for depth in (0.0, 0.4)] * 4,
     )
     more = "search.methods={again:{rope:yarn},three:{rope:linear,factor:3}}"
     search(compose("search", command(folder, *COMPARE[:-1], more)[2:]), folder)
     assert len(measured) == 2 and {one.inv_freq[0].item() for one in measured} == {1 / 3}, "three, on both texts"
-    again = [row for row in csv.DictReader((folder / "needles.csv").open()) if row["scaling"] == "again"]
+    with (folder / "needles.csv").open() as file:
+        after = list(csv.DictReader(file))
+    again, kept = ([row for row in after if row["scaling"] in names] for names in (("again",), ("yarn", "twice")))
     assert again == [row | {"scaling": "again"} for row in rows if row["scaling"] == "yarn"]
+    assert kept == rows, "what has taken an hour is not lost to a comparison of others"
+    renamed = "search.methods={yarn:{rope:linear,factor:3}}"
+    search(compose("search", command(folder, *COMPARE[:-1], renamed)[2:]), folder)
+    with (folder / "needles.csv").open() as file:
+        nll = {row["nll"] for row in csv.DictReader(file) if row["scaling"] == "yarn"}
+    assert len(measured) == 2 and nll == {"1.0"}, "a name is of one scaling"
 
 
 def test_a_comparison_with_a_broken_line_is_named(hydra, tmp_path, monkeypatch):
