@@ -31,13 +31,17 @@ def test_it_is_the_mean_over_questions_of_what_each_answer_costs_alone(model_and
     model, frequencies = model_and_frequencies
     prompts, depths = MultiKeyPrompts(TOKENIZER, HAYSTACK, seed=0), [0.0, 0.3, 0.5]
     fitness, scorer = NeedleFitness(Scorer(model), prompts, 1000, depths, 3), Scorer(model)
-    found, losses = fitness(frequencies), []
+    found, losses, asked = fitness(frequencies), [], []
     for trial, places in enumerate([[0.0, 0.3, 0.5, 0.0], [0.3, 0.5, 0.0, 0.3], [0.5, 0.0, 0.3, 0.5]]):
         made = prompts.sample(1000, places, trial)
+        asked += [(trial, place) for place in places]
         for row, answer in zip(made.input_ids, made.answers, strict=True):
             losses.append(scorer.nll(row[None, : answer.stop], answer.stop - answer.start).mean())
     assert len(losses) == 3 * NUM_KEYS and np.std(losses) > 0.1
     assert found == pytest.approx(np.mean(losses), rel=1e-5)
+    answers = fitness.answers(frequencies)
+    assert [(answer.trial, answer.depth) for answer in answers] == asked
+    assert [answer.nll for answer in answers] == pytest.approx(losses, rel=1e-4), "each by its needle's depth"
 
 
 @pytest.mark.parametrize("goes", ["shared", "whole", "in chunks", "by layers"])
