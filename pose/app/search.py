@@ -4,7 +4,8 @@ python -m pose.search model=llama3_8b pose.target_len=131072 hydra.run.dir=DIR
 
 leaves DIR/factors.yaml, for train.py rope=searched rope.factors=DIR, DIR/search.csv with all that was tried, and
 DIR/needles.csv with what was found beside other scalings. With search.population=0 nothing is searched: scalings are
-compared. Given again with the same DIR, the command goes on where it was.
+compared; or, of a model whose RoPE is scaled already, as train.py exports it, the model as it is. Given again with the
+same DIR, the command goes on where it was.
 """
 
 import csv
@@ -31,6 +32,8 @@ from pose.files import CONF, Memo, atomic_file, locate, read_json, write_json
 from pose.rope import NTK, Frequencies, Linear, LongRope, RopeGeometry, RopeScaling, Yarn
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pose.app.needles import Measured
     from pose.evaluation.needle_fitness import NeedleFitness
     from pose.tasks.needle_gain import MultiKeyPrompts
@@ -52,6 +55,7 @@ USED = ("pose.target_len", "trainer.accelerator")  # of which a search takes the
 OF_A_TRAINING = ("model", "checkpoints", "metrics.json")
 COLUMNS = ("generation", "nll", "first", "divisors")
 SEARCHED = "searched"
+AS_IT_IS = "as it is"  # a model that is scaled already
 FIRST = "first generation"  # its best candidate: what the generations after it have gained on text they have not seen
 OWN, HELDOUT = "haystack", "heldout"  # keys of search: the text that is searched on, and another
 NLL = {OWN: "nll", HELDOUT: "heldout_nll"}  # in factors.yaml
@@ -98,8 +102,8 @@ class _Task:
 
     Attributes:
         geometry, target_len: of the model and its extension.
-        scaling: the method whose divisors are searched for.
-        methods: those without a search that are measured too, by name.
+        scaling: the method whose divisors are searched for; None of a model that is scaled already.
+        scalings: those without a search that are measured too, by name.
         evolution: how; None where methods are compared and nothing is searched.
         fitness: NLL of needle answers, on the text that is searched on and on another, by their keys.
         settings: by which two searches are told apart.
@@ -109,8 +113,8 @@ class _Task:
 
     geometry: RopeGeometry
     target_len: int
-    scaling: LongRope
-    methods: dict[str, RopeScaling]
+    scaling: LongRope | None
+    scalings: dict[str, Frequencies]
     evolution: Evolution | None
     fitness: dict[str, "NeedleFitness"]
     settings: dict[str, Any]
@@ -120,11 +124,12 @@ class _Task:
     @property
     def space(self) -> Space:
         """Where candidates lie."""
-        assert self.scaling.factor is not None
+        assert self.scaling is not None and self.scaling.factor is not None
         return Space.of(self.geometry, self.scaling.factor)
 
     def frequencies(self, candidate: Candidate) -> Frequencies:
         """Of a candidate."""
+        assert self.scaling is not None
         return replaced(self.scaling, candidate).frequencies(self.geometry)
 
 
@@ -144,17 +149,13 @@ def search(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from pose.app.needles import compare
 
     task = _prepare(cfg, folder)
-    scalings = {
-        name: method.resolve(task.geometry, task.target_len).frequencies(task.geometry, task.target_len)
-        for name, method in task.methods.items()
-    }
     if task.evolution is None:
-        _say(compare(scalings, task.fitness, folder / "needles.csv"), {OWN: OWN, HELDOUT: HELDOUT})
+        _say(compare(task.scalings, task.fitness, folder / "needles.csv"), {OWN: OWN, HELDOUT: HELDOUT})
         log.info(f"Answers     {folder}/needles.csv")
         return {}
     best, tried = _evolve(task, task.evolution, cfg.seed, folder)
     first = min((one for one in tried if task.generations[one] == 0), key=_order(tried))
-    scalings = {SEARCHED: task.frequencies(best), FIRST: task.frequencies(first)} | scalings
+    scalings = {SEARCHED: task.frequencies(best), FIRST: task.frequencies(first)} | task.scalings
     measured = compare(scalings, task.fitness, folder / "needles.csv")
     rows = {name: {NLL[one.text]: one.nll for one in measured if one.scaling == name} for name in scalings}
     found = _factors(task, best, rows, len(tried))
@@ -207,12 +208,9 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     models.find_model(cfg)
     config = models.model_config(cfg)
     baselines = BASELINES if options.baselines else {}
-    methods = baselines | _methods(options.methods, {*baselines, SEARCHED, FIRST})
-    if evolution is None and not methods:
-        raise ConfigError(
-            "search.population=0 compares scalings, and search.baselines=false leaves none: give search.methods"
-        )
-    geometry, scaling = _scaled(config, cfg.pose.target_len, options, methods)
+    methods = baselines | _methods(options.methods, {*baselines, SEARCHED, FIRST, AS_IT_IS})
+    geometry = _geometry(config, evolution, methods)
+    scaling = _scaled(config, geometry, cfg.pose.target_len, options, methods) if methods or evolution else None
     path = locate(cfg.model.path)
     tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
     models.check_vocabulary(tokenizer, config, cfg.model.path)
@@ -225,10 +223,10 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     files = fingerprint(path, cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
     settings = {
         "model": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "target_len": cfg.pose.target_len,
-        "seed": cfg.seed, "factor": scaling.factor, "depths": depths, "attention": attention, "device": device.type,
-        "questions of a text": NUM_KEYS, "bos": bos,
+        "seed": cfg.seed, "factor": scaling and scaling.factor, "depths": depths, "attention": attention,
+        "device": device.type, "questions of a text": NUM_KEYS, "bos": bos,
         **{key: value for key, value in asdict(options).items() if key not in NAMED_OTHERWISE},
-        "attention_factor": scaling.attention_factor,
+        "attention_factor": scaling and scaling.attention_factor,
         **({} if options.example_len is None else {"example_len": options.example_len}),
         **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
         **{f"tokens of {key}": _digest_of_tokens(tokenizer, text) for key, text in texts.items()},
@@ -249,7 +247,12 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
         key: NeedleFitness(scorer, one, length, depths, options.trials, target_len)
         for key, one in zip(texts, prompts, strict=True)
     }
-    return _Task(geometry, target_len, scaling, methods, evolution, fitness, settings, tried, generations)
+    scalings = {
+        name: method.resolve(geometry, target_len).frequencies(geometry, target_len) for name, method in methods.items()
+    }
+    if scaling is None:
+        scalings = {AS_IT_IS: _own_frequencies(model, target_len)}
+    return _Task(geometry, target_len, scaling, scalings, evolution, fitness, settings, tried, generations)
 
 
 def _methods(asked: Any, taken: Collection[str]) -> dict[str, RopeScaling]:
@@ -283,24 +286,49 @@ def _digest_of_tokens(tokenizer, text: str) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def _scaled(
-    config, target_len: int, options: schema.SearchOptions, methods: dict[str, RopeScaling]
-) -> tuple[RopeGeometry, LongRope]:
-    """The geometry of a model, and the method that is searched for, in its config too.
+def _geometry(config, evolution: Evolution | None, methods: Collection[str]) -> RopeGeometry:
+    """The geometry of a model that there is something to measure of: scalings, or the one that it has.
 
     Raises:
-        PoseError: the model cannot be extended, or not to this target, or there is nothing to search for.
+        PoseError: the model cannot be extended, or there is nothing to measure.
     """
     from pose.modeling.layers import check_layers
-    from pose.modeling.load import rope_geometry, scale_config
+    from pose.modeling.load import rope_geometry
 
     check_layers(config)
     geometry = rope_geometry(config)
-    if geometry.rope_type != "default":
+    is_scaled = geometry.rope_type != "default"
+    if is_scaled and (evolution or methods):
         raise ConfigError(
-            f"the RoPE of model.path is scaled already (rope_type {geometry.rope_type!r}): a search needs the unscaled "
-            "model"
+            f"the RoPE of model.path is scaled already (rope_type {geometry.rope_type!r}): other scalings need the "
+            "unscaled model. search.population=0 search.baselines=false without search.methods measures it as it is"
         )
+    if not is_scaled and not evolution and not methods:
+        raise ConfigError(
+            "search.population=0 compares scalings, and search.baselines=false leaves none: give search.methods"
+        )
+    return geometry
+
+
+def _own_frequencies(model: "PreTrainedModel", target_len: int) -> Frequencies:
+    """Those with which a model rotates a text of target_len tokens."""
+    from pose.modeling.compat import rotary_modules
+    from pose.modeling.rotary import frequencies_at
+
+    module = rotary_modules(model)[0]  # one RoPE for all layers
+    return Frequencies(frequencies_at(module, target_len).clone(), float(module.attention_scaling))
+
+
+def _scaled(
+    config, geometry: RopeGeometry, target_len: int, options: schema.SearchOptions, methods: dict[str, RopeScaling]
+) -> LongRope:
+    """The method that is searched for, which is in the model's config afterwards.
+
+    Raises:
+        PoseError: the model cannot be extended to this target, or there is nothing to search for.
+    """
+    from pose.modeling.load import scale_config
+
     if target_len <= geometry.window:
         raise ConfigError(
             f"pose.target_len={target_len} is not above the model's own window of {geometry.window} tokens: there is "
@@ -313,7 +341,7 @@ def _scaled(
     Space.of(geometry, scaling.factor)
     for method in methods.values():  # measured at the end, refused here
         method.resolve(geometry, target_len)
-    return geometry, scaling
+    return scaling
 
 
 def _texts(options: schema.SearchOptions) -> dict[str, str]:
@@ -460,11 +488,12 @@ def _go_on(file: Path) -> tuple[dict[Candidate, float], dict[Candidate, int]]:
 
 
 def _factors(task: _Task, best: Candidate, rows: dict, num: int) -> dict[str, Any]:
-    geometry = task.geometry
+    geometry, scaling = task.geometry, task.scaling
+    assert scaling is not None
     return {
         "long_factor": best.divisors(),
-        "attention_factor": task.scaling.attention_factor,
-        "factor": task.scaling.factor,
+        "attention_factor": scaling.attention_factor,
+        "factor": scaling.factor,
         "searched_for": {
             "base": geometry.base, "dim": geometry.dim, "window": geometry.window, "target_len": task.target_len,
             "model": task.settings["model"], "seed": task.settings["seed"],

@@ -146,6 +146,8 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, t
         (["search.heldout=${search.haystack}"], "is the text of search.haystack"),
         (["search.heldout=EMPTY.txt"], "EMPTY.txt is empty: give a text"),
         (["model.path=SCALED"], "the RoPE of model.path is scaled already (rope_type 'linear')"),
+        (["model.path=SCALED", "search.population=0"], "search.baselines=false without search.methods measures it as"),
+        (["search.methods={as it is:{rope:yarn}}"], "search.methods.as it is is the name of a row that is there"),
         (["model.path=FAST"], "there is nothing to search"),
         (["search.example_len=100"], "search.example_len=100 is too short for a question about needles"),
         (["search.example_len=513"], "search.example_len=513 is above pose.target_len=512"),
@@ -263,6 +265,40 @@ def test_scalings_are_compared_without_a_search(hydra, tmp_path, monkeypatch):
     with (folder / "needles.csv").open() as file:
         nll = {row["nll"] for row in csv.DictReader(file) if row["scaling"] == "yarn"}
     assert len(measured) == 2 and nll == {"1.0"}, "a name is of one scaling"
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        Yarn(beta_slow=2.0, attention_factor=1.1),
+        Linear(),
+        LongRope(long_factor=[2.0] * 32, short_factor=[1.0] * 32, attention_factor=1.0),  # by length
+    ],
+    ids=["yarn", "linear", "mixed windows"],
+)
+@pytest.mark.parametrize("example_len", [None, 400])
+def test_a_scaled_model_is_measured_as_it_is(hydra, tmp_path, monkeypatch, scaling, example_len):
+    """With the answers that its scaling has on the unscaled model; texts reach beyond the window."""
+    monkeypatch.setattr("pose.app.runtime.save_config", lambda *_: None)
+    folder = with_texts(tmp_path) / "measured"
+    folder.mkdir()
+    scaled = tmp_path / "scaled"
+    shutil.copytree("assets/tiny", scaled)
+    config = load_config(str(scaled))
+    resolved = scale_config(config, scaling, 512)
+    config.save_pretrained(scaled)
+    length = "null" if example_len is None else example_len
+    as_it_is = (f"model.path={scaled}", *COMPARE[:3], f"search.example_len={length}")
+    assert search(compose("search", command(folder, *as_it_is)[2:]), folder) == {}
+    with (folder / "needles.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["text"] == "haystack"]
+    plain = load_config("assets/tiny")
+    model = build_model(plain, "assets/tiny", "sdpa", torch.float32)
+    prompts = MultiKeyPrompts(load_tokenizer("assets/tiny"), (tmp_path / "haystack.txt").read_text(), seed=0)
+    fitness = NeedleFitness(Scorer(model), prompts, example_len or 512, [0.0, 0.4], 2, 512)
+    answers = fitness.answers(resolved.frequencies(rope_geometry(plain), 512))
+    assert {row["scaling"] for row in rows} == {"as it is"}
+    assert [float(row["nll"]) for row in rows] == pytest.approx([a.nll for a in answers], rel=1e-4)
 
 
 def test_a_comparison_with_a_broken_line_is_named(hydra, tmp_path, monkeypatch):
