@@ -275,10 +275,11 @@ RATED_AS = {
 FARTHEST = ("lm", "short_pi", "self_distill", "long_short", "beta10", "searched", "searched_plain")
 LR_SEED = 10  # no figure of a table is of it
 FAR = ("data.skip_before_question=true",)  # as the default has it; the experiment of the other methods does not
-# The control without skips, what became the default, and what comes on top of it: their overrides, and the lengths at
-# which they are compared
+# The control without skips, distillation, what became the default, and what comes on top of it: their overrides, and
+# the lengths at which they are compared
 CANDIDATES = {
-    "short_pi": (("pose=short_pi",), (16,)), "far_answers": (FAR, (16, 32)),
+    "short_pi": (("pose=short_pi",), (16,)), "self_distill": (("objective=self_distill",), (16,)),
+    "long_short": (("objective=long_short",), (16,)), "far_answers": (FAR, (16, 32)),
     "far_beta4": ((*FAR, "rope.beta_slow=4"), (16,)),
 }  # fmt: skip
 # The objectives on top of it, at the first length

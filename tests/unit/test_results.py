@@ -722,7 +722,7 @@ def test_the_default_is_compared_on_seeds_that_chose_nothing():
         {row.split("`")[1]: row.split(" | ")[-1] for row in rows if row.startswith("| `")} for rows in (first, second)
     ]
     assert told == [
-        {name: "– |" if name == "lm" else "**better** |" for name in ("lm", "short_pi", "far_answers", "far_beta4")},
+        {name: "– |" if name == "lm" else "**better** |" for name in candidates(16)},
         {"lm": "– |", "far_answers": "no difference |"},
     ]
     assert not set(CANDIDATE_SEEDS) & {LR_SEED, *SCALE.seeds}
@@ -731,7 +731,8 @@ def test_the_default_is_compared_on_seeds_that_chose_nothing():
 def test_objectives_stand_against_the_default_by_its_seeds():
     """At the learning rates of the objectives, chosen on another seed; lm has no part in it."""
     for name in ("self_distill", "long_short"):
-        assert ARMS[candidate_arm(f"far_{name}", 16)].value("finetune.lr", "") == RATE_OF[name]
+        for arm in (name, f"far_{name}"):
+            assert ARMS[candidate_arm(arm, 16)].value("finetune.lr", "") == RATE_OF[name]
     runs = {}
     for name, gain in {"lm": 9.0, "far_answers": 2.0, "far_self_distill": 3.5, "far_long_short": 2.5}.items():
         for seed in CANDIDATE_SEEDS:
