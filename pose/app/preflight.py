@@ -103,12 +103,14 @@ class Plan:
 
 
 def check_config(cfg: DictConfig, schema: type):
-    """What holds for every command's config: no key beside the schema's, no empty value, seeds in range.
+    """What holds for every command's config: no key beside the schema's, no empty value, seeds in range, whole tokens.
 
     Raises:
         ConfigError: names the key.
     """
     _check_keys(cfg, schema, "")
+    if (target_len := OmegaConf.select(cfg, "pose.target_len")) not in (None, ""):
+        require_int("pose.target_len", target_len, at_least=2)  # before a key that takes it over is blamed
     _check_no_empty(cfg, "")
     if cfg.get("seed") is not None:
         require_int("seed", cfg.seed, at_least=0, at_most=MAX_SEED)

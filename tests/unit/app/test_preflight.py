@@ -57,7 +57,10 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
     ("overrides", "error", "words"),
     [
         (["pose.target_len=128"], ConfigError, ["pose.target_len=128", "256"]),
-        (["pose.target_len=long"], ConfigError, ["data.window_len", "pose.target_len", "'long'", "Integer"]),
+        (["pose.target_len=long"], ConfigError, ["pose.target_len='long'", "integer of at least 2"]),
+        (["pose.target_len=2049.5"], ConfigError, ["pose.target_len=2049.5", "integer of at least 2"]),
+        (["pose.target_len=''"], ConfigError, ["pose.target_len is empty"]),
+        (["data.window_len=${rope.name}"], ConfigError, ["data.window_len cannot be worked out", "rope.name"]),
         (["pose.num_chunks=257"], ConfigError, ["pose.num_chunks=257", "pose.train_len=256"]),
         (["pose.num_chunks=0"], ConfigError, ["pose.num_chunks=0", "at least 1"]),
         (
