@@ -73,8 +73,8 @@ class Space:
             beyond: divisors of all j; those below `first` are not looked at.
         """
         first = int(np.clip(first, *self.firsts))
-        values = np.sort(np.clip(np.asarray(beyond, float)[first:], self.factor, 2 * self.factor))
-        return Candidate(first, tuple(np.round(values, DECIMALS).tolist()))
+        values = np.sort(np.asarray(beyond, float)[first:]).round(DECIMALS)  # rounded first: s = 16/3 stays s
+        return Candidate(first, tuple(np.clip(values, self.factor, 2 * self.factor).tolist()))
 
     def seeds(self) -> list[Candidate]:
         """NTK and s from every j_rcd on: what the search can only get better than."""

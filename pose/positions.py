@@ -152,6 +152,11 @@ class PositionSampler(ABC):
         return self.target_len > self.example_len
 
     @property
+    def changes_distances(self) -> bool:
+        """Whether some tokens are other distances apart than they stand, which is all that RoPE sees of ids."""
+        return self.skips
+
+    @property
     def weighs_tokens(self) -> bool:
         """Whether a Layout may have weights."""
         return False
@@ -487,6 +492,10 @@ class SentenceSkip(PositionSampler):
 class SingleShift(PositionSampler):
     """The control that changes no relative distance: all ids are shifted by one u ~ U{0..T-L}; contiguous text."""
 
+    @property
+    def changes_distances(self) -> bool:
+        return False
+
     def _sample(self, rng, document_len):
         index = np.arange(self.train_len)
         return Layout(index + rng.integers(0, self.target_len - self.train_len, endpoint=True), index)
@@ -600,6 +609,10 @@ class Mix(PositionSampler):
     @property
     def skips(self) -> bool:
         return self.sampler.skips and self.plain_share < 1
+
+    @property
+    def changes_distances(self) -> bool:
+        return self.sampler.changes_distances and self.plain_share < 1
 
     @property
     def uses_breaks(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which key or group was meant, where a configuration does not have the given one. Hydra names only the given one."""
+"""What was meant by an override that Hydra refuses: it names what was given, and not what is accepted."""
 
 import contextlib
 import difflib
@@ -9,40 +9,65 @@ from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import CompactHydraException, HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pose.errors import ConfigError
 from pose.files import CONF
 
 UNKNOWN = re.compile(r"Could not override '([^']+)'")
+MERGED = re.compile(r"Error merging override ([^=\s]+)=(.*)")
+NO_CHOICE = re.compile(r"\+{0,2}(\w+)=(null|None|none|false|)")
+WITHOUT = {"logger": "logger=csv", "rope": "rope=none", "eval": "eval=none"}  # what no choice of a group may stand for
 SIMILAR, MOST = 0.7, 3  # of two names, by difflib; names that a hint has at most
 
 
 @contextlib.contextmanager
 def naming_near_keys(config_name: str) -> Iterator[None]:
-    """Around the main function that Hydra makes: where it ends for a key that is not there, says which are near.
+    """Around the main function that Hydra makes: where it ends for an override that is refused, says what is accepted.
 
     Args:
         config_name: of the configuration that the function has.
     """
     try:
+        check_choices(sys.argv[1:])
+    except ConfigError as error:
+        raise SystemExit(f"ConfigError: {error}") from None
+    try:
         yield
     except SystemExit as ending:
         error = ending.__context__
-        if isinstance(error, CompactHydraException) and (told := hint(f"{error}", config_name, sys.argv[1:])):
+        if isinstance(error, CompactHydraException) and (told := hint(error, config_name, sys.argv[1:])):
             print(told, file=sys.stderr)
         raise
 
 
-def hint(message: str, config_name: str, overrides: Sequence[str]) -> str:
-    """What to add to Hydra's message: a line, or nothing where it is not about an unknown key.
+def check_choices(overrides: Sequence[str]):
+    """Raises a ConfigError where a group has null instead of a choice, of which Hydra makes a traceback."""
+    for override in overrides:
+        given = NO_CHOICE.fullmatch(override)
+        group = given[1] if given else ""
+        choices = sorted(file.stem for file in (CONF / group).glob("*.yaml")) if group else []
+        if given and choices and given[2] not in choices:
+            instead = f" ({WITHOUT[group]} stands for none)" if group in WITHOUT else ""
+            raise ConfigError(f"{override} is no choice of the group {group}: choose {', '.join(choices)}{instead}")
+
+
+def hint(error: BaseException, config_name: str, overrides: Sequence[str]) -> str:
+    """What to add to Hydra's message: a line, or nothing where nothing is known to help.
 
     Args:
-        message: Hydra's.
+        error: Hydra's.
         config_name: of the configuration that was to be composed.
         overrides: those that were given; choices of groups decide which keys there are.
     """
+    if isinstance(error, OverrideParseException):
+        return _grammar(error.override, config_name)
+    message = f"{error}"
+    given = MERGED.match(message)
+    if given is not None and "is not a ListConfig" in f"{error.__cause__}":
+        return f"{given[1]} takes a list: '{given[1]}=[{given[2]}]'"
     unknown = UNKNOWN.match(message)
     if unknown is None:
         return ""
@@ -50,6 +75,17 @@ def hint(message: str, config_name: str, overrides: Sequence[str]) -> str:
     found = near(key, _names(config_name, overrides))
     told = f"Did you mean {' or '.join(found)}? " if found else ""
     return f"{told}Add --cfg job to see all keys."
+
+
+def _grammar(override: str, config_name: str) -> str:
+    """Of an override that cannot be read: a value without its key, or with characters that mean something to Hydra."""
+    key, sign, value = override.partition("=")
+    if not sign:
+        meant = f"ckpt={override}" if config_name == "evaluate" else "trainer.max_steps=100"
+        return f"{override!r} is no setting: settings are given as key=value, such as {meant}"
+    if value[:1] in ("[", "{"):
+        return f"Hydra cannot read the value of {key}: quotes around each part, within those of the shell, make it text"
+    return f"Hydra cannot read the value of {key}: quotes within those of the shell make it text: '{key}=\"{value}\"'"
 
 
 def near(key: str, names: Sequence[str]) -> list[str]:

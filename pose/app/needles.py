@@ -82,7 +82,7 @@ def _num(fitness: NeedleFitness) -> int:
 
 
 def _digest(frequencies: Frequencies) -> str:
-    numbers = np.append(frequencies.inv_freq.double().numpy(), frequencies.attention_factor)
+    numbers = np.append(frequencies.inv_freq.double().cpu().numpy(), frequencies.attention_factor)
     return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
 
 

@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pose.app import schema
-from pose.app.hints import hint
+from pose.app.hints import check_choices, hint
 from pose.app.shapes import SHAPES
-from pose.errors import ConfigError, PoseError, require_number
+from pose.errors import ConfigError, PoseError, first_line, require_number
 from pose.files import CONF, locate
 from pose.modeling.options import NF4
 from pose.plan import (
@@ -98,13 +98,14 @@ def compose_config(overrides: list[str]) -> DictConfig:
         ConfigError: a key, a choice or a value that it does not accept; carries Hydra's message.
     """
     schema.register()
+    check_choices(overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("train", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(
-            "\n".join(filter(None, [str(error).strip(), hint(str(error), "train", overrides)]))
-        ) from error
+        why = "" if error.__cause__ is None else first_line(error.__cause__)
+        told = [str(error).strip(), why, hint(error, "train", overrides)]
+        raise ConfigError("\n".join(dict.fromkeys(filter(None, told)))) from error
 
 
 def plan(cfg: DictConfig) -> Training:

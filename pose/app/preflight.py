@@ -184,6 +184,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     warn_of_windows(sampler, scaling, geometry.window)
     warn_of_sliding(sampler, config)
     warn_of_router_loss(config)
+    warn_of_dropout(objective, config, cfg.finetune.lora.dropout)
     check_window(objective, sampler, target_len_of(base))
     warn_without_effect(cfg, sampler)
     if cfg.model.engine is not None:
@@ -261,7 +262,7 @@ def warn_of_sliding(sampler: PositionSampler, config: PretrainedConfig):
     """Warns where some layers see the last tokens alone: they tell these by their number, not by their positions."""
     kinds = getattr(config, "layer_types", None) or ()
     sliding, window = kinds.count("sliding_attention"), getattr(config, "sliding_window", None)
-    if sliding and window is not None and window < sampler.target_len and sampler.skips:
+    if sliding and window is not None and window < sampler.target_len and sampler.changes_distances:
         log.warning(
             f"{sliding} of {len(kinds)} layers of this model attend to the last {window} tokens alone "
             f"(sliding_window), counted by tokens and not by positions. In examples of {sampler.name} they see across "
@@ -277,6 +278,27 @@ def warn_of_router_loss(config: PretrainedConfig):
         log.warning(
             f"this model's config asks for a loss that balances its experts (output_router_logits, "
             f"router_aux_loss_coef={coefficient:g}), which is not trained here: experts train by the objective alone"
+        )
+
+
+def warn_of_dropout(objective: Objective, config: PretrainedConfig, of_adapters: float):
+    """Warns where both views of a self-distillation have a dropout of their own, which their divergence then measures.
+
+    Args:
+        objective: of the run.
+        config: of the model.
+        of_adapters: finetune.lora.dropout.
+    """
+    if objective.num_views == 1 or objective.has_teacher:  # a teacher of its own has none
+        return
+    given = {f"{key} of the model": value for key, value in config.get_text_config().to_dict().items()
+             if key.endswith(("dropout", "pdrop")) and not key.startswith("classifier")}  # fmt: skip
+    found = [f"{key}={value:g}" for key, value in (given | {"finetune.lora.dropout": of_adapters}).items() if value]
+    if found:
+        log.warning(
+            f"objective={objective.name} compares two views of the model, and dropout ({', '.join(found)}) makes them "
+            "differ where nothing skips: the loss is then of noise too. Give finetune.lora.dropout=0, or a model "
+            "without dropout"
         )
 
 

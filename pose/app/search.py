@@ -316,7 +316,7 @@ def _own_frequencies(model: "PreTrainedModel", target_len: int) -> Frequencies:
     from pose.modeling.rotary import frequencies_at
 
     module = rotary_modules(model)[0]  # one RoPE for all layers
-    return Frequencies(frequencies_at(module, target_len).clone(), float(module.attention_scaling))
+    return Frequencies(frequencies_at(module, target_len).cpu().clone(), float(module.attention_scaling))
 
 
 def _scaled(

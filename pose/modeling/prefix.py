@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pose.modeling.layers import cache_can_be_cut, cache_width
 
 WORTH = 0.8  # of all tokens: sharing must leave no more, since a token takes longer with a cache than without
-MAX_BYTES = 4 * 2**30  # of keys and values; no sharing beyond, but in a GPU's free memory
+MAX_BYTES = 4 * 2**30  # of keys and values; no sharing beyond, but where one process has a GPU with more to spare
 SHARE_OF_FREE = 1 / 3  # of a GPU's memory that they may take: a batch has copies
 
 
@@ -83,6 +83,8 @@ def can_share(model: PreTrainedModel, num_tokens: int) -> bool:
 
 
 def _most_bytes(device: torch.device) -> float:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return MAX_BYTES  # processes that hold parts of one model have to make the same passes, whatever each has free
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return max(MAX_BYTES, SHARE_OF_FREE * free)
 

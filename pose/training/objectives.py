@@ -71,10 +71,10 @@ class Objective(ABC):
         """
 
     def _require_skips(self, sampler: PositionSampler):
-        if not sampler.skips:
+        if not sampler.changes_distances:
             raise ConfigError(
-                f"objective={self.name} compares plain positions with a sampler's, and the sampler {sampler.name} "
-                "draws plain ones alone: choose a sampler with skips, or objective=lm"
+                f"objective={self.name} compares plain positions with a sampler's, and those of {sampler.name} put "
+                "all tokens as far apart as plain ones do: choose a sampler with skips, or objective=lm"
             )
 
     @abstractmethod

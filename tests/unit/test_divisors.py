@@ -43,7 +43,7 @@ def test_every_candidate_is_one_of_the_space(seed, geometry, factor, mutation):
         assert space.firsts[0] <= one.first <= space.firsts[1] and one.first + len(one.beyond) == space.num
         beyond = np.array(one.beyond)
         assert (np.diff(beyond) >= 0).all()
-        assert beyond.min() >= factor - 1e-4 and beyond.max() <= 2 * factor + 1e-4
+        assert beyond.min() >= factor and beyond.max() <= 2 * factor
         divisors = one.divisors()
         assert len(divisors) == space.num and divisors[one.first :] == list(one.beyond)
         assert one.first == 0 or divisors[0] == 1

@@ -1,11 +1,15 @@
-"""A key that a configuration does not have: which one was meant."""
+"""An override that is refused: which one was meant."""
+
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import run_and_report
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
 
 from pose.app import schema
-from pose.app.hints import hint, naming_near_keys, near
+from pose.app.hints import WITHOUT, check_choices, hint, naming_near_keys, near
 from pose.app.plan import compose_config
 from pose.errors import ConfigError
 from pose.files import CONF
@@ -73,9 +77,59 @@ def test_other_endings_are_left_alone(capsys):
 
 
 def test_a_choice_that_there_is_not_does_not_hide_the_hint():
-    assert "trainer.max_steps" in hint("Could not override 'trainer.max_step'.", "train", ["rope=none_such"])
+    error = ConfigCompositionException("Could not override 'trainer.max_step'.")
+    assert "trainer.max_steps" in hint(error, "train", ["rope=none_such"])
+
+
+@pytest.mark.parametrize(
+    ("config_name", "override", "answer"),
+    [
+        ("train", "model.path=~/model", "'model.path=\"~/model\"'"),
+        ("train", "data.documents=/data/a=b(1).jsonl", "'data.documents=\"/data/a=b(1).jsonl\"'"),
+        ("train", "data.documents=[~/a,b]", "quotes around each part"),
+        ("train", "eval.lengths=512", "'eval.lengths=[512]'"),
+        ("train", "eval.tasks=perplexity", "'eval.tasks=[perplexity]'"),
+        ("evaluate", "outputs/run", "ckpt=outputs/run"),
+        ("train", "resume", "key=value, such as"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_answered_with_one_that_can(
+    config_name, override, answer, capsys, monkeypatch
+):
+    """And what is shown is accepted, once a shell has taken its quotes."""
+    monkeypatch.setattr("sys.argv", ["train.py", override])
+    with pytest.raises(SystemExit), naming_near_keys(config_name):
+        failing(config_name, [override])
+    assert answer in (told := capsys.readouterr().err.splitlines()[-1])
+    if (shown := told.rpartition(" ")[2]).startswith("'"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(config_name, shlex.split(shown))
+        key, _, value = override.partition("=")
+        found = OmegaConf.select(cfg, key)
+        assert f"{found[0] if OmegaConf.is_list(found) else found}" == value
+
+
+@pytest.mark.parametrize("override", ["logger=null", "rope=null", "+rope=None", "eval=", "strategy=false"])
+def test_no_choice_of_a_group(override, monkeypatch):
+    """Hydra would end in a traceback."""
+    monkeypatch.setattr("sys.argv", ["train.py", override])
+    with pytest.raises(SystemExit, match="is no choice of the group") as ending, naming_near_keys("train"):
+        raise AssertionError("not reached")
+    for group, instead in WITHOUT.items():
+        if f"{group}=" in override:
+            assert instead in str(ending.value) and (CONF / f"{instead.replace('=', '/')}.yaml").is_file()
+    with pytest.raises(ConfigError, match="is no choice"):
+        compose_config([override])
+
+
+def test_choices_that_are_called_none_are_choices():
+    check_choices(["rope=none", "eval=none", "resume=null", "eval.documents=null", "hydra/launcher=null"])
 
 
 def test_the_plan_says_it_too():
     with pytest.raises(ConfigError, match=r"Did you mean pose\.target_len"):
         compose_config(["pose.target_length=512"])
+    with pytest.raises(ConfigError, match=r"could not be converted to Integer"):
+        compose_config(["trainer.max_steps=many"])
+    with pytest.raises(ConfigError, match=r"'eval\.lengths=\[512\]'"):
+        compose_config(["eval.lengths=512"])

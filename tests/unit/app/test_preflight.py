@@ -12,13 +12,14 @@ from omegaconf import OmegaConf
 from transformers import MixtralConfig
 
 from pose.app import preflight, schema
-from pose.app.preflight import warn_of_router_loss
+from pose.app.preflight import warn_of_dropout, warn_of_router_loss
 from pose.app.run import Run
 from pose.errors import CheckpointError, ConfigError, DataError, PoseError
 from pose.training import loggers, micro_batch
 from pose.training.callbacks import Export
 from pose.training.checkpoints import Checkpoint
 from pose.training.micro_batch import MicroBatch
+from pose.training.objectives import LanguageModel, LongShort, SelfDistill
 from pose.training.resume import _check_settings
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -640,6 +641,22 @@ def test_a_loss_of_experts_that_is_not_trained_is_said(asked, caplog):
     config = MixtralConfig(output_router_logits=asked, router_aux_loss_coef=0.02)
     warn_of_router_loss(config)
     assert ("router_aux_loss_coef=0.02), which is not trained here" in caplog.text) is asked
+
+
+@pytest.mark.parametrize(
+    ("objective", "of_model", "of_adapters", "named"),
+    [
+        (SelfDistill(), 0.1, 0.05, "attention_dropout of the model=0.1, finetune.lora.dropout=0.05"),
+        (SelfDistill(), 0.0, 0.05, "(finetune.lora.dropout=0.05)"),
+        (SelfDistill(), 0.0, 0.0, ""),
+        (SelfDistill(0), 0.1, 0.05, ""),  # one view
+        (LongShort(), 0.1, 0.05, ""),  # its teacher has none
+        (LanguageModel(), 0.1, 0.05, ""),
+    ],
+)
+def test_dropout_in_both_views_is_warned_of(objective, of_model, of_adapters, named, caplog):
+    warn_of_dropout(objective, MixtralConfig(attention_dropout=of_model), of_adapters)
+    assert (named in caplog.text) if named else not caplog.text
 
 
 @pytest.mark.parametrize(("sampler", "is_warned_of"), [("pose", True), ("full", False)])

@@ -252,6 +252,11 @@ def test_on_a_gpu_a_cache_may_take_a_third_of_what_is_free(monkeypatch):
     for free, fits in ((3 * need, True), (3 * need - 3, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * need))
         assert can_share(model, 45) is fits
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for processes, fits in ((1, True), (2, False)):  # these decide alike, however much each has free
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda processes=processes: processes)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * need, 10 * need))
+        assert can_share(model, 45) is fits
 
 
 def test_prefixes_are_not_shared_where_their_cache_is_too_large(monkeypatch):

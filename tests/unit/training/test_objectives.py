@@ -223,10 +223,10 @@ def test_a_batch_without_a_skip(batch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-SAMPLERS = [PoSE(L, T), Mix(L, T, PoSE(L, T)), RandPos(L, T), SingleShift(L, T), EqualChunks(L, T, num_chunks=2)]
+SAMPLERS = [PoSE(L, T), Mix(L, T, PoSE(L, T)), RandPos(L, T), EqualChunks(L, T, num_chunks=2)]
 WITHOUT = [
     Full(L, T), ShortPI(L, T), PoSE(L, L), PoSE(L, T, num_chunks=1), Mix(L, T, PoSE(L, T), plain_share=1.0),
-    Mix(L, T, ShortPI(L, T)), EqualChunks(L, T, num_chunks=1),
+    Mix(L, T, ShortPI(L, T)), EqualChunks(L, T, num_chunks=1), SingleShift(L, T), Mix(L, T, SingleShift(L, T)),
 ]  # fmt: skip
 
 
