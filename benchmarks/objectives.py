@@ -5,10 +5,14 @@ those of two views in micro-batches of half as many examples where there are sev
 tiny: assets/tiny, 16 examples of 256 tokens. llama: a small Llama (the width and vocabulary of SmolLM2-135M, 4 layers,
 random weights), 2 examples of 1,024. long: the same, one example of 2,048, of which no micro-batch can be halved.
 
-Time is CPU seconds of one thread for some steps, whose skips differ, taken in turn; --compiled compiles the layers for
-it, as train.py does on a GPU. Memory, of layers that are not compiled, is the peak of these steps above what was there
-before (weights, optimizer states and a frozen original are; gradients and activations are not), each objective in a
-process of its own; `with states` is that of both. Ratios are to lm.
+A second view begins at the first skip, so what it costs depends on what was drawn. Of 101 drawn steps, time is of those
+in the middle of equal parts, by the share of tokens that have a second view (one step: the median); memory is of the
+step with the widest micro-batch, as a long run meets it.
+
+Time is CPU seconds of one thread, taken in turn; --compiled compiles the layers for it, as train.py does on a GPU.
+Memory, of layers that are not compiled, is the peak of a step above what was there before (weights, optimizer states
+and a frozen original are; gradients and activations are not), each objective in a process of its own; `with states` is
+that of both. Ratios are to lm.
 """
 
 import argparse
@@ -57,6 +61,7 @@ from pose.training.objectives import LanguageModel, LongShort, SelfDistill
 
 OBJECTIVES = {"lm": LanguageModel(), "self_distill": SelfDistill(), "long_short": LongShort()}
 SCALE = 8  # the target over the length of an example
+DRAWS = 101  # steps, of which some are taken
 LLAMA = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4,
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
@@ -69,7 +74,7 @@ class Steps:
     Args:
         part: one of PARTS.
         name: one of OBJECTIVES.
-        num_steps: in a call.
+        num_steps: in a call; None: the one that takes most memory.
         precision: one of PRECISIONS.
         num_examples: of a step; None: those of the part.
 
@@ -77,7 +82,7 @@ class Steps:
         states_bytes: of weights, optimizer states and a frozen original.
     """
 
-    def __init__(self, part: str, name: str, num_steps: int, precision: str, num_examples: int | None = None):
+    def __init__(self, part: str, name: str, num_steps: int | None, precision: str, num_examples: int | None = None):
         usual, length = PARTS[part]
         num_examples = num_examples or usual
         path = locate("assets/tiny") if part == "tiny" else None
@@ -91,15 +96,11 @@ class Steps:
         self.teacher = None
         if self.objective.has_teacher:
             self.teacher = Teacher(build_model(original, path, "sdpa", prepare=freeze).eval())
-        rng, sampler = np.random.default_rng(0), PoSE(length, SCALE * length)
-        self.steps = []
-        for _ in range(num_steps):
-            items = []
-            for _ in range(num_examples):
-                tokens = torch.from_numpy(rng.integers(config.vocab_size, size=length))
-                position_ids = torch.from_numpy(sampler.sample(rng, length).position_ids)
-                items.append({"input_ids": tokens, "labels": tokens, "position_ids": position_ids})
-            size = max(num_examples // self.objective.num_views, 1)
+        rng, self.steps = np.random.default_rng(0), []
+        size = max(num_examples // self.objective.num_views, 1)
+        for ids in drawn(length, num_examples, num_steps):
+            tokens = [torch.from_numpy(rng.integers(config.vocab_size, size=length)) for _ in ids]
+            items = [{"input_ids": x, "labels": x, "position_ids": i} for x, i in zip(tokens, ids, strict=True)]
             parts = [items[i : i + size] for i in range(0, num_examples, size)]
             self.steps.append([self.objective.collate(one) for one in parts])
 
@@ -118,6 +119,27 @@ class Steps:
         held = [p for model in models for p in model.parameters()]
         held += [value for state in self.optimizer.state.values() for value in state.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def drawn(length: int, num_examples: int, num_steps: int | None) -> list[torch.Tensor]:
+    """Position ids of some steps, int64 [num_examples, length], the same ones for every objective.
+
+    Args:
+        length: of an example, in tokens.
+        num_examples: of a step.
+        num_steps: in the middle of so many equal parts of the draws by width; None: the one with the widest half, which
+            is a micro-batch of two views.
+    """
+    rng, sampler = np.random.default_rng(0), PoSE(length, SCALE * length)
+    draws = [[sampler.sample(rng, length).position_ids for _ in range(num_examples)] for _ in range(DRAWS)]
+    ids = torch.from_numpy(np.array(draws))
+    widths = (ids != torch.arange(length)).float().mean(-1)  # [DRAWS, num_examples]
+    if num_steps is None:
+        half = max(num_examples // 2, 1)
+        widest = torch.stack([part.mean(1) for part in widths.split(half, 1)], 1).amax(1)
+        return [ids[widest.argmax()]]
+    order = widths.mean(1).argsort()
+    return [ids[order[int((i + 0.5) * DRAWS / num_steps)]] for i in range(num_steps)]
 
 
 def memory_of(*which) -> tuple[int, int]:
@@ -175,7 +197,7 @@ def main():
     torch.set_num_threads(1)
     rest = args.steps, args.precision, args.examples
     # Before anything runs here: what a run leaves to the allocator would serve the forks
-    taken = {part: {name: memory_of(part, name, *rest) for name in OBJECTIVES} for part in args.parts}
+    taken = {part: {name: memory_of(part, name, None, *rest[1:]) for name in OBJECTIVES} for part in args.parts}
     found: dict[str, dict] = {}
     for part in args.parts:
         ways = {name: Steps(part, name, *rest) for name in OBJECTIVES}

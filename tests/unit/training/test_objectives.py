@@ -266,3 +266,34 @@ def test_layers_are_spread_over_the_depth():
     assert LongShort().layers_of(32) == [1, 8, 16, 24, 32]
     assert LongShort().layers_of(1) == [1] and LongShort().layers_of(2) == [1, 2]
     assert replace(LongShort(), layers=[9, 3]).layers_of(32) == [3, 9]
+
+
+@pytest.mark.parametrize("objective", [SelfDistill(), LongShort()], ids=["self_distill", "long_short"])
+@pytest.mark.parametrize("first_skip", [1, 128])
+def test_half_as_many_examples_of_two_views_hold_about_as_much_for_the_backward_pass(objective, first_skip):
+    """In bytes of activations, at the widest second view and at the mean one: a micro-batch counts both views."""
+    length, num = 256, 4
+    config = LlamaConfig(**SHAPE | {"max_position_embeddings": length, "hidden_size": 64, "intermediate_size": 160})
+    teacher = Teacher(model_of(config).eval().requires_grad_(False))
+    scale_config(trained := copy.deepcopy(config), Yarn(), 4 * length)
+    model = model_of(trained)
+    ids = torch.arange(length)
+    items = [
+        {"input_ids": tokens, "labels": tokens, "position_ids": torch.where(ids < first_skip, ids, ids + 3 * length)}
+        for tokens in torch.randint(VOCAB, (num, length), generator=torch.Generator().manual_seed(0))
+    ]
+
+    def held(objective, items):
+        found = {}
+
+        def note(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor  # kept, or another one would get its place
+            return tensor
+
+        own = {parameter.untyped_storage().data_ptr() for parameter in (*model.parameters(), *model.buffers())}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            objective.losses(model, objective.collate(items), teacher)
+        return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in own)
+
+    of_lm = held(LanguageModel(), items)
+    assert held(objective, items[: num // 2]) <= 1.2 * of_lm < 1.5 * of_lm < held(objective, items)
