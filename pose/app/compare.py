@@ -36,6 +36,7 @@ from pose.reporting.plots import PANELS, plot_measured
 from pose.reporting.results_csv import write_results
 from pose.reporting.tables import comparison_tables, print_table
 from pose.training import signals
+from pose.training.folder import alone_in, check_kind
 from pose.training.loggers import closing, dashboards_of
 
 log = logging.getLogger(__name__)
@@ -73,19 +74,25 @@ def evaluate(cfg: DictConfig):
         check_config(cfg, EvaluateConfig)
         run_dir = runtime.run_folder()
         runtime.set_up(cfg)
-        candidates = plan_evaluation(cfg)
-        options: Any = OmegaConf.to_container(cfg.logger)
-        dashboards = dashboards_of(options.pop("name", None), run_dir, [c.name for c in candidates], options)
-        runtime.save_config(cfg, run_dir)
-        results: Results = {}
-        took: dict[str, Any] = {}
-        for candidate in candidates:
-            with runtime.explained_memory_errors(cfg):
-                results[candidate.name], took[candidate.name] = measure(cfg, candidate)
-            save(cfg, run_dir, candidates, results, took)
-        write_beside(run_dir)
-        fill_dashboards(cfg, run_dir, candidates, results, dashboards)
-        show(run_dir, candidates, results)
+        with alone_in(run_dir):
+            check_kind(run_dir, "an evaluation")
+            _evaluate(cfg, run_dir)
+
+
+def _evaluate(cfg: DictConfig, run_dir: Path):
+    candidates = plan_evaluation(cfg)
+    options: Any = OmegaConf.to_container(cfg.logger)
+    dashboards = dashboards_of(options.pop("name", None), run_dir, [c.name for c in candidates], options)
+    runtime.save_config(cfg, run_dir)
+    results: Results = {}
+    took: dict[str, Any] = {}
+    for candidate in candidates:
+        with runtime.explained_memory_errors(cfg):
+            results[candidate.name], took[candidate.name] = measure(cfg, candidate)
+        save(cfg, run_dir, candidates, results, took)
+    write_beside(run_dir)
+    fill_dashboards(cfg, run_dir, candidates, results, dashboards)
+    show(run_dir, candidates, results)
 
 
 def plan_evaluation(cfg: DictConfig) -> list[Candidate]:

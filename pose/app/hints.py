@@ -32,8 +32,8 @@ def naming_near_keys(config_name: str) -> Iterator[None]:
     """
     try:
         check_choices(sys.argv[1:])
-    except ConfigError as error:
-        raise SystemExit(f"ConfigError: {error}") from None
+    except ConfigError as refused:
+        raise SystemExit(f"ConfigError: {refused}") from None
     try:
         yield
     except SystemExit as ending:

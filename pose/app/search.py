@@ -52,7 +52,6 @@ UNUSED = (  # train.py's groups
     "data", "objective", "finetune", "strategy", "logger", "eval", "watch", "pose", "trainer"
 )  # fmt: skip
 USED = ("pose.target_len", "trainer.accelerator")  # of which a search takes these
-OF_A_TRAINING = ("model", "checkpoints", "metrics.json")
 COLUMNS = ("generation", "nll", "first", "divisors")
 SEARCHED = "searched"
 AS_IT_IS = "as it is"  # a model that is scaled already
@@ -443,11 +442,14 @@ def _row(one: Candidate, nll: float, generation: int) -> list:
 
 def _check_folder(folder: Path, settings: dict[str, Any]):
     """Raises a ConfigError where a folder holds another search, or a training."""
+    from pose.training.folder import check_kind
+
+    check_kind(folder, "a search")
     before = read_json(folder / "settings.json")
-    if not before and (left := [name for name in OF_A_TRAINING if (folder / name).exists()]):
+    if not before and (left := [name for name in ("search.csv", "needles.csv") if (folder / name).exists()]):
         raise ConfigError(
-            f"hydra.run.dir={folder} holds what a training has left ({', '.join(left)}), whose config.yaml would be "
-            "overwritten: give another folder"
+            f"{folder} holds a search ({', '.join(left)}) whose settings.json is missing or damaged, so that nothing "
+            "says what was measured: give another hydra.run.dir"
         )
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"

@@ -172,6 +172,18 @@ def held_weight(parameter: torch.Tensor) -> torch.Tensor:
     return compat.dequantised(parameter) if compat.is_quantised(parameter) else parameter.detach().float()
 
 
+def becomes(stored: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether a weight of a checkpoint is held as these very values.
+
+    Args:
+        stored: as the checkpoint has it.
+        held: whole, in the dtype that it is held in.
+    """
+    if compat.is_quantised(held):
+        return torch.equal(compat.dequantised(compat.quantised(stored, held.device)), compat.dequantised(held))
+    return torch.equal(stored.to(held.device, held.dtype), held)
+
+
 def drop_quantised(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, int]:
     """Takes the weights in 4 bits out of a state dict: they follow from the model's checkpoint, and never change.
 

@@ -15,6 +15,11 @@ from pose.training.launch import PARENT
 
 LOCK = ".lock"  # who holds its lock is at work in the folder; opened once alone, since any close gives the lock up
 ID = ".run"  # the id of the run
+# What each command leaves in its folder, and no other one writes
+LEFT = {
+    "a training": ("model", "best", "checkpoints", "metrics.csv"), "an evaluation": ("results.json",),
+    "a search": ("search.csv", "needles.csv", "settings.json"),
+}  # fmt: skip
 
 
 def run_id(run_dir: Path) -> str | None:
@@ -24,6 +29,24 @@ def run_id(run_dir: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return text if re.fullmatch("[0-9a-f]{32}", text) else None
+
+
+def check_kind(run_dir: Path, own: str):
+    """Whether no command of another kind has left something in a folder, whose config.yaml would be overwritten.
+
+    Args:
+        run_dir: of the run.
+        own: a kind of LEFT.
+
+    Raises:
+        ConfigError: one has; names what is there.
+    """
+    for kind, names in LEFT.items():
+        if kind != own and (left := [name for name in names if (run_dir / name).exists()]):
+            raise ConfigError(
+                f"hydra.run.dir={run_dir} holds what {kind} has left ({', '.join(left)}), whose config.yaml would be "
+                "overwritten: give another folder"
+            )
 
 
 @contextlib.contextmanager

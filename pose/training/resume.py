@@ -20,6 +20,7 @@ from pose.errors import CheckpointError, ConfigError
 from pose.files import is_inside, locate, read_json, same_path
 from pose.training import launch
 from pose.training.checkpoints import Checkpoint, find_checkpoint, is_foreign, list_checkpoints, read_checkpoint
+from pose.training.folder import check_kind
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def find_resume(cfg: DictConfig, run_dir: Path) -> Checkpoint | None:
     own = run_dir / "checkpoints"
     if (chosen := launch.chosen_checkpoint()) is not None:  # by the process that started this one
         return read_checkpoint(chosen, verify=False) if chosen else None
+    check_kind(run_dir, "a training")
     _check_own(own, run_dir)
     is_complete = finished_steps(run_dir) is not None
     if cfg.resume == "auto":
@@ -63,7 +65,7 @@ def find_resume(cfg: DictConfig, run_dir: Path) -> Checkpoint | None:
         place = path.parent if named is not None else next(
             (folder for folder in (path / "checkpoints", path) if list_checkpoints(folder)), None
         )  # fmt: skip
-    holds_a_run = list_checkpoints(own) or (run_dir / "model").exists()
+    holds_a_run = list_checkpoints(own) or any((run_dir / name).exists() for name in ("model", "best"))
     if holds_a_run and (place is None or not same_path(place, own) or (named and is_foreign(named, run_dir))):
         raise ConfigError(
             f"hydra.run.dir={run_dir} holds a run already, which would be overwritten: give another folder"

@@ -306,11 +306,14 @@ def test_a_comparison_with_a_broken_line_is_named(hydra, tmp_path, monkeypatch):
     folder = with_texts(tmp_path) / "broken"
     folder.mkdir()
     (folder / "needles.csv").write_text("scaling,text,trial,depth,nll,frequencies\nyarn,haystack,one,0,1,a\n")
+    with pytest.raises(PoseError, match=r"holds a search \(needles\.csv\) whose settings\.json is missing or damaged"):
+        search(compose("search", command(folder, *COMPARE)[2:]), folder)
+    monkeypatch.setattr("pose.app.search._check_folder", lambda *_: None)
     with pytest.raises(PoseError, match=r"needles\.csv has a line that is none of a comparison"):
         search(compose("search", command(folder, *COMPARE)[2:]), folder)
 
 
-@pytest.mark.parametrize("left", ["model", "checkpoints", "metrics.json"])
+@pytest.mark.parametrize("left", ["model", "checkpoints", "metrics.csv"])
 def test_the_folder_of_a_training_is_left_alone(hydra, tmp_path, left):
     folder = with_texts(tmp_path) / "run"
     (folder / left).mkdir(parents=True)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pose.errors import CheckpointError, TrainingError
 from pose.modeling import compat
 from pose.modeling.export.fold import Fold
+from pose.modeling.held import becomes
 from pose.modeling.lora import adapters
 from pose.modeling.shard import full_shape, full_weight
 from pose.modeling.weights import matched, places
@@ -104,7 +105,14 @@ class Weights:
     @torch.no_grad()
     def _whole(self, name: str) -> torch.Tensor:
         parameter, is_rounded = self._parameters[name], _plain(name) in self._stored.names
-        full = self._stored(_plain(name)) if is_rounded else full_weight(parameter)
+        full = full_weight(parameter)
+        if is_rounded:
+            held, full = full, self._stored(_plain(name))
+            if not becomes(full, parameter if compat.is_quantised(parameter) else held):
+                raise CheckpointError(
+                    f"{_plain(name)} has other values in the checkpoint (model.path) than the model was trained with: "
+                    "it was changed meanwhile. Bring the earlier one back, and go on with resume=auto"
+                )
         if name in self._adapters:
             down, up, scale = self._adapters[name]
             added = scale * (full_weight(up).float() @ full_weight(down).float())

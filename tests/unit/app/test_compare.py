@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from pose.errors import ConfigError, PoseError
 from pose.evaluation.task import Estimate
 from pose.modeling.load import load_tokenizer
 from pose.positions import PoSE
+from pose.training.folder import check_kind
 from pose.training.loggers import dashboards_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -354,6 +357,34 @@ def test_a_checkpoint_is_saved_before_the_next_is_measured(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         compare.evaluate(composed(tmp_path, "ckpt=[a,b]"))
     assert saved == [["a"]]
+
+
+@pytest.mark.parametrize("left", ["model", "checkpoints", "best", "search.csv"])
+def test_the_folder_of_a_training_or_a_search_is_left_alone(tmp_path, monkeypatch, left):
+    for name, made in (("run_folder", tmp_path), ("set_up", None)):
+        monkeypatch.setattr(runtime, name, lambda *_, made=made: made)
+    (tmp_path / left).mkdir()
+    (tmp_path / "config.yaml").write_text("of the training")
+    with pytest.raises(SystemExit):
+        compare.evaluate(composed(tmp_path, "ckpt=assets/tiny"))
+    assert (tmp_path / "config.yaml").read_text() == "of the training"
+    with pytest.raises(ConfigError, match=rf"holds what a (training|search) has left \({left}\)"):
+        check_kind(tmp_path, "an evaluation")
+
+
+def test_two_evaluations_do_not_meet_in_one_folder(tmp_path, monkeypatch, caplog):
+    for name, made in (("run_folder", tmp_path), ("set_up", None)):
+        monkeypatch.setattr(runtime, name, lambda *_, made=made: made)
+    code = (
+        f"from pathlib import Path; from pose.training.folder import alone_in; import time\n"
+        f"with alone_in(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(SystemExit):
+            compare.evaluate(composed(tmp_path, "ckpt=assets/tiny"))
+        other.kill()
+    assert "another run is at work" in caplog.text
 
 
 def test_metrics_of_one_checkpoint_are_not_under_its_name(tmp_path):

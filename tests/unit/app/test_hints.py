@@ -100,7 +100,8 @@ def test_an_override_that_cannot_be_read_is_answered_with_one_that_can(
     monkeypatch.setattr("sys.argv", ["train.py", override])
     with pytest.raises(SystemExit), naming_near_keys(config_name):
         failing(config_name, [override])
-    assert answer in (told := capsys.readouterr().err.splitlines()[-1])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert answer in told
     if (shown := told.rpartition(" ")[2]).startswith("'"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose(config_name, shlex.split(shown))

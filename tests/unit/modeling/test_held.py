@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -252,6 +252,21 @@ def test_a_checkpoint_that_is_gone_is_named(checkpoint, tokenizer, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=str(folder)):
         export_model(model, tokenizer, tmp_path / "model")
+
+
+@pytest.mark.parametrize("frozen", ["bfloat16", NF4])
+def test_adapters_are_not_merged_into_another_checkpoint(checkpoint, tokenizer, tmp_path, frozen):
+    """Which may have come into its place while they trained; the rounded weights in memory tell."""
+    folder = checkpoint(torch.float32)
+    model, _ = load(folder, frozen, LoraOptions(rank=4))
+    weights = load_file(folder / "model.safetensors")
+    changed = "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {changed: weights[changed] * 1.1}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{changed} has other values in the checkpoint"):
+        export_model(model, tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    export_model(model, tokenizer, tmp_path / "model")
 
 
 def test_random_weights_are_exported_as_they_are_held(tokenizer, tmp_path):

@@ -45,6 +45,24 @@ def start_in(run_dir: Path) -> str:
         return run_id(run_dir)
 
 
+@pytest.mark.parametrize("left", ["results.json", "search.csv", "settings.json"])
+def test_the_folder_of_an_evaluation_or_a_search_is_left_alone(tmp_path, left):
+    for resume in (None, "auto"):
+        assert find_resume(config(resume=resume), tmp_path) is None
+    (tmp_path / left).write_text("{}")
+    for resume in (None, "auto"):
+        with pytest.raises(ConfigError, match=rf"holds what (an evaluation|a search) has left \({left}\)"):
+            find_resume(config(resume=resume), tmp_path)
+
+
+def test_a_best_model_is_not_overwritten_by_another_run(tmp_path):
+    """Of a run that ended before its first checkpoint; the same run may begin anew."""
+    (tmp_path / "best").mkdir()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        find_resume(config(resume=None), tmp_path)
+    assert find_resume(config(), tmp_path) is None
+
+
 def write_checkpoint(run_dir: Path, step: int, digest: str | None = "wrong", when: float = 0.0) -> Path:
     folder = run_dir / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
