@@ -25,8 +25,8 @@ from pose.evaluation.suite import Suite, default_lengths, out_of_reach, values
 from pose.evaluation.task import Estimate
 from pose.files import Memo, is_inside, locate, read_json, write_json
 from pose.modeling.attention import resolve_backend
-from pose.modeling.checkpoints.fingerprint import fingerprint
-from pose.modeling.guards import check_loss
+from pose.modeling.checkpoints.fingerprint import check_unchanged, fingerprint
+from pose.modeling.guards import check_computing
 from pose.modeling.layers import check_layers
 from pose.modeling.load import build_model, check_weights, load_config, load_tokenizer, rope_geometry
 from pose.modeling.rotary import target_len_of
@@ -204,8 +204,10 @@ def measure(cfg: DictConfig, candidate: Candidate) -> tuple[dict[str, Estimate],
     def load():
         attention = models.attention_on(cfg.attention, candidate.device)
         model = build_model(candidate.config, candidate.path, attention, candidate.dtype, cfg.revision)
+        memo = Memo(Path(cfg.cache_dir).expanduser() / ".memo")
+        check_unchanged(candidate.path, cfg.revision, memo, candidate.under["checkpoint"])
         model.to(candidate.device)  # type: ignore[arg-type]  # transformers wraps torch's method
-        check_loss(model, candidate.device)  # scores are taken from hidden states too
+        check_computing(model, candidate.device)  # scores are taken from hidden states too
         return model
 
     suite = candidate.suite

@@ -201,7 +201,7 @@ def ask_pose(folder: Path, config: "PretrainedConfig", tokens: int | None, text:
 
     from pose.data.documents import Keys, read_documents
     from pose.evaluation.scoring import Scorer
-    from pose.modeling.guards import check_loss
+    from pose.modeling.guards import check_computing
     from pose.modeling.load import build_model, load_tokenizer, rope_geometry
     from pose.modeling.rotary import target_len_of
 
@@ -223,7 +223,7 @@ def ask_pose(folder: Path, config: "PretrainedConfig", tokens: int | None, text:
     texts = [ids[:length] for length in lengths]
     scored = min(SCORED, lengths[0] - 1)
     model = build_model(config, str(folder), "sdpa")
-    check_loss(model, model.device)  # scores are taken from hidden states
+    check_computing(model, model.device)  # scores are taken from hidden states
     scorer = Scorer(model)
     expected = [(-scorer.nll(np.array([text]), scored)[0]).tolist() for text in texts]
     request: dict[str, Any] = {"folder": str(folder), "texts": texts, "scored": scored, "window": window}

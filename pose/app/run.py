@@ -27,10 +27,10 @@ from pose.evaluation.task import Estimate
 from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_json
 from pose.modeling import speed
 from pose.modeling.attention import preferred_kernels, resolve_backend
-from pose.modeling.checkpoints.fingerprint import fingerprint
+from pose.modeling.checkpoints.fingerprint import check_unchanged, fingerprint
 from pose.modeling.export.engines import misread_by
 from pose.modeling.export.rope import where_the_factor_is
-from pose.modeling.guards import check_loss
+from pose.modeling.guards import check_computing
 from pose.modeling.layers import cache_width
 from pose.modeling.load import build_model, load_config
 from pose.modeling.lora import add_lora, count_parameters
@@ -265,8 +265,10 @@ class Run:
         device = self.plan.trainer.strategy.root_device
         dtype = getattr(torch, self.cfg.eval_dtype)
         attention = models.attention_on(self.cfg.model.attention, device)
+        memo, revision = Memo(Path(self.cfg.cache_dir).expanduser() / ".memo"), self.cfg.model.revision
+        weights = fingerprint(path, revision, memo)
         under = identity(
-            fingerprint(path, self.cfg.model.revision, Memo(Path(self.cfg.cache_dir).expanduser() / ".memo")),
+            weights,
             config,
             dtype=dtype,
             attention=resolve_backend(attention),
@@ -274,9 +276,10 @@ class Run:
         )
 
         def load():
-            model = build_model(config, path, attention, dtype, self.cfg.model.revision)
+            model = build_model(config, path, attention, dtype, revision)
+            check_unchanged(path, revision, memo, weights)
             model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's method
-            check_loss(model, device)  # scores are taken from hidden states too
+            check_computing(model, device)  # scores are taken from hidden states too
             return model
 
         log.info(f"Measuring {what} ...")

@@ -181,7 +181,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     from pose.evaluation.scoring import Scorer
     from pose.evaluation.suite import far_depths
     from pose.modeling.checkpoints.fingerprint import fingerprint
-    from pose.modeling.guards import check_loss
+    from pose.modeling.guards import check_computing
     from pose.modeling.load import build_model, check_weights, load_tokenizer
     from pose.tasks.needle_gain import NUM_KEYS
 
@@ -239,7 +239,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     runtime.save_config(cfg, folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
-    check_loss(model, device)  # answers are scored from hidden states
+    check_computing(model, device)  # answers are scored from hidden states
     scorer = Scorer(model)
     length, target_len = options.example_len or cfg.pose.target_len, cfg.pose.target_len
     fitness = {

@@ -11,13 +11,14 @@ from pose.data.examples import skipped_tokens
 from pose.errors import GuardError
 from pose.modeling import compat
 from pose.modeling.loss import causal_lm_loss
-from pose.modeling.rotary import frequencies_at, rotary_modules
+from pose.modeling.rotary import frequencies_at, rotary_modules, target_len_of
 from pose.modeling.views import hidden_states_of_views
 from pose.rope import Frequencies
 
 PROBE_LEN = 32  # tokens, in two chunks
 LOGITS_TOLERANCE = 0.05  # standard deviations; room for bf16
 INV_FREQ_TOLERANCE = 1e-5  # relative; fp32 rounding is 1e-7, bf16 rounding 4e-3
+ANGLE_TOLERANCE = 2**-21  # relative; fp32 products and their cosines round by 2**-23 or so, TF32 by 2**-11
 
 
 @torch.no_grad()
@@ -47,6 +48,7 @@ def run_guards(
     model.eval()
     try:
         deviation = check_frequencies(model, expected, target_len)
+        check_rotation(model, target_len, device)
         check_chunks_attend(model, target_len, device)
         own, chunked = check_loss(model, device)
         if has_views:
@@ -110,6 +112,51 @@ def check_frequencies(model: PreTrainedModel, expected: Frequencies | None, targ
                 f"{expected.attention_factor:g}: the scaling did not reach the model"
             )
     return deviation
+
+
+def check_rotation(model: PreTrainedModel, target_len: int, device):
+    """cos and sin at positions up to the target are those of the frequencies, worked out in fp64.
+
+    transformers 5.17 makes the angles by a matrix product (5.23 does not), and GPUs that may use TF32 for those (where
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 is set, as in some containers) keep 11 bits of each position.
+
+    Args:
+        model: as it computes.
+        target_len: in tokens.
+        device: of the model.
+
+    Raises:
+        GuardError: they are others.
+    """
+    positions = torch.linspace(0, target_len - 1, min(PROBE_LEN, target_len), dtype=torch.float64).long().to(device)
+    for module in rotary_modules(model):
+        found = module(torch.zeros(1, len(positions), 1, device=device), positions[None])
+        angles = positions.double()[:, None] * frequencies_at(module, target_len).double()
+        # Both layouts that transformers has: all frequencies twice over, and each one twice
+        layouts = torch.cat([angles, angles], -1), angles.repeat_interleave(2, -1)
+        if not isinstance(found, tuple) or found[0].shape[1:] != layouts[0].shape:
+            continue  # of a model with a way of its own
+        factor, room = getattr(module, "attention_scaling", 1.0), 1e-3 + ANGLE_TOLERANCE * angles.max()
+        wrong = min(
+            max((found[0][0] - factor * a.cos()).abs().max().item(), (found[1][0] - factor * a.sin()).abs().max().item())
+            for a in layouts
+        )
+        if wrong > room * factor:
+            raise GuardError(
+                f"{type(module).__name__} rotates positions up to {target_len - 1:,} by other angles than those of its "
+                f"frequencies (cos or sin off by {wrong:.2g}): this machine rounds fp32 products to TF32. Unset "
+                "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, keep torch.backends.cuda.matmul.allow_tf32 off, or use "
+                "transformers>=5.23, which has no product there"
+            )
+
+
+def check_computing(model: PreTrainedModel, device) -> tuple[float, float]:
+    """What every measurement rests on: `check_rotation` at the model's window, and `check_loss`.
+
+    Args, Returns and Raises as these.
+    """
+    check_rotation(model, target_len_of(model.config), device)
+    return check_loss(model, device)
 
 
 def check_chunks_attend(model: PreTrainedModel, target_len: int, device):

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pose.errors import CheckpointError, Interrupted, TrainingError, first_line
+from pose.errors import CheckpointError, Interrupted, PoseError, TrainingError, first_line
 from pose.files import is_inside, load_json, read_json, remove_folder, same_path, sha256, write_json
 from pose.modeling.compat import local_part
 from pose.training import signals
@@ -164,7 +164,7 @@ class Checkpoints(L.Callback):
 
     Args:
         folder: of the checkpoints.
-        every_n_steps: optimizer steps; None writes one only when asked to stop.
+        every_n_steps: optimizer steps; None writes one only when asked to stop, or when the export at the end fails.
         keep: the newest ones that stay.
         settings: what a run that goes on must have in common with this one; JSON.
         saved: the step of the folder's checkpoint from which training goes on, which is not written again.
@@ -182,6 +182,7 @@ class Checkpoints(L.Callback):
         self.seen, self.saved = saved, saved
         self.requests = signals.Requests(_announce, self._end_at_once)
         self._handlers: signals.Handlers = {}  # of before the training
+        self._is_over = False
 
     def on_train_start(self, trainer, pl_module):
         self.seen = trainer.global_step
@@ -209,6 +210,7 @@ class Checkpoints(L.Callback):
             raise self._interrupted(f"asked to stop at step {step}")
 
     def on_train_end(self, trainer, pl_module):
+        self._is_over = True
         if self.every_n_steps:
             self.save(trainer)
         stop = self._is_asked_to_stop(trainer)  # while that was written too, which may take minutes
@@ -220,6 +222,8 @@ class Checkpoints(L.Callback):
 
     def on_exception(self, trainer, pl_module, exception):
         signals.end_again(self._handlers)
+        if self._is_over and trainer.world_size == 1 and not getattr(exception, "anew", False):
+            self._save_for_another_export(trainer)
 
     def save(self, trainer: L.Trainer):
         """Writes a checkpoint of the step the trainer is at, if there is none yet. Every process must call this.
@@ -271,6 +275,19 @@ class Checkpoints(L.Callback):
         if trainer.is_global_zero:
             self._prune(step)
         trainer.strategy.barrier("checkpoint written")
+
+    def _save_for_another_export(self, trainer: L.Trainer):
+        """A checkpoint of a training that is over, whose export has failed or was stopped; several processes, of which
+        each may be elsewhere, have none but that of `every_n_steps`.
+        """
+        if trainer.global_step == self.saved:
+            return
+        try:
+            self.save(trainer)
+        except PoseError as error:
+            log.error(f"The trained weights are lost: {error}")
+        else:
+            log.info(f"The training is over, and its state in {self.folder}/step-{self.saved}: resume=auto exports it")
 
     def _is_asked_to_stop(self, trainer: L.Trainer) -> bool:
         """Whether any process is; all must ask together."""

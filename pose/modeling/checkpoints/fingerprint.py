@@ -46,6 +46,19 @@ def fingerprint(path: str, revision: str | None, memo: Memo) -> list:
     return [[name, digest(folder / name, memo)] for name in sorted(str(file.relative_to(folder)) for file in files)]
 
 
+def check_unchanged(path: str, revision: str | None, memo: Memo, before: list):
+    """Whether a checkpoint is still what its fingerprint was taken of; after its weights were read.
+
+    Raises:
+        CheckpointError: it is another, so that what is measured of these weights would be noted as that of others.
+    """
+    if fingerprint(path, revision, memo) != before:
+        raise CheckpointError(
+            f"{path} was changed since this command began (does a training still write to it?): nothing was measured "
+            "of it. The same command measures it as it is now"
+        )
+
+
 def _announce(path: str, files: Iterable[Path], memo: Memo):
     """Says that much is to be read, which takes a while."""
     stats = {file: file.stat() for file in files if file.is_file()}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from wandb_run import read_runs
 
@@ -21,7 +21,7 @@ from pose.app import compare, runtime, schema
 from pose.app.trained import FILE, note_trained, warn_of_trained
 from pose.data.datamodule import PoseDataModule
 from pose.data.tokenizer import tokenizer_digest
-from pose.errors import ConfigError, PoseError
+from pose.errors import CheckpointError, ConfigError, PoseError
 from pose.evaluation.task import Estimate
 from pose.modeling.load import load_tokenizer
 from pose.positions import PoSE
@@ -191,7 +191,8 @@ def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path, monkeypatch, reuse):
     """Its config, folder, dtype and revision; outcomes are kept in the cache under what tells it from others."""
     built = []
     monkeypatch.setattr(compare, "build_model", lambda *given: built.append(given) or torch.nn.Linear(1, 1))
-    monkeypatch.setattr(compare, "check_loss", lambda *_: None)
+    monkeypatch.setattr(compare, "check_computing", lambda *_: None)
+    monkeypatch.setattr(compare, "check_unchanged", lambda *_: None)
     cfg = composed(tmp_path, "ckpt=x", f"reuse={str(reuse).lower()}", "attention=eager", "revision=v1")
     suite, config = FakeSuite(), object()
     under = {"checkpoint": "x"}
@@ -201,6 +202,19 @@ def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path, monkeypatch, reuse):
     assert built == [(config, "folder", "eager", torch.bfloat16, "v1")]
     ((_, folder, *rest),) = suite.asked
     assert folder == tmp_path / "cache" / ".outcomes" and rest == [under, reuse]
+
+
+def test_a_checkpoint_that_changes_after_the_plan_is_not_measured(tmp_path, longer):
+    """Its outcomes would be kept under the digests of the earlier one."""
+    cfg = composed(tmp_path, f"ckpt={longer}/model", "eval=passkey", "eval.lengths=[256]", "eval.trials=1")
+    (candidate,) = compare.plan_evaluation(cfg)
+    weights = load_file(longer / "model" / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, longer / "model" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model was changed since this command began"):
+        compare.measure(cfg, candidate)
+    assert not list((tmp_path / "cache" / ".outcomes").rglob("*.json"))
+    (again,) = compare.plan_evaluation(cfg)
+    compare.measure(cfg, again)
 
 
 def test_what_is_saved_has_every_estimate_under_its_checkpoint(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from pose.errors import GuardError
-from pose.modeling.guards import check_chunks_attend, check_loss, run_guards
+from pose.modeling.guards import check_chunks_attend, check_computing, check_loss, check_rotation, run_guards
 from pose.modeling.load import build_model, rope_geometry, scale_config
 from pose.modeling.rotary import keep_frequencies_fp32, rotary_modules
 from pose.rope import NTK, Cope, Drope, Dynamic, Linear, LongRope, Unscaled, Yarn, YarnRevised
@@ -164,6 +166,30 @@ def test_frequencies_rounded_and_taken_back_to_fp32_are_caught():
     module.inv_freq = module.inv_freq.bfloat16().float()
     with pytest.raises(GuardError, match="not that of the configured scaling"):
         run_guards(model, expected, TARGET_LEN, "cpu")
+
+
+@pytest.mark.parametrize("rope", [Linear(), Yarn(), BY_LENGTH[0]], ids=lambda s: s.name)
+@pytest.mark.parametrize("bits", [11, 8])
+def test_angles_of_rounded_products_are_caught(rope, bits, monkeypatch):
+    """A GPU that makes fp32 products in TF32 keeps 11 bits of a position, and of a frequency; the buffers are right."""
+    config, expected = scaled(rope)
+    model = build_model(config, None, "sdpa")
+    own, step = type(rotary_modules(model)[0]).forward, 2.0 ** -(bits - 1)
+
+    def rounds(x):
+        mantissa, exponent = torch.frexp(x.double())
+        return torch.ldexp((mantissa / step).round() * step, exponent).float()
+
+    def forward(self, x, position_ids):
+        frequencies = SimpleNamespace(inv_freq=rounds(self.inv_freq), attention_scaling=self.attention_scaling)
+        return inspect.unwrap(own)(frequencies, x, rounds(position_ids.float()))
+
+    check_rotation(model, TARGET_LEN, "cpu")
+    monkeypatch.setattr(type(rotary_modules(model)[0]), "forward", forward)
+    with pytest.raises(GuardError, match=r"rotates positions up to 2,047 by other angles .* TF32"):
+        run_guards(model, expected, TARGET_LEN, "cpu")
+    with pytest.raises(GuardError, match="by other angles"):
+        check_computing(model, "cpu")
 
 
 @pytest.mark.parametrize("scaling", BY_LENGTH, ids=lambda s: s.name)

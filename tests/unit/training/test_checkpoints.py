@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from traceback import StackSummary
@@ -13,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader
 
-from pose.errors import CheckpointError, Interrupted, TrainingError
+from pose.errors import CheckpointError, GuardError, Interrupted, TrainingError
 from pose.training import signals
 from pose.training.checkpoints import (
     Checkpoint,
@@ -45,13 +46,13 @@ class Line(L.LightningModule):
 def fit(tmp_path):
     """Trains for some steps with checkpoints; returns their folder."""
 
-    def fit_(max_steps, callback=None, **arguments):
+    def fit_(max_steps, callback=None, then=(), **arguments):
         folder = tmp_path / "checkpoints"
         callback = callback or Checkpoints(
             folder, **{"every_n_steps": 2, "keep": 2, "settings": {"seed": 3}} | arguments
         )
         trainer = L.Trainer(
-            max_steps=max_steps, max_epochs=-1, callbacks=[callback], plugins=[CheckpointIO()], accelerator="cpu",
+            max_steps=max_steps, max_epochs=-1, callbacks=[callback, *then], plugins=[CheckpointIO()], accelerator="cpu",
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(Line(), DataLoader(torch.ones(64, 1), 1))
@@ -71,6 +72,33 @@ def test_the_newest_ones_stay(fit):
 
 def test_none_unless_asked_to_stop(fit):
     assert find_checkpoint(fit(5, every_n_steps=None)) is None
+
+
+class Fails(L.Callback):
+    """An export that does not come to its end."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_train_end(self, trainer, pl_module):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SystemExit(143), KeyboardInterrupt(), GuardError("other logits")]
+)
+def test_a_training_is_kept_whose_export_does_not_end(fit, tmp_path, error, caplog):
+    """Also where no checkpoint was asked for; otherwise the one of the last step is there already."""
+    with caplog.at_level("INFO", "pose"), pytest.raises(BaseException, match=re.escape(f"{error}")):
+        fit(5, every_n_steps=None, then=[Fails(error)])
+    assert find_checkpoint(tmp_path / "checkpoints").step == 5
+    assert "step-5: resume=auto exports it" in caplog.text
+
+
+def test_what_training_has_broken_is_not_kept(fit, tmp_path):
+    with pytest.raises(TrainingError):
+        fit(5, every_n_steps=None, then=[Fails(TrainingError("broken", anew=True))])
+    assert find_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_steps_are_numbers_not_words(fit, tmp_path):
