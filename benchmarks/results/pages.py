@@ -454,11 +454,12 @@ def compare(mine: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 def _comparable(runs: Runs, one: Arm, other: Arm) -> Runs:
-    """Those on kinds of processor that both arms ran on: another rounds otherwise, and may train in other precision."""
+    """Those on the kind of processor on which both arms have most: another rounds, and may train, otherwise."""
     mine, theirs = (
-        {runs[arm.name, s]["processor"] for s in arm.seeds if (arm.name, s) in runs} for arm in (one, other)
+        Counter(runs[arm.name, s]["processor"] for s in arm.seeds if (arm.name, s) in runs) for arm in (one, other)
     )
-    return {key: run for key, run in runs.items() if run["processor"] in mine & theirs}
+    kind, _ = max((mine & theirs).items(), key=lambda found: found[1], default=(None, 0))
+    return {key: run for key, run in runs.items() if run["processor"] == kind}
 
 
 def _against(runs: Runs, arm: Arm, other: Arm, gain: str, short: str) -> str:

@@ -414,7 +414,7 @@ class Run:
             title += f"; perplexity on {documents}" if documents else ""
             metrics = {name: values(found) for name, found in self.results.items()}
             print_table(results_table(metrics, title))
-        lines = [f"Run folder  {folder}", f"Model       {folder}/model  (any transformers loads it)"]
+        lines = [f"Run folder  {folder}", f"Model       {folder}/model  ({plan.loaded_by} loads it)"]
         if plan.watch is not None and plan.watch.found is not None:
             best = plan.watch.found
             lines.append(f"Best        {folder}/best  ({best['metric']} {best['value']:.4g} at step {best['step']:,})")

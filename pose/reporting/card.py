@@ -175,7 +175,9 @@ class Card:
         if type(self.scaling) is Yarn and not self.scaling.rcd_shift and factor is not None and factor != ratio:
             text += (
                 f"\n\nOn loading, transformers warns that the factor ({factor:g}) is not the ratio of the two windows "
-                f"({ratio:g}), and asks to correct the config. Change nothing: the model was trained with {factor:g}."
+                f"({ratio:g}), and asks to correct the config. Change nothing: the model was trained with {factor:g}. "
+                f"transformers 4.55 and older take {ratio:g} all the same, and with it give another model: use a newer "
+                "one."
             )
         return text
 

@@ -115,6 +115,7 @@ def test_a_factor_that_transformers_warns_of_is_explained():
     assert "Change nothing" not in CARD.text()
     text = replace(CARD, scaling=Yarn(factor=16.0).resolve(GEOMETRY, 16_384)).text()
     assert "the factor (16) is not the ratio of the two windows (8)" in text and "Change nothing" in text
+    assert "transformers 4.55 and older take 8 all the same" in text
     assert "Change nothing" not in replace(CARD, scaling=Linear(factor=16.0).resolve(GEOMETRY, 16_384)).text()
 
 
