@@ -97,7 +97,9 @@ def build_trainer(cfg: DictConfig, run_dir: Path, step: int = 0) -> L.Trainer:
         always_finish(trainer)
         without_broadcasts(trainer)
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        raise ConfigError(f"the trainer cannot be built from {vars(t)}: {error}") from error
+        given = [f"trainer.{key}={getattr(t, key)}" for key in ("accelerator", "devices", "num_nodes")]
+        given += [f"strategy.name={strategy}"] * isinstance(strategy, str)
+        raise ConfigError(f"the trainer cannot be built from {', '.join(given)}: {error}") from error
     return trainer
 
 

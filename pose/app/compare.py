@@ -105,7 +105,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
     if OmegaConf.is_missing(cfg, "ckpt") or cfg.ckpt is None:
         raise ConfigError(
             "ckpt is not set: give a run folder, a Hugging Face folder, or a hub id (ckpt=assets/tiny), a list of "
-            "them (ckpt=[assets/tiny,RUN]), or some with names (ckpt={base:assets/tiny,mine:RUN})"
+            "them ('ckpt=[assets/tiny,RUN]'), or some with names ('ckpt={base:assets/tiny,mine:RUN}')"
         )
     to_options(cfg.eval, EvalOptions)
     named = _named(cfg.ckpt)
@@ -311,11 +311,20 @@ def _way_on(cfg: DictConfig) -> str:
 
 def _named(ckpt) -> dict[str, str]:
     """Checkpoints by name: given as an object, or called as they are given."""
+    with_names = "'ckpt={base:assets/tiny,mine:RUN}', with its quotes, for checkpoints with names"
+    given = dict(ckpt) if OmegaConf.is_dict(ckpt) else dict(enumerate(ckpt)) if OmegaConf.is_list(ckpt) else {"": ckpt}
+    for name, path in given.items():
+        key = f"ckpt.{name}" if OmegaConf.is_dict(ckpt) else f"ckpt[{name}]" if OmegaConf.is_list(ckpt) else "ckpt"
+        if not isinstance(path, str | int | float) or isinstance(path, bool):  # a folder may have a number for a name
+            raise ConfigError(f"{key}={path!s} is not accepted: give a run folder, a Hugging Face folder, or a hub id")
+        word, sign, rest = f"{path}".partition(":")
+        if sign and "/" not in word and not rest.startswith("//") and not Path(locate(f"{path}")).exists():
+            raise ConfigError(f"{key}={path} is no folder and no hub id: give {with_names}")
     if OmegaConf.is_dict(ckpt):
         named = {str(name): str(path) for name, path in ckpt.items()}
         if named:
             return named
-        raise ConfigError("ckpt={} is not accepted: give checkpoints with names (ckpt={base:assets/tiny,mine:RUN})")
+        raise ConfigError(f"ckpt={{}} is not accepted: give {with_names}")
     names = [str(name) for name in ckpt] if OmegaConf.is_list(ckpt) else [str(ckpt)]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"ckpt={names} is not accepted: give one checkpoint, or a list in which each stands once")
@@ -327,6 +336,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
         raise ConfigError(f"device={name!r} is unknown: give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda") and not (device.type == "mps" and torch.backends.mps.is_available()):
+        raise ConfigError(f"device={name} is not there: give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name} is not there: this machine has {torch.cuda.device_count()} GPUs; give auto")
     return device

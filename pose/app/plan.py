@@ -124,7 +124,7 @@ def plan(cfg: DictConfig) -> Training:
     config, window, longest, scale = find_shape(cfg)
     sampler = build.build_sampler(cfg.pose, window)
     scale(build.build_scaling(cfg.rope), sampler.target_len)
-    devices = num_devices(trainer.devices) * trainer.num_nodes
+    devices = schema.num_devices(trainer.devices) * trainer.num_nodes
     precision = PRECISIONS.get(str(trainer.precision), str(trainer.precision))
     if precision == "auto":
         precision = "32-true" if trainer.accelerator == "cpu" else "bf16-mixed"
@@ -291,27 +291,6 @@ def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int, int, Callable[["Ro
         config.vocab_size = len(load_tokenizer(locate(cfg.model.tokenizer), cfg.model.revision))
     check_layers(config)
     return config.to_dict(), rope_geometry(config).window, target_len_of(config), partial(scale_config, config)
-
-
-def num_devices(devices: Any) -> int:
-    """The number of devices that `trainer.devices` means; where it leaves that to the machine, one.
-
-    Raises:
-        ConfigError: it means none.
-    """
-    if isinstance(devices, list | tuple):
-        number = len(devices)
-    elif isinstance(devices, str) and "," in devices:
-        number = len([one for one in devices.split(",") if one.strip()])
-    elif devices in ("auto", -1, "-1"):
-        number = 1
-    elif isinstance(devices, int | str) and str(devices).isdecimal():
-        number = int(devices)
-    else:
-        number = 0
-    if number < 1 or isinstance(devices, bool):
-        raise ConfigError(f"trainer.devices={devices!r} is not accepted: give a number of at least 1, a list, or auto")
-    return number
 
 
 def strategy_options(node: DictConfig) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from pose.app import build, models
 from pose.app.documents import find_documents
 from pose.app.holding import check_holding, check_teacher
 from pose.app.runtime import write_config
-from pose.app.schema import DTYPES, FinetuneConfig, TrainConfig, to_options
+from pose.app.schema import DTYPES, DataConfig, FinetuneConfig, TrainConfig, to_options
+from pose.data.cache import check_documents
 from pose.data.datamodule import PoseDataModule
-from pose.data.documents import open_files
+from pose.data.documents import Keys
 from pose.errors import ConfigError, PoseError, first_line, require_choice, require_int
 from pose.evaluation.options import MAX_SEED, EvalOptions
 from pose.evaluation.suite import Suite
@@ -37,6 +38,7 @@ from pose.modeling.speed import warn_of_emulated_bf16
 from pose.plan import micro_batch_of_views
 from pose.positions import Mix, PositionSampler
 from pose.rope import NTK, Dynamic, Frequencies, Linear, Llama3, LongRope, RopeGeometry, RopeScaling, Yarn
+from pose.training import launch
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoint, Checkpoints
 from pose.training.micro_batch import AUTO, MicroBatch, is_searched
@@ -171,6 +173,8 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
         try:
             OmegaConf.to_object(cfg[group])
         except PoseError as error:
+            if group in ("eval", "watch") and cfg.data.heldout is not None and cfg[group].documents == cfg.data.heldout:
+                error.message = error.message.replace("{group}.documents", "data.heldout")  # from which they are taken
             raise error.under(group) from None
     require_choice("eval_dtype", cfg.eval_dtype, DTYPES)
     check_files(cfg)
@@ -201,6 +205,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     models.check_lora(to_options(cfg.finetune, FinetuneConfig).lora, config)
     tokenizer = _tokenizer(cfg, base, config)
     trainer = build.build_trainer(cfg, run_dir, 0 if checkpoint is None else checkpoint.step)
+    launch.is_needed(trainer)  # or processes that are missing on other machines would be missed after the tokenising
     check_holding(cfg, config, trainer)
     check_teacher(cfg, objective, trainer)
     micro_batch = choose_micro_batch(cfg, trainer, checkpoint, objective.num_views)
@@ -254,9 +259,8 @@ def check_files(cfg: DictConfig):
         if "perplexity" in node.tasks and (group == "eval" or node.every_n_steps is not None):
             named["data.heldout" if node.documents == cfg.data.heldout else f"{group}.documents"] = node.documents
     for key, value in named.items():
-        found = find_documents(key, value)
-        for one in found if isinstance(found, list) else [found]:
-            open_files(one, key=key)
+        if value is not None:
+            check_documents(find_documents(key, value), Keys.of_paths(key))
 
 
 def _original(cfg: DictConfig, objective: Objective) -> list | None:
@@ -389,7 +393,21 @@ def warn_of_trained_text(data: PoseDataModule, suites: Mapping[str, Suite | None
 
 
 def warn_without_effect(cfg: DictConfig, sampler: PositionSampler):
-    """Warns of settings that change nothing beside the others."""
+    """Warns of settings that change nothing beside the others.
+
+    Raises:
+        ConfigError: model.init, of a model from random weights, where there is a model to load.
+    """
+    if cfg.model.path is not None and cfg.model.init is not None:
+        raise ConfigError(
+            f"model.init is the config of a model from random weights, and model.path={cfg.model.path} has its own: "
+            "give model.path=null, or leave model.init out"
+        )
+    if cfg.data.heldout is not None and cfg.data.heldout_share not in (0, DataConfig.heldout_share):
+        log.warning(
+            f"data.heldout_share={cfg.data.heldout_share:g} changes nothing beside data.heldout={cfg.data.heldout}: "
+            "give data.heldout=null to set a share of the training documents aside"
+        )
     warmup, steps = cfg.finetune.warmup_steps, cfg.trainer.max_steps
     if warmup >= steps and cfg.finetune.schedule != "constant":
         log.warning(

@@ -28,6 +28,7 @@ its own report.html at its end; several are compared on one page.
   python -m pose.report outputs/RUN
   python -m pose.report outputs/RUN outputs/OTHER outputs/evaluate/X --out compared.html"""
 PAGE = "report.html"
+OF_A_SEARCH = ("factors.yaml", "search.csv", "needles.csv")
 RUN_FILES = ("config.yaml", "metrics.json", "results.json")  # of a run or an evaluation; any of them makes it one
 
 
@@ -91,6 +92,8 @@ def read(folder: Path) -> list["Source"]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: give that of a run, a sweep or an evaluation")
+    if found := [name for name in OF_A_SEARCH if (folder / name).is_file()]:
+        raise DataError(f"{folder} is of a search, which has no page: what it found is in {', '.join(found)}")
     if any((folder / name).is_file() for name in RUN_FILES):
         return [_read_one(folder)]
     folders = (each for each in folder.iterdir() if not each.name.startswith("."))  # .hydra has a config.yaml too

@@ -4,7 +4,7 @@ Values are checked where they stand, in `__post_init__`, once the config is comp
 `_target_` (pose, rope, objective, strategy) are checked by the class that they name. Nothing heavy is imported here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -85,6 +85,11 @@ class DataConfig:
 
     def __post_init__(self):
         require_number("data.heldout_share", self.heldout_share, at_least=0, below=1)
+        require_int("data.min_tokens", self.min_tokens, at_least=1)
+        require_int("data.max_documents", self.max_documents, at_least=1, optional=True)
+        require_int("data.max_document_chars", self.max_document_chars, at_least=1)
+        require_int("data.num_workers", self.num_workers, at_least=0)
+        require_choice("data.on_broken", self.on_broken, ("error", "skip"))
 
 
 @dataclass
@@ -147,6 +152,7 @@ class TrainerConfig:
     def __post_init__(self):
         for name in ("max_steps", "global_batch", "num_nodes", "log_every_n_steps", "keep_checkpoints"):
             require_int(f"trainer.{name}", getattr(self, name), at_least=1)
+        num_devices(self.devices)
         if self.micro_batch != "auto":
             require_int("trainer.micro_batch", self.micro_batch, at_least=1)
         require_int("trainer.checkpoint_every_n_steps", self.checkpoint_every_n_steps, at_least=1, optional=True)
@@ -154,6 +160,27 @@ class TrainerConfig:
         require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
         require_choice("trainer.compile", self.compile, ("auto", True, False))
         require_choice("trainer.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+
+
+def num_devices(devices: Any) -> int:
+    """The number of devices that `trainer.devices` means; where it leaves that to the machine, one.
+
+    Raises:
+        ConfigError: it means none.
+    """
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        number = len(devices)
+    elif isinstance(devices, str) and "," in devices:
+        number = len([one for one in devices.split(",") if one.strip()])
+    elif devices in ("auto", -1, "-1"):
+        number = 1
+    elif isinstance(devices, int | str) and str(devices).isdecimal():
+        number = int(devices)
+    else:
+        number = 0
+    if number < 1 or isinstance(devices, bool):
+        raise ConfigError(f"trainer.devices={devices!r} is not accepted: give a number of at least 1, a list, or auto")
+    return number
 
 
 def _of_any_sampler() -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+from pathlib import Path
 
 from pose.app import command
+from pose.errors import ConfigError, require_int
 
 log = logging.getLogger("pose.app.tokenizer")
 
@@ -19,6 +21,10 @@ def main():
     parser.add_argument("--window", type=int, default=256, help="tokens, model_max_length (default: 256)")
     arguments = parser.parse_args()
     with command.running():
+        require_int("--vocab-size", arguments.vocab_size, at_least=257)
+        require_int("--window", arguments.window, at_least=1)
+        if Path(arguments.out).is_file():
+            raise ConfigError(f"OUT={arguments.out} is a file: give the folder to save to first, then the documents")
         from pose.data.documents import Keys, read_documents
         from pose.data.tokenizer import train_tokenizer
 

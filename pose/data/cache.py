@@ -464,10 +464,27 @@ def _pieces(document: Document, tokeniser: Tokeniser) -> Iterator[tuple[str, int
     yield piece, left_out, True
 
 
+def check_documents(documents: Any, keys: Keys = OF_DATA):
+    """Whether documents are named in a way that can be read; of files also whether they are there.
+
+    Args:
+        documents: as of `TokenCache.build`.
+        keys: for errors.
+
+    Raises:
+        PoseError: they are not; names the key.
+    """
+    for spec in _as_list(documents, keys):
+        if open_files(spec, "text", keys.documents) is None:
+            _dataset(spec, "text", keys)
+
+
 def _open_source(spec, text_field: str, memo: Memo, keys: Keys) -> Files | HubSource:
     files = open_files(spec, text_field, keys.documents)
-    if files is not None:
-        return files
+    return HubSource(_dataset(spec, text_field, keys), memo) if files is None else files
+
+
+def _dataset(spec: Any, text_field: str, keys: Keys) -> HubDataset:
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{keys.documents} has {spec!r}: give a file, a folder, a glob, or the fields of a dataset")
     known = [field.name for field in fields(HubDataset)]
@@ -477,7 +494,7 @@ def _open_source(spec, text_field: str, memo: Memo, keys: Keys) -> Files | HubSo
     if not isinstance(spec.get("path"), str):
         raise ConfigError(f"{keys.documents} has a dataset without a path: {dict(spec)}")
     given = {key: value for key, value in spec.items() if value is not None}
-    return HubSource(HubDataset(**{"text_field": text_field} | given), memo)
+    return HubDataset(**{"text_field": text_field} | given)
 
 
 def _as_list(documents, keys: Keys) -> list:

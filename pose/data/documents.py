@@ -71,7 +71,7 @@ class Keys(NamedTuple):
     def choose_field(self) -> str:
         """What to do where the text is under another field."""
         keys = [self.text_field] if self.text_field is not None else []
-        keys += [f"{self.documents}={{path: FILE, text_field: FIELD}}"] if self.takes_field else []
+        keys += [f"'{self.documents}={{path: FILE, text_field: FIELD}}'"] if self.takes_field else []
         return f"choose one with {', or '.join(keys)}" if keys else "give text under that name"
 
 

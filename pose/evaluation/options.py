@@ -138,5 +138,5 @@ def _check_source(key: str, value: Any, fields: set[str] | None = None):
     is_object = isinstance(value, Mapping) and (fields is None or set(value) <= fields)
     if not (isinstance(path, str | Path) and str(path).strip() and (is_object or not isinstance(value, Mapping))):
         what = "a file, folder or glob" if fields else "a file, folder, glob or dataset"
-        such = " (or {path: FILE, text_field: KEY})" if fields else ""
+        such = " (or '{path: FILE, text_field: KEY}')" if fields else ""
         raise _refused(f"{key}={value!r} is not accepted: give {what}{such}, or a list of them")

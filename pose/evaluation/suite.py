@@ -218,7 +218,13 @@ class Suite:
             cache.check_vocabulary(self.tokenizer, self.vocab_size, usable)
         if len(usable) < len(chosen):
             log.info(f"Perplexity on {len(usable)} of {len(chosen)} documents of at least {enough} tokens")
-        return [cache[i] for i in usable], [cache.ids[i] for i in usable]
+        texts = [cache[i] for i in usable]
+        if more := len(texts) - len({(len(text), text[:longest].tobytes()) for text in texts}):
+            log.warning(
+                f"{more} of the {len(texts)} documents that perplexity is measured on begin as another does, and are "
+                "as long: each counts, and the intervals are narrower than they should be. Is a file named twice?"
+            )
+        return texts, [cache.ids[i] for i in usable]
 
     def _retrieval(self, name: str, haystack: str) -> Task:
         o = self.options

@@ -138,7 +138,7 @@ def check_rotation(model: PreTrainedModel, target_len: int, device):
             continue  # of a model with a way of its own
         factor, room = getattr(module, "attention_scaling", 1.0), 1e-3 + ANGLE_TOLERANCE * angles.max()
         wrong = min(
-            max((found[0][0] - factor * a.cos()).abs().max().item(), (found[1][0] - factor * a.sin()).abs().max().item())
+            (torch.stack([found[0][0], found[1][0]]) - factor * torch.stack([a.cos(), a.sin()])).abs().max().item()
             for a in layouts
         )
         if wrong > room * factor:

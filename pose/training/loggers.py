@@ -3,6 +3,7 @@
 import configparser
 import contextlib
 import csv
+import importlib.util
 import logging
 import netrc
 import os
@@ -144,7 +145,7 @@ def dashboards_of(
     if options.get("run_name") and len(models) > 1:
         raise ConfigError(
             f"logger.run_name={options['run_name']} is one name for {len(models)} checkpoints: give them names in ckpt "
-            "(ckpt={base:assets/tiny,mine:RUN})"
+            "('ckpt={base:assets/tiny,mine:RUN}')"
         )
     group = _of_sweep(run_dir)[0] or (short_name(run_dir).replace("/", " ") if len(models) > 1 else None)
     named = {"group": group, "job_type": "evaluate"}
@@ -156,8 +157,18 @@ def _checked(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     require_choice("logger.name", name, NAMES)
     if options and name != "wandb":
         raise ConfigError(f"logger.{next(iter(options))} is not accepted: logger={name} takes name alone")
-    require_choice("logger.log_weights", (options or {}).get("log_weights", False), (True, False))
-    return dict(options or {})
+    given = dict(options or {})
+    require_choice("logger.log_weights", given.get("log_weights", False), (True, False))
+    for key in ("project", "entity", "group", "run_name", "job_type", "notes", "id"):
+        if given.get(key) is not None and not isinstance(given[key], str):
+            raise ConfigError(f"logger.{key}={given[key]!r} is not accepted: give text (a number in quotes: '\"5\"')")
+    tags = given.get("tags")
+    if tags is not None and (isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags)):
+        raise ConfigError(f"logger.tags={tags!r} is not accepted: give a list of texts, 'logger.tags=[one,two]'")
+    package = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"logger={name} needs the package {package}: pip install {package}, or choose logger=csv")
+    return given
 
 
 @contextlib.contextmanager

@@ -129,7 +129,18 @@ def _gathers_in_layers(strategy: Strategy) -> bool:
 
 
 def resolve_precision(precision: str, accelerator: str) -> Any:
-    """A precision of Lightning; "auto" is bf16-mixed where the hardware has fast bf16, else 32-true."""
+    """A precision of Lightning; "auto" is bf16-mixed where the hardware has fast bf16, else 32-true.
+
+    Raises:
+        ConfigError: Lightning has no such precision; the accelerator is a GPU, and there is none.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.accelerator={accelerator} is not there: torch {torch.__version__} sees no GPU. Give auto or cpu, "
+            "or install a torch with CUDA, and the driver that it needs"
+        )
+    if precision not in ("auto", *PRECISIONS, *REFUSED, "32", "bf16", "16", "64"):  # these by check_strategy
+        raise ConfigError(f"trainer.precision={precision!r} is unknown: choose auto, {', '.join(PRECISIONS)}")
     if precision != "auto":
         return precision
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

@@ -225,12 +225,35 @@ def test_numbers_that_json_cannot_hold_are_null():
         (["--engines", "transformers"], "RUN=nowhere is no folder"),
         (["--engines", ","], "--engines ',' names none: choose from transformers, vllm"),
         (["--json", "no/such/x.json"], "--json no/such/x.json is in a folder that is not there"),
+        (["--json", "tests"], "--json tests is a folder"),
     ],
 )
 def test_what_cannot_be_asked_is_named(capsys, arguments, words):
     with pytest.raises(SystemExit):
         main(["nowhere", *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_every_run_is_looked_for_before_the_first_is_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pose.app.engines.compare", lambda *_: pytest.fail("an engine was asked"))
+    with pytest.raises(SystemExit):
+        main([make_folder(tmp_path / "m", Linear(), 512), "nowhere"])
+    assert "RUN=nowhere is no folder" in capsys.readouterr().err
+
+
+def test_what_was_found_is_kept_when_a_later_run_fails(tmp_path, monkeypatch):
+    folder, out = make_folder(tmp_path / "m", Linear(), 512), tmp_path / "out.json"
+    outcomes = iter([("linear", [Verdict("vllm", "right")]), KeyboardInterrupt()])
+
+    def compare(*_):
+        if isinstance(found := next(outcomes), BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr("pose.app.engines.compare", compare)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main([folder, folder, "--json", str(out)])
+    assert [one["run"] for one in json.loads(out.read_text())] == ["linear"]
 
 
 def test_too_little_text_is_named(tmp_path, capsys):

@@ -80,6 +80,22 @@ LONG = json.dumps({"text": "It was a truth universally acknowledged. " * 400})
         (["trainer.micro_batch=0"], ConfigError, ["trainer.micro_batch=0", "at least 1"]),
         (["trainer.max_steps=0"], ConfigError, ["trainer.max_steps=0"]),
         (["trainer.accelerator=abacus"], ConfigError, ["abacus"]),
+        (["trainer.precision=fp16"], ConfigError, ["trainer.precision='fp16'", "bf16-mixed"]),
+        (["trainer.devices=0"], ConfigError, ["trainer.devices=0", "at least 1"]),
+        (["trainer.num_nodes=2"], ConfigError, ["trainer.num_nodes=2", "torchrun"]),
+        (["strategy.name=fast"], ConfigError, ["trainer.accelerator=cpu", "strategy.name=fast"]),
+        (["model.init={model_type:llama}"], ConfigError, ["model.init", "model.path=assets/tiny", "model.path=null"]),
+        (["data.on_broken=skp"], ConfigError, ["data.on_broken='skp'", "skip"]),
+        (["data.min_tokens=0"], ConfigError, ["data.min_tokens=0", "at least 1"]),
+        (["data.max_documents=-1"], ConfigError, ["data.max_documents=-1"]),
+        (["data.max_document_chars=0"], ConfigError, ["data.max_document_chars=0"]),
+        (["data.heldout=5"], ConfigError, ["data.heldout=5"]),
+        (["data.documents=5"], ConfigError, ["data.documents=5"]),
+        (["data.documents=[]"], ConfigError, ["data.documents=[]"]),
+        (["data.leave_out=[null]"], ConfigError, ["data.leave_out has None"]),
+        (["data.documents={path:a.jsonl,text_fild:x}"], ConfigError, ["data.documents", "text_fild", "text_field"]),
+        (["logger=wandb", "logger.tags=one"], ConfigError, ["logger.tags='one'", "logger.tags=[one,two]"]),
+        (["logger=wandb", "logger.run_name=5"], ConfigError, ["logger.run_name=5", "text"]),
         (["trainer.accelerator=tpu"], ConfigError, ["trainer.accelerator='tpu'", "auto", "cpu", "gpu"]),
         (["model.path=null", "model.init=llama"], ConfigError, ["model.init='llama'", "model_type"]),
         (["model.attention=quick"], ConfigError, ["model.attention", "'quick'", "sdpa"]),
@@ -363,6 +379,23 @@ def test_a_teacher_is_the_same_files_when_a_run_goes_on(plan, tmp_path):
     _check_settings(tmp_path, {name: value for name, value in before.items() if name != key}, after)  # of version 0.4
 
 
+@pytest.mark.parametrize("adapters", [(), ("finetune=lora", "finetune.lora.frozen_dtype=float32")])
+def test_a_run_of_version_0_4_goes_on(plan, tmp_path, adapters):
+    """Which has no word of the optimizer, of the dtype of weights, or of that of weights under adapters: fp32."""
+    settings = plan("eval=none", f"cache_dir={tmp_path}/cache", *adapters).settings
+    before = {
+        key: value for key, value in settings.items() if key not in ("finetune.optimizer", "finetune.weights_dtype")
+    }
+    before["finetune.lora"] = {k: v for k, v in settings["finetune.lora"].items() if k != "frozen_dtype"}
+    _check_settings(tmp_path, before, settings)
+    with pytest.raises(ConfigError, match=r"finetune\.optimizer='adamw8bit', which was 'adamw'"):
+        _check_settings(tmp_path, before, settings | {"finetune.optimizer": "adamw8bit"})
+    if adapters:
+        others = settings | {"finetune.lora": settings["finetune.lora"] | {"frozen_dtype": "bfloat16"}}
+        with pytest.raises(ConfigError, match=r"finetune\.lora="):
+            _check_settings(tmp_path, before, others)
+
+
 def test_text_that_is_seen_too_often_is_warned_of(plan, tmp_path, capsys):
     file = lines(tmp_path, 2)
     plan("eval=none", "data=jsonl", f"data.documents={file}", "trainer.max_steps=10", "finetune.warmup_steps=0")
@@ -480,7 +513,7 @@ def test_the_keys_of_the_training_data_stay_those_of_data(plan, documents):
     common = ["data=jsonl", short, "eval=none", "watch.every_n_steps=1"]
     with pytest.raises(DataError, match=r"no document of at least 100000 tokens \(data\.min_tokens\)"):
         plan(*common, "data.min_tokens=100000")
-    with pytest.raises(DataError, match=r"choose one with data\.text_field, or data\.documents=\{path"):
+    with pytest.raises(DataError, match=r"choose one with data\.text_field, or 'data\.documents=\{path"):
         plan(*common, "data.text_field=body", "watch.text_field=text")
 
 
@@ -488,7 +521,7 @@ def test_errors_of_evaluated_documents_name_the_keys_of_their_group(plan, docume
     (tmp_path / "other.jsonl").write_text('{"body": "x"}')
     for group, overrides in (("eval", ["eval=perplexity"]), ("watch", ["eval=none", "watch.every_n_steps=1"])):
         given = ["data=jsonl", documents(LONG), *overrides, f"{group}.documents={tmp_path}/other.jsonl"]
-        with pytest.raises(DataError, match=rf"choose one with {group}\.text_field, or {group}\.documents=\{{path"):
+        with pytest.raises(DataError, match=rf"choose one with {group}\.text_field, or '{group}\.documents=\{{path"):
             plan(*given)
         with pytest.raises(DataError, match=rf"\({group}\.lengths\)"):
             plan(*given, f"{group}.text_field=body")

@@ -326,6 +326,14 @@ def test_what_has_ended_does_not_fail_for_its_page(run, monkeypatch, capsys):
     assert "is no folder" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["search.csv", "needles.csv", "factors.yaml"])
+def test_a_search_is_no_training_that_has_not_ended(tmp_path, name):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=rf"is of a search, which has no page: what it found is in {name}"):
+        read(tmp_path)
+
+
 def test_a_folder_in_which_a_run_has_only_begun_is_none(tmp_path):
     """Hydra's own folder has a config.yaml, and is no job of a sweep."""
     (tmp_path / ".hydra").mkdir()

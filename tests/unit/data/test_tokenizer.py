@@ -126,6 +126,22 @@ def test_command_line(trained, tmp_path, monkeypatch):
     assert (loaded.get_vocab(), loaded.model_max_length) == (trained.get_vocab(), 64)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{}/a.jsonl", "{}/a.jsonl"], "a.jsonl is a file: give the folder to save to first"),
+        (["{}/out", "{}/a.jsonl", "--vocab-size", "-5"], "--vocab-size=-5 is not accepted"),
+        (["{}/out", "{}/a.jsonl", "--window", "0"], "--window=0 is not accepted"),
+    ],
+)
+def test_what_the_command_line_refuses(tmp_path, monkeypatch, capsys, arguments, words):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "some text"}))
+    monkeypatch.setattr(sys, "argv", ["tokenizer", *(argument.format(tmp_path) for argument in arguments)])
+    with pytest.raises(SystemExit):
+        main()
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 # ----- bytes of tokens -----
 
 HARD = [

@@ -113,7 +113,7 @@ def test_a_haystack_may_be_several_files_each_with_its_own_key(tmp_path):
 def test_errors_of_a_haystack_name_what_helps_there(tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_text('{"body": "Two."}')
     with pytest.raises(
-        DataError, match=r"\(choose one with eval\.haystack=\{path: FILE, text_field: FIELD\}\)$"
+        DataError, match=r"\(choose one with 'eval\.haystack=\{path: FILE, text_field: FIELD\}'\)$"
     ) as error:
         read_haystack(tmp_path / "b.jsonl")
     assert "(choose one with watch.haystack={" in str(error.value.under("watch"))

@@ -470,3 +470,11 @@ def test_the_longest_is_that_of_the_documents_that_are_set_aside(tokenizer, docu
     aside = OneAside(str(documents), 0.5, 2, tmp_path / "cache")
     with pytest.raises(DataError, match=rf"none of the 1 documents .*the longest has {token_lengths[0]}$"):
         Suite(EvalOptions(tasks=["perplexity"], lengths=[token_lengths[0] + 1]), tokenizer, aside, tmp_path / "cache")
+
+
+def test_documents_of_the_same_text_are_warned_of(suite, tokenizer, documents, tmp_path, caplog):
+    """Perplexity would not change, and its interval would be that of twice as many documents."""
+    suite()
+    assert "begin as another does" not in caplog.text
+    twice = Suite(EvalOptions(tasks=["perplexity"], lengths=[8]), tokenizer, [str(documents)] * 2, tmp_path / "cache")
+    assert len(twice.documents) == 8 and "4 of the 8 documents" in caplog.text and "named twice?" in caplog.text

@@ -52,8 +52,9 @@ def fit(tmp_path):
             folder, **{"every_n_steps": 2, "keep": 2, "settings": {"seed": 3}} | arguments
         )
         trainer = L.Trainer(
-            max_steps=max_steps, max_epochs=-1, callbacks=[callback, *then], plugins=[CheckpointIO()], accelerator="cpu",
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            max_steps=max_steps, max_epochs=-1, callbacks=[callback, *then], plugins=[CheckpointIO()],
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(Line(), DataLoader(torch.ones(64, 1), 1))
         return folder
