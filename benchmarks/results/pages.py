@@ -496,15 +496,20 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
 
 
 def _rates(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
-    """Needle gain at the target by learning rate; which is best, and which the tables have."""
-    target = scale.lengths(*METHOD_LENGTHS[16])[-1]
+    """Needle gain and perplexities by learning rate; which has most gain at the target, and which the tables have."""
+    window, *_, target = scale.lengths(*METHOD_LENGTHS[16])
+    metrics = f"needle_gain@{target}", f"tail_ppl@{window}", f"tail_ppl@{target}"
     rows = []
     for name in RATE_OF:
-        gains = {lr: values(runs, arms[rate_arm(name, lr)], f"needle_gain@{target}") for lr in RATES}
-        if found := {lr: gain[0] for lr, gain in gains.items() if gain}:
-            shown = (f"{found[lr]:.2f}" if lr in found else "–" for lr in RATES)
-            rows.append([f"`{name}`", *shown, max(found, key=lambda lr: found[lr]), RATE_OF[name]])
-    told = f"Needle gain at {target:,} tokens by peak learning rate, seed {LR_SEED}"
+        tried = {lr: [values(runs, arms[rate_arm(name, lr)], metric) for metric in metrics] for lr in RATES}
+        if found := {lr: [one[0] for one in of if one] for lr, of in tried.items() if of[0]}:
+            texts = {lr: "; ".join([f"{of[0]:.2f}", *(f"{ppl:.1f}" for ppl in of[1:])]) for lr, of in found.items()}
+            shown = (texts.get(lr, "–") for lr in RATES)
+            rows.append([f"`{name}`", *shown, max(found, key=lambda lr: found[lr][0]), RATE_OF[name]])
+    told = (
+        f"Needle gain at {target:,} tokens; ppl@{window}; ppl@{target:,}, by peak learning rate, seed {LR_SEED}. Best "
+        "is by needle gain"
+    )
     return f"{told}:\n\n{table(['', *RATES, 'best', 'in the tables'], rows)}" if rows else f"{told}: not run yet."
 
 

@@ -681,11 +681,12 @@ def test_the_tables_of_methods_tell_what_beats_lm():
 
 
 def test_the_learning_rates_that_were_tried():
-    runs = {(f"lr.{name}.{lr}", 10): line(ARMS, f"lr.{name}.{lr}", 10, {"needle_gain@4096": gain})
+    ppl = {"tail_ppl@256": 47.04, "tail_ppl@4096": 50.0}
+    runs = {(f"lr.{name}.{lr}", 10): line(ARMS, f"lr.{name}.{lr}", 10, {"needle_gain@4096": gain} | ppl)
             for name, lr, gain in (("lm", "5e-4", 0.7), ("lm", "1e-3", 0.9), ("searched", "2_5e-4", 1.2))}  # fmt: skip
     text = pages.method_tables(runs, ARMS, SCALE)["lr"]
-    assert "| `lm` | – | 0.70 | 0.90 | 1e-3 | 1e-3 |" in text
-    assert "| `searched` | 1.20 | – | – | 2.5e-4 | 5e-4 |" in text and "`long_short`" not in text
+    assert "| `lm` | – | 0.70; 47.0; 50.0 | 0.90; 47.0; 50.0 | 1e-3 | 1e-3 |" in text
+    assert "| `searched` | 1.20; 47.0; 50.0 | – | – | 2.5e-4 | 5e-4 |" in text and "`long_short`" not in text
 
 
 def test_the_comparison_has_the_learning_rates_that_were_found():
