@@ -128,23 +128,22 @@ def check_rotation(model: PreTrainedModel, target_len: int, device):
     Raises:
         GuardError: they are others.
     """
-    positions = torch.linspace(0, target_len - 1, min(PROBE_LEN, target_len), dtype=torch.float64).long().to(device)
+    positions = torch.linspace(0, target_len - 1, min(PROBE_LEN, target_len), dtype=torch.float64).long()
     for module in rotary_modules(model):
-        found = module(torch.zeros(1, len(positions), 1, device=device), positions[None])
-        angles = positions.double()[:, None] * frequencies_at(module, target_len).double()
+        states = torch.zeros(1, len(positions), 1, dtype=torch.float32, device=device)  # whatever the default dtype is
+        found = module(states, positions[None].to(device))
+        angles = positions.double()[:, None] * frequencies_at(module, target_len).cpu().double()
         # Both layouts that transformers has: all frequencies twice over, and each one twice
         layouts = torch.cat([angles, angles], -1), angles.repeat_interleave(2, -1)
         if not isinstance(found, tuple) or found[0].shape[1:] != layouts[0].shape:
             continue  # of a model with a way of its own
         factor, room = getattr(module, "attention_scaling", 1.0), 1e-3 + ANGLE_TOLERANCE * angles.max()
-        wrong = min(
-            (torch.stack([found[0][0], found[1][0]]) - factor * torch.stack([a.cos(), a.sin()])).abs().max().item()
-            for a in layouts
-        )
+        rotated = torch.cat(found).cpu()  # cos and sin, [2, n, d]
+        wrong = min((rotated - factor * torch.stack([a.cos(), a.sin()])).abs().max().item() for a in layouts)
         if wrong > room * factor:
             raise GuardError(
                 f"{type(module).__name__} rotates positions up to {target_len - 1:,} by other angles than those of its "
-                f"frequencies (cos or sin off by {wrong:.2g}): this machine rounds fp32 products to TF32. Unset "
+                f"frequencies (cos or sin off by {wrong:.2g}), as fp32 products rounded to TF32 make them. Unset "
                 "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, keep torch.backends.cuda.matmul.allow_tf32 off, or use "
                 "transformers>=5.23, which has no product there"
             )

@@ -73,8 +73,8 @@ class Objective(ABC):
     def _require_skips(self, sampler: PositionSampler):
         if not sampler.changes_distances:
             raise ConfigError(
-                f"objective={self.name} compares plain positions with a sampler's, and those of {sampler.name} put "
-                "all tokens as far apart as plain ones do: choose a sampler with skips, or objective=lm"
+                f"objective={self.name} compares plain positions with a sampler's, and the sampler {sampler.name} "
+                "puts all tokens as far apart as they stand: choose a sampler with skips, or objective=lm"
             )
 
     @abstractmethod

@@ -209,6 +209,7 @@ def finished(tmp_path, monkeypatch):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         one = run.Run(compose("train", ["experiment=smoke"]), tmp_path)
     one.plan = SimpleNamespace(
+        loaded_by="any transformers",
         geometry=SimpleNamespace(window=8), config=LlamaConfig(max_position_embeddings=32), suite=suite, watch=None,
         scaling=SimpleNamespace(name="yarn"), sampler=SimpleNamespace(name="pose", target_len=32, example_len=8),
         trainer=SimpleNamespace(loggers=[], callback_metrics={}, global_step=5),

@@ -506,7 +506,7 @@ def test_a_file_is_the_one_that_was_digested(tmp_path):
 
 def test_advice_is_of_the_keys_that_are_asked(tmp_path):
     path = write(tmp_path / "a.jsonl", lines({"body": "x" * 11}))
-    own = r"\(choose one with eval\.text_field, or eval\.documents=\{path: FILE, text_field: FIELD\}\)$"
+    own = r"\(choose one with eval\.text_field, or 'eval\.documents=\{path: FILE, text_field: FIELD\}'\)$"
     keys = module.Keys("eval.documents", "eval.text_field", max_document_chars=None)
     with pytest.raises(DataError, match=own):
         list(read_documents(path, keys=keys))

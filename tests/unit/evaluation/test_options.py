@@ -116,7 +116,7 @@ def test_errors_of_a_haystack_name_what_helps_there(tmp_path, monkeypatch):
         DataError, match=r"\(choose one with 'eval\.haystack=\{path: FILE, text_field: FIELD\}'\)$"
     ) as error:
         read_haystack(tmp_path / "b.jsonl")
-    assert "(choose one with watch.haystack={" in str(error.value.under("watch"))
+    assert "(choose one with 'watch.haystack={" in str(error.value.under("watch"))
     with pytest.raises(DataError, match=r"\(give text under that name\)$"):
         read_haystack(tmp_path / "b.jsonl", group="")
     (tmp_path / "a.txt").write_text("One. " * 4)
