@@ -65,7 +65,9 @@ def from_hub(what: str, load: Callable, path: str, revision: str | None, **kwarg
         ) from error
     except Exception as error:  # for malformed files the libraries raise errors of any class
         if folder is None and Path(path).parent.is_dir():  # the path may be meant as a folder that is missing
-            name = f"there is no folder at {path}, and as a hub id {name}"
+            there = sorted(one.name for one in Path(path).parent.iterdir() if one.is_dir() and one.name[0] != ".")
+            beside = f" (beside it: {', '.join(there[-5:])})" if there else ""
+            name = f"there is no folder at {path}{beside}, and as a hub id {name}"
         raise CheckpointError(f"{name} cannot be loaded: {_reason(error)}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # raised by tokenizers where its Rust code panics
