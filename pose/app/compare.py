@@ -312,9 +312,11 @@ def _way_on(cfg: DictConfig) -> str:
 def _named(ckpt) -> dict[str, str]:
     """Checkpoints by name: given as an object, or called as they are given."""
     with_names = "'ckpt={base:assets/tiny,mine:RUN}', with its quotes, for checkpoints with names"
-    given = dict(ckpt) if OmegaConf.is_dict(ckpt) else dict(enumerate(ckpt)) if OmegaConf.is_list(ckpt) else {"": ckpt}
-    for name, path in given.items():
-        key = f"ckpt.{name}" if OmegaConf.is_dict(ckpt) else f"ckpt[{name}]" if OmegaConf.is_list(ckpt) else "ckpt"
+    if OmegaConf.is_dict(ckpt):
+        given = {f"ckpt.{name}": path for name, path in ckpt.items()}
+    else:
+        given = {f"ckpt[{i}]": path for i, path in enumerate(ckpt)} if OmegaConf.is_list(ckpt) else {"ckpt": ckpt}
+    for key, path in given.items():
         if not isinstance(path, str | int | float) or isinstance(path, bool):  # a folder may have a number for a name
             raise ConfigError(f"{key}={path!s} is not accepted: give a run folder, a Hugging Face folder, or a hub id")
         word, sign, rest = f"{path}".partition(":")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from pose.data.documents import ON_BROKEN
 from pose.errors import ConfigError, require_choice, require_int, require_number
 from pose.evaluation.options import EvalOptions
 from pose.modeling.options import ENGINES, RECOMPUTE, LoraOptions
@@ -89,7 +90,7 @@ class DataConfig:
         require_int("data.max_documents", self.max_documents, at_least=1, optional=True)
         require_int("data.max_document_chars", self.max_document_chars, at_least=1)
         require_int("data.num_workers", self.num_workers, at_least=0)
-        require_choice("data.on_broken", self.on_broken, ("error", "skip"))
+        require_choice("data.on_broken", self.on_broken, ON_BROKEN)
 
 
 @dataclass

@@ -65,14 +65,22 @@ def from_hub(what: str, load: Callable, path: str, revision: str | None, **kwarg
         ) from error
     except Exception as error:  # for malformed files the libraries raise errors of any class
         if folder is None and Path(path).parent.is_dir():  # the path may be meant as a folder that is missing
-            there = sorted(one.name for one in Path(path).parent.iterdir() if one.is_dir() and one.name[0] != ".")
-            beside = f" (beside it: {', '.join(there[-5:])})" if there else ""
-            name = f"there is no folder at {path}{beside}, and as a hub id {name}"
+            name = f"there is no folder at {path}{_beside(Path(path))}, and as a hub id {name}"
         raise CheckpointError(f"{name} cannot be loaded: {_reason(error)}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # raised by tokenizers where its Rust code panics
             raise
         raise CheckpointError(f"{name} cannot be loaded, since it is damaged: {first_line(error)}") from error
+
+
+def _beside(path: Path) -> str:
+    """The last folders where a path leads that is not there, for an error; "" of a name alone, which is no path."""
+    try:
+        found = [one.name for one in path.parent.iterdir() if one.is_dir()] if len(path.parts) > 1 else []
+    except OSError:
+        return ""
+    there = sorted(name for name in found if not name.startswith("."))[-5:]
+    return f" (beside it: {', '.join(there)})" if there else ""
 
 
 def _reason(error: Exception) -> str:

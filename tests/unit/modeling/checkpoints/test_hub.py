@@ -188,6 +188,12 @@ def test_a_hub_id_whose_owner_is_a_local_folder_is_asked_for(tmp_path, monkeypat
     assert load_config("owner/name").hidden_size == 64
     with pytest.raises(CheckpointError, match=r"there is no folder at owner/typo, and as a hub id .* cannot be loaded"):
         load_config("owner/typo")
+    (tmp_path / "owner" / "type").mkdir()
+    with pytest.raises(CheckpointError, match=r"there is no folder at owner/typo \(beside it: type\), and as a hub id"):
+        load_config("owner/typo")
+    with pytest.raises(CheckpointError) as error:  # a name alone is no path
+        load_config("typo")
+    assert "beside it" not in str(error.value)
 
 
 def test_what_libraries_raise_is_readable(tmp_path):
