@@ -98,14 +98,6 @@ class Plan:
         return 0 if self.checkpoint is None else self.checkpoint.step
 
     @property
-    def loaded_by(self) -> str:
-        """The versions of transformers that read the exported config as it is meant."""
-        scaling, ratio = self.scaling, self.sampler.target_len / self.geometry.window
-        # Older ones take the ratio of the windows for the factor
-        is_other = type(scaling) is Yarn and not scaling.rcd_shift and scaling.factor != ratio
-        return "transformers 4.56 or newer" if is_other else "any transformers"
-
-    @property
     def expected(self) -> Frequencies | None:
         """The closed form that the built model must have at the target; None for a checkpoint's own scaling."""
         closed = self.scaling.name != "none" or self.geometry.rope_type == "default"

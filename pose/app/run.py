@@ -28,7 +28,7 @@ from pose.files import Memo, atomic_folder, locate, read_json, same_path, write_
 from pose.modeling import speed
 from pose.modeling.attention import preferred_kernels, resolve_backend
 from pose.modeling.checkpoints.fingerprint import check_unchanged, fingerprint
-from pose.modeling.export.engines import misread_by
+from pose.modeling.export.engines import factor_is_not_ratio, misread_by
 from pose.modeling.export.rope import where_the_factor_is
 from pose.modeling.guards import check_computing
 from pose.modeling.layers import cache_width
@@ -414,7 +414,9 @@ class Run:
             title += f"; perplexity on {documents}" if documents else ""
             metrics = {name: values(found) for name, found in self.results.items()}
             print_table(results_table(metrics, title))
-        lines = [f"Run folder  {folder}", f"Model       {folder}/model  ({plan.loaded_by} loads it)"]
+        has_own_factor = factor_is_not_ratio(plan.scaling, plan.geometry.window, plan.sampler.target_len)
+        versions = "transformers 4.56 or newer" if has_own_factor else "any transformers"
+        lines = [f"Run folder  {folder}", f"Model       {folder}/model  ({versions} loads it)"]
         if plan.watch is not None and plan.watch.found is not None:
             best = plan.watch.found
             lines.append(f"Best        {folder}/best  ({best['metric']} {best['value']:.4g} at step {best['step']:,})")

@@ -15,9 +15,10 @@ from huggingface_hub.repocard import metadata_load
 from pose.errors import one_line
 from pose.evaluation.task import Metric, shown
 from pose.files import atomic_file
+from pose.modeling.export.engines import factor_is_not_ratio
 from pose.positions import PositionSampler
 from pose.reporting.text import markdown
-from pose.rope import RopeScaling, Yarn
+from pose.rope import RopeScaling
 
 COLUMNS = {
     "untuned": "as it was",
@@ -172,7 +173,7 @@ class Card:
     def _loading(self) -> str:
         text = f"## Load it\n\n```python\n{LOAD}\n```"
         factor, ratio = self.scaling.factor, self.target_len / self.window
-        if type(self.scaling) is Yarn and not self.scaling.rcd_shift and factor is not None and factor != ratio:
+        if factor_is_not_ratio(self.scaling, self.window, self.target_len):
             text += (
                 f"\n\nOn loading, transformers warns that the factor ({factor:g}) is not the ratio of the two windows "
                 f"({ratio:g}), and asks to correct the config. Change nothing: the model was trained with {factor:g}. "

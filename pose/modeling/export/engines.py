@@ -15,7 +15,7 @@ from pose.errors import CheckpointError, ConfigError, require_choice
 from pose.files import load_json
 from pose.modeling.options import ENGINES
 from pose.modeling.rotary import depends_on_length
-from pose.rope import longrope_attention, yarn_attention
+from pose.rope import RopeScaling, Yarn, longrope_attention, yarn_attention
 
 _OF_GGUF = ("llama.cpp", "ollama")
 _OF_ONE_LIST = {
@@ -100,6 +100,20 @@ def _as_written(engine: str, config: PretrainedConfig, written: Mapping[str, Any
     if not math.isclose(read, meant, rel_tol=1e-4):
         return f"it multiplies cos and sin by {read:.4g}, and this model by {meant:.4g} (attention_factor)"
     return None
+
+
+def factor_is_not_ratio(scaling: RopeScaling, window: int, target_len: int) -> bool:
+    """Whether a model is exported with a YaRN factor that is not target / window.
+
+    transformers 4.51 to 4.55 take that ratio all the same (read in their source), which is another model; 4.56 and newer
+    take the factor, and warn of it.
+
+    Args:
+        scaling: with everything filled in.
+        window: the model's own, in tokens.
+        target_len: in tokens.
+    """
+    return type(scaling) is Yarn and not scaling.rcd_shift and scaling.factor not in (None, target_len / window)
 
 
 def _factor_meant(rope: Mapping[str, Any], longest: int) -> float:

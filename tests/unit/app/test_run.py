@@ -17,6 +17,7 @@ from pose.app.preflight import plan_training
 from pose.errors import ConfigError, DataError, TrainingError
 from pose.evaluation.task import Estimate
 from pose.reporting.results_csv import read_results
+from pose.rope import Linear, Yarn
 from pose.training import micro_batch
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -209,13 +210,28 @@ def finished(tmp_path, monkeypatch):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         one = run.Run(compose("train", ["experiment=smoke"]), tmp_path)
     one.plan = SimpleNamespace(
-        loaded_by="any transformers",
         geometry=SimpleNamespace(window=8), config=LlamaConfig(max_position_embeddings=32), suite=suite, watch=None,
         scaling=SimpleNamespace(name="yarn"), sampler=SimpleNamespace(name="pose", target_len=32, example_len=8),
         trainer=SimpleNamespace(loggers=[], callback_metrics={}, global_step=5),
     )  # fmt: skip
     one.results = {"untuned": ESTIMATES, "extended": ESTIMATES | {"passkey@8": Estimate(1.0)}}
     return one, drawn
+
+
+@pytest.mark.parametrize(
+    ("scaling", "versions"),
+    [
+        (Yarn(factor=4.0), "any transformers"), (Yarn(factor=8.0), "transformers 4.56 or newer"),
+        (Yarn(factor=8.0, rcd_shift=True), "any transformers"),  # exported as longrope
+        (Linear(factor=8.0), "any transformers"),
+    ],
+)  # fmt: skip
+def test_the_versions_that_read_the_factor_are_named(finished, capsys, scaling, versions):
+    """transformers 4.51 to 4.55 take target / window, 4 here, for the factor of YaRN."""
+    one, _ = finished
+    one.plan.scaling = scaling
+    one.print_results()
+    assert f"({versions} loads it)" in capsys.readouterr().out
 
 
 def test_intervals_window_and_target_reach_the_plots(finished, tmp_path):
