@@ -105,8 +105,8 @@ def _as_written(engine: str, config: PretrainedConfig, written: Mapping[str, Any
 def factor_is_not_ratio(scaling: RopeScaling, window: int, target_len: int) -> bool:
     """Whether a model is exported with a YaRN factor that is not target / window.
 
-    transformers 4.51 to 4.55 take that ratio all the same (read in their source), which is another model; 4.56 and newer
-    take the factor, and warn of it.
+    transformers 4.51 to 4.55 take that ratio all the same (read in their source), which is another model; 4.56 and
+    newer take the factor, and warn of it.
 
     Args:
         scaling: with everything filled in.
