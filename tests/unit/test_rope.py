@@ -724,7 +724,7 @@ def test_resolving_leaves_the_original_alone_and_a_second_time_changes_nothing(m
 def test_names_are_those_of_the_config_group():
     lists = [method(long_factor=[1]) for method in (LongRope, Searched)]
     names = {method.name for method in [Unscaled(), *(method() for method in [*SCALED, *ALSO]), *lists]}
-    with_numbers_of_a_model = {"yarn_smollm2"}
+    with_numbers_of_a_model = {"yarn_smollm2", "searched_smollm2"}
     choices = {file.stem for file in (Path(__file__).parents[2] / "conf" / "rope").iterdir()}
     assert names == choices - with_numbers_of_a_model
 
