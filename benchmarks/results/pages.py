@@ -157,10 +157,11 @@ def _real() -> list[str]:
     """The claims that were asked of a real model, from what benchmarks.smollm2 keeps of it."""
     lines = smollm2.verdicts(load_json(smollm2.FOUND, required={"rows": list})["rows"])
     told = (
-        "Table 1 (perplexity at the target), Figure 2 (passkeys) and Table 3 (perplexity inside the window), of "
-        "SmolLM2-135M, of the trainings that were measured on the tokens of the untuned model. To be read with "
-        "[what came of it](SMOLLM2.md#what-came-of-it): scaling alone, adaptation to the texts' domain, and what was "
-        "measured of other trainings."
+        "The checks of Table 1 (perplexity at the target), Figure 2 (passkeys) and Table 3 (perplexity inside the "
+        "window) for SmolLM2-135M: every scaled or trained model whose perplexity was measured on the same tokens as "
+        "the untuned model's, on an H100 in bf16 or on an AMD EPYC in fp32. These numbers are of smollm2.json, not of "
+        "runs.json; machines, commits and commands: [SMOLLM2.md](SMOLLM2.md#what-came-of-it), which also says how much "
+        "scaling alone does, how much is adaptation to the domain of the texts, and what was measured of other models."
     )
     return ["## On a real model", told, *lines] if lines else []
 

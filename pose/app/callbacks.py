@@ -18,10 +18,16 @@ log = logging.getLogger(__name__)
 
 
 class Folder(Callback):
-    """Looks at the folder of a run or a sweep before Hydra makes it, whose own errors would be tracebacks.
+    """Names the folder of a run or a sweep, and looks at it before Hydra makes it, whose errors would be tracebacks.
 
     Hydra turns errors of a callback into warnings, but for SystemExit.
+
+    Args:
+        is_named: a job begins by saying where it writes to.
     """
+
+    def __init__(self, is_named: bool = True):
+        self.is_named = is_named
 
     def on_run_start(self, config, **kwargs):
         """Looks at the folder of one run."""
@@ -30,6 +36,13 @@ class Folder(Callback):
     def on_multirun_start(self, config, **kwargs):
         """Looks at the folder of a sweep."""
         _check_folder("hydra.sweep.dir", config)
+
+    def on_job_start(self, config, **kwargs):
+        """Says where the job writes to, before the seconds in which torch and the like are imported."""
+        is_first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "SLURM_PROCID"))
+        if self.is_named and is_first and config.hydra.output_subdir is not None:  # null: its parent has said so
+            folder, here = Path(config.hydra.runtime.output_dir), config.hydra.runtime.cwd
+            log.info(f"Folder      {folder.relative_to(here) if folder.is_relative_to(here) else folder}")
 
 
 def _check_folder(key: str, config):
@@ -67,12 +80,13 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config, **kwargs):
         """Shows all jobs side by side, in the terminal and on a page."""
-        from pose.app.report import write_beside
+        from pose.app.report import has_jobs, write_beside
         from pose.reporting.sweep import show_sweep
 
         atexit.unregister(self.on_multirun_end)
         folder = Path(config.hydra.sweep.dir)
-        if show_sweep(folder):
+        show_sweep(folder)
+        if has_jobs(folder):  # of which none may be complete
             write_beside(folder)
             log.info(f"Page        {folder}/report.html")
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # torch and the like are imported when the options stand
 log = logging.getLogger("pose.app.plan")  # also where this module is the command
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}  # Lightning's short names
+LABELS = {"gathered": "copies while computing"}  # of PARTS: copies of weights, and buckets of gradients
 NUM_DRAWS = 200  # of the sampler, for the share of the tokens from the first skip on
 USAGE = """\
 FLOPs, memory of a device by part, hours on A100, H100 and RTX 4090, the same for full-length training, and what to
@@ -343,7 +344,7 @@ def show(training: Training, cfg: DictConfig, mfu: float):
     if training.rank is not None:
         parameters += f", {trained:,} train"
     how = f"{training.strategy}{', offloaded' * training.offload_optimizer} on {training.devices} device(s)"
-    again = ", layers computed again" * bool(training.gradient_checkpointing)
+    again = ", gradient checkpointing" * bool(training.gradient_checkpointing)
     log.info(
         f"{cfg.model.path or 'model.init'}: {parameters}; {how}, {training.precision}{again}; {training.max_steps:,} "
         f"steps of {training.global_batch:,} examples, {training.micro_batch} at a time"
@@ -374,9 +375,9 @@ def costs_table(trainings: list[Training], mfu: float) -> "Table":
     row("tokens", lambda one: f"{one.tokens:.4g}")
     row("FLOPs in all", lambda one: f"{one.flops:.4g}")
     table.add_section()
-    for part in PARTS:
-        row(part, lambda one, part=part: gib(one.memory[part]))
-    row("memory of a device", lambda one: gib(one.memory["total"]))
+    for part in PARTS:  # each at the moment when all of them together are the most
+        row(LABELS.get(part, part), lambda one, part=part: gib(one.memory[part]))
+    row("peak memory of a device", lambda one: gib(one.memory["total"]))
     if any(one.host_memory for one in trainings):
         row("CPU memory for it", lambda one: gib(one.host_memory))
     table.add_section()
@@ -384,8 +385,9 @@ def costs_table(trainings: list[Training], mfu: float) -> "Table":
         row(
             f"{gpu.name}, {gib(gpu.memory)}",
             lambda one, gpu=gpu: (
-                f"{duration(one.hours(gpu, mfu))} ({duration(one.hours(gpu, mfu) * one.devices)} of GPU time), "
-                f"{'fits' if fits(one, gpu) else 'does not fit'}"
+                duration(one.hours(gpu, mfu))
+                + f" ({duration(one.hours(gpu, mfu) * one.devices)} of GPU time)" * (one.devices > 1)
+                + f", {'fits' if fits(one, gpu) else 'does not fit'}"
             ),
         )
     row("MFU assumed", lambda one: f"{one.mfu(mfu):.1%}")

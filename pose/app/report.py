@@ -30,6 +30,7 @@ its own report.html at its end; several are compared on one page.
 PAGE = "report.html"
 OF_A_SEARCH = ("factors.yaml", "search.csv", "needles.csv")
 RUN_FILES = ("config.yaml", "metrics.json", "results.json")  # of a run or an evaluation; any of them makes it one
+OVERRIDES = Path(".hydra") / "overrides.yaml"  # of a job, before anything is checked
 
 
 def main(arguments: list[str] | None = None):
@@ -79,7 +80,7 @@ def write_report(folders: Sequence[Path], file: Path):
     text = page(sources, _title(folders, sources), f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.")
     try:
         with atomic_file(file) as page_file:
-            page_file.write(text)
+            page_file.write(text.encode(errors="replace").decode())  # names of files may be no text
     except OSError as error:
         raise DataError(f"{file} cannot be written: {error.strerror or error}") from error
 
@@ -94,17 +95,29 @@ def read(folder: Path) -> list["Source"]:
         raise DataError(f"{folder} is no folder: give that of a run, a sweep or an evaluation")
     if found := [name for name in OF_A_SEARCH if (folder / name).is_file()]:
         raise DataError(f"{folder} is of a search, which has no page: what it found is in {', '.join(found)}")
-    if any((folder / name).is_file() for name in RUN_FILES):
+    if _is_one(folder):
         return [_read_one(folder)]
-    folders = (each for each in folder.iterdir() if not each.name.startswith("."))  # .hydra has a config.yaml too
-    jobs = [each for each in folders if any((each / name).is_file() for name in RUN_FILES)]
-    if not jobs:
+    if not has_jobs(folder):
         raise DataError(
             f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {' or '.join(RUN_FILES)}"
         )
+    jobs = [job for job in _folders(folder) if _is_one(job) or (job / OVERRIDES).is_file()]
     jobs.sort(key=lambda job: (len(job.name), job.name))
     names = _job_names([_overrides(job) for job in jobs])
     return [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
+
+
+def has_jobs(folder: Path) -> bool:
+    """Whether a folder in it is of a run or an evaluation, complete or not."""
+    return folder.is_dir() and any(map(_is_one, _folders(folder)))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [each for each in folder.iterdir() if not each.name.startswith(".")]  # .hydra has a config.yaml too
+
+
+def _is_one(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RUN_FILES)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -122,7 +135,7 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     """A run of train.py, or an evaluation. A file that is missing leaves its part out, a damaged one with a warning."""
     import yaml
 
-    from pose.reporting.lines import STATE
+    from pose.reporting.lines import STATE, unfinished
     from pose.reporting.metrics_csv import logged_rows
     from pose.reporting.page import Source
 
@@ -135,12 +148,16 @@ def _read_one(folder: Path, name: str = "") -> "Source":
         _warn_of_damage(folder / "config.yaml")
     flat, provenance = _flat(_object(config)), _read_json(folder / "provenance.json")
     common: dict[str, Any] = {"name": name, "folder": str(folder), "config": flat}
-    if (folder / "results.json").is_file():
+    if not _is_one(folder):
+        return Source(kind="training", facts={STATE: "not begun: it was refused, or ended before that"}, **common)
+    asked = _checkpoints(_object(config).get("ckpt"))
+    if asked or (folder / "results.json").is_file():
         checkpoints = _object(_read_json(folder / "results.json").get("checkpoints"))
         found = {model: each for model, each in checkpoints.items() if isinstance(each, dict)}
         return Source(
             kind="evaluation",
             facts={
+                STATE: f"not finished: {len(found)} of {len(asked)} checkpoints" if len(found) < len(asked) else "",
                 "Checkpoints": "; ".join(f"{model}: {each.get('path', '')}" for model, each in found.items()),
                 "Lengths": _words(flat.get("eval.lengths", "")),
                 **_measured_on(flat),
@@ -167,13 +184,15 @@ def _read_one(folder: Path, name: str = "") -> "Source":
         or settings.get("model's max_position_embeddings")
     )
     target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
+    steps, tokenizer = flat.get("trainer.max_steps", ""), provenance.get("tokenizer")
     return Source(
         kind="training",
-        facts={STATE: _state(flat, metrics)}
+        facts={STATE: unfinished(metrics, int(steps) if steps.isdecimal() else None)}
         | _training_facts(flat, window, target)
         | _measured_on(flat)
         | _how(folder, provenance),
         models=_models(folder, metrics),
+        tokenizers=frozenset([tokenizer] if isinstance(tokenizer, str) else []),
         window=window,
         target=target,
         logged=logged_rows(folder / "metrics.csv"),
@@ -183,14 +202,10 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     )
 
 
-def _state(flat: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
-    """Of a training; "" where it is finished."""
-    if not metrics:
-        return "not finished: it has no metrics.json"
-    done, asked = _whole(metrics.get("train/steps")), flat.get("trainer.max_steps", "")
-    if done is None or not asked.isdecimal() or done >= int(asked):
-        return ""
-    return f"not finished: what was measured is of {done:,} of {int(asked):,} steps"
+def _checkpoints(ckpt: Any) -> list[str]:
+    """That an evaluation was asked to measure; of a config without the key none."""
+    given = list(ckpt.values()) if isinstance(ckpt, dict) else ckpt if isinstance(ckpt, list) else [ckpt]
+    return [str(one) for one in given if one is not None]
 
 
 def _training_facts(flat: Mapping[str, str], window: int | None, target: int | None) -> dict[str, str]:
@@ -293,14 +308,18 @@ def _estimates(found: Any) -> dict[str, "Estimate"]:
 def _training_cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
     """Of the whole training; of peak memory the highest that was logged, of a step's time and of MFU the median.
 
-    Older runs have them all under train/.
+    One that has no metrics.json yet has cost what it logged last. Older runs have them all under train/.
     """
-    found = {re.sub("^(train|cost)/", "", name): value for name, value in _numbers(metrics).items()}
+    logged: dict[str, float] = {}
+    if not metrics and rows:
+        logged = {name: float(value) for row in rows for name, value in row.items()}
+        logged["steps"] = logged["step"] + 1  # they are counted from 0
+    found = {re.sub("^(train|cost)/", "", name): value for name, value in (logged | _numbers(metrics)).items()}
     keys = ("seconds", "steps", "tokens", "step_seconds", "flops", "mfu")
     cost: dict[str, float] = {key: found[key] for key in keys if key in found}
     for key in ("step_seconds", "mfu"):  # what metrics.json has is of the last interval alone
-        if logged := [float(row[f"cost/{key}"]) for row in rows if row.get(f"cost/{key}")]:
-            cost[key] = median(logged)
+        if values := [float(row[f"cost/{key}"]) for row in rows if row.get(f"cost/{key}")]:
+            cost[key] = median(values)
     if cost.get("seconds") and "tokens" in cost:
         cost["tokens_per_second"] = cost["tokens"] / cost["seconds"]
     elif "tokens_per_second" in found:
@@ -326,7 +345,7 @@ def _overrides(job: Path) -> list[str]:
     import yaml
 
     try:
-        found = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+        found = yaml.safe_load((job / OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         found = None
     return [str(override) for override in found] if isinstance(found, list) else []
@@ -368,7 +387,7 @@ def _title(folders: Sequence[Path], sources: Sequence["Source"]) -> str:
         return f"Sweep {short_name(folders[0])}: {len(sources)} jobs"
     (source,) = sources
     if source.kind == "evaluation":
-        return f"Evaluation of {', '.join(source.models)}"
+        return f"Evaluation of {', '.join(source.models) or _words(source.config.get('ckpt', 'several checkpoints'))}"
     method = [source.facts[label].partition(" (")[0].partition(",")[0] for label in ("Sampler", "RoPE")]
     return f"{_model_name(source.facts['Model'])}: {source.facts['Window']}, {' and '.join(filter(None, method))}"
 

@@ -20,6 +20,7 @@ from pose.app.report import write_beside
 from pose.app.schema import FinetuneConfig, TrainConfig, to_options
 from pose.app.trained import note_trained
 from pose.coverage import coverage
+from pose.data.tokenizer import tokenizer_digest
 from pose.errors import first_line
 from pose.evaluation.memo import Outcomes, identity
 from pose.evaluation.suite import Suite, out_of_reach, values
@@ -112,7 +113,8 @@ class Run:
         for callback in self.plan.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Throughput):
                 callback.flops_per_token = self.flops_per_token
-        runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step)
+        tokenizer = tokenizer_digest(self.plan.tokenizer)
+        runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step, tokenizer)
         with closing(self.plan.trainer.loggers):
             if self.plan.trainer.is_global_zero:
                 log_settings(self.plan.trainer.loggers, self.settings)

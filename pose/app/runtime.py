@@ -202,7 +202,9 @@ def write_config(cfg: DictConfig, run_dir: Path):
 
 
 @rank_zero_only
-def save_config(cfg: DictConfig, run_dir: Path, settings: dict | None = None, step: int = 0):
+def save_config(
+    cfg: DictConfig, run_dir: Path, settings: dict | None = None, step: int = 0, tokenizer: str | None = None
+):
     """config.yaml and provenance.json, which keeps what it was at earlier starts with `resume`.
 
     Args:
@@ -210,9 +212,12 @@ def save_config(cfg: DictConfig, run_dir: Path, settings: dict | None = None, st
         run_dir: to write to.
         settings: that decide the weights.
         step: from which training goes on.
+        tokenizer: digest of that of a training.
     """
     write_config(cfg, run_dir)
     path, content = run_dir / "provenance.json", provenance() | {"settings": settings, "from_step": step}
+    if tokenizer is not None:
+        content["tokenizer"] = tokenizer
     if cfg.get("resume") is not None and (before := read_json(path)):
         content["earlier"] = [*before.pop("earlier", []), before]
     write_json(path, content)

@@ -25,6 +25,7 @@ CURVES = {  # what curves are drawn over, and of which panels
     "eval/position": ("position",),
 }
 CURVE_NAMES = {"position": "position_ppl"}  # where it is not the panel's
+FIGURES = ("evaluation", "needle", "needle_gain", "ruler", "training", "coverage")  # of RUN/plots, where they are
 FILES = ("README.md", "metrics.json", "results.csv", "config.yaml")  # of the artifact, as far as they are there
 BOUNDS = ("value", "low", "high", "num")  # of an estimate; low and high are its 95 % interval
 
@@ -149,8 +150,9 @@ def _coverage(file: Path) -> list[list[float]]:
 
 
 def _figures(run: Finished) -> dict[str, Path]:
-    """The run's plots by key."""
-    return {f"figures/{png.stem}": png for png in sorted((run.folder / "plots").glob("*.png"))}
+    """The run's plots by key; a report removes those of an earlier one that it has no data for."""
+    files = {f"figures/{name}": run.folder / "plots" / f"{name}.png" for name in FIGURES}
+    return {key: png for key, png in files.items() if png.is_file()}
 
 
 def _prefix(model: str) -> str:

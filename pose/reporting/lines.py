@@ -34,6 +34,9 @@ TOKENS = (  # say which tokens are scored
 PROMPTS = ("eval.seed", "eval.trials", "eval.depths", "eval.haystack", "eval.add_bos")  # say which prompts are drawn
 STRIDES = ("eval.stride", "eval.sliding_tokens")  # and which tokens sliding windows score
 PROMPTED = ("passkey", "needle", "needle_gain", "ruler")  # families of metrics that are of drawn prompts
+BENCHMARKS = ("eval.num_fewshot", "eval.limit")  # say which questions are asked, and after how many examples
+# Settings that change nothing in what a training learns or how it is measured, such as those that it was resumed with
+WITHOUT_EFFECT = ("seed", "resume", "trust_pickle", "num_threads", "cache_dir", "reuse", "data.num_workers", "logger")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Source:
         config: settings by dotted key; a value is text.
         models: estimates by model; of a training untuned, scaled, extended.
         identities: of the models of an evaluation: what tells the weights of one from those of any other.
-        tokenizers: of the models of an evaluation, digests.
+        tokenizers: of its models, digests; those of older trainings are not known.
         window: of the model before it was extended, in tokens.
         target: that was trained for, in tokens.
         logged: rows of metrics.csv.
@@ -70,6 +73,21 @@ class Source:
     logged: Sequence[Mapping[str, str]] = ()
     coverage: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def unfinished(metrics: Mapping[str, Any], max_steps: int | None) -> str:
+    """Why a training is not at its end; "" where it is.
+
+    Args:
+        metrics: its metrics.json; empty without one.
+        max_steps: that its config asks for, which are more than it has where it was begun again to go on.
+    """
+    if not metrics:
+        return "not finished: it has no metrics.json"
+    done = metrics.get("train/steps")
+    if max_steps is None or not isinstance(done, int | float) or done >= max_steps:
+        return ""
+    return f"not finished: what was measured is of {done:,.0f} of {max_steps:,} steps"
 
 
 @dataclass(frozen=True)
@@ -197,7 +215,8 @@ def _conditions(source: Source, estimates: Mapping[str, Estimate]) -> dict[str, 
     of_text = any(name.partition("@")[0] in ("ppl", "tail_ppl") for name in estimates)
     of_prompts = any(name.startswith(PROMPTED) for name in estimates)
     of_strides = any(name.startswith("sliding_ppl") for name in estimates)
-    keys = ("dtype", *TOKENS * of_text, *PROMPTS * of_prompts, *STRIDES * of_strides)
+    of_benchmarks = any(name.startswith("harness/") for name in estimates)
+    keys = ("dtype", *TOKENS * of_text, *PROMPTS * of_prompts, *STRIDES * of_strides, *BENCHMARKS * of_benchmarks)
     found = {key: source.config[key] for key in keys if key in source.config}
     return found | ({DOCUMENTS: source.facts[DOCUMENTS]} if of_text and DOCUMENTS in source.facts else {})
 
@@ -206,10 +225,14 @@ def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:
     """Trainings that differ in nothing but their seed together, each evaluation alone."""
     groups: dict[Any, list[Source]] = {}
     for source in sources:
-        settings = tuple((key, value) for key, value in source.config.items() if key != "seed")
+        settings = tuple(item for item in source.config.items() if not _is_without_effect(item[0]))
         is_one = source.kind == "training" and settings
         groups.setdefault(settings if is_one else source.name, []).append(source)
     return list(groups.values())
+
+
+def _is_without_effect(key: str) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in WITHOUT_EFFECT)
 
 
 def _mean(runs: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:

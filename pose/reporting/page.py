@@ -20,7 +20,7 @@ from pose.errors import one_line
 from pose.evaluation.task import FAMILIES, Estimate, describe, shown
 from pose.reporting import charts, plots
 from pose.reporting.charts import better, bounds_of, capital, estimate_of, finite
-from pose.reporting.lines import DOCUMENTS, INTERVAL, PROMPTED, STRIDES, TOKENS, Line, Source, lines_of
+from pose.reporting.lines import BENCHMARKS, DOCUMENTS, INTERVAL, PROMPTED, STRIDES, TOKENS, Line, Source, lines_of
 from pose.reporting.tables import common_tasks, main_families, series
 
 ASSETS = Path(__file__).parent / "assets"
@@ -117,6 +117,7 @@ def _remarks(sources: Sequence[Source]) -> list[str]:
         ("Sliding windows scored other tokens", STRIDES, ("sliding_ppl",)),
         ("Prompts have their needles at other places", ("eval.depths",), PROMPTED),
         ("Needles lie in other texts", ("eval.haystack",), ("needle", "needle_gain", "ruler")),
+        ("Benchmarks were asked in another way", BENCHMARKS, ("harness",)),
     ):
         alike = ([source for source in sources if _has(source, family)] for family in families)
         if found := "; ".join(dict.fromkeys(said for of in alike if (said := _differing_in(keys, of)))):

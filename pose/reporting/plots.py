@@ -46,14 +46,25 @@ DEFAULT_PANELS = (
     "needle_gain",
     "needle_gain_kept",
 )  # where one of them was measured, else all
-TRAINING = {  # panels of a training, by the name of the metric
-    "train/loss": "training loss (nats per token)",
-    "train/loss_text": "training loss of text (nats per token)",
-    "train/loss_retrieval": "training loss of retrieval (nats per token)",
+TRAINING = {  # panels of a training, by the name of the metric, or by that of CROSS_ENTROPY
+    "train/loss_lm": "cross-entropy loss (nats per token)",
+    "train/loss_lm_text": "cross-entropy loss of text (nats per token)",
+    "train/loss_lm_retrieval": "cross-entropy loss of retrieval (nats per token)",
+    "train/loss_kl": "KL at skipped positions (nats per token)",
+    "train/loss_short": "distance to the original, plain positions",
+    "train/loss_skipped": "distance to the original, skipped positions",
+    "train/loss": "training objective (what is minimised)",
+    "train/loss_text": "training objective of text",
+    "train/loss_retrieval": "training objective of retrieval",
     "train/lr": "learning rate",
     "train/grad_norm": "norm of the gradient",
 }
-NOISY = ("train/loss", "train/loss_text", "train/loss_retrieval", "train/grad_norm")  # smoothed over SMOOTHING
+CROSS_ENTROPY = {  # what is logged as minimised, and what it is where an objective has no parts
+    "train/loss": "train/loss_lm",
+    "train/loss_text": "train/loss_lm_text",
+    "train/loss_retrieval": "train/loss_lm_retrieval",
+}
+NOISY = (*(name for name in TRAINING if name.startswith("train/loss")), "train/grad_norm")  # smoothed over SMOOTHING
 SMOOTHING = 0.05, 2.5  # standard deviation of the kernel: a share of all steps, and at least so many points
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white paper swallows.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -69,7 +80,8 @@ Points = list[tuple[int, float]]  # optimizer step and value
 def training_curves(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Points], dict[str, dict[int | None, Points]]]:
     """What a training logged, from the rows of its metrics.csv.
 
-    Where text and retrieval examples were logged apart, their losses are given, and the loss of both is left out.
+    The language model's loss is train/loss_lm of every objective, by which runs of different ones are compared. Losses
+    of text and of retrieval are given where both were logged.
 
     Returns:
         The curves of TRAINING by metric, and what `watch` measured by family and length (None where it has none).
@@ -79,16 +91,17 @@ def training_curves(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Points
     for row in rows:
         for name, text in row.items():
             point = (int(row["step"]) + 1, float(text))
+            if "train/loss_lm" not in row:
+                name = CROSS_ENTROPY.get(name, name)
             family, _, length = name.removeprefix("val/").partition("@")
             if name in TRAINING:
                 train.setdefault(name, []).append(point)
             elif name.startswith("val/") and family != "bits_per_byte" and (not length or length.isdecimal()):
                 watched.setdefault(family, {}).setdefault(int(length) if length else None, []).append(point)
-    if "train/loss_text" in train and "train/loss_retrieval" in train:
-        train.pop("train/loss", None)
-    elif "train/loss" in train:  # the same again
-        train.pop("train/loss_text", None)
-        train.pop("train/loss_retrieval", None)
+    for loss, *by_kind in (CROSS_ENTROPY.keys(), CROSS_ENTROPY.values()):
+        if loss in train and not train.keys() >= set(by_kind):  # the same again
+            for name in by_kind:
+                train.pop(name, None)
     order = [name for name in PANELS if name in watched] + [name for name in watched if name not in PANELS]
     return {name: train[name] for name in TRAINING if name in train}, {name: watched[name] for name in order}
 
@@ -96,11 +109,12 @@ def training_curves(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Points
 def plot_training(csv_file: Path, png: Path):
     """Over the optimizer steps, from Lightning's metrics.csv: losses, what `watch` measured, learning rate, gradients.
 
-    A loss is drawn faintly as it was logged, and smoothed.
+    A loss is drawn faintly as it was logged, and smoothed. Without a loss a file of before is removed.
     """
     train, watched = training_curves(logged_rows(csv_file))
     losses = [name for name in train if name.startswith("train/loss")]
     if not losses:
+        png.unlink(missing_ok=True)
         return
     others = [name for name in train if name not in losses]
     figure, panels = _panels(len(losses) + len(watched) + len(others))
@@ -130,7 +144,8 @@ def plot_measured(
 ):
     """All plots of what was measured: evaluation.png, and heatmaps where there are any.
 
-    These are needle.png, needle_gain.png and ruler.png.
+    These are needle.png, needle_gain.png and ruler.png. Files of an earlier report that this one has no data for are
+    removed.
 
     Args:
         results: metrics or estimates by model.
@@ -165,6 +180,7 @@ def plot_results(
     lines = {name: {model: points_of(metrics, name, tasks) for model, metrics in results.items()} for name in panels}
     drawn = [name for name in panels if any(lines[name].values())]
     if not drawn:
+        png.unlink(missing_ok=True)
         return
     figure, grid = _panels(len(drawn))
     entries: dict[str, Line2D] = {}
@@ -341,6 +357,7 @@ def _plot_heatmaps(
     """
     found = {model: cells for model, cells in found.items() if cells}
     if not found:
+        png.unlink(missing_ok=True)
         return
     is_share = describe(family).is_share
     top = top_of(family, (value_of(value) for cells in found.values() for value in cells.values()))

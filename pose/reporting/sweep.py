@@ -8,24 +8,21 @@ from pathlib import Path
 import yaml
 
 from pose.files import atomic_file, read_json
+from pose.reporting.lines import unfinished
 from pose.reporting.tables import Metrics, print_table, results_table
 
 log = logging.getLogger(__name__)
 
 
-def show_sweep(folder: Path) -> bool:
+def show_sweep(folder: Path):
     """One table over all jobs, those that differ in nothing but their seed in one row.
 
     Args:
         folder: of the sweep, with a folder for each job.
-
-    Returns:
-        Whether there was a job to show.
     """
     jobs = write_sweep(folder)
     if jobs:
         print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)"))
-    return bool(jobs)
 
 
 def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
@@ -44,6 +41,9 @@ def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
 def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
     """Writes sweep.csv, a row for each job that is complete; returns overrides and metrics of each.
 
+    A training that was begun again for more steps and has not reached them is not complete: its metrics are of fewer
+    steps than its overrides say.
+
     An evaluation of several checkpoints is a row for each of them, with its name after the overrides.
     """
     jobs: list[tuple[str, Metrics]] = []
@@ -56,7 +56,9 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
             overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             overrides = None
-        if any(found.values()) and isinstance(overrides, list):
+        if content and (why := unfinished(content, _max_steps(file.parent))):
+            log.warning(f"{file.parent} is left out of the sweep's table: {why}")
+        elif any(found.values()) and isinstance(overrides, list):
             jobs += [(" ".join(map(str, [*overrides, *filter(None, [name])])), each) for name, each in found.items()]
         else:
             log.warning(f"{file.parent} is left out of the sweep's table: its metrics or overrides cannot be read")
@@ -67,6 +69,14 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
             writer.writeheader()
             writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
     return jobs
+
+
+def _max_steps(job: Path) -> int | None:
+    """That a training's config asks for; None where there are none, or they cannot be read."""
+    try:
+        return int(yaml.safe_load((job / "config.yaml").read_text(encoding="utf-8"))["trainer"]["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def _numbers(found: dict) -> Metrics:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pose.evaluation.task import describe
 from pose.reporting import plots
 from pose.reporting.charts import better, capital
-from pose.reporting.dashboard import CURVE_NAMES, CURVES
+from pose.reporting.dashboard import CURVE_NAMES, CURVES, FIGURES
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -29,7 +29,11 @@ SPEED = {  # while it trains
     "cost/mfu": "Model FLOPs utilisation",
     "cost/data_seconds": "Seconds of a step that wait for data",
 }
-FIGURES = ("evaluation", "needle", "needle_gain", "ruler", "training", "coverage")
+TRAINING = {  # of what is logged, titles that hold for every objective
+    key: title
+    for key, title in plots.TRAINING.items()
+    if key == "train/loss_lm" or key not in plots.CROSS_ENTROPY.values()
+}
 TABLES = ("by_length", "by_depth", "by_position", "benchmarks", "coverage")
 MAX_RUNS = 50  # drawn in a panel
 
@@ -84,7 +88,7 @@ def dashboard(project: str, entity: str, name: str = "PoSE", group_by: Sequence[
         "Cost": [
             *(wr.BarPlot(title=title, metrics=[key], max_runs_to_show=MAX_RUNS) for key, title in COSTS.items()),
             *(over("trainer/global_step", key, title) for key, title in SPEED.items()),
-            over("cost/flops", "train/loss", "Training loss by FLOPs", log_x=True),
+            over("cost/flops", "train/loss", "Training objective by FLOPs", log_x=True),
             *(
                 wr.ScatterPlot(
                     title=f"{_title(family)} at the target by seconds of training",
@@ -95,7 +99,7 @@ def dashboard(project: str, entity: str, name: str = "PoSE", group_by: Sequence[
             ),
         ],
         "While it trains": [
-            *(over("trainer/global_step", key, capital(title)) for key, title in plots.TRAINING.items()),
+            *(over("trainer/global_step", key, capital(title)) for key, title in TRAINING.items()),
             *(
                 wr.LinePlot(
                     title=f"{_title(family)}, while it trains",

@@ -29,6 +29,7 @@ from pose.training.compat import without_anonymous
 log = logging.getLogger(__name__)
 
 NAMES = ("csv", "tensorboard", "wandb")
+BEFORE = -1  # the step of what is measured before the first one
 MAX_NAME = 128  # characters of a name or a group in W&B
 
 
@@ -78,6 +79,32 @@ class MetricsLogger(CSVLogger):
         return self._experiment
 
 
+class WandbRunLogger(WandbLogger):
+    """Lightning's WandbLogger. Where W&B's server cannot be reached when its run begins, the run is an offline one."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        import wandb
+        from wandb.errors import AuthenticationError, CommError, UsageError
+
+        try:
+            return super().experiment
+        except (AuthenticationError, UsageError) as error:
+            raise ConfigError(
+                f"logger=wandb cannot begin a run: {first_line(error)}. `wandb login` sets up an account; "
+                "logger.offline=true needs none"
+            ) from error
+        except (CommError, TimeoutError) as error:
+            log.warning(
+                f"W&B cannot be reached ({first_line(error)}): the run is logged offline, and `wandb sync "
+                f"{self.save_dir}/wandb/offline-run-*` sends it later"
+            )
+            wandb.teardown()  # of the process that holds the run's id
+            os.environ["WANDB_MODE"] = "offline"  # also of the jobs after it: each would wait as long
+            return super().experiment
+
+
 def build_loggers(
     name: str,
     run_dir: Path,
@@ -92,7 +119,8 @@ def build_loggers(
     Args:
         name: csv (adds nothing), tensorboard or wandb.
         run_dir: of the run.
-        step: from which training goes on; what TensorBoard has beyond it is hidden.
+        step: from which training goes on; what TensorBoard has from there on is hidden. At 0 that is all it has, of a
+            run that left no checkpoint.
         goes_on: whether the run may have one of W&B already.
         options: of WandbLogger, `offline`, `run_name` and `log_weights`. A job of a sweep is of the group of the sweep.
         title: of a run of W&B that has no `run_name` and is no job of a sweep, which are called by their overrides.
@@ -103,7 +131,7 @@ def build_loggers(
     options = _checked(name, options)
     loggers: list[Logger] = [MetricsLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
     if name == "tensorboard":
-        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or None))
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or BEFORE))
     elif name == "wandb":
         group, job = _of_sweep(run_dir)
         run_id = _kept_id(run_dir / ".wandb_id") if goes_on else None
@@ -213,7 +241,10 @@ def _wandb(given: Mapping[str, Any], named: Mapping[str, str | None], run_dir: P
     offline = options.pop("offline", None)
     if offline is None:
         offline = not has_wandb_account()
-    return without_anonymous(WandbLogger(save_dir=run_dir, offline=offline, id=run_id, resume="allow", **options))
+    is_disabled = os.environ.get("WANDB_MODE") == "disabled"
+    # Not by Lightning's `offline`: it sets the environment for good, which wandb may have read before
+    options.setdefault("mode", "disabled" if is_disabled else "offline" if offline else None)
+    return without_anonymous(WandbRunLogger(save_dir=run_dir, id=run_id, resume="allow", **options))
 
 
 def _new_id(run_dir: Path) -> str:

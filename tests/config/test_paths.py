@@ -9,8 +9,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from pose.app import schema
+from pose.app.callbacks import Folder
 from pose.app.compare import plan_evaluation
 from pose.app.preflight import plan_training
 from pose.errors import ConfigError
@@ -118,6 +120,30 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, na
     with pytest.raises(SystemExit, match=f"^ConfigError: {re.escape(key)}{message}"):
         start(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "said"),
+    [
+        ({}, {}, "Folder      outputs/x"),
+        ({"runtime": {"cwd": "/elsewhere"}}, {}, "Folder      /here/outputs/x"),
+        ({"output_subdir": None}, {}, None),  # a process that another has started, which has said so
+        ({}, {"RANK": "1"}, None),
+        ({}, {"SLURM_PROCID": "1"}, None),
+    ],
+)
+def test_a_job_begins_with_its_folder(monkeypatch, caplog, given, environment, said):
+    """Before torch is imported, and once for all processes."""
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    hydra = {"runtime": {"output_dir": "/here/outputs/x", "cwd": "/here"}, "output_subdir": ".hydra"}
+    config = OmegaConf.merge({"hydra": hydra}, {"hydra": given})
+    with caplog.at_level("INFO"):
+        Folder().on_job_start(config)
+        Folder(is_named=False).on_job_start(config)
+    assert caplog.messages == ([said] if said else [])
 
 
 @pytest.mark.parametrize(("flags", "key"), [((), "hydra.run.dir"), (("-m",), "hydra.sweep.dir")])

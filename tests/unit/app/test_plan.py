@@ -87,9 +87,16 @@ def test_random_weights_and_folders_are_planned(tmp_path):
 def test_the_command_prints_a_table_and_what_to_change(capsys):
     plan.main(["model=llama7b", "pose.target_len=32768"])
     shown = capsys.readouterr().out
-    for words in ("6,738,415,616 parameters", "FLOPs a token", *PARTS, "full length", "does not fit", "finetune=lora"):
+    parts = [plan.LABELS.get(part, part) for part in PARTS]
+    for words in ("6,738,415,616 parameters", "FLOPs a token", *parts, "full length", "does not fit", "finetune=lora"):
         assert words in shown
+    assert "of GPU time" not in shown, "on one device it is the time"
     assert all(gpu.name in shown for gpu in GPUS)
+
+
+def test_gpu_time_is_shown_where_there_are_several(capsys):
+    plan.main(["model=llama7b", "pose.target_len=32768", "strategy=fsdp", "trainer.devices=8"])
+    assert "of GPU time)" in capsys.readouterr().out
 
 
 def test_the_command_prints_one_line_of_json(capsys):

@@ -136,6 +136,58 @@ def test_an_evaluation_is_read(evaluation):
     assert source.facts["Checkpoints"] == "base: in/base; mine: in/mine" and source.facts["Lengths"] == "256, 512"
 
 
+@pytest.mark.parametrize("results", [{}, {"base": {}}])
+def test_an_evaluation_that_was_ended_is_one_and_says_so(evaluation, results):
+    """Before its first checkpoint there is a config.yaml alone."""
+    config = (evaluation / "config.yaml").read_text()
+    (evaluation / "config.yaml").write_text(config + "ckpt: {base: in/base, mine: in/mine}\n")
+    (evaluation / "results.json").write_text(json.dumps({"checkpoints": results}))
+    if not results:
+        (evaluation / "results.json").unlink()
+        (evaluation / "metrics.json").unlink()
+    (source,) = read(evaluation)
+    assert source.kind == "evaluation"
+    assert source.facts["State"] == f"not finished: {len(results)} of 2 checkpoints"
+    write_report([evaluation], evaluation / "report.html")
+    assert f"<h1>Evaluation of {'base' if results else 'several checkpoints'}</h1>" in (
+        evaluation / "report.html"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("ckpt", ["in/base", "[in/base, in/mine]", "{a: in/base, b: in/mine}"])
+def test_an_evaluation_of_all_that_was_asked_for_is_finished(evaluation, ckpt):
+    with open(evaluation / "config.yaml", "a") as file:
+        file.write(f"ckpt: {ckpt}\n")
+    assert read(evaluation)[0].facts["State"] == ""
+
+
+def test_a_job_that_was_refused_is_in_its_sweep(run, tmp_path):
+    """Hydra has kept what it was given; nothing else is there."""
+    run("sweep/0", overrides=["rope=yarn"])
+    (tmp_path / "sweep" / "1" / ".hydra").mkdir(parents=True)
+    (tmp_path / "sweep" / "1" / ".hydra" / "overrides.yaml").write_text("- rope=longrope\n")
+    done, refused = read(tmp_path / "sweep")
+    assert (done.name, refused.name) == ("rope=yarn", "rope=longrope")
+    assert refused.facts["State"].startswith("not begun")
+    write_report([tmp_path / "sweep"], tmp_path / "page.html")
+    assert "<h1>Sweep sweep: 2 jobs</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_tokenizer_of_a_training_is_known(run):
+    """Two of them are remarked on, beside an evaluation too."""
+    folder, provenance = run(), PROVENANCE | {"tokenizer": "0123"}
+    assert read(folder)[0].tokenizers == frozenset(), "of an older run"
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    assert read(folder)[0].tokenizers == frozenset({"0123"})
+
+
+def test_a_name_that_is_no_text_has_a_page(run):
+    folder = run()
+    (folder / "config.yaml").write_text(CONFIG + 'name: "\\udcff.txt"\n')
+    write_report([folder], folder / "report.html")
+    assert "?.txt" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_jobs_of_a_sweep_are_named_by_what_they_were_given(run, tmp_path):
     """In their order, 10 after 2, without what all of them were given; of a long value its beginning."""
     factors = "rope.long_factor=[" + ",".join(["1.25"] * 16) + "]"
@@ -155,6 +207,16 @@ def test_a_run_that_is_not_finished_has_what_it_logged(run):
     (source,) = read(folder)
     assert source.facts["State"].startswith("not finished") and source.logged and source.models == {}
     write_report([folder], folder / "report.html")
+
+
+def test_a_run_that_is_not_finished_has_cost_what_it_logged_last(run):
+    folder = run()
+    (folder / "metrics.json").unlink()
+    (folder / "metrics.csv").write_text(
+        "step,cost/seconds,cost/tokens,cost/step_seconds,eval/ppl@8\n9,5,640,0.5,\n19,9,1280,0.25,\n19,,,,3.5\n"
+    )
+    expected = {"seconds": 9, "tokens": 1280, "steps": 20, "step_seconds": 0.375, "tokens_per_second": 1280 / 9}
+    assert read(folder)[0].cost["training"] == expected
 
 
 def test_a_run_that_goes_on_with_more_steps_is_not_finished(run):

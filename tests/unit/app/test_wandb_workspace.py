@@ -9,6 +9,7 @@ import pytest
 from pose.app import wandb_workspace
 from pose.evaluation.task import Estimate
 from pose.reporting.dashboard import Finished, curves, summary
+from pose.training.objectives import LongShort, SelfDistill
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("wandb_workspaces") is None, reason="wandb-workspaces is not installed"
@@ -76,6 +77,19 @@ def test_costs_figures_and_tables_have_panels(panels):
     assert all(f'"tables/{name}"' in tables for name in ("by_length", "by_depth", "by_position", "coverage"))
     watched = [config["metricRegex"] for _, config in panels["While it trains"] if "metricRegex" in config]
     assert "^val/tail_ppl@[0-9]+$" in watched
+
+
+@needs_package
+def test_every_loss_that_is_logged_has_a_panel(panels):
+    """Under its own name, with a title that holds for every objective."""
+    titles = {
+        config["metrics"][0]: config["chartTitle"] for _, config in panels["While it trains"] if config.get("metrics")
+    }
+    parts = {f"train/loss_{part}" for objective in (SelfDistill, LongShort) for part in objective.parts}
+    found = {name for name in titles if name.startswith("train/loss")}
+    assert found == parts | {"train/loss", "train/loss_text", "train/loss_retrieval"}
+    assert {name for name, title in titles.items() if "nats" in title} == {"train/loss_lm", "train/loss_kl"}
+    assert titles["train/loss"] == "Training objective (what is minimised)"
 
 
 @needs_package

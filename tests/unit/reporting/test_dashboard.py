@@ -49,7 +49,7 @@ NUMBERS = {
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    """A run with its files: two plots, one of which is red."""
+    """A run with its files: two plots, one of which is red, and a picture of somebody else."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
@@ -62,7 +62,7 @@ def finished(tmp_path, monkeypatch):
     )
     for name in ("results.csv", "config.yaml", "model/README.md", "model/model.safetensors"):
         (folder / name).write_text(name)
-    for name, color in (("needle", (255, 0, 0, 255)), ("coverage", (0, 255, 0, 255))):
+    for name, color in (("needle", (255, 0, 0, 255)), ("coverage", (0, 255, 0, 255)), ("mine", (0, 0, 255, 255))):
         Image.new("RGBA", (8, 4), color).save(folder / "plots" / f"{name}.png")
     return Finished(folder, 20, SETTINGS, {"untuned": UNTUNED, "extended": EXTENDED}, window=256, target=1024)
 
@@ -159,6 +159,13 @@ def test_a_stored_run_of_wandb_has_everything(finished):
         image = found.summary[f"figures/{name}"]
         assert (image["width"], image["height"]) == (8, 4)
         assert Image.open(found.folder / "files" / image["path"]).convert("RGB").getpixel((0, 0)) == color
+    assert "figures/mine" not in found.summary
+
+
+def test_wandb_that_is_disabled_takes_everything_and_keeps_nothing(finished, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    left_by(finished)
+    assert not (finished.folder / "wandb").exists() and wandb.run is None
 
 
 def artifacts(run):

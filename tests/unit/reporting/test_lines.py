@@ -42,6 +42,17 @@ def test_runs_that_differ_in_their_seed_are_shown_by_their_mean():
     assert "linear" in lines[2].about and "linear" not in mean.about, "what the filter looks at"
 
 
+@pytest.mark.parametrize(
+    ("settings", "are_one"),
+    [({"resume": "auto"}, True), ({"logger.name": "wandb"}, True), ({"finetune.lr": "1"}, False)],
+)
+def test_a_seed_that_was_resumed_is_of_the_mean(settings, are_one):
+    """What a run was started with changes nothing in what it learned."""
+    runs = [run(str(seed), str(seed)) for seed in range(3)]
+    runs[2] = replace(runs[2], config=dict(runs[2].config) | settings)
+    assert any(line.name.endswith("(3 seeds)") for line in lines_of(runs)[0]) is are_one
+
+
 def test_a_mean_tells_of_how_many_seeds_it_is():
     jobs = [run(f"seed={seed}", str(seed), ppl=ppl) for seed, ppl in ((0, 2.0), (1, 4.0))]
     begun = Source("seed=2", "runs/2", "training", {"RoPE": "yarn"}, {"seed": "2", "rope": "yarn"})
@@ -99,6 +110,9 @@ def test_a_model_that_two_evaluations_measured_is_one_line():
         (("passkey", "needle_gain"), DOCUMENTS, True),
         (("ppl", "passkey"), DOCUMENTS, True),
         (("ppl", "tail_ppl"), "device", True),
+        (("harness/boolq", "harness/piqa"), "eval.limit", False),
+        (("harness/boolq", "harness/piqa"), "eval.num_fewshot", False),
+        (("harness/boolq", "passkey"), "eval.limit", True),
     ],
 )
 def test_numbers_under_other_conditions_are_another_line(metrics, key, are_one):

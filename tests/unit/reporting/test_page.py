@@ -265,6 +265,9 @@ def measured(name, metrics, **config):
         (["needle_gain@4"], [{"depths": "null"}, {"depths": "[0, 1]"}], "(eval.depths null and [0, 1])"),
         (["needle@4"], [{"haystack": "a.txt"}, {"haystack": "b.txt"}], "(eval.haystack a.txt and b.txt)"),
         (["passkey@4"], [{"haystack": "a.txt"}, {"haystack": "b.txt"}], None),
+        (["harness/boolq"], [{"limit": "null"}, {"limit": "100"}], "(eval.limit null and 100)"),
+        (["harness/boolq"], [{"num_fewshot": "0"}, {"num_fewshot": "25"}], "(eval.num_fewshot 0 and 25)"),
+        (["passkey@4"], [{"limit": "null"}, {"limit": "100"}], None),
         (["needle@4"], [{"haystack": "a.txt"}, {}], None),  # an older one does not tell
     ],
 )

@@ -19,6 +19,7 @@ from pose.reporting.plots import (
     plot_ruler,
     plot_training,
     top_of,
+    training_curves,
 )
 
 METRICS = {
@@ -163,28 +164,59 @@ def test_a_noisy_loss_is_drawn_smoothed_over_what_was_logged(tmp_path, drawn):
     assert np.abs(smoothed[:, 1] - (4 - 2 * (smoothed[:, 0] - 1) / 60)).mean() < 0.15, "where the noise has 0.3"
 
 
+CROSS_ENTROPY, OBJECTIVE = "cross-entropy loss (nats per token)", "training objective (what is minimised)"
+BY_KIND = [
+    CROSS_ENTROPY, "cross-entropy loss of text (nats per token)", "cross-entropy loss of retrieval (nats per token)"
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("columns", "titles"),
     [
-        ({"train/loss": 1}, ["training loss (nats per token)"]),
-        (
-            {"train/loss": 1, "train/loss_text": 1, "train/loss_retrieval": 3, "cost/step_seconds": 1},
-            ["training loss of text (nats per token)", "training loss of retrieval (nats per token)"],
-        ),
-        ({"train/loss": 1, "train/loss_text": 1, "train/loss_retrieval": 99}, None),
+        ({"train/loss": 1}, [CROSS_ENTROPY]),
+        ({"train/loss": 1, "train/loss_text": 1, "train/loss_retrieval": 3, "cost/step_seconds": 1}, BY_KIND),
+        ({"train/loss": 1, "train/loss_text": 1, "train/loss_retrieval": 99}, BY_KIND),
+        ({"train/loss": 1, "train/loss_text": 1}, [CROSS_ENTROPY]),
         (
             {"train/grad_norm": 1, "train/loss": 1, "train/lr": 1},
-            ["training loss (nats per token)", "learning rate", "norm of the gradient"],
+            [CROSS_ENTROPY, "learning rate", "norm of the gradient"],
         ),
-        ({"train/loss_text": 1}, ["training loss of text (nats per token)"]),
+        ({"train/loss_text": 1}, ["cross-entropy loss of text (nats per token)"]),
+        (
+            {"train/loss": 1, "train/loss_lm": 1, "train/loss_kl": 1},
+            [CROSS_ENTROPY, "KL at skipped positions (nats per token)", OBJECTIVE],
+        ),
+        (
+            {f"train/{name}": 1 for name in ("loss", "loss_lm", "loss_short", "loss_skipped", "loss_text")}
+            | {"train/loss_retrieval": 3},
+            [
+                CROSS_ENTROPY,
+                "distance to the original, plain positions",
+                "distance to the original, skipped positions",
+                OBJECTIVE,
+                "training objective of text",
+                "training objective of retrieval",
+            ],
+        ),
     ],
 )
 def test_what_was_logged_of_a_training_has_a_panel_each(tmp_path, drawn, columns, titles):
-    """Text and retrieval apart, and then not both together; what is absent has none."""
+    """The cross-entropy, the other parts of an objective, and what is minimised; text and retrieval where both are."""
     plot_training(training_csv(tmp_path, columns), tmp_path / "training.png")
     assert_picture(tmp_path / "training.png")
-    shown = [panel["title"] for panel in drawn["training.png"]]
-    assert shown == titles if titles else len(shown) == 2
+    assert [panel["title"] for panel in drawn["training.png"]] == titles
+
+
+def test_objectives_are_compared_by_the_loss_of_the_language_model():
+    """And an objective's parts, or the sum of them, with no cross-entropy."""
+    lm = {"step": "0", "train/loss": "2.0", "train/loss_text": "1.5", "train/loss_retrieval": "2.5"}
+    long_short = {name: value.replace(".", "3.") for name, value in lm.items()} | {"train/loss_lm": "2.25"}
+    (plain, _), (kept, _) = (training_curves([row]) for row in (lm, long_short))
+    assert plain.keys() & kept.keys() == {"train/loss_lm"}
+    assert (plain["train/loss_lm"], kept["train/loss_lm"]) == ([(1, 2.0)], [(1, 2.25)])
+    assert kept["train/loss"] == [(1, 23.0)]
+    mixed, _ = training_curves([lm, long_short | {"step": "1"}])
+    assert mixed["train/loss_lm"] == [(1, 2.0), (2, 2.25)], "of a run that goes on with another objective"
 
 
 @pytest.mark.parametrize(
@@ -200,8 +232,21 @@ def test_a_damaged_row_does_not_break_the_training_plot(tmp_path, drawn, capsys,
     assert f"2 rows of {tmp_path}/metrics.csv are damaged, and left out" in capsys.readouterr().out
 
 
+def test_plots_that_a_report_has_no_data_for_do_not_stay(tmp_path):
+    """As those of a run that goes on with other tasks: the old ones would be taken for what came of it."""
+    gain = {"needle@256": 0.5, "needle@256/0.5": 0.5, "needle_gain@256/0.5": 1.5, "ruler/vt@256": 0.25}
+    plot_measured({"a": METRICS | gain}, tmp_path)
+    names = {"evaluation.png", "needle.png", "needle_gain.png", "ruler.png"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    plot_measured({"a": METRICS}, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.png"]
+    plot_measured({}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_plot_training_of_no_steps_writes_nothing(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,lr,step,train/loss\n,1e-4,0,\n")
+    (tmp_path / "training.png").write_text("of a run before")
     plot_training(tmp_path / "metrics.csv", tmp_path / "training.png")
     assert not (tmp_path / "training.png").exists()
 

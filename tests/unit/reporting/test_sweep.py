@@ -8,7 +8,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from pose.app.callbacks import SweepTable
-from pose.reporting.sweep import over_seeds
+from pose.reporting.sweep import over_seeds, write_sweep
 
 
 def config(folder, mode=RunMode.MULTIRUN):
@@ -99,6 +99,23 @@ def test_sweep_table_grows_with_every_job(tmp_path):
         callback.on_job_end(config(tmp_path), None)
         with open(tmp_path / "sweep.csv", newline="") as file:
             assert [row["overrides"] for row in csv.DictReader(file)] == [f"seed={j}" for j in range(i + 1)]
+
+
+def test_a_job_that_goes_on_for_more_steps_is_left_out_until_it_has_them(tmp_path, caplog):
+    """Its overrides say the new number already, and its metrics are of the old one."""
+    for seed, steps in ((0, 500), (1, 250)):
+        metrics = {"ppl@8": 1.0 + seed, "train/steps": steps}
+        job(tmp_path / str(seed), ["trainer.max_steps=500", f"seed={seed}"], metrics)
+        (tmp_path / str(seed) / "config.yaml").write_text("trainer: {max_steps: 500}\n")
+    assert [metrics["ppl@8"] for _, metrics in write_sweep(tmp_path)] == [1.0]
+    assert "what was measured is of 250 of 500 steps" in caplog.text
+
+
+def test_a_sweep_of_which_no_job_is_complete_has_a_page(tmp_path, capsys):
+    job(tmp_path / "0", ["rope=yarn"])
+    (tmp_path / "0" / "config.yaml").write_text("seed: 0\n")
+    SweepTable().on_multirun_end(config(tmp_path))
+    assert (tmp_path / "report.html").is_file() and not (tmp_path / "sweep.csv").exists()
 
 
 def test_single_runs_write_no_sweep(tmp_path):

@@ -1,5 +1,6 @@
 """Loggers end with their job, and one that goes on is the same."""
 
+import os
 import shutil
 import sys
 import warnings
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from wandb_run import read_run
 
 from pose.errors import ConfigError, TrainingError
+from pose.reporting.dashboard import log_settings
 from pose.training import loggers
 
 wandb = pytest.importorskip("wandb")
@@ -98,6 +100,75 @@ def test_every_model_of_an_evaluation_has_a_tensorboard_of_its_own(tmp_path):
     folders = [Path(logger.log_dir) for (logger,) in found.values()]
     assert list(found) == models and {folder.parent for folder in folders} == {tmp_path / "tensorboard"}
     assert [folder.name for folder in folders] == ["run", "run (2)", "a b", "model"]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (2, [(-1, 9.0), (1, 9.0)])])
+def test_a_run_that_begins_again_hides_what_tensorboard_has_from_there_on(tmp_path, step, kept):
+    """At step 0 also what was measured before the training: the run was killed before its first checkpoint."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def log(step, steps, value):
+        _, logger = loggers.build_loggers("tensorboard", tmp_path, step)
+        for at in steps:
+            logger.log_metrics({"val/ppl@64": value}, at)
+        logger.finalize("success")
+
+    log(0, (-1, 1, 3), 9.0)
+    (file,) = (tmp_path / "tensorboard").glob("events.*")
+    file.rename(file.with_name("events.out.tfevents.1"))  # it comes first
+    log(step, (-1, 1, 3) if step == 0 else (3,), 5.0)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    again = [(-1, 5.0), (1, 5.0), (3, 5.0)] if step == 0 else [(3, 5.0)]
+    assert [(event.step, event.value) for event in events.Scalars("val/ppl@64")] == kept + again
+
+
+def test_a_server_out_of_reach_leaves_an_offline_run_and_a_warning(tmp_path, capsys, monkeypatch):
+    """As wandb reports it; the next job of a sweep does not wait for the server again."""
+    init, modes = wandb.init, []
+
+    def out_of_reach(**given):
+        modes.append(os.environ["WANDB_MODE"])
+        if modes[-1] == "online":
+            raise wandb.errors.CommError("dial tcp: connection refused\nwhile retrying")
+        return init(**given)
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "init", out_of_reach)
+    for job in ("0", "1"):
+        csv, logger = build(tmp_path / job, offline=False)
+        with loggers.closing([csv, logger]):
+            log_settings([csv, logger], {"method": "pose + yarn"})
+            logger.log_metrics({"train/loss": 1.0}, step=0)
+        stored = read_run(tmp_path / job)
+        assert stored.config["method"] == "pose + yarn" and stored.history[0]["train/loss"] == 1.0
+        assert stored.run.run_id == logger.version
+    assert modes == ["online", "offline", "offline"]
+    said = capsys.readouterr().out
+    assert said.count("W&B cannot be reached (dial tcp: connection refused): the run is logged offline") == 1
+    assert f"wandb sync {tmp_path}/0/wandb/offline-run-*" in said and "while retrying" not in said
+
+
+@pytest.mark.parametrize("error", ["AuthenticationError", "UsageError"])
+def test_an_account_that_wandb_does_not_accept_is_an_error_with_what_to_do(tmp_path, monkeypatch, error):
+    def refuse(**_):
+        raise getattr(wandb.errors, error)("the API key is invalid")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    found = build(tmp_path)
+    said = r"API key is invalid\. `wandb login`.*logger\.offline=true"
+    with pytest.raises(ConfigError, match=said), loggers.closing(found):
+        log_settings(found, {})
+
+
+@pytest.mark.parametrize("offline", [None, True])
+def test_wandb_that_is_disabled_stays_so(tmp_path, monkeypatch, offline):
+    """Also where a job is to be offline, by its config or for want of an account."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(loggers, "has_wandb_account", lambda: False)
+    csv, logger = build(tmp_path, offline=offline)
+    with loggers.closing([csv, logger]):
+        logger.log_metrics({"train/loss": 1.0}, step=0)
+    assert os.environ["WANDB_MODE"] == "disabled" and not (tmp_path / "wandb").exists() and wandb.run is None
 
 
 def test_a_job_that_fails_ends_its_run_and_the_next_has_its_own(tmp_path):
