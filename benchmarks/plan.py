@@ -168,7 +168,7 @@ def main():
     rows = []
     for one in results:
         what = f"{one['shape']}, {one['attention']}" + (f", rank {one['rank']}" if one["rank"] else "")
-        again = {False: "", True: ", layers computed again", "selective": ", selective"}[one["checkpointing"]]
+        again = {False: "", True: ", gradient checkpointing", "selective": ", selective"}[one["checkpointing"]]
         rows.append(
             (what + again, *(f"{one[key] / 2**20:.2f}" for key in ("planned", "measured")), f"{one['ratio']:.3f}")
         )

@@ -560,24 +560,21 @@ def tiny_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str, 
 
 
 def readme_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str, str]:
-    """What the README says of the default run, by the names of the places."""
+    """What the README says of the default run, by the name of its place."""
     lengths = tiny_lengths(scale)
     arm = arms[arms_of_tiny(scale)[0]]
     if not is_begun(runs, arm):
-        return dict.fromkeys(("default", "default_table"), _machines(runs, [arm.name]))
+        return {"default": _machines(runs, [arm.name])}
     own = cell(runs, arm, f"untuned: tail_ppl@{lengths[0]}")
     ppl, key, gain = (
         [cell(runs, arm, f"{model}{metric}@{lengths[-1]}") for model in ("untuned: ", "")]
         for metric in ("tail_ppl", "passkey", "needle_gain")
     )
-    columns = _by_length(lengths, {"ppl": "tail_ppl", "passkey": "passkey"})
-    rows = [*_before(runs, arm, columns), ["extended", *_cells(runs, arm, columns)]]
     return {
         "default": f"Perplexity at {lengths[-1]:,} tokens falls from {ppl[0]} to {ppl[1]}, where the untuned model has "
         f"{own} at {lengths[0]}. Passkeys found there rise from {key[0]} to {key[1]} %, needle gain from "
-        f"{gain[0]} to {gain[1]} nats.",
-        "default_table": table(["", *(head for head, _ in columns)], rows),
-    }  # fmt: skip
+        f"{gain[0]} to {gain[1]} nats."
+    }
 
 
 def draw(runs: Runs, arms: Mapping[str, Arm], scale: Scale, root: Path):

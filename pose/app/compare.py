@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from pose.app import build, models, runtime
 from pose.app.preflight import SHIPPED, check_config
-from pose.app.report import PAGE, write_beside
+from pose.app.report import write_beside
 from pose.app.schema import DTYPES, EvaluateConfig, to_options
 from pose.app.trained import warn_of_trained
 from pose.data.tokenizer import tokenizer_digest
@@ -83,7 +83,6 @@ def _evaluate(cfg: DictConfig, run_dir: Path):
     candidates = plan_evaluation(cfg)
     options: Any = OmegaConf.to_container(cfg.logger)
     dashboards = dashboards_of(options.pop("name", None), run_dir, [c.name for c in candidates], options)
-    _clear_of_other_settings(cfg, run_dir)
     runtime.save_config(cfg, run_dir)
     results: Results = {}
     took: dict[str, Any] = {}
@@ -94,17 +93,6 @@ def _evaluate(cfg: DictConfig, run_dir: Path):
     write_beside(run_dir)
     fill_dashboards(cfg, run_dir, candidates, results, dashboards)
     show(run_dir, candidates, results)
-
-
-def _clear_of_other_settings(cfg: DictConfig, run_dir: Path):
-    """Numbers of an earlier evaluation in this folder would stand beside the new config until they are replaced.
-
-    They are in the cache of results still.
-    """
-    config = run_dir / "config.yaml"
-    if config.is_file() and config.read_text(encoding="utf-8") != OmegaConf.to_yaml(cfg, resolve=True):
-        for name in ("metrics.json", "results.csv", "results.json", PAGE):
-            (run_dir / name).unlink(missing_ok=True)
 
 
 def plan_evaluation(cfg: DictConfig) -> list[Candidate]:

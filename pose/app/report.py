@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -104,12 +105,14 @@ def read(folder: Path) -> list["Source"]:
     jobs = [job for job in _folders(folder) if _is_one(job) or (job / OVERRIDES).is_file()]
     jobs.sort(key=lambda job: (len(job.name), job.name))
     names = _job_names([_overrides(job) for job in jobs])
-    return [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
+    sources = [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
+    kind = "evaluation" if any(source.kind == "evaluation" for source in sources) else "training"
+    return [source if source.config else replace(source, kind=kind) for source in sources]  # of one that was refused
 
 
 def has_jobs(folder: Path) -> bool:
-    """Whether a folder in it is of a run or an evaluation, complete or not."""
-    return folder.is_dir() and any(map(_is_one, _folders(folder)))
+    """Whether a folder in it is of a run or an evaluation, complete or not, or of a job that was refused."""
+    return folder.is_dir() and any(_is_one(job) or (job / OVERRIDES).is_file() for job in _folders(folder))
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -135,7 +138,7 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     """A run of train.py, or an evaluation. A file that is missing leaves its part out, a damaged one with a warning."""
     import yaml
 
-    from pose.reporting.lines import STATE, unfinished
+    from pose.reporting.lines import EARLIER, STATE, unfinished
     from pose.reporting.metrics_csv import logged_rows
     from pose.reporting.page import Source
 
@@ -152,12 +155,16 @@ def _read_one(folder: Path, name: str = "") -> "Source":
         return Source(kind="training", facts={STATE: "not begun: it was refused, or ended before that"}, **common)
     asked = _checkpoints(_object(config).get("ckpt"))
     if asked or (folder / "results.json").is_file():
-        checkpoints = _object(_read_json(folder / "results.json").get("checkpoints"))
-        found = {model: each for model, each in checkpoints.items() if isinstance(each, dict)}
+        results = _read_json(folder / "results.json")
+        found = {model: each for model, each in _object(results.get("checkpoints")).items() if isinstance(each, dict)}
+        measured = _flat(_object(results.get("eval")), "eval.")
+        is_of_others = any(flat.get(key, value) != value for key, value in measured.items())
+        common["config"] = flat = flat | measured  # which are another evaluation's where one has begun in its folder
+        provenance = _object(results.get("provenance")) or provenance
         return Source(
             kind="evaluation",
             facts={
-                STATE: f"not finished: {len(found)} of {len(asked)} checkpoints" if len(found) < len(asked) else "",
+                STATE: _state(asked, found, is_of_others),
                 "Checkpoints": "; ".join(f"{model}: {each.get('path', '')}" for model, each in found.items()),
                 "Lengths": _words(flat.get("eval.lengths", "")),
                 **_measured_on(flat),
@@ -185,9 +192,10 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     )
     target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
     steps, tokenizer = flat.get("trainer.max_steps", ""), provenance.get("tokenizer")
+    state = unfinished(metrics, int(steps) if steps.isdecimal() else None)
     return Source(
         kind="training",
-        facts={STATE: unfinished(metrics, int(steps) if steps.isdecimal() else None)}
+        facts={STATE: state, EARLIER: _earlier(provenance)}
         | _training_facts(flat, window, target)
         | _measured_on(flat)
         | _how(folder, provenance),
@@ -197,15 +205,37 @@ def _read_one(folder: Path, name: str = "") -> "Source":
         target=target,
         logged=logged_rows(folder / "metrics.csv"),
         coverage=_coverage(folder / "coverage.csv"),
-        cost={"training": _training_cost(metrics, logged_rows(folder / "metrics.csv"))},
+        cost={"training": _training_cost({} if state else metrics, logged_rows(folder / "metrics.csv"))},
         **common,
     )
 
 
+def _earlier(provenance: Mapping[str, Any]) -> str:
+    """The commands of earlier starts of a training that had other settings than the last one: its schedule, say."""
+
+    from pose.reporting.lines import is_without_effect
+
+    def settings(start: Mapping[str, Any]) -> set[str]:
+        given = start.get("overrides")
+        overrides = [str(each) for each in given] if isinstance(given, list) else []
+        return {each for each in overrides if not is_without_effect(each.lstrip("+~").partition("=")[0])}
+
+    before = provenance.get("earlier")
+    starts = [one for one in before if isinstance(one, dict)] if isinstance(before, list) else []
+    return "; ".join(str(one.get("command", "")) for one in starts if settings(one) != settings(provenance))
+
+
 def _checkpoints(ckpt: Any) -> list[str]:
-    """That an evaluation was asked to measure; of a config without the key none."""
-    given = list(ckpt.values()) if isinstance(ckpt, dict) else ckpt if isinstance(ckpt, list) else [ckpt]
-    return [str(one) for one in given if one is not None]
+    """The names of those that an evaluation was asked to measure; of a config without the key none."""
+    return [str(one) for one in (ckpt if isinstance(ckpt, dict | list) else [ckpt]) if one is not None]
+
+
+def _state(asked: Sequence[str], found: Mapping[str, Any], is_of_others: bool) -> str:
+    """Of an evaluation; "" where it is finished."""
+    if is_of_others:
+        return "not finished: what was measured is of an earlier evaluation in this folder, with its settings"
+    done = sum(name in found for name in asked)
+    return f"not finished: {done} of {len(asked)} checkpoints" if done < len(asked) else ""
 
 
 def _training_facts(flat: Mapping[str, str], window: int | None, target: int | None) -> dict[str, str]:
@@ -308,7 +338,7 @@ def _estimates(found: Any) -> dict[str, "Estimate"]:
 def _training_cost(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
     """Of the whole training; of peak memory the highest that was logged, of a step's time and of MFU the median.
 
-    One that has no metrics.json yet has cost what it logged last. Older runs have them all under train/.
+    One that is not finished has cost what it logged last. Older runs have them all under train/.
     """
     logged: dict[str, float] = {}
     if not metrics and rows:
@@ -362,8 +392,6 @@ def _job_names(overrides: Sequence[Sequence[str]]) -> list[str]:
 
 def _with_names(sources: Sequence["Source"]) -> list["Source"]:
     """Sources whose names are all different, and in one line: as much of the folder's path as that needs."""
-    from dataclasses import replace
-
     from pose.errors import one_line
 
     taken: set[str] = set()

@@ -1,7 +1,7 @@
 """What a page compares: runs and evaluations as their folders have them, and a line for each of their models."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ SHAPES = {  # of MARKERS: as Vega calls them, and as a character of the legend
 MAX_SHOWN = len(COLORS) * len(DASHES)  # lines that differ in colour or dash; others are shown when asked for
 INTERVAL = "95 % interval"
 STATE, DOCUMENTS = "State", "Measured on"  # labels of facts; the state of what is finished is ""
+EARLIER = "Earlier starts"  # of a training, with other settings than the last one
 TOKENS = (  # say which tokens are scored
     "eval.windows", "eval.max_documents", "eval.draw_documents", "eval.tail", "eval.min_tokens", "eval.text_field",
     "eval.add_bos",
@@ -35,7 +36,7 @@ PROMPTS = ("eval.seed", "eval.trials", "eval.depths", "eval.haystack", "eval.add
 STRIDES = ("eval.stride", "eval.sliding_tokens")  # and which tokens sliding windows score
 PROMPTED = ("passkey", "needle", "needle_gain", "ruler")  # families of metrics that are of drawn prompts
 BENCHMARKS = ("eval.num_fewshot", "eval.limit")  # say which questions are asked, and after how many examples
-# Settings that change nothing in what a training learns or how it is measured, such as those that it was resumed with
+# Settings that seeds may differ in. A run that was resumed learns what one learns that was not, but for EARLIER.
 WITHOUT_EFFECT = ("seed", "resume", "trust_pickle", "num_threads", "cache_dir", "reuse", "data.num_workers", "logger")
 
 
@@ -124,8 +125,8 @@ class Line:
 def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
     """The lines of the page; and by source the name of the line that stands for its training.
 
-    A training alone has a line for each of its models. Of several, the extended models are compared, those that differ
-    in nothing but their seed by their mean; untuned and scaled models are shown where they are the same for all. What
+    A training alone has a line for each of its models. Of several, the extended models are compared, seeds of one
+    recipe by their mean; untuned and scaled models are shown where they are the same for all. What
     else there is, is shown when it is asked for. A model that several evaluations measured is one line.
     """
     names: set[str] = set()
@@ -181,7 +182,9 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
                         name = f"{source.name}: {model}" if one_line(model) in names else model
                         first.append(line(name, before[-1][1], about=about([source])))
                 continue
-            own = line(source.name, source.models.get("extended", {}), about=about([source]), is_shown=len(group) == 1)
+            estimates = source.models.get("extended", {})
+            is_shown = len(group) == 1 and bool(estimates or source.logged)
+            own = line(source.name, estimates, about=about([source]), is_shown=is_shown)
             (first if len(group) == 1 else others).append(own)
             name_of.setdefault(source.name, own.name)
     trained = [source for source in sources if source.kind == "training"]
@@ -222,16 +225,34 @@ def _conditions(source: Source, estimates: Mapping[str, Estimate]) -> dict[str, 
 
 
 def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:
-    """Trainings that differ in nothing but their seed together, each evaluation alone."""
-    groups: dict[Any, list[Source]] = {}
-    for source in sources:
-        settings = tuple(item for item in source.config.items() if not _is_without_effect(item[0]))
-        is_one = source.kind == "training" and settings
-        groups.setdefault(settings if is_one else source.name, []).append(source)
-    return list(groups.values())
+    """Trainings that differ in nothing but WITHOUT_EFFECT together, each evaluation alone.
+
+    Where two have one seed, as a run and its copy that was resumed elsewhere have, in nothing but their seed.
+    """
+
+    def by(settings_of: Callable[[Source], Any], sources: Sequence[Source]) -> list[list[Source]]:
+        groups: dict[Any, list[Source]] = {}
+        for source in sources:
+            is_one = source.kind == "training" and source.config
+            groups.setdefault(settings_of(source) if is_one else source.name, []).append(source)
+        return list(groups.values())
+
+    def effective(source: Source):
+        earlier = source.facts.get(EARLIER, "")
+        return earlier, *(item for item in source.config.items() if not is_without_effect(item[0]))
+
+    def whole(source: Source):
+        return tuple(item for item in source.config.items() if item[0] != "seed")
+
+    groups = []
+    for group in by(effective, sources):
+        seeds = [source.config.get("seed") for source in group]
+        groups += [group] if len(set(seeds)) == len(seeds) else by(whole, group)
+    return groups
 
 
-def _is_without_effect(key: str) -> bool:
+def is_without_effect(key: str) -> bool:
+    """Whether two trainings that differ in a setting are of one recipe."""
     return any(key == one or key.startswith(f"{one}.") for one in WITHOUT_EFFECT)
 
 

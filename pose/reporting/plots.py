@@ -80,8 +80,8 @@ Points = list[tuple[int, float]]  # optimizer step and value
 def training_curves(rows: Sequence[Mapping[str, str]]) -> tuple[dict[str, Points], dict[str, dict[int | None, Points]]]:
     """What a training logged, from the rows of its metrics.csv.
 
-    The language model's loss is train/loss_lm of every objective, by which runs of different ones are compared. Losses
-    of text and of retrieval are given where both were logged.
+    The language model's loss is train/loss_lm of every objective; that of self_distill is at plain positions, those of
+    the others at the sampler's. Losses of text and of retrieval are given where both were logged.
 
     Returns:
         The curves of TRAINING by metric, and what `watch` measured by family and length (None where it has none).

@@ -8,14 +8,14 @@ from pathlib import Path
 import yaml
 
 from pose.files import atomic_file, read_json
-from pose.reporting.lines import unfinished
+from pose.reporting.lines import is_without_effect, unfinished
 from pose.reporting.tables import Metrics, print_table, results_table
 
 log = logging.getLogger(__name__)
 
 
 def show_sweep(folder: Path):
-    """One table over all jobs, those that differ in nothing but their seed in one row.
+    """One table over all jobs, seeds of one recipe in one row.
 
     Args:
         folder: of the sweep, with a folder for each job.
@@ -26,14 +26,14 @@ def show_sweep(folder: Path):
 
 
 def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
-    """Puts jobs that differ in nothing but their seed into one row.
+    """Puts jobs into one row that differ in nothing but what seeds may differ in (`is_without_effect`).
 
     Args:
         jobs: the overrides of each, separated by spaces, and its metrics.
     """
     rows: dict[str, list[Metrics]] = {}
     for overrides, metrics in jobs:
-        name = " ".join(part for part in overrides.split(" ") if not part.startswith("seed="))
+        name = " ".join(part for part in overrides.split(" ") if not is_without_effect(part.partition("=")[0]))
         rows.setdefault(name or "default", []).append(metrics)
     return rows
 
@@ -56,7 +56,7 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
             overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             overrides = None
-        if content and (why := unfinished(content, _max_steps(file.parent))):
+        if content and (why := unfinished(content, _max_steps(file.parent, overrides))):
             log.warning(f"{file.parent} is left out of the sweep's table: {why}")
         elif any(found.values()) and isinstance(overrides, list):
             jobs += [(" ".join(map(str, [*overrides, *filter(None, [name])])), each) for name, each in found.items()]
@@ -68,13 +68,20 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
             writer = csv.DictWriter(table, ["overrides", *names])
             writer.writeheader()
             writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
+    else:
+        (folder / "sweep.csv").unlink(missing_ok=True)
     return jobs
 
 
-def _max_steps(job: Path) -> int | None:
-    """That a training's config asks for; None where there are none, or they cannot be read."""
+def _max_steps(job: Path, overrides: list | None) -> int | None:
+    """That a training was asked for: by its overrides, which are there before its config is; else by that.
+
+    None where there are none, or they cannot be read.
+    """
+    given = [str(each).partition("=")[2] for each in overrides or [] if str(each).startswith("trainer.max_steps=")]
     try:
-        return int(yaml.safe_load((job / "config.yaml").read_text(encoding="utf-8"))["trainer"]["max_steps"])
+        config = yaml.safe_load((job / "config.yaml").read_text(encoding="utf-8"))
+        return int(given[-1]) if given and given[-1].isdecimal() else int(config["trainer"]["max_steps"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 

@@ -29,6 +29,7 @@ from pose.training.compat import without_anonymous
 log = logging.getLogger(__name__)
 
 NAMES = ("csv", "tensorboard", "wandb")
+REFUSED = re.compile(r"\b40[134]\b|permission denied|unauthorized", re.IGNORECASE)  # by a server that answers
 BEFORE = -1  # the step of what is measured before the first one
 MAX_NAME = 128  # characters of a name or a group in W&B
 
@@ -80,7 +81,12 @@ class MetricsLogger(CSVLogger):
 
 
 class WandbRunLogger(WandbLogger):
-    """Lightning's WandbLogger. Where W&B's server cannot be reached when its run begins, the run is an offline one."""
+    """Lightning's WandbLogger. Where W&B's server cannot be reached when its run begins, the run is an offline one.
+
+    So are those of later jobs of the process, each of which would wait as long.
+    """
+
+    unreachable = ""  # why, once it was
 
     @property
     @rank_zero_experiment
@@ -89,20 +95,26 @@ class WandbRunLogger(WandbLogger):
         from wandb.errors import AuthenticationError, CommError, UsageError
 
         try:
+            if self._experiment is None and WandbRunLogger.unreachable and self._wandb_init.get("mode") is None:
+                self._go_offline()
             return super().experiment
-        except (AuthenticationError, UsageError) as error:
-            raise ConfigError(
-                f"logger=wandb cannot begin a run: {first_line(error)}. `wandb login` sets up an account; "
-                "logger.offline=true needs none"
-            ) from error
-        except (CommError, TimeoutError) as error:
-            log.warning(
-                f"W&B cannot be reached ({first_line(error)}): the run is logged offline, and `wandb sync "
-                f"{self.save_dir}/wandb/offline-run-*` sends it later"
-            )
+        except (AuthenticationError, UsageError, CommError, TimeoutError) as error:
+            if isinstance(error, AuthenticationError | UsageError) or REFUSED.search(str(error)):
+                raise ConfigError(
+                    f"logger=wandb cannot begin a run: {first_line(error)}. `wandb login` sets up an account, "
+                    "logger.entity and logger.project are to be its own; logger.offline=true needs none"
+                ) from error
+            WandbRunLogger.unreachable = first_line(error)
             wandb.teardown()  # of the process that holds the run's id
-            os.environ["WANDB_MODE"] = "offline"  # also of the jobs after it: each would wait as long
+            self._go_offline()
             return super().experiment
+
+    def _go_offline(self):
+        log.warning(
+            f"W&B cannot be reached ({WandbRunLogger.unreachable}): the run is logged offline, and `wandb sync "
+            f"{self.save_dir}/wandb/offline-run-*` sends it later"
+        )
+        self._wandb_init["mode"] = "offline"
 
 
 def build_loggers(

@@ -185,3 +185,15 @@ def test_light_and_dark(visit, scheme, paper):
         f"--blink-settings=preferredColorScheme={scheme}",
     )
     assert seen["paper"] == paper and seen["label"] == seen["muted"]
+
+
+def test_it_prints(html, tmp_path):
+    """Charts are drawn as wide as a column, and what only a screen has is left out."""
+    file, pdf = tmp_path / "page.html", tmp_path / "page.pdf"
+    file.write_text(html, encoding="utf-8")
+    options = [f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={pdf}", "--no-pdf-header-footer"]
+    subprocess.run([BROWSER, *OPTIONS, *options, file.as_uri()], capture_output=True, timeout=120, check=True)
+    assert 3 <= len(re.findall(rb"/Type /Page\b", pdf.read_bytes())) <= 12
+    if (reader := shutil.which("pdftotext")) is not None:
+        text = subprocess.run([reader, "-layout", pdf, "-"], capture_output=True, text=True, check=True).stdout
+        assert "Perplexity of the last tokens" in text and "Filter" not in text

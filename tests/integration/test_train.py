@@ -12,6 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_run import read_run
 
+from pose.data.tokenizer import tokenizer_digest
+from pose.modeling.load import load_tokenizer
+
 pytestmark = pytest.mark.slow
 FAST = ("experiment=smoke", "eval=none")
 
@@ -47,6 +50,7 @@ def test_a_run_leaves_everything(smoke_run, load_json):
     assert metrics["coverage/probability_beyond_window"] == pytest.approx(beyond)
     provenance = load_json(smoke_run / "provenance.json")
     assert "experiment=smoke" in provenance["command"] and provenance["packages"]["torch"]
+    assert provenance["tokenizer"] == tokenizer_digest(load_tokenizer("assets/tiny"))
     # The log file has what the terminal has shown
     log = (smoke_run / "train.log").read_text()
     for words in (

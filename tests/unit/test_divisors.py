@@ -1,7 +1,10 @@
 """What a search for divisors may try, and how generations follow from each other."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,6 +12,7 @@ from pose.divisors import Candidate, Evolution, Space
 from pose.errors import ConfigError
 from pose.rope import RopeGeometry
 
+REPOSITORY = Path(__file__).parents[2]
 TINY = RopeGeometry(base=500, dim=64, window=256)
 LLAMA3 = RopeGeometry(base=500_000, dim=128, window=8192)
 
@@ -47,6 +51,20 @@ def test_every_candidate_is_one_of_the_space(seed, geometry, factor, mutation):
         divisors = one.divisors()
         assert len(divisors) == space.num and divisors[one.first :] == list(one.beyond)
         assert one.first == 0 or divisors[0] == 1
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "assets" / "factors").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_divisors_are_of_the_space_and_better_on_unseen_text(file):
+    """Than the best of the search's first generation, and every closed form that was measured beside it."""
+    found = yaml.safe_load(file.read_text())
+    of = found["searched_for"]
+    geometry = RopeGeometry(of["base"], of["dim"], of["window"])
+    space, first = Space.of(geometry, found["factor"]), found["critical_dimension"] // 2
+    assert found["factor"] == of["target_len"] / of["window"]
+    one = space.repaired(first, found["long_factor"])
+    np.testing.assert_allclose(one.divisors(), found["long_factor"], rtol=1e-12)
+    heldout = {name: answers["heldout_nll"] for name, answers in found["needle_answers"].items()}
+    assert min(heldout, key=heldout.__getitem__) == "searched" and len(heldout) == 7
 
 
 def test_a_draft_is_brought_into_the_space():

@@ -63,19 +63,6 @@ def test_checkpoints_are_measured_at_the_same_lengths(tmp_path, longer):
     assert candidates[0].under["checkpoint"] != candidates[1].under["checkpoint"]
 
 
-def test_numbers_of_other_settings_do_not_stand_beside_a_new_config(tmp_path):
-    """Until the new ones are there; those of the same settings stay."""
-    files = ("metrics.json", "results.csv", "results.json", "report.html")
-    cfg, other = (composed(tmp_path, "ckpt=assets/tiny", f"eval.trials={trials}") for trials in (4, 8))
-    runtime.write_config(cfg, tmp_path)
-    for name in files:
-        (tmp_path / name).write_text("{}")
-    compare._clear_of_other_settings(cfg, tmp_path)
-    assert all((tmp_path / name).is_file() for name in files)
-    compare._clear_of_other_settings(other, tmp_path)
-    assert not any((tmp_path / name).exists() for name in files) and (tmp_path / "config.yaml").is_file()
-
-
 def texts(path, *numbers) -> Path:
     """Documents that begin and end alike for all numbers, and differ between."""
 

@@ -12,6 +12,7 @@ from pose.app.report import main, read, write_beside, write_report
 from pose.errors import DataError
 from pose.evaluation.task import Estimate
 from pose.files import write_json
+from pose.reporting.lines import lines_of
 from pose.reporting.results_csv import write_results
 
 PROVENANCE = {
@@ -136,6 +137,18 @@ def test_an_evaluation_is_read(evaluation):
     assert source.facts["Checkpoints"] == "base: in/base; mine: in/mine" and source.facts["Lengths"] == "256, 512"
 
 
+def test_numbers_of_an_earlier_evaluation_are_told_with_its_settings(evaluation):
+    """One with others has begun in its folder, and written its config.yaml alone."""
+    content = json.loads((evaluation / "results.json").read_text()) | {"eval": {"trials": 4, "lengths": [256]}}
+    (evaluation / "results.json").write_text(json.dumps(content))
+    config = "ckpt: {base: in/base, mine: in/mine}\neval: {tasks: [passkey], trials: 8, lengths: [256]}\n"
+    (evaluation / "config.yaml").write_text(config)
+    (source,) = read(evaluation)
+    assert source.config["eval.trials"] == "4" and "an earlier evaluation" in source.facts["State"]
+    (evaluation / "config.yaml").write_text(config.replace("8", "4"))
+    assert read(evaluation)[0].facts["State"] == ""
+
+
 @pytest.mark.parametrize("results", [{}, {"base": {}}])
 def test_an_evaluation_that_was_ended_is_one_and_says_so(evaluation, results):
     """Before its first checkpoint there is a config.yaml alone."""
@@ -154,7 +167,7 @@ def test_an_evaluation_that_was_ended_is_one_and_says_so(evaluation, results):
     ).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("ckpt", ["in/base", "[in/base, in/mine]", "{a: in/base, b: in/mine}"])
+@pytest.mark.parametrize("ckpt", ["base", "[base, mine]", "{base: in/base, mine: in/mine}"])
 def test_an_evaluation_of_all_that_was_asked_for_is_finished(evaluation, ckpt):
     with open(evaluation / "config.yaml", "a") as file:
         file.write(f"ckpt: {ckpt}\n")
@@ -171,14 +184,32 @@ def test_a_job_that_was_refused_is_in_its_sweep(run, tmp_path):
     assert refused.facts["State"].startswith("not begun")
     write_report([tmp_path / "sweep"], tmp_path / "page.html")
     assert "<h1>Sweep sweep: 2 jobs</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    lines, _ = lines_of([done, refused])
+    assert next(line for line in lines if line.name == "rope=longrope").is_shown is False
 
 
-def test_the_tokenizer_of_a_training_is_known(run):
-    """Two of them are remarked on, beside an evaluation too."""
-    folder, provenance = run(), PROVENANCE | {"tokenizer": "0123"}
-    assert read(folder)[0].tokenizers == frozenset(), "of an older run"
-    (folder / "provenance.json").write_text(json.dumps(provenance))
-    assert read(folder)[0].tokenizers == frozenset({"0123"})
+def test_the_tokenizers_of_trainings_are_remarked_on(run, tmp_path):
+    """Where they are known, which those of older runs are not."""
+    folders = [run("a"), run("b")]
+    write_report(folders, tmp_path / "page.html")
+    assert "The tokenizers differ" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+    for folder, tokenizer in zip(folders, ("0123", "4567"), strict=True):
+        (folder / "provenance.json").write_text(json.dumps(PROVENANCE | {"tokenizer": tokenizer}))
+    write_report(folders, tmp_path / "page.html")
+    assert "The tokenizers differ" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_starts_with_other_settings_are_told(run):
+    """A schedule that was made longer is another one; what a run was resumed with changes nothing."""
+    folder = run()
+    start = {"command": "python train.py trainer.max_steps=20", "overrides": ["trainer.max_steps=20"]}
+    for overrides, said in (
+        (["trainer.max_steps=40", "resume=auto"], start["command"]),
+        (["trainer.max_steps=20", "resume=auto", "+logger.mode=online"], ""),
+    ):
+        now = PROVENANCE | {"overrides": overrides, "earlier": [start]}
+        (folder / "provenance.json").write_text(json.dumps(now))
+        assert read(folder)[0].facts["Earlier starts"] == said
 
 
 def test_a_name_that_is_no_text_has_a_page(run):
@@ -216,6 +247,9 @@ def test_a_run_that_is_not_finished_has_cost_what_it_logged_last(run):
         "step,cost/seconds,cost/tokens,cost/step_seconds,eval/ppl@8\n9,5,640,0.5,\n19,9,1280,0.25,\n19,,,,3.5\n"
     )
     expected = {"seconds": 9, "tokens": 1280, "steps": 20, "step_seconds": 0.375, "tokens_per_second": 1280 / 9}
+    assert read(folder)[0].cost["training"] == expected
+    (folder / "metrics.json").write_text(json.dumps({"train/steps": 10, "cost/seconds": 5}))  # of fewer steps
+    (folder / "config.yaml").write_text(CONFIG + "trainer: {max_steps: 40}\n")
     assert read(folder)[0].cost["training"] == expected
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pose.evaluation.task import Estimate
-from pose.reporting.lines import DOCUMENTS, MAX_SHOWN, Source, lines_of
+from pose.reporting.lines import DOCUMENTS, EARLIER, MAX_SHOWN, Source, lines_of
 
 
 def run(name, seed="0", rope="yarn", ppl=3.0, untuned=9.0):
@@ -51,6 +51,19 @@ def test_a_seed_that_was_resumed_is_of_the_mean(settings, are_one):
     runs = [run(str(seed), str(seed)) for seed in range(3)]
     runs[2] = replace(runs[2], config=dict(runs[2].config) | settings)
     assert any(line.name.endswith("(3 seeds)") for line in lines_of(runs)[0]) is are_one
+
+
+def test_a_run_and_its_copy_that_was_resumed_elsewhere_are_no_two_seeds():
+    runs = [run("0", "0"), run("1", "1"), run("1 again", "1")]
+    runs[2] = replace(runs[2], config=dict(runs[2].config) | {"resume": "runs/1"})
+    names = [line.name for line in lines_of(runs)[0] if line.is_shown]
+    assert any(name.endswith("(2 seeds)") for name in names) and "1 again" in names
+
+
+def test_a_seed_whose_schedule_was_made_longer_is_not_of_the_mean():
+    runs = [run(str(seed), str(seed)) for seed in range(3)]
+    runs[2] = replace(runs[2], facts={EARLIER: "python train.py trainer.max_steps=20"})
+    assert any(line.name.endswith("(2 seeds)") for line in lines_of(runs)[0])
 
 
 def test_a_mean_tells_of_how_many_seeds_it_is():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from hydra.types import RunMode
@@ -109,6 +110,10 @@ def test_a_job_that_goes_on_for_more_steps_is_left_out_until_it_has_them(tmp_pat
         (tmp_path / str(seed) / "config.yaml").write_text("trainer: {max_steps: 500}\n")
     assert [metrics["ppl@8"] for _, metrics in write_sweep(tmp_path)] == [1.0]
     assert "what was measured is of 250 of 500 steps" in caplog.text
+    (tmp_path / "1" / "config.yaml").write_text("trainer: {max_steps: 250}\n")  # it was refused before it wrote its own
+    assert len(write_sweep(tmp_path)) == 1
+    shutil.rmtree(tmp_path / "0")
+    assert not write_sweep(tmp_path) and not (tmp_path / "sweep.csv").exists(), "the table of before does not stay"
 
 
 def test_a_sweep_of_which_no_job_is_complete_has_a_page(tmp_path, capsys):
@@ -134,3 +139,4 @@ def test_jobs_that_differ_in_their_seed_are_one_row():
     assert over_seeds(jobs) == {
         "default": [{"ppl@8": 1.0}, {"ppl@8": 3.0}], "data.seed=1": [{"ppl@8": 5.0}]
     }  # fmt: skip
+    assert list(over_seeds([("seed=0", {}), ("seed=1 resume=auto logger.name=wandb", {})])) == ["default"]

@@ -1,6 +1,7 @@
 """Loggers end with their job, and one that goes on is the same."""
 
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -127,13 +128,14 @@ def test_a_server_out_of_reach_leaves_an_offline_run_and_a_warning(tmp_path, cap
     init, modes = wandb.init, []
 
     def out_of_reach(**given):
-        modes.append(os.environ["WANDB_MODE"])
-        if modes[-1] == "online":
+        modes.append(given["mode"])
+        if modes[-1] is None:
             raise wandb.errors.CommError("dial tcp: connection refused\nwhile retrying")
         return init(**given)
 
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "init", out_of_reach)
+    monkeypatch.setattr(loggers.WandbRunLogger, "unreachable", "")
     for job in ("0", "1"):
         csv, logger = build(tmp_path / job, offline=False)
         with loggers.closing([csv, logger]):
@@ -142,20 +144,28 @@ def test_a_server_out_of_reach_leaves_an_offline_run_and_a_warning(tmp_path, cap
         stored = read_run(tmp_path / job)
         assert stored.config["method"] == "pose + yarn" and stored.history[0]["train/loss"] == 1.0
         assert stored.run.run_id == logger.version
-    assert modes == ["online", "offline", "offline"]
+    assert modes == [None, "offline", "offline"] and os.environ["WANDB_MODE"] == "online"
     said = capsys.readouterr().out
-    assert said.count("W&B cannot be reached (dial tcp: connection refused): the run is logged offline") == 1
-    assert f"wandb sync {tmp_path}/0/wandb/offline-run-*" in said and "while retrying" not in said
+    assert said.count("W&B cannot be reached (dial tcp: connection refused): the run is logged offline") == 2
+    assert all(f"wandb sync {tmp_path}/{job}/wandb/offline-run-*" in said for job in "01")
+    assert "while retrying" not in said
 
 
-@pytest.mark.parametrize("error", ["AuthenticationError", "UsageError"])
-def test_an_account_that_wandb_does_not_accept_is_an_error_with_what_to_do(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        ("AuthenticationError", "the API key is invalid"),
+        ("UsageError", "the API key is invalid"),
+        ("CommError", "failed to upsert bucket: returned error 403: permission denied"),  # of another's entity
+    ],
+)
+def test_an_account_that_wandb_does_not_accept_is_an_error_with_what_to_do(tmp_path, monkeypatch, error, text):
     def refuse(**_):
-        raise getattr(wandb.errors, error)("the API key is invalid")
+        raise getattr(wandb.errors, error)(text)
 
     monkeypatch.setattr(wandb, "init", refuse)
     found = build(tmp_path)
-    said = r"API key is invalid\. `wandb login`.*logger\.offline=true"
+    said = re.escape(f"{text}. `wandb login`") + r".*logger\.offline=true"
     with pytest.raises(ConfigError, match=said), loggers.closing(found):
         log_settings(found, {})
 

@@ -191,6 +191,7 @@ def test_the_teacher_of_adapters_is_the_model_as_it_was(batch, train_embeddings_
                 p.add_(torch.randn_like(p))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     got = teacher.hidden_states(batch["input_ids"], [1, LAYERS])
+    assert not any(states.requires_grad for states in got), "no gradient goes through the teacher"
     plain = PLAIN.repeat(B, 1)
     out = original.model(input_ids=batch["input_ids"], position_ids=plain, use_cache=False, output_hidden_states=True)
     torch.testing.assert_close(got[0], out.hidden_states[1], atol=1e-6, rtol=1e-5)

@@ -139,7 +139,7 @@ def test_what_another_run_wrote_is_unpickled_only_where_it_is_asked_for(tmp_path
 
 def test_tensorboard_drops_what_was_logged_beyond_the_step(tmp_path):
     assert loggers.build_loggers("tensorboard", tmp_path, 7)[1]._kwargs["purge_step"] == 7
-    assert loggers.build_loggers("tensorboard", tmp_path)[1]._kwargs["purge_step"] is None
+    assert loggers.build_loggers("tensorboard", tmp_path)[1]._kwargs["purge_step"] == loggers.BEFORE, "and all of it"
 
 
 # Where paths lead, not how they are spelt
