@@ -191,6 +191,7 @@ SMOLLM2 = (
     arm("full", "pose=full", "trainer.global_batch=4", "trainer.micro_batch=1", "data.window_len=32768"),
     # YaRN's own numbers, in place of the experiment's (docs/SMOLLM2.md, which scaling)
     arm("yarn", "rope=yarn"),
+    arm("searched", "rope=searched_smollm2", rehearsal=("rope.factors=null", f"rope.long_factor={[4] * 32}")),
     # docs/METHODS.md in short form
     arm("self_distill", "objective=self_distill"),
     arm("long_short", "objective=long_short"),

@@ -266,7 +266,9 @@ def _told_apart(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], png: Path):
-    """Perplexity by position: of one hardware, a GPU where there is one, with its 95 % intervals.
+    """Perplexity by position, of one hardware: a GPU where there is one.
+
+    Without the intervals, which the tables have: over documents that differ much they would cover each other.
 
     Args:
         rows: of the tables.
@@ -280,7 +282,7 @@ def draw(rows: Sequence[Mapping[str, Any]], png: Path):
         return
     hardware = max(measured, key=lambda row: row["on_gpu"])["hardware"]
     measured = _told_apart([row for row in measured if row["hardware"] == hardware])
-    results = {_name(row): {name: Estimate(*found) for name, found in row["metrics"].items()} for row in measured}
+    results = {_name(row): {name: Estimate(found[0]) for name, found in row["metrics"].items()} for row in measured}
     windows = [n for row in measured if row["model"] == "untuned" for n in _lengths(row, "tail_ppl")]
     target = max((row["target"] or 0 for row in measured), default=0)
     plot_results(results, png, min(windows, default=None), ("position",), target or None)
