@@ -1,8 +1,9 @@
 """The tasks that are run on a model, with everything they need made ready beforehand."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pose.tasks.passkey import PasskeyPrompts
 log = logging.getLogger(__name__)
 
 
+SHOWN_EVERY = 1.0  # seconds
 NEEDLE_DEPTHS = [i / 10 for i in range(11)]
 
 
@@ -132,12 +134,14 @@ class Suite:
         estimates: dict[str, Estimate] = {}
         for task in self.tasks:
             missing = [unit for unit in units[task] if unit not in kept[task]]
-            for unit in tqdm(missing, task.name, unit="unit", leave=False, disable=not (progress and missing)):
+            bar = tqdm(missing, task.name, unit="unit", leave=False, disable=not (progress and missing))
+            for unit in bar:
                 if scorer is None:
                     assert load is not None, "a model, or what makes it"
                     scorer = Scorer(load(), self.options.batch_tokens)
                 begin = time.perf_counter()
-                outcome = task.measure(scorer, unit)
+                with _counting_tokens(bar, scorer.model):
+                    outcome = task.measure(scorer, unit)
                 took = Took(time.perf_counter() - begin, peak_memory_gib(scorer.device))
                 kept[task][unit] = Kept(outcome, took)
                 if outcomes is not None:
@@ -253,6 +257,31 @@ class Suite:
             num_fewshot=o.num_fewshot, limit=o.limit, include_path=o.include_path, seed=o.seed,
             max_length=self.max_length,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _counting_tokens(bar: tqdm, model: PreTrainedModel) -> Iterator[None]:
+    """Shows how many tokens have gone through a model beside a bar, of which one unit may take minutes.
+
+    On a terminal alone: each time would be a line of a log.
+    """
+    if bar.disable or not bar.fp.isatty():
+        yield
+        return
+    num, shown = 0, time.monotonic()
+
+    def count(module, args, output):
+        nonlocal num, shown
+        num += args[0].numel() if args else 0
+        if time.monotonic() > shown + SHOWN_EVERY:
+            bar.set_postfix_str(f"{num:,} tokens")
+            shown = time.monotonic()
+
+    hook = model.get_input_embeddings().register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def values(estimates: Mapping[str, Estimate]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -302,6 +303,19 @@ def test_the_model_runs_with_the_batches_of_the_options(suite, model):
     ready.run(load=lambda: model, progress=False)
     ready.run(model, progress=False)
     assert seen == [77, 77] != [Scorer(model).batch_tokens] * 2
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_bar_of_one_unit_moves_on_a_terminal(suite, model, monkeypatch, capsys, is_terminal):
+    """A unit may take minutes. A log is left in peace, and the model is as before."""
+    monkeypatch.setattr("pose.evaluation.suite.SHOWN_EVERY", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    ready = suite(tasks=[])
+    ready.tasks = [Fixed("x", "a")]
+    ready.tasks[0].measure = lambda scorer, unit: [scorer.nll(np.ones((1, 40), int), 8).tolist() for _ in range(2)]
+    ready.run(model)
+    assert ("80 tokens" in capsys.readouterr().err) is is_terminal
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 RETRIEVAL = {"seed": 1, "trials": 3, "depths": [0.5], "add_bos": True}
