@@ -151,7 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(wanted: Sequence[tuple[str, int]], new: Mapping, known: Mapping, arms: Mapping) -> bool:
     """Says of each number of new runs whether it lies within the spread of the known ones; whether all do.
 
-    Of a training that is known once, the spread is what another processor's rounding was measured to change.
+    Of a training that is known once, or of other processors alone, the spread is at least what another processor's
+    rounding was measured to change.
 
     Args:
         wanted: arm and seed of each.
@@ -167,12 +168,14 @@ def compare(wanted: Sequence[tuple[str, int]], new: Mapping, known: Mapping, arm
         if (name, seed) not in new:
             continue
         outside, told = [], 0
+        processors = {run["processor"] for (arm, _), run in known.items() if arm == name}
+        is_elsewhere = new[name, seed]["processor"] not in processors
         for metric, value in new[name, seed]["metrics"].items():
             before = values(known, arms[name], metric)
             told += bool(before)
             slack = half_digit(value, metric)
-            if len(before) == 1 and arms[name].script == TRAIN:
-                slack = max(slack, rounding(before[0], metric))
+            if before and arms[name].script == TRAIN and (len(before) == 1 or is_elsewhere):
+                slack = max(slack, rounding(max(before), metric))
             if before and not min(before) - slack <= value <= max(before) + slack:
                 low, high = (number(one(before), metric) for one in (min, max))
                 outside.append(f"{metric} is {number(value, metric)}, and was {low} to {high}")

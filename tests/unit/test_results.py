@@ -873,4 +873,8 @@ def test_of_a_single_training_the_spread_is_that_of_rounding(capsys):
     of_evaluation = {name: replace(arm, script=EVALUATE) for name, arm in SMALL.items()}
     known, new = ({("a", 0): line(of_evaluation, "a", 0, {"tail_ppl@256": value})} for value in (48.0, 48.1))
     assert not results.compare([("a", 0)], new, known, of_evaluation), "an evaluation is not chance"
+    elsewhere = {run: of | {"processor": "Another"} for run, of in runs_of(a=[49.3, 49.4]).items()}
+    assert results.compare([("a", 0)], elsewhere, runs_of(a=[47.0, 48.0]), SMALL), "rounds otherwise"
+    assert not results.compare([("a", 1)], elsewhere, runs_of(a=[47.0, 48.0]), SMALL)
+    assert not results.compare([("a", 0)], runs_of(a=[49.3, 0.0]), runs_of(a=[47.0, 48.0]), SMALL)
     assert pages.rounding(3.0, "needle_gain@4096") == 0.81 and pages.rounding(3.0, "needle_gain_kept@4096") == 0.4
