@@ -1,7 +1,9 @@
 """A training step by objective, side by side: python -m benchmarks.objectives [PART ...] [--quick] [--json FILE]
 
 Steps of lm, self_distill and long_short on the same examples of pose=pose, with YaRN, all weights trained by AdamW;
-those of two views in micro-batches of half as many examples where there are several, as train.py has them.
+those of two views in micro-batches of half as many examples where there are several, as train.py has them. With
+--accumulate K a step of lm has K such micro-batches too, as that of a real model has, whose gradients are there while
+the next one is computed.
 tiny: assets/tiny, 16 examples of 256 tokens. llama: a small Llama (the width and vocabulary of SmolLM2-135M, 4 layers,
 random weights), 2 examples of 1,024. long: the same, one example of 2,048, of which no micro-batch can be halved.
 
@@ -30,7 +32,8 @@ def options() -> argparse.Namespace:
     """What was asked for."""
     parser = Options("objectives", __doc__, quick={"parts": ["tiny", "llama"], "steps": 1, "repeats": 2})
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--examples", type=whole(1), help="of a step, in place of those of the part")
+    parser.add_argument("--examples", type=whole(1), help="of a micro-batch of lm, in place of those of the part")
+    parser.add_argument("--accumulate", type=whole(1), default=1, metavar="K", help="micro-batches in a step of lm")
     parser.add_argument("--steps", type=whole(1), default=4, help="in one measurement")
     parser.add_argument("--repeats", type=whole(1), default=7)
     parser.add_argument("--compiled", action="store_true", help="time is of compiled layers")
@@ -76,15 +79,20 @@ class Steps:
         name: one of OBJECTIVES.
         num_steps: in a call; None: the one that takes most memory.
         precision: one of PRECISIONS.
-        num_examples: of a step; None: those of the part.
+        num_examples: of a micro-batch of lm; None: those of the part.
+        accumulate: micro-batches of lm in a step.
 
     Attributes:
         states_bytes: of weights, optimizer states and a frozen original.
     """
 
-    def __init__(self, part: str, name: str, num_steps: int | None, precision: str, num_examples: int | None = None):
+    def __init__(
+        self, part: str, name: str, num_steps: int | None, precision: str, num_examples: int | None = None,
+        accumulate: int = 1,
+    ):  # fmt: skip
         usual, length = PARTS[part]
-        num_examples = num_examples or usual
+        micro = num_examples or usual
+        num_examples = micro * accumulate
         path = locate("assets/tiny") if part == "tiny" else None
         original = load_config(path) if path else LlamaConfig(**LLAMA, max_position_embeddings=length)
         config = copy.deepcopy(original)
@@ -97,8 +105,8 @@ class Steps:
         if self.objective.has_teacher:
             self.teacher = Teacher(build_model(original, path, "sdpa", prepare=freeze).eval())
         rng, self.steps = np.random.default_rng(0), []
-        size = max(num_examples // self.objective.num_views, 1)
-        for ids in drawn(length, num_examples, num_steps):
+        size = max(micro // self.objective.num_views, 1)
+        for ids in drawn(length, num_examples, num_steps, max(micro // 2, 1)):
             tokens = [torch.from_numpy(rng.integers(config.vocab_size, size=length)) for _ in ids]
             items = [{"input_ids": x, "labels": x, "position_ids": i} for x, i in zip(tokens, ids, strict=True)]
             parts = [items[i : i + size] for i in range(0, num_examples, size)]
@@ -121,21 +129,21 @@ class Steps:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def drawn(length: int, num_examples: int, num_steps: int | None) -> list[torch.Tensor]:
+def drawn(length: int, num_examples: int, num_steps: int | None, half: int) -> list[torch.Tensor]:
     """Position ids of some steps, int64 [num_examples, length], the same ones for every objective.
 
     Args:
         length: of an example, in tokens.
         num_examples: of a step.
-        num_steps: in the middle of so many equal parts of the draws by width; None: the one with the widest half, which
-            is a micro-batch of two views.
+        num_steps: in the middle of so many equal parts of the draws by width; None: the one with the widest micro-batch
+            of two views.
+        half: examples of a micro-batch of two views.
     """
     rng, sampler = np.random.default_rng(0), PoSE(length, SCALE * length)
     draws = [[sampler.sample(rng, length).position_ids for _ in range(num_examples)] for _ in range(DRAWS)]
     ids = torch.from_numpy(np.array(draws))
     widths = (ids != torch.arange(length)).float().mean(-1)  # [DRAWS, num_examples]
     if num_steps is None:
-        half = max(num_examples // 2, 1)
         widest = torch.stack([part.mean(1) for part in widths.split(half, 1)], 1).amax(1)
         return [ids[widest.argmax()]]
     order = widths.mean(1).argsort()
@@ -188,14 +196,15 @@ def as_table(part: str, found: dict[str, dict], args: argparse.Namespace) -> str
     usual, length = PARTS[part]
     examples = args.examples or usual
     how = f"{args.precision}, {'compiled' if args.compiled else 'eager'}"
-    title = f"{part}: {args.steps} steps of {examples} x {length:,} tokens, {how}, {args.repeats} repeats"
+    size = f"{args.accumulate} x {examples}" if args.accumulate > 1 else str(examples)
+    title = f"{part}: {args.steps} steps of {size} x {length:,} tokens, {how}, {args.repeats} repeats"
     return table(title, head, rows)
 
 
 def main():
     args = options()
     torch.set_num_threads(1)
-    rest = args.steps, args.precision, args.examples
+    rest = args.steps, args.precision, args.examples, args.accumulate
     # Before anything runs here: what a run leaves to the allocator would serve the forks
     taken = {part: {name: memory_of(part, name, None, *rest[1:]) for name in OBJECTIVES} for part in args.parts}
     found: dict[str, dict] = {}

@@ -239,8 +239,8 @@ def test_step_of_a_model(script):
 def test_objectives(script):
     """Two views of the same tokens take longer than one, and a frozen original is a part of the states."""
     arguments = ("--parts", "tiny", "--examples", "4", "--steps", "1", "--repeats", "1", "--compiled")
-    table, content = run(script, "objectives", *arguments, before=NO_INDUCTOR)
-    assert "1 steps of 4 x 256 tokens, 32-true, compiled" in table
+    table, content = run(script, "objectives", *arguments, "--accumulate", "2", before=NO_INDUCTOR)
+    assert "1 steps of 2 x 4 x 256 tokens, 32-true, compiled" in table
     (ways,) = content["parts"].values()
     assert list(ways) == ["lm", "self_distill", "long_short"]
     lm = ways["lm"]
