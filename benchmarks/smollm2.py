@@ -115,8 +115,9 @@ def _training_of(checkpoint: Path, trained: Iterable[Path]) -> Path | None:
 
 
 def _command(source) -> str:
-    """That left a folder, without the places of one machine."""
-    return FOLDERS.sub("", source.facts.get("Command", ""))
+    """That left a folder, without the places of one machine, and what earlier starts had in place of its settings."""
+    command, earlier = FOLDERS.sub("", source.facts.get("Command", "")), source.facts.get("Earlier starts")
+    return f"{command} # before: {earlier}" if earlier else command
 
 
 def _machine(folder: Path, source, hardware: str | None) -> dict[str, Any]:

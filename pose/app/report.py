@@ -6,7 +6,6 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -31,6 +30,7 @@ its own report.html at its end; several are compared on one page.
 PAGE = "report.html"
 OF_A_SEARCH = ("factors.yaml", "search.csv", "needles.csv")
 RUN_FILES = ("config.yaml", "metrics.json", "results.json")  # of a run or an evaluation; any of them makes it one
+STALE = "not finished: what was measured is of an earlier start in this folder, with other settings"
 OVERRIDES = Path(".hydra") / "overrides.yaml"  # of a job, before anything is checked
 
 
@@ -105,9 +105,7 @@ def read(folder: Path) -> list["Source"]:
     jobs = [job for job in _folders(folder) if _is_one(job) or (job / OVERRIDES).is_file()]
     jobs.sort(key=lambda job: (len(job.name), job.name))
     names = _job_names([_overrides(job) for job in jobs])
-    sources = [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
-    kind = "evaluation" if any(source.kind == "evaluation" for source in sources) else "training"
-    return [source if source.config else replace(source, kind=kind) for source in sources]  # of one that was refused
+    return [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
 
 
 def has_jobs(folder: Path) -> bool:
@@ -138,7 +136,7 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     """A run of train.py, or an evaluation. A file that is missing leaves its part out, a damaged one with a warning."""
     import yaml
 
-    from pose.reporting.lines import EARLIER, STATE, unfinished
+    from pose.reporting.lines import EARLIER, STATE, is_of_others, unfinished
     from pose.reporting.metrics_csv import logged_rows
     from pose.reporting.page import Source
 
@@ -151,20 +149,24 @@ def _read_one(folder: Path, name: str = "") -> "Source":
         _warn_of_damage(folder / "config.yaml")
     flat, provenance = _flat(_object(config)), _read_json(folder / "provenance.json")
     common: dict[str, Any] = {"name": name, "folder": str(folder), "config": flat}
+    overrides = _overrides(folder)
     if not _is_one(folder):
-        return Source(kind="training", facts={STATE: "not begun: it was refused, or ended before that"}, **common)
+        kind = "evaluation" if any(each.startswith("ckpt=") for each in overrides) else "training"
+        return Source(kind=kind, facts={STATE: "not begun: it was refused, or ended before that"}, **common)
     asked = _checkpoints(_object(config).get("ckpt"))
     if asked or (folder / "results.json").is_file():
         results = _read_json(folder / "results.json")
         found = {model: each for model, each in _object(results.get("checkpoints")).items() if isinstance(each, dict)}
-        measured = _flat(_object(results.get("eval")), "eval.")
-        is_of_others = any(flat.get(key, value) != value for key, value in measured.items())
-        common["config"] = flat = flat | measured  # which are another evaluation's where one has begun in its folder
-        provenance = _object(results.get("provenance")) or provenance
+        made_with = _object(results.get("provenance"))
+        starts = provenance.get("overrides"), overrides or None
+        is_stale = any(is_of_others(start, made_with.get("overrides")) for start in starts)
+        if is_stale:  # another evaluation has begun in its folder: config.yaml is of that one
+            common["config"] = flat = _flat(_object(results.get("eval")), "eval.")
+        provenance = made_with or provenance
         return Source(
             kind="evaluation",
             facts={
-                STATE: _state(asked, found, is_of_others),
+                STATE: STALE if is_stale else _state(asked, found),
                 "Checkpoints": "; ".join(f"{model}: {each.get('path', '')}" for model, each in found.items()),
                 "Lengths": _words(flat.get("eval.lengths", "")),
                 **_measured_on(flat),
@@ -193,6 +195,8 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
     steps, tokenizer = flat.get("trainer.max_steps", ""), provenance.get("tokenizer")
     state = unfinished(metrics, int(steps) if steps.isdecimal() else None)
+    if not state and is_of_others(overrides or None, provenance.get("overrides")):
+        state = STALE
     return Source(
         kind="training",
         facts={STATE: state, EARLIER: _earlier(provenance)}
@@ -211,18 +215,20 @@ def _read_one(folder: Path, name: str = "") -> "Source":
 
 
 def _earlier(provenance: Mapping[str, Any]) -> str:
-    """The commands of earlier starts of a training that had other settings than the last one: its schedule, say."""
+    """What earlier starts of a training were given that the last one was not: the steps of another schedule, say.
 
-    from pose.reporting.lines import is_without_effect
+    Of one that begins at step 0 nothing: none of them has left a checkpoint.
+    """
+    from pose.reporting.lines import recipe
 
     def settings(start: Mapping[str, Any]) -> set[str]:
-        given = start.get("overrides")
-        overrides = [str(each) for each in given] if isinstance(given, list) else []
-        return {each for each in overrides if not is_without_effect(each.lstrip("+~").partition("=")[0])}
+        return {each for each in recipe(start.get("overrides")) if not re.match(r"[+~]*(eval|watch)", each)}
 
-    before = provenance.get("earlier")
+    before = provenance.get("earlier") if provenance.get("from_step") else None
     starts = [one for one in before if isinstance(one, dict)] if isinstance(before, list) else []
-    return "; ".join(str(one.get("command", "")) for one in starts if settings(one) != settings(provenance))
+    now = settings(provenance)
+    differing = ["; ".join(sorted(settings(one) - now)) or "fewer settings" for one in starts if settings(one) != now]
+    return ", then ".join(dict.fromkeys(differing))
 
 
 def _checkpoints(ckpt: Any) -> list[str]:
@@ -230,10 +236,8 @@ def _checkpoints(ckpt: Any) -> list[str]:
     return [str(one) for one in (ckpt if isinstance(ckpt, dict | list) else [ckpt]) if one is not None]
 
 
-def _state(asked: Sequence[str], found: Mapping[str, Any], is_of_others: bool) -> str:
+def _state(asked: Sequence[str], found: Mapping[str, Any]) -> str:
     """Of an evaluation; "" where it is finished."""
-    if is_of_others:
-        return "not finished: what was measured is of an earlier evaluation in this folder, with its settings"
     done = sum(name in found for name in asked)
     return f"not finished: {done} of {len(asked)} checkpoints" if done < len(asked) else ""
 
@@ -392,6 +396,8 @@ def _job_names(overrides: Sequence[Sequence[str]]) -> list[str]:
 
 def _with_names(sources: Sequence["Source"]) -> list["Source"]:
     """Sources whose names are all different, and in one line: as much of the folder's path as that needs."""
+    from dataclasses import replace
+
     from pose.errors import one_line
 
     taken: set[str] = set()

@@ -114,7 +114,9 @@ class Run:
             if isinstance(callback, Throughput):
                 callback.flops_per_token = self.flops_per_token
         tokenizer = tokenizer_digest(self.plan.tokenizer)
-        runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step, tokenizer)
+        checkpoint = self.plan.checkpoint
+        goes_on_from = None if checkpoint is None else checkpoint.folder.resolve().parents[1]
+        runtime.save_config(self.cfg, self.folder, self.plan.settings, self.plan.step, tokenizer, goes_on_from)
         with closing(self.plan.trainer.loggers):
             if self.plan.trainer.is_global_zero:
                 log_settings(self.plan.trainer.loggers, self.settings)

@@ -203,7 +203,12 @@ def write_config(cfg: DictConfig, run_dir: Path):
 
 @rank_zero_only
 def save_config(
-    cfg: DictConfig, run_dir: Path, settings: dict | None = None, step: int = 0, tokenizer: str | None = None
+    cfg: DictConfig,
+    run_dir: Path,
+    settings: dict | None = None,
+    step: int = 0,
+    tokenizer: str | None = None,
+    goes_on_from: Path | None = None,
 ):
     """config.yaml and provenance.json, which keeps what it was at earlier starts with `resume`.
 
@@ -213,12 +218,13 @@ def save_config(
         settings: that decide the weights.
         step: from which training goes on.
         tokenizer: digest of that of a training.
+        goes_on_from: folder of the run whose checkpoint is resumed; None: the run's own.
     """
     write_config(cfg, run_dir)
     path, content = run_dir / "provenance.json", provenance() | {"settings": settings, "from_step": step}
     if tokenizer is not None:
         content["tokenizer"] = tokenizer
-    if cfg.get("resume") is not None and (before := read_json(path)):
+    if cfg.get("resume") is not None and (before := read_json((goes_on_from or run_dir) / path.name)):
         content["earlier"] = [*before.pop("earlier", []), before]
     write_json(path, content)
 

@@ -256,6 +256,23 @@ def is_without_effect(key: str) -> bool:
     return any(key == one or key.startswith(f"{one}.") for one in WITHOUT_EFFECT)
 
 
+def recipe(overrides: Any) -> list[str]:
+    """Overrides of a job but for those that seeds may differ in, in their order; of what is no list none."""
+    given = [str(each) for each in overrides] if isinstance(overrides, list) else []
+    return [each for each in given if not is_without_effect(each.lstrip("+~").partition("=")[0])]
+
+
+def is_of_others(overrides: Any, recorded: Any) -> bool:
+    """Whether numbers are of an earlier start in their folder, which was given something else.
+
+    Args:
+        overrides: of the last start, as Hydra keeps them.
+        recorded: those that the numbers were made with; where neither is known, nothing is said.
+    """
+    are_known = isinstance(overrides, list) and isinstance(recorded, list)
+    return are_known and sorted(recipe(overrides)) != sorted(recipe(recorded))
+
+
 def _mean(runs: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
     """Of what all of them have, with the lowest and the highest."""
     found = {}

@@ -4,11 +4,12 @@ import csv
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pose.files import atomic_file, read_json
-from pose.reporting.lines import is_without_effect, unfinished
+from pose.reporting.lines import is_of_others, recipe, unfinished
 from pose.reporting.tables import Metrics, print_table, results_table
 
 log = logging.getLogger(__name__)
@@ -23,26 +24,40 @@ def show_sweep(folder: Path):
     jobs = write_sweep(folder)
     if jobs:
         print_table(results_table(over_seeds(jobs), f"Sweep ({folder}/sweep.csv)"))
+    else:  # that of before
+        (folder / "sweep.csv").unlink(missing_ok=True)
 
 
 def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
-    """Puts jobs into one row that differ in nothing but what seeds may differ in (`is_without_effect`).
+    """Puts seeds of one recipe into one row: jobs that differ in nothing but what seeds may differ in (`recipe`).
+
+    Where two have one seed, those that differ in nothing but their seed.
 
     Args:
         jobs: the overrides of each, separated by spaces, and its metrics.
     """
     rows: dict[str, list[Metrics]] = {}
+    by_recipe: dict[str, list[list[str]]] = {}
+    for overrides, _ in jobs:
+        by_recipe.setdefault(" ".join(recipe(overrides.split(" "))), []).append(_seed(overrides))
     for overrides, metrics in jobs:
-        name = " ".join(part for part in overrides.split(" ") if not is_without_effect(part.partition("=")[0]))
+        name = " ".join(recipe(overrides.split(" ")))
+        seeds = by_recipe[name]
+        if any(seeds.count(seed) > 1 for seed in seeds):
+            name = " ".join(part for part in overrides.split(" ") if not part.startswith("seed="))
         rows.setdefault(name or "default", []).append(metrics)
     return rows
+
+
+def _seed(overrides: str) -> list[str]:
+    return [part for part in overrides.split(" ") if part.startswith("seed=")]
 
 
 def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
     """Writes sweep.csv, a row for each job that is complete; returns overrides and metrics of each.
 
-    A training that was begun again for more steps and has not reached them is not complete: its metrics are of fewer
-    steps than its overrides say.
+    A job that was begun again with other settings, such as more steps, and has not come to its end is not complete: its
+    metrics are not of its overrides.
 
     An evaluation of several checkpoints is a row for each of them, with its name after the overrides.
     """
@@ -56,7 +71,10 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
             overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             overrides = None
-        if content and (why := unfinished(content, _max_steps(file.parent, overrides))):
+        why = unfinished(content, _max_steps(file.parent)) if content else ""
+        if is_of_others(overrides, _recorded(file.parent)):
+            why = "what was measured is of an earlier start, with other settings"
+        if why:
             log.warning(f"{file.parent} is left out of the sweep's table: {why}")
         elif any(found.values()) and isinstance(overrides, list):
             jobs += [(" ".join(map(str, [*overrides, *filter(None, [name])])), each) for name, each in found.items()]
@@ -68,22 +86,21 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
             writer = csv.DictWriter(table, ["overrides", *names])
             writer.writeheader()
             writer.writerows({"overrides": overrides} | dict(metrics) for overrides, metrics in jobs)
-    else:
-        (folder / "sweep.csv").unlink(missing_ok=True)
     return jobs
 
 
-def _max_steps(job: Path, overrides: list | None) -> int | None:
-    """That a training was asked for: by its overrides, which are there before its config is; else by that.
-
-    None where there are none, or they cannot be read.
-    """
-    given = [str(each).partition("=")[2] for each in overrides or [] if str(each).startswith("trainer.max_steps=")]
+def _max_steps(job: Path) -> int | None:
+    """That a training's config asks for; None where there are none, or they cannot be read."""
     try:
-        config = yaml.safe_load((job / "config.yaml").read_text(encoding="utf-8"))
-        return int(given[-1]) if given and given[-1].isdecimal() else int(config["trainer"]["max_steps"])
+        return int(yaml.safe_load((job / "config.yaml").read_text(encoding="utf-8"))["trainer"]["max_steps"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
+
+
+def _recorded(job: Path) -> Any:
+    """The overrides that a job's numbers were made with: an evaluation keeps them with these."""
+    provenance = read_json(job / "results.json").get("provenance") or read_json(job / "provenance.json")
+    return provenance.get("overrides") if isinstance(provenance, dict) else None
 
 
 def _numbers(found: dict) -> Metrics:

@@ -29,7 +29,7 @@ from pose.training.compat import without_anonymous
 log = logging.getLogger(__name__)
 
 NAMES = ("csv", "tensorboard", "wandb")
-REFUSED = re.compile(r"\b40[134]\b|permission denied|unauthorized", re.IGNORECASE)  # by a server that answers
+REFUSED = re.compile(r"returned error 40[134]\b")  # by W&B, not by a proxy before it
 BEFORE = -1  # the step of what is measured before the first one
 MAX_NAME = 128  # characters of a name or a group in W&B
 

@@ -321,3 +321,5 @@ def test_another_run_can_be_gone_on_with_elsewhere(finish, uninterrupted, tmp_pa
         ]
         got, wanted = weights(run), weights(uninterrupted)
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+        provenance = json.loads((run / "provenance.json").read_text())
+        assert provenance["earlier"] == [json.loads((uninterrupted / "provenance.json").read_text())]

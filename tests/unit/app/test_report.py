@@ -138,15 +138,22 @@ def test_an_evaluation_is_read(evaluation):
 
 
 def test_numbers_of_an_earlier_evaluation_are_told_with_its_settings(evaluation):
-    """One with others has begun in its folder, and written its config.yaml alone."""
-    content = json.loads((evaluation / "results.json").read_text()) | {"eval": {"trials": 4, "lengths": [256]}}
+    """One with others has begun in its folder, and written its config.yaml and provenance.json alone."""
+    made_with = PROVENANCE | {"overrides": ["ckpt={base:a,mine:b}", "dtype=float32"]}
+    more = {"eval": {"trials": 4, "lengths": [256]}, "provenance": made_with}
+    content = json.loads((evaluation / "results.json").read_text()) | more
     (evaluation / "results.json").write_text(json.dumps(content))
-    config = "ckpt: {base: in/base, mine: in/mine}\neval: {tasks: [passkey], trials: 8, lengths: [256]}\n"
+    config = "ckpt: {base: a, mine: c}\ndtype: bfloat16\neval: {tasks: [passkey], trials: 8, lengths: [256]}\n"
     (evaluation / "config.yaml").write_text(config)
-    (source,) = read(evaluation)
-    assert source.config["eval.trials"] == "4" and "an earlier evaluation" in source.facts["State"]
-    (evaluation / "config.yaml").write_text(config.replace("8", "4"))
-    assert read(evaluation)[0].facts["State"] == ""
+    for overrides, is_stale in (
+        (["ckpt={base:a,mine:c}", "dtype=float32"], True),
+        (["ckpt={base:a,mine:b}", "dtype=bfloat16"], True),
+        (["dtype=float32", "ckpt={base:a,mine:b}", "num_threads=1"], False),
+    ):
+        (evaluation / "provenance.json").write_text(json.dumps(PROVENANCE | {"overrides": overrides}))
+        (source,) = read(evaluation)
+        assert ("an earlier start" in source.facts["State"]) is is_stale
+        assert source.config["eval.trials"] == ("4" if is_stale else "8") and ("dtype" in source.config) is not is_stale
 
 
 @pytest.mark.parametrize("results", [{}, {"base": {}}])
@@ -180,6 +187,7 @@ def test_a_job_that_was_refused_is_in_its_sweep(run, tmp_path):
     (tmp_path / "sweep" / "1" / ".hydra").mkdir(parents=True)
     (tmp_path / "sweep" / "1" / ".hydra" / "overrides.yaml").write_text("- rope=longrope\n")
     done, refused = read(tmp_path / "sweep")
+    assert refused.kind == "training"
     assert (done.name, refused.name) == ("rope=yarn", "rope=longrope")
     assert refused.facts["State"].startswith("not begun")
     write_report([tmp_path / "sweep"], tmp_path / "page.html")
@@ -200,14 +208,15 @@ def test_the_tokenizers_of_trainings_are_remarked_on(run, tmp_path):
 
 
 def test_starts_with_other_settings_are_told(run):
-    """A schedule that was made longer is another one; what a run was resumed with changes nothing."""
+    """A schedule that was made longer is another one; what a run was resumed with, or measured by, changes nothing."""
     folder = run()
-    start = {"command": "python train.py trainer.max_steps=20", "overrides": ["trainer.max_steps=20"]}
-    for overrides, said in (
-        (["trainer.max_steps=40", "resume=auto"], start["command"]),
-        (["trainer.max_steps=20", "resume=auto", "+logger.mode=online"], ""),
+    start = {"overrides": ["trainer.max_steps=20", "seed=3"]}
+    for overrides, step, said in (
+        (["trainer.max_steps=40", "seed=3", "resume=auto"], 20, "trainer.max_steps=20"),
+        (["trainer.max_steps=40", "seed=3", "resume=auto"], 0, ""),  # the earlier start left no checkpoint
+        (["trainer.max_steps=20", "seed=3", "resume=auto", "+logger.mode=online", "eval=long"], 10, ""),
     ):
-        now = PROVENANCE | {"overrides": overrides, "earlier": [start]}
+        now = PROVENANCE | {"overrides": overrides, "earlier": [start], "from_step": step}
         (folder / "provenance.json").write_text(json.dumps(now))
         assert read(folder)[0].facts["Earlier starts"] == said
 

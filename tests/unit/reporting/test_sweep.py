@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 
 import pytest
 from hydra.types import RunMode
@@ -111,9 +110,14 @@ def test_a_job_that_goes_on_for_more_steps_is_left_out_until_it_has_them(tmp_pat
     assert [metrics["ppl@8"] for _, metrics in write_sweep(tmp_path)] == [1.0]
     assert "what was measured is of 250 of 500 steps" in caplog.text
     (tmp_path / "1" / "config.yaml").write_text("trainer: {max_steps: 250}\n")  # it was refused before it wrote its own
+    (tmp_path / "1" / "provenance.json").write_text(json.dumps({"overrides": ["trainer.max_steps=250", "seed=1"]}))
     assert len(write_sweep(tmp_path)) == 1
-    shutil.rmtree(tmp_path / "0")
-    assert not write_sweep(tmp_path) and not (tmp_path / "sweep.csv").exists(), "the table of before does not stay"
+    (tmp_path / "1" / "provenance.json").write_text(json.dumps({"overrides": ["trainer.max_steps=500", "seed=2"]}))
+    assert len(write_sweep(tmp_path)) == 2, "what seeds may differ in is no other setting"
+    for seed in "01":
+        (tmp_path / seed / "metrics.json").unlink()
+    SweepTable().on_multirun_end(config(tmp_path))
+    assert not (tmp_path / "sweep.csv").exists(), "the table of before does not stay"
 
 
 def test_a_sweep_of_which_no_job_is_complete_has_a_page(tmp_path, capsys):
@@ -139,4 +143,5 @@ def test_jobs_that_differ_in_their_seed_are_one_row():
     assert over_seeds(jobs) == {
         "default": [{"ppl@8": 1.0}, {"ppl@8": 3.0}], "data.seed=1": [{"ppl@8": 5.0}]
     }  # fmt: skip
-    assert list(over_seeds([("seed=0", {}), ("seed=1 resume=auto logger.name=wandb", {})])) == ["default"]
+    assert list(over_seeds([("seed=0", {}), ("seed=1 resume=auto +logger.mode=online", {})])) == ["default"]
+    assert list(over_seeds([("num_threads=1", {}), ("num_threads=2", {})])) == ["num_threads=1", "num_threads=2"]
