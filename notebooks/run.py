@@ -41,7 +41,9 @@ def execute(path: Path, folder: Path = FOLDER, instead: Mapping[str, str] | None
         for cell in cells:
             cell.source = cell.source.replace(old, new)
     resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=resources)
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", record_timing=False, resources=resources, coalesce_streams=True
+    )
     client.execute(env=os.environ | ENVIRONMENT)
     return notebook
 
