@@ -116,7 +116,9 @@ def _training_of(checkpoint: Path, trained: Iterable[Path]) -> Path | None:
 
 def _command(source) -> str:
     """That left a folder, without the places of one machine, and what earlier starts had in place of its settings."""
-    command, earlier = FOLDERS.sub("", source.facts.get("Command", "")), source.facts.get("Earlier starts")
+    from pose.reporting.lines import EARLIER
+
+    command, earlier = FOLDERS.sub("", source.facts.get("Command", "")), source.facts.get(EARLIER)
     return f"{command} # before: {earlier}" if earlier else command
 
 

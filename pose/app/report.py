@@ -31,7 +31,6 @@ PAGE = "report.html"
 OF_A_SEARCH = ("factors.yaml", "search.csv", "needles.csv")
 RUN_FILES = ("config.yaml", "metrics.json", "results.json")  # of a run or an evaluation; any of them makes it one
 STALE = "not finished: what was measured is of an earlier start in this folder, with other settings"
-OVERRIDES = Path(".hydra") / "overrides.yaml"  # of a job, before anything is checked
 
 
 def main(arguments: list[str] | None = None):
@@ -98,23 +97,27 @@ def read(folder: Path) -> list["Source"]:
         raise DataError(f"{folder} is of a search, which has no page: what it found is in {', '.join(found)}")
     if _is_one(folder):
         return [_read_one(folder)]
+    from pose.reporting.sweep import overrides_of
+
     if not has_jobs(folder):
         raise DataError(
             f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {' or '.join(RUN_FILES)}"
         )
-    jobs = [job for job in _folders(folder) if _is_one(job) or (job / OVERRIDES).is_file()]
-    jobs.sort(key=lambda job: (len(job.name), job.name))
-    names = _job_names([_overrides(job) for job in jobs])
+    jobs = sorted(_jobs(folder), key=lambda job: (len(job.name), job.name))
+    names = _job_names([overrides_of(job) or [] for job in jobs])
     return [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
 
 
 def has_jobs(folder: Path) -> bool:
     """Whether a folder in it is of a run or an evaluation, complete or not, or of a job that was refused."""
-    return folder.is_dir() and any(_is_one(job) or (job / OVERRIDES).is_file() for job in _folders(folder))
+    return folder.is_dir() and bool(_jobs(folder))
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [each for each in folder.iterdir() if not each.name.startswith(".")]  # .hydra has a config.yaml too
+def _jobs(folder: Path) -> list[Path]:
+    from pose.reporting.sweep import OVERRIDES
+
+    folders = [each for each in folder.iterdir() if not each.name.startswith(".")]  # .hydra has a config.yaml too
+    return [each for each in folders if _is_one(each) or (each / OVERRIDES).is_file()]
 
 
 def _is_one(folder: Path) -> bool:
@@ -136,9 +139,10 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     """A run of train.py, or an evaluation. A file that is missing leaves its part out, a damaged one with a warning."""
     import yaml
 
-    from pose.reporting.lines import EARLIER, STATE, is_of_others, unfinished
+    from pose.reporting.lines import EARLIER, STATE, recipe, unfinished
     from pose.reporting.metrics_csv import logged_rows
     from pose.reporting.page import Source
+    from pose.reporting.sweep import overrides_of
 
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -149,7 +153,7 @@ def _read_one(folder: Path, name: str = "") -> "Source":
         _warn_of_damage(folder / "config.yaml")
     flat, provenance = _flat(_object(config)), _read_json(folder / "provenance.json")
     common: dict[str, Any] = {"name": name, "folder": str(folder), "config": flat}
-    overrides = _overrides(folder)
+    overrides = overrides_of(folder) or []
     if not _is_one(folder):
         kind = "evaluation" if any(each.startswith("ckpt=") for each in overrides) else "training"
         return Source(kind=kind, facts={STATE: "not begun: it was refused, or ended before that"}, **common)
@@ -158,8 +162,8 @@ def _read_one(folder: Path, name: str = "") -> "Source":
         results = _read_json(folder / "results.json")
         found = {model: each for model, each in _object(results.get("checkpoints")).items() if isinstance(each, dict)}
         made_with = _object(results.get("provenance"))
-        starts = provenance.get("overrides"), overrides or None
-        is_stale = any(is_of_others(start, made_with.get("overrides")) for start in starts)
+        last = provenance.get("overrides")
+        is_stale = bool(made_with) and isinstance(last, list) and {*recipe(map(str, last))} != {*recipe(overrides)}
         if is_stale:  # another evaluation has begun in its folder: config.yaml is of that one
             common["config"] = flat = _flat(_object(results.get("eval")), "eval.")
         provenance = made_with or provenance
@@ -195,8 +199,6 @@ def _read_one(folder: Path, name: str = "") -> "Source":
     target = int(flat["pose.target_len"]) if flat.get("pose.target_len", "").isdecimal() else None
     steps, tokenizer = flat.get("trainer.max_steps", ""), provenance.get("tokenizer")
     state = unfinished(metrics, int(steps) if steps.isdecimal() else None)
-    if not state and is_of_others(overrides or None, provenance.get("overrides")):
-        state = STALE
     return Source(
         kind="training",
         facts={STATE: state, EARLIER: _earlier(provenance)}
@@ -222,7 +224,9 @@ def _earlier(provenance: Mapping[str, Any]) -> str:
     from pose.reporting.lines import recipe
 
     def settings(start: Mapping[str, Any]) -> set[str]:
-        return {each for each in recipe(start.get("overrides")) if not re.match(r"[+~]*(eval|watch)", each)}
+        given = start.get("overrides")
+        overrides = map(str, given) if isinstance(given, list) else []
+        return {each for each in recipe(overrides) if not re.match(r"[+~]*(eval|watch)", each)}
 
     before = provenance.get("earlier") if provenance.get("from_step") else None
     starts = [one for one in before if isinstance(one, dict)] if isinstance(before, list) else []
@@ -372,17 +376,6 @@ def _coverage(file: Path):
     except (OSError, ValueError):
         return None
     return tuple(columns) if columns.ndim == 2 and len(columns) == 3 and np.isfinite(columns).all() else None
-
-
-def _overrides(job: Path) -> list[str]:
-    """Of a job of a sweep, as Hydra keeps them."""
-    import yaml
-
-    try:
-        found = yaml.safe_load((job / OVERRIDES).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        found = None
-    return [str(override) for override in found] if isinstance(found, list) else []
 
 
 def _job_names(overrides: Sequence[Sequence[str]]) -> list[str]:

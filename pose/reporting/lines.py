@@ -1,9 +1,9 @@
 """What a page compares: runs and evaluations as their folders have them, and a line for each of their models."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,9 @@ PROMPTED = ("passkey", "needle", "needle_gain", "ruler")  # families of metrics 
 BENCHMARKS = ("eval.num_fewshot", "eval.limit")  # say which questions are asked, and after how many examples
 # Settings that seeds may differ in. A run that was resumed learns what one learns that was not, but for EARLIER.
 WITHOUT_EFFECT = ("seed", "resume", "trust_pickle", "num_threads", "cache_dir", "reuse", "data.num_workers", "logger")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -225,30 +228,49 @@ def _conditions(source: Source, estimates: Mapping[str, Estimate]) -> dict[str, 
 
 
 def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:
-    """Trainings that differ in nothing but WITHOUT_EFFECT together, each evaluation alone.
+    """Trainings that are seeds of one recipe together, each evaluation alone."""
 
-    Where two have one seed, as a run and its copy that was resumed elsewhere have, in nothing but their seed.
-    """
+    def recipe_of(source: Source):
+        if source.kind != "training" or not source.config:
+            return source.name
+        settings = (item for item in source.config.items() if not is_without_effect(item[0]))
+        return source.facts.get(EARLIER, ""), *settings
 
-    def by(settings_of: Callable[[Source], Any], sources: Sequence[Source]) -> list[list[Source]]:
-        groups: dict[Any, list[Source]] = {}
-        for source in sources:
-            is_one = source.kind == "training" and source.config
-            groups.setdefault(settings_of(source) if is_one else source.name, []).append(source)
-        return list(groups.values())
-
-    def effective(source: Source):
-        earlier = source.facts.get(EARLIER, "")
-        return earlier, *(item for item in source.config.items() if not is_without_effect(item[0]))
-
-    def whole(source: Source):
+    def all_of(source: Source):
         return tuple(item for item in source.config.items() if item[0] != "seed")
 
+    return over_seeds(sources, recipe_of, all_of, lambda source: source.config.get("seed"))
+
+
+def over_seeds(
+    runs: Iterable[T],
+    recipe_of: Callable[[T], Hashable],
+    all_of: Callable[[T], Hashable],
+    seed_of: Callable[[T], Hashable],
+) -> list[list[T]]:
+    """Runs of one recipe together.
+
+    Where two of them have one seed, as a run and its copy that was resumed elsewhere have, those alone that differ in
+    nothing but their seed.
+
+    Args:
+        runs: in an order that their groups keep.
+        recipe_of: all that seeds may not differ in.
+        all_of: all settings but the seed.
+        seed_of: the seed.
+    """
     groups = []
-    for group in by(effective, sources):
-        seeds = [source.config.get("seed") for source in group]
-        groups += [group] if len(set(seeds)) == len(seeds) else by(whole, group)
+    for group in _grouped(runs, recipe_of):
+        are_different = len({seed_of(run) for run in group}) == len(group)
+        groups += [group] if are_different else _grouped(group, all_of)
     return groups
+
+
+def _grouped(runs: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    groups: dict[Hashable, list[T]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.values())
 
 
 def is_without_effect(key: str) -> bool:
@@ -256,21 +278,9 @@ def is_without_effect(key: str) -> bool:
     return any(key == one or key.startswith(f"{one}.") for one in WITHOUT_EFFECT)
 
 
-def recipe(overrides: Any) -> list[str]:
-    """Overrides of a job but for those that seeds may differ in, in their order; of what is no list none."""
-    given = [str(each) for each in overrides] if isinstance(overrides, list) else []
-    return [each for each in given if not is_without_effect(each.lstrip("+~").partition("=")[0])]
-
-
-def is_of_others(overrides: Any, recorded: Any) -> bool:
-    """Whether numbers are of an earlier start in their folder, which was given something else.
-
-    Args:
-        overrides: of the last start, as Hydra keeps them.
-        recorded: those that the numbers were made with; where neither is known, nothing is said.
-    """
-    are_known = isinstance(overrides, list) and isinstance(recorded, list)
-    return are_known and sorted(recipe(overrides)) != sorted(recipe(recorded))
+def recipe(overrides: Iterable[str]) -> list[str]:
+    """Overrides of a job but for those that seeds may differ in, in their order."""
+    return [each for each in overrides if not is_without_effect(each.lstrip("+~").partition("=")[0])]
 
 
 def _mean(runs: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:

@@ -3,16 +3,19 @@
 import csv
 import logging
 import math
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from pose.files import atomic_file, read_json
-from pose.reporting.lines import is_of_others, recipe, unfinished
+from pose.reporting import lines
+from pose.reporting.lines import recipe
 from pose.reporting.tables import Metrics, print_table, results_table
 
 log = logging.getLogger(__name__)
+
+OVERRIDES = Path(".hydra") / "overrides.yaml"  # of a job, before anything is checked
 
 
 def show_sweep(folder: Path):
@@ -29,35 +32,32 @@ def show_sweep(folder: Path):
 
 
 def over_seeds(jobs: list[tuple[str, Metrics]]) -> dict[str, list[Metrics]]:
-    """Puts seeds of one recipe into one row: jobs that differ in nothing but what seeds may differ in (`recipe`).
-
-    Where two have one seed, those that differ in nothing but their seed.
+    """Puts seeds of one recipe into one row, as `pose.reporting.lines.over_seeds` has it.
 
     Args:
         jobs: the overrides of each, separated by spaces, and its metrics.
     """
-    rows: dict[str, list[Metrics]] = {}
-    by_recipe: dict[str, list[list[str]]] = {}
-    for overrides, _ in jobs:
-        by_recipe.setdefault(" ".join(recipe(overrides.split(" "))), []).append(_seed(overrides))
-    for overrides, metrics in jobs:
-        name = " ".join(recipe(overrides.split(" ")))
-        seeds = by_recipe[name]
-        if any(seeds.count(seed) > 1 for seed in seeds):
-            name = " ".join(part for part in overrides.split(" ") if not part.startswith("seed="))
-        rows.setdefault(name or "default", []).append(metrics)
+
+    def recipe_of(job: tuple[str, Metrics]) -> str:
+        return " ".join(recipe(job[0].split(" ")))
+
+    def all_of(job: tuple[str, Metrics]) -> str:
+        return " ".join(part for part in job[0].split(" ") if not part.startswith("seed="))
+
+    def seed_of(job: tuple[str, Metrics]) -> str:
+        return " ".join(part for part in job[0].split(" ") if part.startswith("seed="))
+
+    num_of, rows = Counter(map(recipe_of, jobs)), {}
+    for group in lines.over_seeds(jobs, recipe_of, all_of, seed_of):
+        is_alone = num_of[recipe_of(group[0])] == len(group)
+        rows[(recipe_of if is_alone else all_of)(group[0]) or "default"] = [metrics for _, metrics in group]
     return rows
-
-
-def _seed(overrides: str) -> list[str]:
-    return [part for part in overrides.split(" ") if part.startswith("seed=")]
 
 
 def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
     """Writes sweep.csv, a row for each job that is complete; returns overrides and metrics of each.
 
-    A job that was begun again with other settings, such as more steps, and has not come to its end is not complete: its
-    metrics are not of its overrides.
+    A training that was begun again for more steps, and does not have them yet, is not complete.
 
     An evaluation of several checkpoints is a row for each of them, with its name after the overrides.
     """
@@ -67,17 +67,11 @@ def write_sweep(folder: Path) -> list[tuple[str, Metrics]]:
         found = {"": _numbers(content)}
         if not found[""]:
             found = {name: _numbers(each) for name, each in content.items() if isinstance(each, dict)}
-        try:
-            overrides = yaml.safe_load((file.parent / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            overrides = None
-        why = unfinished(content, _max_steps(file.parent)) if content else ""
-        if is_of_others(overrides, _recorded(file.parent)):
-            why = "what was measured is of an earlier start, with other settings"
-        if why:
+        overrides = overrides_of(file.parent)
+        if content and (why := lines.unfinished(content, _max_steps(file.parent))):
             log.warning(f"{file.parent} is left out of the sweep's table: {why}")
-        elif any(found.values()) and isinstance(overrides, list):
-            jobs += [(" ".join(map(str, [*overrides, *filter(None, [name])])), each) for name, each in found.items()]
+        elif any(found.values()) and overrides is not None:
+            jobs += [(" ".join([*overrides, *filter(None, [name])]), each) for name, each in found.items()]
         else:
             log.warning(f"{file.parent} is left out of the sweep's table: its metrics or overrides cannot be read")
     if jobs:
@@ -97,10 +91,19 @@ def _max_steps(job: Path) -> int | None:
         return None
 
 
-def _recorded(job: Path) -> Any:
-    """The overrides that a job's numbers were made with: an evaluation keeps them with these."""
+def overrides_of(job: Path) -> list[str] | None:
+    """What a job was given when it made its numbers; None where that cannot be read.
+
+    Hydra's own file is of the last start, even of one that was refused, and is read where there is nothing else.
+    """
     provenance = read_json(job / "results.json").get("provenance") or read_json(job / "provenance.json")
-    return provenance.get("overrides") if isinstance(provenance, dict) else None
+    found = provenance.get("overrides") if isinstance(provenance, dict) else None
+    if found is None:
+        try:
+            found = yaml.safe_load((job / OVERRIDES).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+    return [str(each) for each in found] if isinstance(found, list) else None
 
 
 def _numbers(found: dict) -> Metrics:

@@ -188,7 +188,7 @@ def test_light_and_dark(visit, scheme, paper):
 
 
 def test_it_prints(html, tmp_path):
-    """Charts are drawn as wide as a column, and what only a screen has is left out."""
+    """On a few pages; where a PDF can be read here, without what only a screen has."""
     file, pdf = tmp_path / "page.html", tmp_path / "page.pdf"
     file.write_text(html, encoding="utf-8")
     options = [f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={pdf}", "--no-pdf-header-footer"]
