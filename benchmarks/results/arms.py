@@ -263,6 +263,7 @@ METHODS = ("experiment=methods_tiny",)
 METHOD_LENGTHS = {16: (1, 8, 16), 32: (1, 32)}
 MIXED = ("pose=mix", "rope.attention_factor=1")
 COSTS = {"self_distill": 1.8, "long_short": 2.0}
+SECONDS = "_seconds"  # ends the name of a method with as many steps as fit into lm's time
 RATES = ("2.5e-4", "5e-4", "1e-3")
 # Of a method the peak learning rate that suits it: the best of the arms lr.*, by needle gain at the target
 RATE_OF = {"lm": "1e-3", "self_distill": "2.5e-4", "long_short": "5e-4", "searched": "5e-4", "searched_mixed": "1e-3"}
@@ -298,8 +299,12 @@ def candidate_arm(name: str, times: int) -> str:
 
 
 def candidates(times: int) -> dict[str, tuple[str, ...]]:
-    """Those of CANDIDATES that are compared at a length, by name: their overrides. Before them lm, which has none."""
-    return {"lm": ()} | {name: overrides for name, (overrides, lengths) in CANDIDATES.items() if times in lengths}
+    """Those of CANDIDATES that are compared at a length, by name: their overrides. Before them lm, which has none.
+
+    One whose step takes longer than lm's is compared a second time, as NAME_seconds, with the steps of lm's time.
+    """
+    found = {"lm": ()} | {name: overrides for name, (overrides, lengths) in CANDIDATES.items() if times in lengths}
+    return found | {f"{name}{SECONDS}": found[name] for name in COSTS if name in found}
 
 
 def distilled(times: int) -> dict[str, tuple[str, ...]]:
@@ -357,13 +362,15 @@ def _methods(scale: Scale) -> Iterator[Arm]:
         # gets its time
         for name in COSTS:
             as_long = AsLong(f"lm.{times}x", f"{name}.{times}x")
-            yield Arm(f"{name}_seconds.{times}x", (*common, *every[name], *rate(name)), seeds=scale.seeds,
+            yield Arm(f"{name}{SECONDS}.{times}x", (*common, *every[name], *rate(name)), seeds=scale.seeds,
                       as_long=as_long)  # fmt: skip
         as_long = AsLong(f"searched.{times}x", f"lm.{times}x")
         yield Arm(f"lm_as_searched.{times}x", (*common, *rate("lm")), seeds=scale.seeds, as_long=as_long, cost=4.0)
         for name, overrides in (candidates(times) | distilled(times)).items():
+            of = name.removesuffix(SECONDS)
+            as_long = AsLong(candidate_arm("lm", times), candidate_arm(of, times)) if of != name else None
             yield Arm(
-                candidate_arm(name, times), (*common, *overrides, *rate(name)), seeds=CANDIDATE_SEEDS,
+                candidate_arm(name, times), (*common, *overrides, *rate(of)), seeds=CANDIDATE_SEEDS, as_long=as_long,
                 cost=COSTS.get(RATED_AS.get(name, name), 1.0),
             )  # fmt: skip
         if times == 16:
@@ -379,7 +386,7 @@ def arms_of_methods(scale: Scale) -> dict[str, tuple[str, ...]]:
     """The arms of docs/METHODS.md by the name that --only has for a comparison."""
     found = {}
     for times in METHOD_LENGTHS:
-        names = ("untuned_books", "search", *methods(scale, times), *(f"{name}_seconds" for name in COSTS),
+        names = ("untuned_books", "search", *methods(scale, times), *(f"{name}{SECONDS}" for name in COSTS),
                  "lm_as_searched")  # fmt: skip
         found[f"methods{times}x"] = tuple(f"{name}.{times}x" for name in names)
     found["candidate"] = tuple(candidate_arm(name, times) for times in METHOD_LENGTHS for name in candidates(times))

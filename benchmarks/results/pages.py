@@ -16,6 +16,7 @@ from benchmarks.results.arms import (
     RATE_OF,
     RATES,
     SEARCH,
+    SECONDS,
     Arm,
     Scale,
     arms_of_methods,
@@ -318,15 +319,15 @@ def _methods(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> s
     if not any(is_begun(runs, arms[name]) for name in used):
         return machines
     names = dict.fromkeys(methods(scale, times), "lm")
-    slower = {"lm": None, **{f"{name}_seconds": "lm" for name in COSTS}, "lm_as_searched": None,
+    slower = {"lm": None, **{f"{name}{SECONDS}": "lm" for name in COSTS}, "lm_as_searched": None,
               **dict.fromkeys(_searched(scale, times), "lm_as_searched")}  # fmt: skip
     is_timed = any(is_begun(runs, of(name)) for name in slower if name not in names)
     return "\n\n".join(
         [
             f"Equal tokens; minutes: training steps and any search, on the processor that most runs used. {machines}",
             rows({"untuned_books": None} | names | {"lm": None}),
-            "Equal seconds: `_seconds` has as many steps as fit into `lm`'s time, and `lm_as_searched` as many as fit "
-            "into that of a search and the training after it. Searched methods are compared with `lm_as_searched` "
+            f"Equal seconds: `{SECONDS}` has as many steps as fit into `lm`'s time, and `lm_as_searched` as many as "
+            "fit into that of a search and the training after it. Searched methods are compared with `lm_as_searched` "
             "here.",
             rows(slower) if is_timed else "Not run yet.",
             f"{_rule(scale, times)} {_best(runs, arms, scale, times)}",
@@ -476,7 +477,7 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
     """The methods that beat lm at equal seconds: in needle gain at the target, perplexity in the window no higher."""
     lengths = scale.lengths(*METHOD_LENGTHS[times])
     same = {name: (name, "lm") for name in methods(scale, times) if name != "lm"}
-    same |= {name: (f"{name}_seconds", "lm") for name in COSTS}
+    same |= {name: (f"{name}{SECONDS}", "lm") for name in COSTS}
     same |= {name: (name, "lm_as_searched") for name in _searched(scale, times)}
     winners, is_tested = [], False
     processor = _processor(runs, arms_of_methods(scale)[f"methods{times}x"])

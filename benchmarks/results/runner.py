@@ -164,6 +164,8 @@ class Runner:
     def steps(self, arm: Arm, seed: int) -> int:
         """The steps of an arm that takes as long as another, from what their runs took on one kind of processor.
 
+        By the fastest run of each: other work on a machine slows steps down, by more in one run than in another.
+
         Raises:
             Failed: these are not done, or not on one kind of processor; the time is up before a training begins.
         """
@@ -181,13 +183,14 @@ class Runner:
             )
         processor = max(sorted(processors), key=lambda name: sum(one["processor"] == name for one in long))
 
-        def median(runs: Sequence[Record], key: str) -> float:
-            return statistics.median(one["training"][key] for one in runs if one["processor"] == processor)
+        def fastest(runs: Sequence[Record]) -> Record:
+            here = (one["training"] for one in runs if one["processor"] == processor)
+            return min(here, key=lambda found: found["step_seconds"])
 
-        budget = median(long, "steps") * median(long, "step_seconds")
+        budget = fastest(long)["steps"] * fastest(long)["step_seconds"]
         for is_given, runs in searches.items():
             budget += sum(one["seconds"] for one in runs) * (1 if is_given else -1)
-        steps = round(budget / median(step_of, "step_seconds"))
+        steps = round(budget / fastest(step_of)["step_seconds"])
         if steps < self.min_steps:
             raise Failed(f"{arm.name} has {steps} steps left in the time of {arm.as_long.arm}")
         return steps

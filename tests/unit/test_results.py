@@ -377,6 +377,12 @@ def test_equal_seconds_are_steps(tmp_path):
     assert made.steps(SMALL["a_as_b"], 1) == (250 * 0.4 + 60) / 0.5
     ((_, command),) = made.commands("slow_seconds", 1)
     assert "trainer.max_steps=125" in command and "seed=1" in command
+    # A run that other work slowed down does not count
+    for name in ("a", "slow"):
+        made.runs[name, 1]["training"]["step_seconds"] *= 3
+    assert made.steps(SMALL["slow_seconds"], 0) == 125
+    for name in ("a", "slow"):
+        made.runs[name, 1]["training"]["step_seconds"] /= 3
     # Times of another kind of processor are left out; those of two kinds alone are no budget
     made.runs["a", 0] |= {"processor": "Another", "training": {"steps": 250, "step_seconds": 9.0}}
     assert made.steps(SMALL["slow_seconds"], 0) == 125
@@ -732,7 +738,10 @@ def test_the_default_is_compared_on_seeds_that_chose_nothing():
 def test_objectives_stand_against_the_default_by_its_seeds():
     """At the learning rates of the objectives, chosen on another seed; lm has no part in it."""
     for name in ("self_distill", "long_short"):
-        for arm in (name, f"far_{name}"):
+        timed = ARMS[candidate_arm(f"{name}_seconds", 16)]
+        assert timed.as_long == AsLong(candidate_arm("lm", 16), candidate_arm(name, 16))
+        assert timed.overrides == ARMS[candidate_arm(name, 16)].overrides
+        for arm in (name, f"{name}_seconds", f"far_{name}"):
             assert ARMS[candidate_arm(arm, 16)].value("finetune.lr", "") == RATE_OF[name]
     runs = {}
     for name, gain in {"lm": 9.0, "far_answers": 2.0, "far_self_distill": 3.5, "far_long_short": 2.5}.items():
