@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(runs, kind, name):
 @pytest.mark.parametrize(("kind", "name"), AUTO)
 def test_processes_agree_on_the_largest_micro_batch(runs, kind, name):
     found = runs / kind / f"{name}_auto"
-    assert "micro_batch: 2" in (found / "config.yaml").read_text()
+    assert "micro_batch: 4" in (found / "config.yaml").read_text()  # 2 examples, each seen twice
     assert share_apart(weights(found), weights(runs / kind / name)) < 1e-5
 
 
