@@ -259,7 +259,7 @@ def test_objectives(script):
 def test_efficiency(script, tmp_path):
     """Full-length training of 4 times the length takes longer and more memory; both take the same steps."""
     arguments = ("--shape", "rehearsal", "--train-len", "64", "--targets", "128", "256", "--repeats", "2")
-    arguments += ("--steps", "2", "--batch", "4", "--micro-batch", "2", "--plot", tmp_path / "plots" / "efficiency.png")
+    arguments += ("--steps", "2", "--batch", "4", "--micro-batch", "2", "--plot", tmp_path / "efficiency.png")
     table, content = run(script, "efficiency", *arguments)
     assert [one["target_len"] for one in content["targets"]] == [128, 256] and "time by FLOPs" in table
     for one in content["targets"]:
@@ -270,7 +270,7 @@ def test_efficiency(script, tmp_path):
         sequences = [way["micro_batch"] * way["accumulate"] for way in one["settings"].values()]
         assert sequences == [4, 4]
     assert content["targets"][1]["times_as_long"]["median"] > 1 < content["targets"][1]["memory_ratio"]
-    assert (tmp_path / "plots" / "efficiency.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "efficiency.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_weights_are_held_as_in_a_run():
