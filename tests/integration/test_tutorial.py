@@ -16,7 +16,7 @@ SHORT = {
     ),
     "evaluate.py": ("eval.trials=1",),
 }  # fmt: skip
-INSTALLS = ("make", "source")
+INSTALLS = ("make", "source", "python3.11", ".venv/bin/pip")
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
@@ -33,7 +33,7 @@ def test_the_tutorial_can_be_followed(script, tmp_path, monkeypatch):
 
     lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
     followed = []
-    for program, *words in (shlex.split(line, comments=True) for line in lines):
+    for program, *words in filter(None, (shlex.split(line, comments=True) for line in lines)):
         if program in INSTALLS:
             continue
         if program == "cp":
