@@ -7,6 +7,7 @@ CPU the peak is that of torch's own allocator, event by event (torch.profiler); 
 
 import argparse
 import contextlib
+import gc
 
 from benchmarks import Options, report, save_part, spread, table
 
@@ -119,6 +120,7 @@ def compare(
 
 def cpu_peak(step) -> float:
     """The highest sum of all that torch's allocator has given and not got back since the step began."""
+    gc.collect()  # garbage of an earlier measurement, collected during the step, would count against its peak
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:

@@ -1,5 +1,6 @@
 """`python -m pose.plan`, and what train.py says at its start: from overrides to a plan."""
 
+import gc
 import importlib.util
 import json
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks.plan import cpu_peak
@@ -310,6 +312,22 @@ def test_train_says_two_lines(tmp_path, capsys):
     prepared.config.num_local_experts = 4  # a model of whose shape nothing is known
     plan.say(cfg, prepared)
     assert capsys.readouterr().out == ""
+
+
+def test_garbage_of_an_earlier_measurement_is_no_part_of_a_peak():
+    """The profiler counts what is given back if it was there when it was taken, in an earlier profile too."""
+
+    def leave():
+        cycle: list = [torch.ones(1 << 22)]
+        cycle.append(cycle)
+        gc.collect()  # from here on it is old, and no young collection meets it
+
+    def step():
+        gc.collect()
+        torch.ones(1 << 20)
+
+    assert cpu_peak(leave) == 16 << 20
+    assert cpu_peak(step) == 4 << 20
 
 
 @pytest.mark.slow
