@@ -13,14 +13,16 @@ step with the widest micro-batch, as a long run meets it.
 
 Time is CPU seconds of one thread, taken in turn; --compiled compiles the layers for it, as train.py does on a GPU.
 Memory, of layers that are not compiled, is the peak of a step above what was there before (weights, optimizer states
-and a frozen original are; gradients and activations are not), each objective in a process of its own; `with states` is
-that of both. Ratios are to lm.
+and a frozen original are; gradients and activations are not), as torch's allocator gave it; `with states` is that of
+both. `process` is the ratio of `with states` by the memory of the process, each objective in one of its own. Ratios are
+to lm.
 """
 
 import argparse
 import multiprocessing
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from benchmarks import Options, in_turn, memory, ratio, report, save_part, spread, table, timed, whole, words
 
@@ -38,6 +40,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=whole(1), default=7)
     parser.add_argument("--compiled", action="store_true", help="time is of compiled layers")
     parser.add_argument("--precision", default=PRECISIONS[0], choices=PRECISIONS)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="as model.gradient_checkpointing=true")
     args = parser.read()
     if not memory.is_known():
         parser.error("peak memory is read from /proc, which only Linux has")
@@ -56,7 +59,7 @@ from transformers import LlamaConfig
 
 from pose.files import locate
 from pose.modeling.load import build_model, load_config, scale_config
-from pose.modeling.speed import compile_layers
+from pose.modeling.speed import compile_layers, recompute
 from pose.modeling.teacher import Teacher, freeze
 from pose.positions import PoSE
 from pose.rope import Yarn
@@ -81,6 +84,7 @@ class Steps:
         precision: one of PRECISIONS.
         num_examples: of a micro-batch of lm; None: those of the part.
         accumulate: micro-batches of lm in a step.
+        checkpointing: whether layers are computed again in the backward pass.
 
     Attributes:
         states_bytes: of weights, optimizer states and a frozen original.
@@ -88,7 +92,7 @@ class Steps:
 
     def __init__(
         self, part: str, name: str, num_steps: int | None, precision: str, num_examples: int | None = None,
-        accumulate: int = 1,
+        accumulate: int = 1, checkpointing: bool = False,
     ):  # fmt: skip
         usual, length = PARTS[part]
         micro = num_examples or usual
@@ -100,6 +104,7 @@ class Steps:
         self.objective, self.in_bf16 = OBJECTIVES[name], precision == "bf16-mixed"
         torch.manual_seed(0)
         self.model = build_model(config, path, "sdpa").train()
+        recompute(self.model, checkpointing)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
         self.teacher = None
         if self.objective.has_teacher:
@@ -150,21 +155,30 @@ def drawn(length: int, num_examples: int, num_steps: int | None, half: int) -> l
     return [ids[order[int((i + 0.5) * DRAWS / num_steps)]] for i in range(num_steps)]
 
 
-def memory_of(*which) -> tuple[int, int]:
-    """Bytes of an objective: the peak of its steps, and its states; in a process that has not run any other."""
+class Bytes(NamedTuple):
+    """Of the steps of an objective: the allocator's peak and the process's, and the states."""
+
+    peak: int
+    process: int
+    states: int
+
+
+def memory_of(*which) -> Bytes:
+    """Bytes of an objective, in a process that has not run any other."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(_memory_of, which)
 
 
-def _memory_of(*which) -> tuple[int, int]:
+def _memory_of(*which) -> Bytes:
     torch.set_num_threads(1)
     steps = Steps(*which)
     steps()  # the optimizer's states
     ctypes.CDLL(None).malloc_trim(0)  # what the C library has kept of freed memory would hide a part of the peak
-    return memory.peak_above(steps), steps.states_bytes
+    process = memory.peak_above(steps)  # before the profiler, which takes some too
+    return Bytes(memory.cpu_peak(steps), process, steps.states_bytes)
 
 
-def measure(ways: dict[str, Callable[[], None]], repeats: int, taken: dict[str, tuple[int, int]]) -> dict[str, dict]:
+def measure(ways: dict[str, Callable[[], None]], repeats: int, taken: dict[str, Bytes]) -> dict[str, dict]:
     """Seconds and bytes of each objective, and their ratios to lm."""
     for run in ways.values():
         run()
@@ -175,27 +189,31 @@ def measure(ways: dict[str, Callable[[], None]], repeats: int, taken: dict[str, 
             "seconds": spread(seconds[name]),
             "times_as_long": ratio(seconds[name], seconds["lm"]),
             "memory_mib": peak / 2**20,
-            "memory_ratio": peak / of_lm[0],
+            "memory_ratio": peak / of_lm.peak,
             "states_mib": states / 2**20,
-            "memory_ratio_with_states": (peak + states) / sum(of_lm),
+            "memory_ratio_with_states": (peak + states) / (of_lm.peak + of_lm.states),
+            "process_mib": process / 2**20,
+            "process_ratio_with_states": (process + states) / (of_lm.process + of_lm.states),
         }
-        for name, (peak, states) in taken.items()
+        for name, (peak, process, states) in taken.items()
     }
 
 
 def as_table(part: str, found: dict[str, dict], args: argparse.Namespace) -> str:
     """What was measured of a part, to be read."""
-    head = ["lm = 1", "seconds", "times as long", "memory", "MiB", "states MiB", "memory with states"]
+    head = ["lm = 1", "seconds", "times as long", "memory", "MiB", "states MiB", "with states", "process"]
     rows = [
         [
             name, f"{one['seconds']['median']:.3f}", words(one["times_as_long"]), f"{one['memory_ratio']:.2f}",
             f"{one['memory_mib']:,.0f}", f"{one['states_mib']:,.0f}", f"{one['memory_ratio_with_states']:.2f}",
+            f"{one['process_ratio_with_states']:.2f}",
         ]
         for name, one in found.items()
     ]  # fmt: skip
     usual, length = PARTS[part]
     examples = args.examples or usual
     how = f"{args.precision}, {'compiled' if args.compiled else 'eager'}"
+    how += ", gradient checkpointing" * args.gradient_checkpointing
     size = f"{args.accumulate} x {examples}" if args.accumulate > 1 else str(examples)
     title = f"{part}: {args.steps} steps of {size} x {length:,} tokens, {how}, {args.repeats} repeats"
     return table(title, head, rows)
@@ -204,7 +222,7 @@ def as_table(part: str, found: dict[str, dict], args: argparse.Namespace) -> str
 def main():
     args = options()
     torch.set_num_threads(1)
-    rest = args.steps, args.precision, args.examples, args.accumulate
+    rest = args.steps, args.precision, args.examples, args.accumulate, args.gradient_checkpointing
     # Before anything runs here: what a run leaves to the allocator would serve the forks
     taken = {part: {name: memory_of(part, name, None, *rest[1:]) for name in OBJECTIVES} for part in args.parts}
     found: dict[str, dict] = {}

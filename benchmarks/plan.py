@@ -7,9 +7,8 @@ CPU the peak is that of torch's own allocator, event by event (torch.profiler); 
 
 import argparse
 import contextlib
-import gc
 
-from benchmarks import Options, report, save_part, spread, table
+from benchmarks import Options, memory, report, save_part, spread, table
 
 
 def options() -> argparse.Namespace:
@@ -101,7 +100,7 @@ def compare(
         loss().backward()
 
     step()  # the gradients are there from now on
-    measured = cuda_peak(step) if device == "cuda" else cpu_peak(step)
+    measured = memory.cuda_peak(step) if device == "cuda" else memory.cpu_peak(step)
     planned = Training(
         Shape.of(settings.to_dict()),
         train_len=length,
@@ -116,31 +115,6 @@ def compare(
         num_compared=len(LongShort().layers_of(settings.num_hidden_layers)) if minimised.has_teacher else 0,
     ).memory
     return sum(planned[part] for part in ("activations", "loss", "gathered")), measured
-
-
-def cpu_peak(step) -> float:
-    """The highest sum of all that torch's allocator has given and not got back since the step began."""
-    gc.collect()  # garbage of an earlier measurement, collected during the step, would count against its peak
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
-def cuda_peak(step) -> float:
-    """The highest memory that tensors had in the step, above that before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def main():

@@ -35,7 +35,7 @@ PRECISIONS = (*MIXED, "32-true")
 MFU = 0.4  # of a run that recomputes nothing; 0.45 to 0.52 is what well-tuned LLaMA code reaches at 2,048 tokens
 USABLE = 0.95  # of a GPU's memory; the rest is CUDA's own, and gaps between tensors
 CHUNK_LEN = 1024  # tokens whose logits exist at one time: pose.modeling.loss
-KL_CHUNK_LEN = CHUNK_LEN // 4  # the same of the divergence from a teacher, whose are there too
+CHUNK_LEN_OF_VIEWS = CHUNK_LEN // 2  # the same of two views; where a token has a teacher's too, both count
 OBJECTIVES = ("lm", "self_distill", "long_short")
 GATHERED_MAX = 10**9  # weights that ZeRO-3 holds together at most (stage3_max_live_parameters of DeepSpeed)
 BUCKET = 2 * 10**8  # elements of a bucket of DeepSpeed's reductions
@@ -721,9 +721,9 @@ def loss_working(training: Training) -> tuple[float, float]:
     """Bytes of `pose.modeling.loss` beside all that waits for the backward pass: at the end of the forward, backward.
 
     Forward: the last norm's output, of it the states of scored tokens (under autocast also cast), their gradient, and
-    that of the head, 4 V H. The logits of a chunk of C = 1,024 tokens in fp32, which become their own gradient, 4 C V,
-    and where layers compute in 16 bits that cast, c C V, and the head's gradient by the chunk, c V H. (A CPU makes an
-    fp32 copy of that to add it, which is not counted.)
+    that of the head, 4 V H. The logits of a chunk of C = 1,024 tokens (512 of two views) in fp32, which become
+    their own gradient, 4 C V, and where layers compute in 16 bits that cast, c C V, and the head's gradient by the
+    chunk, c V H. (A CPU makes an fp32 copy of that to add it, which is not counted.)
 
     Backward: both gradients, the head's cast to what it is computed in; then the states' and that of the norm's output.
 
@@ -738,7 +738,8 @@ def loss_working(training: Training) -> tuple[float, float]:
     All that is known here of the loss is in this function.
     """
     shape, tokens = training.shape, training.micro_batch * (training.train_len - 1)
-    chunk, c = min(CHUNK_LEN, tokens), training.compute_bytes
+    chunk = min(CHUNK_LEN if training.objective == "lm" else CHUNK_LEN_OF_VIEWS, tokens)
+    c = training.compute_bytes
     r = MASTER if training.is_autocast else training.residual_bytes  # the last norm's weight is fp32
     output = float(r * training.tokens_at_once * shape.hidden_size)
     states, gradients = float(r * tokens * shape.hidden_size), float(c * tokens * shape.hidden_size)
@@ -756,7 +757,7 @@ def loss_working(training: Training) -> tuple[float, float]:
     forward += by_token * chunk + cast
     backward = max(gradients + head + cast, states + output)
     if training.objective == "self_distill":
-        pairs = min(KL_CHUNK_LEN, tokens)
+        pairs = min(CHUNK_LEN_OF_VIEWS // 2, tokens)
         rows = 2 * (states + gradients + (gradients if training.is_autocast else 0.0))
         working = max(3 * MASTER * shape.vocab_size * pairs, by_token * max(2 * pairs, chunk) + cast)
         forward = output + rows + head + working

@@ -22,6 +22,8 @@ from pose.modeling.compat import is_partitioned
 from pose.modeling.held import HeldLinear
 
 CHUNK_LEN = 1024  # tokens whose logits exist at one time
+# The same where the model sees its tokens twice: what is kept of the two views takes more, so that the logits take less
+CHUNK_LEN_OF_VIEWS = CHUNK_LEN // 2
 GIVEN_AWAY = "the gradients of this loss have been given away: backward goes through it once"
 
 
@@ -143,13 +145,13 @@ def weighted_nll_and_kl(
     distilled: Targets,
     alone: torch.Tensor,
     factor: float = 1.0,
-    chunk_len: int = CHUNK_LEN,
+    chunk_len: int = CHUNK_LEN_OF_VIEWS,
 ) -> NllAndKl:
     """The weighted cross-entropies of a teacher, and how far a student's next-token distributions are from its own.
 
     It is sum_i w_i nll_i + factor * sum_j v_j KL(p_j || q_j), with p the teacher's and q the student's distribution,
     both by the same head. The same logits of the teacher serve both sums. The KL gives no gradient to the teacher, nor
-    to the head by the teacher's logits. Logits exist for half a chunk at a time where a token has both.
+    to the head by the teacher's logits. A token that has both counts twice in a chunk.
 
     Args:
         teacher: [N, H], the states of all tokens.
@@ -162,7 +164,7 @@ def weighted_nll_and_kl(
         factor: of the KL.
         chunk_len: C.
     """
-    num, device, size = len(teacher), teacher.device, max(chunk_len // 4, 1)
+    num, device, size = len(teacher), teacher.device, max(chunk_len // 2, 1)
     # Rows are of the teacher's states, and of the student's after them. Every token with a student is one of a pair:
     # where it is not scored, its cross-entropy has no weight.
     places = torch.cat([torch.arange(num, device=device), distilled.at])
@@ -375,17 +377,22 @@ def causal_lm_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor) 
 
 
 def loss_and_example_losses(
-    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, scored: Targets | None = None
+    hidden: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    scored: Targets | None = None,
+    chunk_len: int = CHUNK_LEN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`causal_lm_loss`, and without gradients what each example adds to it, fp32 [B]: its own mean.
 
     Args:
         hidden, head, labels: as of `causal_lm_loss`.
         scored: of the labels, on their device, by whose weights the means are taken; None works it out there.
+        chunk_len: C.
     """
     scored = scored_tokens(labels) if scored is None else scored
     batch, length = labels.shape
     states, targets = hidden.flatten(0, 1)[scored.at], labels.flatten()[scored.at + 1]
-    loss, nll = weighted_nll(states, head, targets, scored.weights, at_most=batch * length)
+    loss, nll = weighted_nll(states, head, targets, scored.weights, chunk_len, at_most=batch * length)
     by_example = torch.zeros(batch, dtype=nll.dtype, device=nll.device)
     return loss, by_example.index_add_(0, scored.at // length, nll * scored.weights * batch)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from pose.data.examples import Targets, collate_scored, collate_views
 from pose.errors import ConfigError, require_int, require_number
 from pose.modeling.layers import decoder_layers
-from pose.modeling.loss import loss_and_example_losses, weighted_nll_and_kl
+from pose.modeling.loss import CHUNK_LEN_OF_VIEWS, loss_and_example_losses, weighted_nll_and_kl
 from pose.modeling.teacher import Teacher, states_of_layers
 from pose.modeling.views import hidden_states_of_views
 from pose.positions import PositionSampler
@@ -261,7 +261,8 @@ class LongShort(Objective):
             views = hidden_states_of_views(model, batch["input_ids"], batch["position_ids"], skipped.at)
         second = views.second(skipped.at)
         head, shape = model.get_output_embeddings(), (*labels.shape, -1)
-        lm, lm_by_example = loss_and_example_losses(second.view(shape), head, labels, Targets.of_batch(batch))
+        scored = Targets.of_batch(batch)
+        lm, lm_by_example = loss_and_example_losses(second.view(shape), head, labels, scored, CHUNK_LEN_OF_VIEWS)
         plain = [states.flatten(0, 1)[:num] for states in found]
         short = torch.stack([_distances(a, b) for a, b in zip(plain, wanted, strict=False)]).sum(0)
         moved = _distances(second, wanted[-1])

@@ -433,6 +433,6 @@ def test_the_peak_of_a_gpu_is_known_by_its_name(name, precision, expected):
 
 def test_what_other_modules_say_of_the_same():
     """pose.plan imports none of them, which takes seconds; here they are held together."""
-    assert plan.CHUNK_LEN == loss.CHUNK_LEN
+    assert plan.CHUNK_LEN == loss.CHUNK_LEN and plan.CHUNK_LEN_OF_VIEWS == loss.CHUNK_LEN_OF_VIEWS
     assert {*plan.OPTIMIZER_BYTES} == {*OPTIMIZERS} and {*plan.PRECISIONS} == {*strategies.PRECISIONS}
     assert {*plan.OBJECTIVES} == {kind.name for kind in (LanguageModel, SelfDistill, LongShort)}

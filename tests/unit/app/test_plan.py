@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from benchmarks.plan import cpu_peak
+from benchmarks.memory import cpu_peak
 from pose.app import models, plan, preflight, schema
 from pose.app.build import build_trainer
 from pose.app.holding import check_holding, check_teacher
