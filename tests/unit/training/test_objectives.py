@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.memory import cpu_peak
+from benchmarks.objectives import OBJECTIVES, Steps
 from pose.data.examples import IGNORE
 from pose.errors import ConfigError
 from pose.modeling.load import build_model, scale_config
 from pose.modeling.lora import add_lora
+from pose.modeling.loss import CHUNK_LEN, CHUNK_LEN_OF_VIEWS
 from pose.modeling.options import LoraOptions
 from pose.modeling.teacher import Teacher
 from pose.positions import EqualChunks, Full, Mix, PoSE, RandPos, ShortPI, SingleShift
@@ -298,3 +301,38 @@ def test_half_as_many_examples_of_two_views_hold_about_as_much_for_the_backward_
 
     of_lm = held(LanguageModel(), items)
     assert held(objective, items[: num // 2]) <= 1.2 * of_lm < 1.5 * of_lm < held(objective, items)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", ["tiny", "llama"])
+def test_a_step_of_two_views_takes_at_most_1_3_times_the_memory_of_lm(part):
+    """The widest of 101 drawn steps, with weights, gradients and AdamW's states, as torch's allocator gave it."""
+    taken = {}
+    for name in OBJECTIVES:
+        steps = Steps(part, name, None, "32-true")
+        steps()  # the optimizer's states
+        taken[name] = cpu_peak(steps)
+        taken[f"{name} with states"] = taken[name] + steps.states_bytes
+    for name in ("self_distill", "long_short"):
+        assert taken[name] <= 1.3 * taken["lm"], name
+        assert taken[f"{name} with states"] <= 1.3 * taken["lm with states"], name
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_logits_of_two_views_exist_for_half_as_many_tokens(objective, monkeypatch):
+    shapes, honest = [], F.linear
+
+    def linear(states, weight, bias=None):
+        shapes.extend([states.shape[-2]] if len(weight) == VOCAB else [])
+        return honest(states, weight, bias)
+
+    length = 1200
+    config = LlamaConfig(**SHAPE | {"max_position_embeddings": length})
+    teacher = Teacher(model_of(config).eval().requires_grad_(False))
+    scale_config(trained := copy.deepcopy(config), Yarn(), 4 * length)
+    ids = torch.arange(length)
+    item = {"input_ids": ids % VOCAB, "labels": ids % VOCAB, "position_ids": torch.where(ids < 50, ids, ids + length)}
+    monkeypatch.setattr(F, "linear", linear)
+    objective.losses(model_of(trained), objective.collate([item]), teacher)
+    assert max(shapes) == (CHUNK_LEN if objective.name == "lm" else CHUNK_LEN_OF_VIEWS)
+    assert CHUNK_LEN_OF_VIEWS == CHUNK_LEN / 2
