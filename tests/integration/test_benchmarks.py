@@ -249,7 +249,9 @@ def test_objectives(script):
         check_spread(way["seconds"], 1)
         both, of_lm = way["memory_mib"] + way["states_mib"], lm["memory_mib"] + lm["states_mib"]
         assert way["memory_ratio_with_states"] == pytest.approx(both / of_lm)
-        assert way["process_mib"] > way["memory_mib"] / 2 and way["process_ratio_with_states"] > 0
+        both, of_lm = way["process_mib"] + way["states_mib"], lm["process_mib"] + lm["states_mib"]
+        assert way["process_ratio_with_states"] == pytest.approx(both / of_lm)
+        assert way["process_mib"] > way["memory_mib"] / 2
     assert lm["times_as_long"]["median"] == 1 < ways["self_distill"]["times_as_long"]["median"] < 4
     assert ways["self_distill"]["states_mib"] == lm["states_mib"]
     # Weights and two moments; beside them the original's weights

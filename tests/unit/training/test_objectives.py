@@ -318,6 +318,15 @@ def test_a_step_of_two_views_takes_at_most_1_3_times_the_memory_of_lm(part):
         assert taken[f"{name} with states"] <= 1.3 * taken["lm with states"], name
 
 
+def test_steps_of_the_benchmark_can_recompute_activations():
+    def peak(checkpointing):
+        steps = Steps("tiny", "lm", None, "32-true", 4, checkpointing=checkpointing)
+        steps()
+        return cpu_peak(steps)
+
+    assert peak(True) < 0.8 * peak(False)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_logits_of_two_views_exist_for_half_as_many_tokens(objective, monkeypatch):
     shapes, honest = [], F.linear
