@@ -4,7 +4,7 @@ and README.md.
 python -m benchmarks.results --dry-run                     what is missing, its commands, and how long it may take
 python -m benchmarks.results                               all of it: many hours; what is finished is kept
 python -m benchmarks.results --only table4 methods16x/lm*  some claims, or some arms of one
-python -m benchmarks.results --only '*/*/0'                the first seed of every arm
+python -m benchmarks.results --only '*/*/0'                seed 0 of every arm that has one (the page lists seeds)
 python -m benchmarks.results --pages                       the pages alone, from docs/results/runs.json
 python -m benchmarks.results --check --only table4         runs them anew: do the numbers lie within the spread?
 """
@@ -170,21 +170,27 @@ def compare(wanted: Sequence[tuple[str, int]], new: Mapping, known: Mapping, arm
         outside, told = [], 0
         processors = {run["processor"] for (arm, _), run in known.items() if arm == name}
         is_elsewhere = new[name, seed]["processor"] not in processors
-        for metric, value in new[name, seed]["metrics"].items():
-            before = values(known, arms[name], metric)
-            told += bool(before)
+        found = new[name, seed]["metrics"]
+        before = [run["metrics"] for (arm, _), run in known.items() if arm == name]
+        absent = sorted(set.intersection(*map(set, before)) - set(found)) if before else []
+        for metric, value in found.items():
+            spread = values(known, arms[name], metric)
+            told += bool(spread)
             slack = half_digit(value, metric)
-            if before and arms[name].script == TRAIN and (len(before) == 1 or is_elsewhere):
-                slack = max(slack, rounding(max(before), metric))
-            if before and not min(before) - slack <= value <= max(before) + slack:
-                low, high = (number(one(before), metric) for one in (min, max))
+            if spread and arms[name].script == TRAIN and (len(spread) == 1 or is_elsewhere):
+                slack = max(slack, rounding(max(spread), metric))
+            if spread and not min(spread) - slack <= value <= max(spread) + slack:
+                low, high = (number(one(spread), metric) for one in (min, max))
                 outside.append(f"{metric} is {number(value, metric)}, and was {low} to {high}")
+        outside += [f"{metric} is not there" for metric in absent]
+        total = told + len(absent)
         log.info(
-            f"{name}, seed {seed}: {told - len(outside)} of {told} numbers within the spread"
+            f"{name}, seed {seed}: {total - len(outside)} of {total} numbers within the spread"
             + "".join(f"\n  {line}" for line in outside)
-            + " (no run of it is known)" * (not told)
+            + " (no run of it is known)" * (not before)
+            + " (it measures nothing, other runs begin with its model)" * (bool(before) and not total)
         )
-        is_within &= bool(told) and not outside
+        is_within &= bool(before) and not outside
     return is_within
 
 

@@ -13,6 +13,7 @@ from functools import cache
 from pose.files import REPOSITORY
 
 TRAIN, EVALUATE, SEARCH = "train.py", "evaluate.py", "pose.search"
+EXACT = "dtype=float32"  # of every evaluation, on a GPU too: what train.py measures its models in
 TEXTS = "assets/corpora/{}.heldout.jsonl.gz"
 TINY = REPOSITORY / "assets" / "tiny"
 REFERENCE = re.compile(r"\{([\w.]+)\}")

@@ -11,6 +11,7 @@ from benchmarks import smollm2
 from benchmarks.results.arms import (
     COSTS,
     EVALUATE,
+    EXACT,
     LR_SEED,
     METHOD_LENGTHS,
     RATE_OF,
@@ -49,6 +50,10 @@ that has a number holds for every seed. **Not at this scale**: no check holds fo
 between. **Not tested**: no check has a number yet. Checks of the untuned model alone are premises: they do not affect
 the verdict and are not counted.
 """
+COMMANDS = (
+    "In the commands, RUN is the folder of the arm's own run, and `{NAME}` that of arm NAME's. Trainings had "
+    "`trainer.checkpoint_every_n_steps=null` besides."
+)
 PICTURE = "docs/images/default.png"  # of docs/TINY.md
 EQUAL = 1.1  # times as long is called equal
 MANY = "†"  # behind the name of a row
@@ -150,7 +155,7 @@ def results(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
     sections = [_section(claim, one, runs, arms) for claim, one in found.values()]
     names = {name: None for claim, _ in found.values() for name in claim.arms}
     listed = table(["arm", "seeds", "commands"], ([f"`{n}`", _seeds(runs, arms[n]), _commands(arms[n])] for n in names))
-    parts = [HEAD.strip(), summary, *sections, *_real(), "## The runs", _machines(runs, names), listed]
+    parts = [HEAD.strip(), summary, *sections, *_real(), "## The runs", COMMANDS, _machines(runs, names), listed]
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,12 +183,14 @@ def command(arm: Arm) -> str:
     many = ["-m"] if len(arm.seeds) > 1 else []
     seeds = [] if arm.script == EVALUATE else [f"seed={','.join(map(str, arm.seeds))}"]
     steps = ["trainer.max_steps=STEPS"] if arm.as_long else []
-    return shlex.join(["python", *script, *arm.overrides, *steps, *many, *seeds]).replace("|", "\\|")
+    exact = [EXACT] if arm.script == EVALUATE else []
+    return shlex.join(["python", *script, *arm.overrides, *steps, *exact, *many, *seeds]).replace("|", "\\|")
 
 
 def _commands(arm: Arm) -> str:
     """Of its runs, and of what is measured of each besides."""
-    more = (shlex.join(["python", EVALUATE, "ckpt=RUN", *overrides]) for overrides in arm.also.values())
+    given = next((override for override in arm.overrides if override.startswith("ckpt=")), "ckpt=RUN")
+    more = (shlex.join(["python", EVALUATE, given, *overrides, EXACT]) for overrides in arm.also.values())
     return "; ".join(f"`{one}`" for one in (command(arm), *more))
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import cpu
-from benchmarks.results.arms import EVALUATE, REFERENCE, SEARCH, TRAIN, Arm
+from benchmarks.results.arms import EVALUATE, EXACT, REFERENCE, SEARCH, TRAIN, Arm
 from benchmarks.results.records import Fingerprints, Record, Runs, record, seed_of
 from pose.errors import PoseError
 from pose.files import REPOSITORY, read_json, remove_folder, write_json
@@ -29,7 +29,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "off
 GRACE = 10  # seconds from the signal that asks a command to end to the one that ends it
 GPU = Path("/dev/nvidiactl")  # there with a driver of one
 TOKENS_A_SECOND = 7000  # of a training step of the shipped model on one core; for estimates alone
-EXACT = "dtype=float32"  # of every evaluation, on a GPU too: what train.py measures its models in
 MIN_STEPS = 25  # a tenth of lm's
 Run = tuple[str, int]  # arm and seed
 

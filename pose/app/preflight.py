@@ -256,8 +256,13 @@ def check_files(cfg: DictConfig):
 
 
 def _original(cfg: DictConfig, objective: Objective) -> list | None:
-    """The fingerprint of what a frozen teacher is read from; None without one. The teacher of adapters is not read."""
-    if not objective.has_teacher or cfg.model.path is None or cfg.finetune.lora.rank is not None:
+    """The fingerprint of what a frozen teacher is read from; None without one.
+
+    The teacher of adapters is what they are on, which a checkpoint has; but where embeddings and norms train besides,
+    it keeps those of model.path.
+    """
+    is_read = cfg.finetune.lora.rank is None or cfg.finetune.lora.train_embeddings_and_norms
+    if not objective.has_teacher or cfg.model.path is None or not is_read:
         return None
     return fingerprint(locate(cfg.model.path), cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,8 +76,7 @@ def write_report(folders: Sequence[Path], file: Path):
     """
     from pose.reporting.page import page
 
-    sources = [source for folder in folders for source in read(folder)]
-    sources = _with_names(sources)
+    sources = _with_names(read(*folders))
     text = page(sources, _title(folders, sources), f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.")
     try:
         with atomic_file(file) as page_file:
@@ -85,27 +85,33 @@ def write_report(folders: Sequence[Path], file: Path):
         raise DataError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
-def read(folder: Path) -> list["Source"]:
-    """The run or evaluation of a folder, or those of a sweep.
+def read(*folders: Path) -> list["Source"]:
+    """The runs and evaluations of some folders, those of sweeps among them.
 
     Raises:
-        DataError: it holds none; names it.
+        DataError: a folder holds none; names it.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: give that of a run, a sweep or an evaluation")
-    if found := [name for name in OF_A_SEARCH if (folder / name).is_file()]:
-        raise DataError(f"{folder} is of a search, which has no page: what it found is in {', '.join(found)}")
-    if _is_one(folder):
-        return [_read_one(folder)]
     from pose.reporting.sweep import overrides_of
 
-    if not has_jobs(folder):
-        raise DataError(
-            f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {' or '.join(RUN_FILES)}"
-        )
-    jobs = sorted(_jobs(folder), key=lambda job: (len(job.name), job.name))
-    names = _job_names([overrides_of(job) or [] for job in jobs])
-    return [_read_one(job, name) for job, name in zip(jobs, names, strict=True)]
+    given: dict[Path, list[str]] = {}  # overrides of the jobs of sweeps
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder: give that of a run, a sweep or an evaluation")
+        if files := [name for name in OF_A_SEARCH if (folder / name).is_file()]:
+            raise DataError(f"{folder} is of a search, which has no page: what it found is in {', '.join(files)}")
+        if _is_one(folder):
+            found.append(folder)
+            continue
+        if not has_jobs(folder):
+            raise DataError(
+                f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {' or '.join(RUN_FILES)}"
+            )
+        jobs = sorted(_jobs(folder), key=lambda job: (len(job.name), job.name))
+        given |= {job: overrides_of(job) or [] for job in jobs}
+        found += jobs
+    names = dict(zip(given, _job_names(list(given.values())), strict=True))
+    return [_read_one(folder, names.get(folder, "")) for folder in found]
 
 
 def has_jobs(folder: Path) -> bool:
@@ -379,11 +385,16 @@ def _coverage(file: Path):
 
 
 def _job_names(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What each job was given that not all were; of a long value its beginning."""
-    common = set.intersection(*map(set, overrides))
+    """What each job was given that not all were, and that has an effect; of a long value its beginning."""
+    from pose.reporting.lines import recipe
+
+    if not overrides:
+        return []
+    seeded = [{*recipe(given), *(each for each in given if each.startswith("seed="))} for given in overrides]
+    common = set.intersection(*seeded)
     return [
-        " ".join(each if len(each) <= 48 else f"{each[:45]}..." for each in given if each not in common)
-        for given in overrides
+        " ".join(each if len(each) <= 48 else f"{each[:45]}..." for each in given if each in told - common)
+        for given, told in zip(overrides, seeded, strict=True)
     ]
 
 
@@ -393,11 +404,12 @@ def _with_names(sources: Sequence["Source"]) -> list["Source"]:
 
     from pose.errors import one_line
 
+    num_of = Counter(source.name for source in sources)
     taken: set[str] = set()
     named = []
     for source in sources:
         folder = Path(source.folder).resolve()
-        names = [source.name] if source.name else []
+        names = [source.name] if source.name and num_of[source.name] == 1 else []
         least = len(Path(short_name(folder)).parts)
         names += [f"{'/'.join(folder.parts[-n:])} {source.name}".strip() for n in range(least, len(folder.parts))]
         name = next((name for each in names if (name := one_line(each)) and name not in taken), str(folder))

@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ schema.register()
 CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than a question gains by it
 PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
 GPUS = ("gpu", "cuda")  # trainer.accelerator
+MAX_SHARED = 0.1  # of the lines of a held-out text: those of a licence may be in both
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
 NAMED_OTHERWISE = (  # in what tells two searches apart, or no part of it
     "num_generations", "depths", "haystack", "heldout", "add_bos", "example_len", "methods", "baselines"
@@ -56,6 +57,7 @@ COLUMNS = ("generation", "nll", "first", "divisors")
 SEARCHED = "searched"
 AS_IT_IS = "as it is"  # a model that is scaled already
 FIRST = "first generation"  # its best candidate: what the generations after it have gained on text they have not seen
+QUESTIONS = "questions about"  # a text: what follows from all else that is noted, by this version
 OWN, HELDOUT = "haystack", "heldout"  # keys of search: the text that is searched on, and another
 NLL = {OWN: "nll", HELDOUT: "heldout_nll"}  # in factors.yaml
 TITLES = {OWN: "searched on", HELDOUT: "held out"}
@@ -209,7 +211,9 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     baselines = BASELINES if options.baselines else {}
     methods = baselines | _methods(options.methods, {*baselines, SEARCHED, FIRST, AS_IT_IS})
     geometry = _geometry(config, evolution, methods)
-    scaling = _scaled(config, geometry, cfg.pose.target_len, options, methods) if methods or evolution else None
+    scaling = None
+    if methods or evolution:
+        scaling = _scaled(config, geometry, cfg.pose.target_len, options, methods, evolution)
     path = locate(cfg.model.path)
     tokenizer = load_tokenizer(locate(cfg.model.tokenizer or cfg.model.path), cfg.model.revision)
     models.check_vocabulary(tokenizer, config, cfg.model.path)
@@ -217,6 +221,10 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     bos = bos_id(tokenizer, options.add_bos, "search.add_bos", config.vocab_size)
     depths = far_depths(NUM_KEYS * options.trials) if options.depths is None else list(options.depths)
     texts = _texts(options)
+    prompts = _prompts(texts, tokenizer, config.vocab_size, cfg.seed, bos)
+    length, target_len = options.example_len or cfg.pose.target_len, cfg.pose.target_len
+    for one in prompts:
+        _check_length(one, target_len, options.example_len, depths, options.trials)
     device = torch.device("cuda" if cfg.trainer.accelerator in ("auto", *GPUS) and torch.cuda.is_available() else "cpu")
     attention = models.attention_on(cfg.model.attention, device)
     files = fingerprint(path, cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
@@ -229,11 +237,12 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
         **({} if options.example_len is None else {"example_len": options.example_len}),
         **{f"text of {key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()},
         **{f"tokens of {key}": _digest_of_tokens(tokenizer, text) for key, text in texts.items()},
+        **{
+            f"{QUESTIONS} {key}": _digest_of_questions(one, length, depths, options.trials, target_len)
+            for key, one in zip(texts, prompts, strict=True)
+        },
     }  # fmt: skip
     _check_folder(folder, settings)
-    prompts = _prompts(texts, tokenizer, config.vocab_size, cfg.seed, bos)
-    for one in prompts:
-        _check_length(one, cfg.pose.target_len, options.example_len, depths, options.trials)
     write_json(folder / "settings.json", settings)
     tried, generations = ({}, {}) if evolution is None else _go_on(folder / "search.csv")
     runtime.save_config(cfg, folder)
@@ -241,7 +250,6 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     model = build_model(config, path, attention, dtype, cfg.model.revision).to(device)  # type: ignore[arg-type]
     check_computing(model, device)  # answers are scored from hidden states
     scorer = Scorer(model)
-    length, target_len = options.example_len or cfg.pose.target_len, cfg.pose.target_len
     fitness = {
         key: NeedleFitness(scorer, one, length, depths, options.trials, target_len)
         for key, one in zip(texts, prompts, strict=True)
@@ -285,6 +293,19 @@ def _digest_of_tokens(tokenizer, text: str) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
+def _digest_of_questions(
+    prompts: "MultiKeyPrompts", length: int, depths: Sequence[float], trials: int, target_len: int
+) -> str:
+    """Of what is asked: other words, or code that hides needles otherwise, make other questions of the same text."""
+    from pose.evaluation.needle_fitness import depths_of_texts
+
+    digest = hashlib.sha256()
+    for trial, asked in enumerate(depths_of_texts(depths, trials)):
+        text = prompts.sample(length, asked, trial, target_len)
+        digest.update(text.input_ids.tobytes() + text.position_ids.tobytes() + str(text.answers).encode())
+    return digest.hexdigest()
+
+
 def _geometry(config, evolution: Evolution | None, methods: Collection[str]) -> RopeGeometry:
     """The geometry of a model that there is something to measure of: scalings, or the one that it has.
 
@@ -319,9 +340,14 @@ def _own_frequencies(model: "PreTrainedModel", target_len: int) -> Frequencies:
 
 
 def _scaled(
-    config, geometry: RopeGeometry, target_len: int, options: schema.SearchOptions, methods: dict[str, RopeScaling]
+    config,
+    geometry: RopeGeometry,
+    target_len: int,
+    options: schema.SearchOptions,
+    methods: dict[str, RopeScaling],
+    evolution: Evolution | None,
 ) -> LongRope:
-    """The method that is searched for, which is in the model's config afterwards.
+    """The method that is searched for, or only compared; it is in the model's config afterwards.
 
     Raises:
         PoseError: the model cannot be extended to this target, or there is nothing to search for.
@@ -331,13 +357,14 @@ def _scaled(
     if target_len <= geometry.window:
         raise ConfigError(
             f"pose.target_len={target_len} is not above the model's own window of {geometry.window} tokens: there is "
-            "nothing to search for"
+            "nothing to extend"
         )
     ones = [1.0] * (geometry.dim // 2)
     plain = LongRope(long_factor=ones, short_factor=ones, attention_factor=options.attention_factor)
     scaling = scale_config(config, plain, target_len)
     assert isinstance(scaling, LongRope) and scaling.factor is not None
-    Space.of(geometry, scaling.factor)
+    if evolution is not None:
+        Space.of(geometry, scaling.factor)
     for method in methods.values():  # measured at the end, refused here
         method.resolve(geometry, target_len)
     return scaling
@@ -349,18 +376,28 @@ def _texts(options: schema.SearchOptions) -> dict[str, str]:
     from pose.evaluation.options import read_haystack
 
     texts = {
-        key: read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search", key)[:CHARS]
+        key: read_haystack(find_documents(f"search.{key}", getattr(options, key)), "search", key)
         for key in (OWN, HELDOUT)
     }
     for key, text in texts.items():
         if not text.strip():
             raise ConfigError(f"search.{key}={getattr(options, key)} is empty: give a text to hide needles in")
-    if texts[OWN] == texts[HELDOUT]:
+        if len(text) > CHARS:
+            log.info(f"Text        search.{key}: the first {CHARS:,} of {len(text):,} characters")
+    texts = {key: text[:CHARS] for key, text in texts.items()}
+    if (share := _share_in(texts[OWN], texts[HELDOUT])) >= MAX_SHARED:
         raise ConfigError(
-            f"search.heldout={options.heldout} is the text of search.haystack: the winner is to be measured on text "
-            "that no candidate was chosen by. Give another one"
+            f"search.heldout={options.heldout} is the text of search.haystack={options.haystack} by {share:.0%} of its "
+            "lines: the winner is to be measured on text that no candidate was chosen by. Give another one"
         )
     return texts
+
+
+def _share_in(own: str, heldout: str) -> float:
+    """Of the lines of a text, by their characters, how much is in the other one too."""
+    lines = [line for line in heldout.split("\n") if line.strip()]
+    known = set(own.split("\n"))
+    return sum(len(line) for line in lines if line in known) / sum(map(len, lines))
 
 
 def _prompts(texts: dict[str, str], tokenizer, vocab_size: int, seed: int, bos: int | None) -> list["MultiKeyPrompts"]:
@@ -451,12 +488,14 @@ def _check_folder(folder: Path, settings: dict[str, Any]):
             f"{folder} holds a search ({', '.join(left)}) whose settings.json is missing or damaged, so that nothing "
             "says what was measured: give another hydra.run.dir"
         )
-    changed = [
-        f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
-        for key in before | settings
-        if before and before.get(key) != settings.get(key)
-    ]
-    if changed:
+    differing = [key for key in before | settings if before and before.get(key) != settings.get(key)]
+    given = [key for key in differing if not key.startswith(QUESTIONS)]
+    if differing and not given:
+        raise ConfigError(
+            f"{folder} holds a search by an earlier version, of pose or of wonderwords, which may have asked other "
+            "questions: give another hydra.run.dir"
+        )
+    if changed := [f"{key}={settings.get(key)!r}, which was {before.get(key)!r}" for key in given]:
         raise ConfigError(
             f"{folder} holds another search: {'; '.join(changed)}. Give the earlier values to go on with it, or "
             "another hydra.run.dir"

@@ -26,6 +26,12 @@ class NeedleAnswer(NamedTuple):
     nll: float
 
 
+def depths_of_texts(depths: Sequence[float], trials: int) -> list[list[float]]:
+    """Those of the needles of each text, the given ones in turn."""
+    places = cycle(depths)
+    return [list(islice(places, NUM_KEYS)) for _ in range(trials)]
+
+
 class NeedleFitness:
     """The mean NLL of the answers' tokens, in nats, after texts that hold them; an answer counts as any other.
 
@@ -49,8 +55,7 @@ class NeedleFitness:
         target_len: int | None = None,
     ):
         self.scorer = scorer
-        places = cycle(depths)
-        self.depths = [list(islice(places, NUM_KEYS)) for _ in range(trials)]
+        self.depths = depths_of_texts(depths, trials)
         self.texts = [prompts.sample(length, asked, trial, target_len) for trial, asked in enumerate(self.depths)]
         self.first = min(answer.start for text in self.texts for answer in text.answers)
 

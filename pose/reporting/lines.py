@@ -1,14 +1,17 @@
 """What a page compares: runs and evaluations as their folders have them, and a line for each of their models."""
 
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from pose.errors import one_line
 from pose.evaluation.task import Estimate
+from pose.files import short_name
 from pose.reporting.plots import COLORS as PLOT_COLORS
 from pose.reporting.plots import MARKERS
 
@@ -164,10 +167,9 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
         whole = [source for source in group if not source.facts.get(STATE)]
         extended = [source.models["extended"] for source in whole if "extended" in source.models]
         if len(group) > 1:
-            name = re.sub(r"(?<!\S)seed=\S+\s*", "", group[0].name).strip() or "all"
-            several = f"{len(extended)} of " * (len(extended) < len(group)) + f"{len(group)} "
-            several += "seeds" if len({one.config.get("seed") for one in group}) > 1 else "runs"
-            mean = line(f"{name} ({several})", _mean(extended), f"lowest to highest of {several}", about(group))
+            several = f"{len(extended)} of " * (len(extended) < len(group)) + _how_many(group)
+            name = f"{_group_name(group, sources)} ({several})"
+            mean = line(name, _mean(extended), f"lowest to highest of {several}", about(group))
             first.append(mean)
             name_of |= {source.name: mean.name for source in group}
         for source in group:
@@ -198,6 +200,27 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
         else:
             others += [line(f"{name}: {model}", estimates, is_shown=False) for name, estimates in having]
     return _styled([*references, *first, *others]), name_of
+
+
+def _how_many(group: Sequence[Source]) -> str:
+    """Of one recipe; a seed that was run twice is no two seeds."""
+    num = len({one.config.get("seed") for one in group})
+    return f"{len(group)} seeds" if num == len(group) else f"{len(group)} runs" + f" of {num} seeds" * (num > 1)
+
+
+def _group_name(group: Sequence[Source], sources: Sequence[Source]) -> str:
+    """What the runs of one recipe are called together: by what they share, their sweep's folder, or each by its own."""
+    names = list(dict.fromkeys(re.sub(r"(?<!\S)seed=\S+\s*", "", one.name).strip() for one in group))
+    if len(group) == len(sources) and names == [""]:
+        return "all"
+    if len(names) == 1 and names[0]:
+        return names[0]
+    folders = [Path(one.folder).resolve().parent for one in sources]
+    of_group = {Path(one.folder).resolve().parent for one in group}
+    if len(of_group) == 1 and sum(folder in of_group for folder in folders) == len(group) < len(sources):
+        return short_name(of_group.pop())
+    names = [one.name for one in group]
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def _differing(sources: Sequence[Source]) -> list[str]:
@@ -237,7 +260,8 @@ def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:
         return source.facts.get(EARLIER, ""), *settings
 
     def all_of(source: Source):
-        return tuple(item for item in source.config.items() if item[0] != "seed")
+        settings = (item for item in source.config.items() if item[0] != "seed")
+        return source.facts.get("Commit", ""), str(Path(source.folder).parent), *settings
 
     return over_seeds(sources, recipe_of, all_of, lambda source: source.config.get("seed"))
 
@@ -288,7 +312,9 @@ def _mean(runs: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
     found = {}
     for name in runs[0] if runs else ():
         values = [run[name].value for run in runs if name in run]
-        if len(values) == len(runs):
+        if len(values) == len(runs) and any(map(math.isnan, values)):
+            found[name] = Estimate(math.nan, num=runs[0][name].num)  # nor are there a lowest and a highest
+        elif len(values) == len(runs):
             found[name] = Estimate(sum(values) / len(values), min(values), max(values), runs[0][name].num)
     return found
 

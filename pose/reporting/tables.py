@@ -1,6 +1,7 @@
 """Tables in the terminal: models by length, checkpoints side by side, a sweep's jobs."""
 
 import logging
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -194,4 +195,6 @@ def _cell(family: str, values: list[float]) -> str:
     if not values:
         return ""
     mean = shown(family, sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({shown(family, min(values))}-{shown(family, max(values))})"
+    if len(values) == 1 or any(map(math.isnan, values)):
+        return mean
+    return f"{mean} ({shown(family, min(values))}-{shown(family, max(values))})"

@@ -217,10 +217,13 @@ def _only_difference(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
 
 
 def _hide(needles: Sequence[np.ndarray], sentences: list[np.ndarray], places: Sequence[float] | np.ndarray):
-    """Puts each needle before the sentence that begins nearest to its place, in tokens from the first."""
+    """Puts each needle before the sentence that begins nearest to its place, in tokens from the first.
+
+    Of those before one sentence the nearest place stands first, as all of them stand in the order of their places.
+    """
     befores = _nearest(sentences, places)
-    for i in np.argsort(befores, kind="stable")[::-1]:  # from behind, so that the places of the others stay
-        sentences.insert(befores[i], needles[i])
+    for before, _, i in sorted(zip(befores, places, range(len(needles)), strict=True), reverse=True):
+        sentences.insert(before, needles[i])  # from behind, so that the places of the others stay
 
 
 def _spread(

@@ -143,12 +143,14 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, t
         (["rope=linear"], "rope (pose.rope.Linear) has no part in a search"),
         (["rope.factor=8"], "rope.factor=8 means nothing for rope=none"),
         (["trainer.accelerator=cuda:0"], "trainer.accelerator='cuda:0'"),
-        (["search.heldout=${search.haystack}"], "is the text of search.haystack"),
+        (["search.heldout=${search.haystack}"], "by 100% of its lines: the winner is to be measured on text that"),
+        (["search.haystack=[BOTH.txt,EMPTY.txt]", "search.heldout=LINES.txt"], "by 50% of its lines"),
         (["search.heldout=EMPTY.txt"], "EMPTY.txt is empty: give a text"),
         (["model.path=SCALED"], "the RoPE of model.path is scaled already (rope_type 'linear')"),
         (["model.path=SCALED", "search.population=0"], "search.baselines=false without search.methods measures it as"),
         (["search.methods={as it is:{rope:yarn}}"], "search.methods.as it is is the name of a row that is there"),
         (["model.path=FAST"], "there is nothing to search"),
+        (["model.path=FAST", "search.population=0", "search.trials=3"], "trials=3, which was 2"),  # nothing is searched
         (["search.example_len=100"], "search.example_len=100 is too short for a question about needles"),
         (["search.example_len=513"], "search.example_len=513 is above pose.target_len=512"),
         (["search.example_len=500"], "example_len=500, which was None"),
@@ -173,10 +175,12 @@ def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, wo
     config["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
     (tmp_path / "SCALED" / "config.json").write_text(json.dumps(config))
     (tmp_path / "EMPTY.txt").write_text(" \n")
+    (tmp_path / "LINES.txt").write_text("\n".join(f"Line {i} of the held-out text." for i in range(100, 300)))
+    (tmp_path / "BOTH.txt").write_text("\n".join(f"Line {i} of the held-out text." for i in range(200)))
     tokenizer = json.loads((tmp_path / "TOKENIZER" / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:2000]
     (tmp_path / "TOKENIZER" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for name in ("TOKENIZER", "FAST", "SCALED", "EMPTY.txt"):
+    for name in ("TOKENIZER", "FAST", "SCALED", "EMPTY.txt", "BOTH.txt", "LINES.txt"):
         overrides = [one.replace(name, str(tmp_path / name)) for one in overrides]
     monkeypatch.setattr("pose.modeling.load.build_model", lambda *_, **__: pytest.fail("the weights were read"))
     if "too short" in words:
@@ -192,9 +196,18 @@ def test_a_search_by_other_questions_is_another_search(found, hydra, tmp_path):
     folder = tmp_path / "texts" / "whole"
     settings = json.loads((folder / "settings.json").read_text())
     (folder / "settings.json").write_text(
-        json.dumps({key: settings[key] for key in settings if "questions" not in key})
+        json.dumps({key: settings[key] for key in settings if key != "questions of a text"})
     )
     with pytest.raises(PoseError, match=re.escape("questions of a text=4, which was None")):
+        search(compose("search", command(folder)[2:]), folder)
+
+
+def test_a_search_whose_words_are_others_now_does_not_go_on(found, hydra, tmp_path, monkeypatch):
+    """Another version of the list of words, or of the code that hides needles, asks other questions."""
+    shutil.copytree(found[0].parent, tmp_path / "texts")
+    folder = tmp_path / "texts" / "whole"
+    monkeypatch.setattr("pose.tasks.needle_gain.needle_word", lambda rng: f"quick-{rng.integers(10**6)}")
+    with pytest.raises(PoseError, match="holds a search by an earlier version, of pose or of wonderwords"):
         search(compose("search", command(folder)[2:]), folder)
 
 

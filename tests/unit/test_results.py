@@ -874,6 +874,28 @@ def test_new_runs_are_compared_with_the_spread(capsys):
     assert "no run of it is known" in capsys.readouterr().out
 
 
+def test_a_run_that_measures_nothing_is_known_and_one_that_lost_a_number_is_not_the_same(capsys):
+    """Base models are trained for what begins with them."""
+    bare = {("a", 0): line(SMALL, "a", 0, {})}
+    assert results.compare([("a", 0)], bare, bare, SMALL)
+    assert "it measures nothing" in capsys.readouterr().out
+    known = {("a", 0): line(SMALL, "a", 0, {"tail_ppl@256": 44.0, "passkey@256": 1.0})}
+    new = {("a", 0): line(SMALL, "a", 0, {"tail_ppl@256": 44.0})}
+    assert not results.compare([("a", 0)], new, known, SMALL)
+    printed = capsys.readouterr().out
+    assert "1 of 2 numbers within the spread" in printed and "passkey@256 is not there" in printed
+
+
+def test_the_commands_of_evaluations_are_those_that_ran():
+    """Of the model that was evaluated, and exact."""
+    arm = ARMS["untuned.8x"]
+    commands = pages._commands(arm)
+    assert "ckpt=RUN" not in commands and commands.count("ckpt=assets/tiny") == 1 + len(arm.also) > 1
+    assert commands.count("dtype=float32") == 1 + len(arm.also)
+    trained = next(one for one in ARMS.values() if one.script == TRAIN and one.also)
+    assert pages._commands(trained).count("ckpt=RUN") == len(trained.also)
+
+
 def test_of_a_single_training_the_spread_is_that_of_rounding(capsys):
     one = {run: of for run, of in runs_of(a=[48.0, 48.0]).items() if run == ("a", 0)}
     assert results.compare([("a", 0)], runs_of(a=[49.3, 0.0]), one, SMALL)

@@ -377,6 +377,8 @@ def test_a_teacher_is_the_same_files_when_a_run_goes_on(plan, tmp_path):
     with pytest.raises(ConfigError, match=f"{key}="):
         _check_settings(tmp_path, before, after)
     _check_settings(tmp_path, {name: value for name, value in before.items() if name != key}, after)  # of version 0.4
+    beside = settings("objective=long_short", "finetune=lora", "finetune.lora.train_embeddings_and_norms=true")
+    assert beside[key] == after[key], "adapters leave the embeddings of model.path to the teacher"
 
 
 @pytest.mark.parametrize("adapters", [(), ("finetune=lora", "finetune.lora.frozen_dtype=float32")])

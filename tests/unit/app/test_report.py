@@ -241,6 +241,20 @@ def test_jobs_of_a_sweep_are_named_by_what_they_were_given(run, tmp_path):
     assert "<h1>Sweep sweep: 3 jobs</h1>" in text and 'data-line="rope=ntk"' in text
 
 
+def test_jobs_of_several_sweeps_are_named_by_what_not_all_of_them_were_given(run, tmp_path):
+    """And without what has no effect, as a job has that was resumed."""
+    for rope in ("yarn", "ntk"):
+        for seed in range(2):
+            resumed = ["resume=auto"] * (rope == "ntk" and seed == 1)
+            overrides = ["experiment=smoke", f"rope={rope}", f"seed={seed}", *resumed]
+            run(f"{rope}/{seed}", CONFIG + f"seed: {seed}\nrope: {rope}\n", overrides)
+    sources = read(tmp_path / "yarn", tmp_path / "ntk")
+    assert [source.name for source in sources] == [f"rope={rope} seed={i}" for rope in ("yarn", "ntk") for i in (0, 1)]
+    write_report([tmp_path / "yarn", tmp_path / "ntk"], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert 'data-line="rope=yarn (2 seeds)"' in text and 'data-line="rope=ntk (2 seeds)"' in text
+
+
 def test_a_run_that_is_not_finished_has_what_it_logged(run):
     folder = run()
     (folder / "metrics.json").unlink()

@@ -1,5 +1,6 @@
 """Which lines a page has: what is compared, over seeds, and which models are one."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -96,7 +97,44 @@ def test_the_filter_finds_what_a_run_alone_is():
 
 def test_the_same_run_twice_is_no_two_seeds():
     lines, _ = lines_of([run("a"), run("b")])
-    assert shown(lines) == ["untuned", "a (2 runs)"]
+    assert shown(lines) == ["untuned", "a, b (2 runs)"]
+    runs = [replace(run(name, name[1:]), folder=f"{name}") for name in ("a0", "b0", "c0", "a1", "b1", "c1")]
+    assert shown(lines_of(runs)[0])[1:] == ["a0, b0, c0, ... (6 runs of 2 seeds)"]
+
+
+def test_sweeps_of_the_same_seeds_are_two_means(tmp_path):
+    """Before and after a change of the code: six runs are not six seeds."""
+    before, after = (
+        [
+            replace(run(f"{sweep}/{seed} seed={seed}", seed, ppl=ppl), folder=f"{tmp_path}/{sweep}/{seed}")
+            for seed in "012"
+        ]
+        for sweep, ppl in (("before", 3.0), ("after", 5.0))
+    )
+    lines, name_of = lines_of([*before, *after])
+    assert shown(lines) == ["untuned", "before (3 seeds)", "after (3 seeds)"]
+    assert [line.estimates["ppl@8"].value for line in lines[1:3]] == [3.0, 5.0]
+    assert name_of["after/1 seed=1"] == "after (3 seeds)"
+    commits = [replace(one, folder="runs/x", facts={"Commit": str(i)}) for i, one in enumerate((before[0], after[0]))]
+    assert not any("runs)" in line.name for line in lines_of(commits)[0])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_seed_whose_number_is_none_leaves_the_mean_without_bounds(place):
+    """Whatever its place: as a share of a gain that is none."""
+    values = [0.5, 0.7]
+    values.insert(place, math.nan)
+    jobs = [run(f"seed={i}", str(i), ppl=value) for i, value in enumerate(values)]
+    (mean,) = [line for line in lines_of(jobs)[0] if line.name == "all (3 seeds)"]
+    assert math.isnan(mean.estimates["ppl@8"].value)
+    assert mean.estimates["ppl@8"].low is None and mean.estimates["ppl@8"].high is None
+
+
+def test_all_is_what_is_everything():
+    jobs = [replace(run(f"seed={i}", str(i)), folder=f"sweep/{i}") for i in range(2)]
+    other = replace(evaluation("checked", ppl=4.0), folder="evaluations/checked")
+    assert shown(lines_of(jobs)[0])[1:] == ["all (2 seeds)"]
+    assert shown(lines_of([*jobs, other])[0])[1:] == ["sweep (2 seeds)", "mine"]
 
 
 def test_untuned_models_that_differ_are_shown_when_asked_for():

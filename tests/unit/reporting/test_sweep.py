@@ -53,6 +53,17 @@ def test_what_is_not_a_number_keeps_its_place(tmp_path):
         assert list(csv.reader(file))[1:] == [["rope=linear", "nan"], ["rope=yarn", "0.75"]]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_of_seeds_of_which_one_has_no_number_there_is_no_mean(tmp_path, capsys, place):
+    values = [0.5, 0.7]
+    values.insert(place, None)
+    for seed, value in enumerate(values):
+        job(tmp_path / str(seed), [f"seed={seed}"], {"needle_gain_kept@512": value})
+    SweepTable().on_multirun_end(config(tmp_path))
+    printed = capsys.readouterr().out
+    assert "nan" in printed and "0.5" not in printed and "0.7" not in printed
+
+
 def test_an_evaluation_of_several_checkpoints_has_a_row_for_each(tmp_path):
     job(tmp_path / "0", ["eval.trials=5"], {"base": {"ppl@256": 20.5}, "mine": {"ppl@256": 19.5, "passkey@256": 1.0}})
     job(tmp_path / "1", ["eval.trials=9"], {"ppl@256": 18.5})

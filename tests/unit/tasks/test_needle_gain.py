@@ -225,6 +225,18 @@ def test_position_ids_skip_to_where_the_needles_would_be(tokenizer, length, targ
     assert max(ends) < asked and (steps[asked - 3 :] == 1).all(), "nor a question, nor its answer"
 
 
+@pytest.mark.parametrize("depths", [[0.375, 0.5, 0, 0.125], [0.5, 0.25, 0.125, 0], [0, 0.125, 0.25, 0.5]])
+def test_needles_before_one_sentence_keep_the_positions_of_their_depths(tokenizer, depths):
+    """In the order of their depths, where sentences are long beside the text."""
+    long = " ".join(f"word{i % 97}" for i in range(6000))  # has no end of a sentence
+    for trial in range(10):
+        made = MultiKeyPrompts(tokenizer, long, seed=0).sample(640, depths, trial, 16384)
+        text = tokenizer.decode(made.input_ids[0])
+        for value, depth in zip(made.values, depths, strict=True):
+            place = len(tokenizer(text[: text.index(value)], add_special_tokens=False)["input_ids"])
+            assert made.position_ids[place] == pytest.approx(depth * 16384, abs=640), (trial, depth)
+
+
 def test_the_shortest_text_that_is_asked_for_each_needle(tokenizer):
     prompts = MultiKeyPrompts(tokenizer, HAYSTACK, seed=0)
     shortest = prompts.shortest(10, [0.5], 3)
