@@ -171,7 +171,7 @@ def _numbers(rope: Mapping[str, Any], factor: float) -> list[str]:
 
 
 def _scaling_of(model: Path, evaluation: Path) -> list[str]:
-    """What `_numbers` says of a model whose RoPE is rescaled and nothing trained.
+    """What `_numbers` says of a model whose RoPE is rescaled and nothing trained; of another method its name.
 
     Args:
         model: its folder; where that is on another machine, the folder of its name beside the evaluation is read.
@@ -185,7 +185,7 @@ def _scaling_of(model: Path, evaluation: Path) -> list[str]:
         raise SystemExit(f"{evaluation}: the config.json of {model} is needed, there or beside the evaluation")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") != "yarn":
-        return []
+        return [str((config.get("pose") or {}).get("rope") or rope.get("rope_type"))]
     return _numbers(rope, config["max_position_embeddings"] / rope["original_max_position_embeddings"])
 
 

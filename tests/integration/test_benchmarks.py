@@ -764,6 +764,8 @@ def test_a_model_that_is_rescaled_alone(tmp_path):
 def test_a_scaled_model_has_the_method_of_an_experiment(tmp_path):
     scaled.main(["assets/tiny", str(tmp_path / "scaled"), "--target-len", "1024", "experiment=smollm2_32k"])
     assert smollm2._scaling_of(tmp_path / "scaled", tmp_path) == ["factor 8", "beta_slow 3", "attention_factor 1.05"]
+    scaled.main(["assets/tiny", str(tmp_path / "other"), "--target-len", "1024", "rope=linear"])
+    assert smollm2._scaling_of(tmp_path / "other", tmp_path) == ["linear"], "which is not YaRN's default"
 
 
 def test_a_model_that_is_rescaled_by_another_method(tmp_path, capsys):

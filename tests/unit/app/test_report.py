@@ -255,6 +255,16 @@ def test_jobs_of_several_sweeps_are_named_by_what_not_all_of_them_were_given(run
     assert 'data-line="rope=yarn (2 seeds)"' in text and 'data-line="rope=ntk (2 seeds)"' in text
 
 
+def test_sweeps_that_were_given_the_same_are_told_apart_by_their_folders(run, tmp_path):
+    for sweep in ("before", "after"):
+        for seed in range(2):
+            run(f"{sweep}/{seed}", CONFIG + f"seed: {seed}\n", [f"seed={seed}"])
+    write_report([tmp_path / "before", tmp_path / "after"], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    for name in ("before/0 seed=0", "before (2 seeds)", "after/0 seed=0", "after (2 seeds)"):
+        assert f'data-line="{name}"' in text
+
+
 def test_a_run_that_is_not_finished_has_what_it_logged(run):
     folder = run()
     (folder / "metrics.json").unlink()
