@@ -204,7 +204,7 @@ def _logged(folder: Path) -> dict[str, float]:
 
 
 def merge(rows: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with what was found since: of one model on one hardware, metric by metric the newest.
+    """Rows with what was found since: of one model on one hardware, metric by metric the newest, and all commits.
 
     An untrained model has a row for each set of tokens that it was measured on; what has no perplexity goes with any.
     """
@@ -214,7 +214,9 @@ def merge(rows: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> lis
         if alike:
             before = merged[alike[0]]
             both = {key: before[key] | row[key] for key in ("measuring", "commands", "metrics")}
-            merged[alike[0]] = before | row | both | {"setup": row["setup"] or before["setup"]}
+            commits = dict.fromkeys([*before["commit"].split(", "), row["commit"]])
+            both |= {"setup": row["setup"] or before["setup"], "commit": ", ".join(commits)}
+            merged[alike[0]] = before | row | both
         else:
             merged.append(row)
     return merged

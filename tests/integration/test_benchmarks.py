@@ -516,6 +516,8 @@ def test_runs_that_differ_are_rows_of_their_own(monkeypatch):
         ("PoSE, 1 M tokens", "lr=2"),
     ]  # fmt: skip
     assert set(rows[0]["metrics"]) == {"tail_ppl@256", "tail_ppl@1024", "passkey@256"}
+    later = [row("PoSE, 1 M tokens", "lr=1", needle_gain_at_1024=1.0) | {"commit": commit} for commit in ("b", "b")]
+    assert smollm2.merge([rows[2] | {"commit": "a"}], later)[0]["commit"] == "a, b", "of training and evaluation"
     text = smollm2.tables(rows)
     drawn = {}
     monkeypatch.setattr("pose.reporting.plots.plot_results", lambda results, *how: drawn.update(results))
