@@ -156,7 +156,8 @@ class MultiKeyPrompts(NeedleTexts):
         room = length - sum(map(len, (head, *needles))) - max(len(tokens) for tokens, _ in asked)
         filling, borders = self._filling(first, room)
         sentences = np.split(filling, borders[1:])
-        _hide(needles, sentences, [depth * room for depth in depths])
+        by_depth = np.argsort(depths, kind="stable")  # positions rise: no needle stands before one of a lower depth
+        _hide([needles[i] for i in by_depth], sentences, [depths[i] * room for i in by_depth])
         text = np.concatenate([head, *sentences])
         rows = [np.concatenate([text, tokens]) for tokens, _ in asked]
         return MultiKeyPrompt(
@@ -219,11 +220,11 @@ def _only_difference(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
 def _hide(needles: Sequence[np.ndarray], sentences: list[np.ndarray], places: Sequence[float] | np.ndarray):
     """Puts each needle before the sentence that begins nearest to its place, in tokens from the first.
 
-    Of those before one sentence the nearest place stands first, as all of them stand in the order of their places.
+    Those before one sentence stand in the order in which they are given.
     """
     befores = _nearest(sentences, places)
-    for before, _, i in sorted(zip(befores, places, range(len(needles)), strict=True), reverse=True):
-        sentences.insert(before, needles[i])  # from behind, so that the places of the others stay
+    for i in np.argsort(befores, kind="stable")[::-1]:  # from behind, so that the places of the others stay
+        sentences.insert(befores[i], needles[i])
 
 
 def _spread(
