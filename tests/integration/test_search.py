@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pose.app import schema
 from pose.app.build import build_scaling
 from pose.app.preflight import plan_training
-from pose.app.search import BASELINES, _is_unused, _order, _try, search
+from pose.app.search import BASELINES, _is_unused, _order, _texts, _try, search
 from pose.divisors import Candidate
 from pose.errors import PoseError
 from pose.evaluation.needle_fitness import NeedleAnswer, NeedleFitness
@@ -188,6 +188,15 @@ def test_what_cannot_be_searched_is_an_error_at_once(found, hydra, overrides, wo
         folder.mkdir()
     with pytest.raises(PoseError, match=re.escape(words)):
         search(compose("search", command(folder, *overrides)[2:]), folder)
+
+
+def test_a_text_that_is_cut_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("pose.app.search.CHARS", 1000)
+    folder = with_texts(tmp_path)
+    options = schema.SearchOptions(haystack=str(folder / "haystack.txt"), heldout=str(folder / "heldout.txt"))
+    with caplog.at_level("INFO", logger="pose"):
+        assert {len(text) for text in _texts(options).values()} == {1000}
+    assert "search.haystack: the first 1,000 of" in caplog.text
 
 
 def test_a_search_by_other_questions_is_another_search(found, hydra, tmp_path):
