@@ -86,7 +86,7 @@ def write_report(folders: Sequence[Path], file: Path):
 
 
 def read(*folders: Path) -> list["Source"]:
-    """The runs and evaluations of some folders, those of sweeps among them.
+    """The runs and evaluations of some folders, those of sweeps among them. One that is given twice is read once.
 
     Raises:
         DataError: a folder holds none; names it.
@@ -94,7 +94,7 @@ def read(*folders: Path) -> list["Source"]:
     from pose.reporting.sweep import overrides_of
 
     given: dict[Path, list[str]] = {}  # overrides of the jobs of sweeps
-    found = []
+    found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder} is no folder: give that of a run, a sweep or an evaluation")
@@ -108,10 +108,14 @@ def read(*folders: Path) -> list["Source"]:
                 f"{folder} is no run, sweep or evaluation: neither it nor a folder in it has {' or '.join(RUN_FILES)}"
             )
         jobs = sorted(_jobs(folder), key=lambda job: (len(job.name), job.name))
-        given |= {job: overrides_of(job) or [] for job in jobs}
+        given |= {job.resolve(): overrides_of(job) or [] for job in jobs}
         found += jobs
     names = dict(zip(given, _job_names(list(given.values())), strict=True))
-    return [_read_one(folder, names.get(folder, "")) for folder in found]
+    once: dict[Path, Path] = {}
+    for folder in found:
+        if (same := once.setdefault(folder.resolve(), folder)) is not folder:
+            log.info(f"{folder} is {same}, which the page has once")
+    return [_read_one(folder, names.get(resolved, "")) for resolved, folder in once.items()]
 
 
 def has_jobs(folder: Path) -> bool:
@@ -253,7 +257,7 @@ def _state(asked: Sequence[str], found: Mapping[str, Any]) -> str:
 
 
 def _training_facts(flat: Mapping[str, str], window: int | None, target: int | None) -> dict[str, str]:
-    """What a run trained, from its config."""
+    """What a run trained, from its config; without one, what the model and its run tell."""
 
     def of(key: str) -> str:
         return flat.get(key, "")
@@ -265,6 +269,11 @@ def _training_facts(flat: Mapping[str, str], window: int | None, target: int | N
         kept = [option for option in options if option.partition("=")[0] not in ("_target_", *without)]
         return f"{name} ({', '.join(kept)})" if kept else name
 
+    lengths = {
+        "Window": f"{'?' if window is None else f'{window:,}'} → {'?' if target is None else f'{target:,}'} tokens"
+    }
+    if not flat:
+        return lengths if window else {}
     example_len = of("pose.target_len" if of("pose._target_").endswith(".Full") else "pose.train_len")
     rank = of("finetune.lora.rank")
     trained = "all weights" if rank in ("", "null") else f"LoRA of rank {rank}"
@@ -274,7 +283,7 @@ def _training_facts(flat: Mapping[str, str], window: int | None, target: int | N
     data = _documents(flat, "data.documents") + f"; retrieval examples: {', '.join(retrieval)}" * bool(retrieval)
     return {
         "Model": "random weights" if of("model.path") == "null" else of("model.path"),
-        "Window": f"{'?' if window is None else f'{window:,}'} → {'?' if target is None else f'{target:,}'} tokens",
+        **lengths,
         "Sampler": f"{method('pose', ('target_len', 'train_len'))}, examples of {example_len} tokens",
         "RoPE": method("rope", ()),
         "Objective": method("objective", ()),
@@ -309,7 +318,8 @@ def _how(folder: Path, provenance: Mapping[str, Any]) -> dict[str, str]:
     packages = _object(provenance.get("packages"))
     versions = [f"{name} {packages[name]}" for name in ("torch", "transformers", "lightning") if packages.get(name)]
     versions += [f"Python {provenance['python']}"] if provenance.get("python") else []
-    machine = provenance.get("gpu") or f"{provenance.get('processor')} CPU, {provenance.get('cpu_threads')} threads"
+    cpu = provenance.get("processor") and f"{provenance['processor']} CPU"
+    threads = provenance.get("cpu_threads") and f"{provenance['cpu_threads']} threads"
     commit = str(provenance.get("commit") or "not known")[:12]
     done = next((folder / name for name in ("metrics.json", "results.json") if (folder / name).is_file()), None)
     when = None if done is None else datetime.fromtimestamp(done.stat().st_mtime, UTC)
@@ -317,21 +327,26 @@ def _how(folder: Path, provenance: Mapping[str, Any]) -> dict[str, str]:
         "Command": str(provenance.get("command") or ""),
         "Commit": commit + " and uncommitted changes" * bool(provenance.get("uncommitted_changes")),
         "Versions": ", ".join(versions),
-        "Machine": machine if provenance else "",
+        "Machine": provenance.get("gpu") or ", ".join(filter(None, [cpu, threads])),
         "Ended": f"{when:%Y-%m-%d %H:%M} UTC" if when else "",
         "Folder": str(folder),
     }
 
 
 def _models(folder: Path, metrics: Mapping[str, Any]) -> dict[str, dict[str, "Estimate"]]:
-    """Estimates of untuned, scaled and extended; those of older runs have no intervals."""
+    """Estimates of untuned, scaled and extended.
+
+    Those of older runs have no intervals, nor have those that a damaged results.csv lacks.
+    """
     from pose.reporting.results_csv import read_results
 
     if not metrics:
         return {}
-    if results := read_results(folder / "results.csv"):
-        return results
-    return {model: _estimates(found) for model, found in metrics.items() if isinstance(found, dict)}
+    values = {model: _estimates(found) for model, found in metrics.items() if isinstance(found, dict)}
+    results = read_results(folder / "results.csv")
+    if results and any(values[model].keys() - results.get(model, {}).keys() for model in values):
+        log.warning(f"{folder / 'results.csv'} is damaged: what it lacks is of metrics.json, which has no intervals")
+    return {model: values.get(model, {}) | results.get(model, {}) for model in values | results}
 
 
 def _estimates(found: Any) -> dict[str, "Estimate"]:
@@ -427,6 +442,8 @@ def _title(folders: Sequence[Path], sources: Sequence["Source"]) -> str:
     (source,) = sources
     if source.kind == "evaluation":
         return f"Evaluation of {', '.join(source.models) or _words(source.config.get('ckpt', 'several checkpoints'))}"
+    if not source.config:
+        return f"Training {short_name(folders[0])}"
     method = [source.facts[label].partition(" (")[0].partition(",")[0] for label in ("Sampler", "RoPE")]
     return f"{_model_name(source.facts['Model'])}: {source.facts['Window']}, {' and '.join(filter(None, method))}"
 

@@ -41,11 +41,13 @@ class Metric:
         title: in tables.
         higher_is_better: None where that is not known.
         format: of a value; one that ends in % is of a share, in [0, 1].
+        format_below_10: of a value that has a digit less; "" where it is the same.
     """
 
     title: str
     higher_is_better: bool | None = True
     format: str = ".0%"
+    format_below_10: str = ""
 
     @property
     def is_share(self) -> bool:
@@ -56,15 +58,17 @@ class Metric:
         """A value as tables have it. A value outside [0, 1] is never shown as a percentage."""
         if self.is_share:
             return f"{value:{self.format}}" if 0 <= value <= 1 else f"{value:.4g}"
+        if self.format_below_10 and abs(value) < 9.995:
+            return f"{value:{self.format_below_10}}"
         return f"{value:{self.format}}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
 # By family, which is what a name has before its @. Stored results have nothing but names.
 FAMILIES = {
-    "ppl": Metric("perplexity", False, ".1f"),
-    "tail_ppl": Metric("perplexity of the last tokens", False, ".1f"),
-    "sliding_ppl": Metric("sliding-window perplexity", False, ".1f"),
-    "position_ppl": Metric("perplexity by position", False, ".1f"),
+    "ppl": Metric("perplexity", False, ".1f", ".2f"),
+    "tail_ppl": Metric("perplexity of the last tokens", False, ".1f", ".2f"),
+    "sliding_ppl": Metric("sliding-window perplexity", False, ".1f", ".2f"),
+    "position_ppl": Metric("perplexity by position", False, ".1f", ".2f"),
     "bits_per_byte": Metric("bits per byte", False, ".3f"),
     "passkey": Metric("passkey"),
     "needle": Metric("needle"),

@@ -31,6 +31,7 @@ MAX_SHOWN = len(COLORS) * len(DASHES)  # lines that differ in colour or dash; ot
 INTERVAL = "95 % interval"
 STATE, DOCUMENTS = "State", "Measured on"  # labels of facts; the state of what is finished is ""
 EARLIER = "Earlier starts"  # of a training, with other settings than the last one
+LONGEST = "longest length"  # at which perplexity was measured
 TOKENS = (  # say which tokens are scored
     "eval.windows", "eval.max_documents", "eval.draw_documents", "eval.tail", "eval.min_tokens", "eval.text_field",
     "eval.add_bos",
@@ -161,6 +162,15 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
     first: list[Line] = []
     others: list[Line] = []
     references: list[Line] = []
+    stages: list[Line] = []  # untuned and scaled models, where they are not the same for all
+    trained = [source for source in sources if source.kind == "training"]
+    for model in ("untuned", "scaled"):
+        having = [source for source in trained if model in source.models]
+        estimates = [source.models[model] for source in having]
+        if len(having) > 1 and all(_are_equal(each, estimates[0]) for each in estimates):
+            references.append(line(model, estimates[0], about=about(having)))
+        else:
+            stages += [line(f"{each.name}: {model}", each.models[model], is_shown=False) for each in having]
     evaluated: dict[tuple[str, str], list[tuple[dict[str, str], dict[str, Estimate]]]] = {}
 
     for group in _over_seeds(sources):
@@ -192,14 +202,7 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
             own = line(source.name, estimates, about=about([source]), is_shown=is_shown)
             (first if len(group) == 1 else others).append(own)
             name_of.setdefault(source.name, own.name)
-    trained = [source for source in sources if source.kind == "training"]
-    for model in ("untuned", "scaled"):
-        having = [(source.name, source.models[model]) for source in trained if model in source.models]
-        if len(having) > 1 and all(_are_equal(estimates, having[0][1]) for _, estimates in having):
-            references.append(line(model, having[0][1]))
-        else:
-            others += [line(f"{name}: {model}", estimates, is_shown=False) for name, estimates in having]
-    return _styled([*references, *first, *others]), name_of
+    return _styled([*references, *first, *others, *stages]), name_of
 
 
 def _how_many(group: Sequence[Source]) -> str:
@@ -247,7 +250,19 @@ def _conditions(source: Source, estimates: Mapping[str, Estimate]) -> dict[str, 
     of_benchmarks = any(name.startswith("harness/") for name in estimates)
     keys = ("dtype", *TOKENS * of_text, *PROMPTS * of_prompts, *STRIDES * of_strides, *BENCHMARKS * of_benchmarks)
     found = {key: source.config[key] for key in keys if key in source.config}
+    if of_text:
+        found |= {LONGEST: str(longest_of_text(estimates))}
     return found | ({DOCUMENTS: source.facts[DOCUMENTS]} if of_text and DOCUMENTS in source.facts else {})
+
+
+def longest_of_text(names: Iterable[str]) -> int:
+    """The longest length of perplexities, on which the scored tokens depend; 0 where there are none.
+
+    Args:
+        names: of metrics.
+    """
+    parts = [name.partition("@") for name in names]
+    return max((int(n) for family, _, n in parts if family in ("ppl", "tail_ppl") and n.isdecimal()), default=0)
 
 
 def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:
@@ -261,7 +276,7 @@ def _over_seeds(sources: Sequence[Source]) -> list[list[Source]]:
 
     def all_of(source: Source):
         settings = (item for item in source.config.items() if item[0] != "seed")
-        return source.facts.get("Commit", ""), str(Path(source.folder).parent), *settings
+        return source.facts.get("Commit", ""), str(Path(source.folder).resolve().parent), *settings
 
     return over_seeds(sources, recipe_of, all_of, lambda source: source.config.get("seed"))
 

@@ -20,7 +20,19 @@ from pose.errors import one_line
 from pose.evaluation.task import FAMILIES, Estimate, describe, shown
 from pose.reporting import charts, plots
 from pose.reporting.charts import better, bounds_of, capital, estimate_of, finite
-from pose.reporting.lines import BENCHMARKS, DOCUMENTS, INTERVAL, PROMPTED, STRIDES, TOKENS, Line, Source, lines_of
+from pose.reporting.lines import (
+    BENCHMARKS,
+    DOCUMENTS,
+    INTERVAL,
+    LONGEST,
+    PROMPTED,
+    STRIDES,
+    TOKENS,
+    Line,
+    Source,
+    lines_of,
+    longest_of_text,
+)  # fmt: skip
 from pose.reporting.tables import common_tasks, main_families, series
 
 ASSETS = Path(__file__).parent / "assets"
@@ -139,11 +151,11 @@ def _differing_in(keys: Sequence[str], sources: Sequence[Source]) -> str:
 
 def _on_perplexity(sources: Sequence[Source]) -> str:
     """A note on perplexities that cannot be compared; "" where they can."""
-    longest = {source.name: _longest(source) for source in sources}
+    longest = {one.name: longest_of_text(chain.from_iterable(one.models.values())) for one in sources}
     measured = [source for source in sources if longest[source.name]]
     if len({source.facts.get(DOCUMENTS) for source in measured}) > 1:
         return "Perplexity was measured on different documents (What was run): compare it within one of them."
-    settings = {"longest length": [f"{longest[source.name]:,}" for source in measured]}
+    settings = {LONGEST: [f"{longest[source.name]:,}" for source in measured]}
     are_drawn = any(source.config.get("eval.draw_documents") == "true" for source in measured)
     keys = (*TOKENS, "eval.seed") if are_drawn else TOKENS
     settings |= {key: [source.config.get(key, "") for source in measured] for key in keys}
@@ -154,12 +166,6 @@ def _on_perplexity(sources: Sequence[Source]) -> str:
         f"Perplexity was measured on different tokens ({'; '.join(differing)}): compare it within a run or an "
         "evaluation, not between them."
     )
-
-
-def _longest(source: Source) -> int:
-    """The longest length at which perplexity was measured, on which the scored tokens depend; 0 where none was."""
-    names = [name.partition("@") for each in source.models.values() for name in each]
-    return max((int(n) for family, _, n in names if family in ("ppl", "tail_ppl") and n.isdecimal()), default=0)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ import configparser
 import contextlib
 import csv
 import importlib.util
+import inspect
 import logging
 import netrc
 import os
@@ -29,6 +30,8 @@ from pose.training.compat import without_anonymous
 log = logging.getLogger(__name__)
 
 NAMES = ("csv", "tensorboard", "wandb")
+WANDB_ID = re.compile("[A-Za-z0-9_-]{1,64}")
+OWN_OPTIONS = {"run_name", "offline", "log_weights"}  # of logger=wandb beside those of wandb.init
 REFUSED = re.compile(r"returned error 40[134]\b")  # by W&B, not by a proxy before it
 BEFORE = -1  # the step of what is measured before the first one
 MAX_NAME = 128  # characters of a name or a group in W&B
@@ -134,11 +137,12 @@ def build_loggers(
         step: from which training goes on; what TensorBoard has from there on is hidden. At 0 that is all it has, of a
             run that left no checkpoint.
         goes_on: whether the run may have one of W&B already.
-        options: of WandbLogger, `offline`, `run_name` and `log_weights`. A job of a sweep is of the group of the sweep.
+        options: of `wandb.init`, and `offline`, `run_name`, `log_weights`. A job of a sweep is of the sweep's group.
         title: of a run of W&B that has no `run_name` and is no job of a sweep, which are called by their overrides.
 
     Raises:
-        ConfigError: an unknown name, options of a logger that takes none, or a value that is not accepted.
+        ConfigError: an unknown name or option, options of a logger that takes none, a value that is not accepted, or
+            one id of W&B for the jobs of a sweep.
     """
     options = _checked(name, options)
     loggers: list[Logger] = [MetricsLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)]
@@ -146,10 +150,14 @@ def build_loggers(
         loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=step or BEFORE))
     elif name == "wandb":
         group, job = _of_sweep(run_dir)
+        if options.get("id") and group:
+            raise ConfigError(f"logger.id={options['id']} is one run of W&B for all jobs of a sweep: leave it out")
         run_id = _kept_id(run_dir / ".wandb_id") if goes_on else None
         # One that goes on keeps its name, which may have been changed in W&B
         named = {"group": group, "job_type": "train", "run_name": (job or title) if run_id is None else None}
-        loggers.append(_wandb(options, named, run_dir, run_id or _new_id(run_dir)))
+        if run_id is None or options.get("id"):
+            run_id = _keep_id(run_dir, options.get("id"))
+        loggers.append(_wandb(options, named, run_dir, run_id))
     return loggers
 
 
@@ -162,10 +170,11 @@ def dashboards_of(
         name: csv, tensorboard or wandb.
         run_dir: of the evaluation.
         models: their names, by which the runs are called. Several are a group, which has the name of the folder.
-        options: of WandbLogger, `offline` and `run_name`.
+        options: of `wandb.init`, `offline` and `run_name`.
 
     Raises:
-        ConfigError: as of `build_loggers`; a name for several runs, or weights, of which an evaluation leaves none.
+        ConfigError: as of `build_loggers`; a name or an id for several runs, or weights, of which an evaluation leaves
+            none.
     """
     options = _checked(name, options)
     if name == "tensorboard":
@@ -187,9 +196,12 @@ def dashboards_of(
             f"logger.run_name={options['run_name']} is one name for {len(models)} checkpoints: give them names in ckpt "
             "('ckpt={base:assets/tiny,mine:RUN}')"
         )
-    group = _of_sweep(run_dir)[0] or (short_name(run_dir).replace("/", " ") if len(models) > 1 else None)
+    sweep = _of_sweep(run_dir)[0]
+    if (run_id := options.get("id")) and (sweep or len(models) > 1):
+        raise ConfigError(f"logger.id={run_id} is one run of W&B for several checkpoints: leave it out")
+    group = sweep or (short_name(run_dir).replace("/", " ") if len(models) > 1 else None)
     named = {"group": group, "job_type": "evaluate"}
-    return {m: [_wandb(options, named | {"run_name": m[-MAX_NAME:]}, run_dir, uuid.uuid4().hex[:8])] for m in models}
+    return {m: [_wandb(options, named | {"run_name": m[-MAX_NAME:]}, run_dir, run_id or _random_id())] for m in models}
 
 
 def _checked(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -202,12 +214,20 @@ def _checked(name: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     for key in ("project", "entity", "group", "run_name", "job_type", "notes", "id"):
         if given.get(key) is not None and not isinstance(given[key], str):
             raise ConfigError(f"logger.{key}={given[key]!r} is not accepted: give text (a number in quotes: '\"5\"')")
+    if given.get("id") and not WANDB_ID.fullmatch(given["id"]):
+        raise ConfigError(f"logger.id={given['id']} is not accepted: give up to 64 letters, digits, - and _")
     tags = given.get("tags")
     if tags is not None and (isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags)):
         raise ConfigError(f"logger.tags={tags!r} is not accepted: give a list of texts, 'logger.tags=[one,two]'")
     package = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
         raise ConfigError(f"logger={name} needs the package {package}: pip install {package}, or choose logger=csv")
+    if name == "wandb":
+        import wandb
+
+        accepted = (OWN_OPTIONS | inspect.signature(wandb.init).parameters.keys()) - {"dir", "name"}
+        for key in sorted(given.keys() - accepted):
+            raise ConfigError(f"logger.{key} is not accepted: logger=wandb takes {', '.join(sorted(accepted))}")
     return given
 
 
@@ -247,7 +267,8 @@ def _wandb(given: Mapping[str, Any], named: Mapping[str, str | None], run_dir: P
         run_dir: where it writes.
         run_id: of its run.
     """
-    options = dict(given) | {key: given.get(key) or name for key, name in named.items()}
+    options = {"resume": "allow"} | dict(given) | {key: given.get(key) or name for key, name in named.items()}
+    options["id"] = run_id
     options.pop("log_weights", None)  # at the end of the run
     options["name"] = options.pop("run_name")
     offline = options.pop("offline", None)
@@ -256,12 +277,16 @@ def _wandb(given: Mapping[str, Any], named: Mapping[str, str | None], run_dir: P
     is_disabled = os.environ.get("WANDB_MODE") == "disabled"
     # Not by Lightning's `offline`: it sets the environment for good, which wandb may have read before
     options.setdefault("mode", "disabled" if is_disabled else "offline" if offline else None)
-    return without_anonymous(WandbRunLogger(save_dir=run_dir, id=run_id, resume="allow", **options))
+    return without_anonymous(WandbRunLogger(save_dir=run_dir, **options))
 
 
-def _new_id(run_dir: Path) -> str:
-    """Of a run of W&B, kept in its folder, so that it goes on under it."""
-    run_id = uuid.uuid4().hex[:8]
+def _random_id() -> str:
+    return uuid.uuid4().hex[:8]
+
+
+def _keep_id(run_dir: Path, given: str | None) -> str:
+    """Of a run of W&B, a new one if none is given, kept in its folder, so that it goes on under it."""
+    run_id = given or _random_id()
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):  # then the next start is another run of W&B
         rank_zero_only((run_dir / ".wandb_id").write_text)(run_id)
@@ -288,7 +313,7 @@ def _kept_id(file: Path) -> str | None:
     if not file.exists():
         return None
     with contextlib.suppress(OSError, ValueError):
-        if re.fullmatch("[0-9a-f]{8}", text := file.read_text(encoding="utf-8").strip()):
+        if WANDB_ID.fullmatch(text := file.read_text(encoding="utf-8").strip()):
             return text
     log.warning(f"{file} does not hold the id of a W&B run: the run gets a new one")
     return None

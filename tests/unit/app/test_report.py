@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -99,9 +100,46 @@ def test_a_run_is_read(run):
         "Versions": "torch 2.13.0, transformers 5.23.0, Python 3.11.7", "Machine": "x86_64 CPU, 2 threads",
     }  # fmt: skip
     assert facts.items() <= source.facts.items()
-    estimates = {"extended": {"ppl@256": Estimate(3.0, 2.0, 4.0, 5)}}
+    estimates = {model: {"ppl@256": Estimate(n, n - 1, n + 1, 5)} for model, n in (("untuned", 9.0), ("extended", 3.0))}
     write_results(folder / "results.csv", estimates)
     assert read(folder)[0].models == estimates, "with intervals, as newer runs leave them"
+
+
+def test_what_a_damaged_table_of_results_lacks_is_of_the_metrics(run, capsys):
+    """A model must not leave the page because the file was cut."""
+    folder = run()
+    write_results(folder / "results.csv", {"untuned": {"ppl@256": Estimate(9.0, 8.0, 10.0, 5)}})
+    models = read(folder)[0].models
+    assert models == {
+        "untuned": {"ppl@256": Estimate(9.0, 8.0, 10.0, 5)},
+        "extended": {"ppl@256": Estimate(3.0, num=0)},
+    }
+    assert f"{folder / 'results.csv'} is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("twice", [("sweep", "sweep/1"), ("sweep/1", "sweep"), ("sweep", "link"), ("link/0", "sweep")])
+def test_a_run_that_is_given_twice_is_on_the_page_once(run, tmp_path, monkeypatch, twice, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed in "01":
+        run(f"sweep/{seed}", CONFIG.replace("seed: 3", f"seed: {seed}"), overrides=[f"seed={seed}"])
+    (tmp_path / "link").symlink_to("sweep")
+    sources = read(*map(Path, twice))
+    assert sorted(source.name for source in sources) == ["seed=0", "seed=1"]
+    assert "which the page has once" in capsys.readouterr().out
+    names = [line.name for line in lines_of(sources)[0]]
+    assert any(name.endswith("(2 seeds)") for name in names), names
+
+
+def test_what_is_not_known_is_left_out(run):
+    """Neither a machine called None nor a training of all weights without a config that says so."""
+    folder = run()
+    (folder / "provenance.json").write_text('{"command": "x", "commit": "abc"}')
+    assert read(folder)[0].facts["Machine"] == ""
+    (folder / "config.yaml").write_text("{a: [")
+    (source,) = read(folder)
+    assert not source.facts.keys() & {"Training", "Sampler", "RoPE", "Model"}
+    write_report([folder], folder / "report.html")
+    assert "<h1>Training run</h1>" in (folder / "report.html").read_text()
 
 
 def test_what_trained_is_said(run):

@@ -143,7 +143,8 @@ def test_outcomes_of_another_shape_are_not_taken_for_whole(name):
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("ppl@256", 12.345, "12.3"), ("tail_ppl@256", 12345.0, "1.2e+04"), ("position_ppl@0-64", 9999.94, "9999.9"),
+        ("ppl@256", 12.345, "12.3"), ("tail_ppl@256", 2.604, "2.60"), ("ppl@256", 9.994, "9.99"),
+        ("ppl@256", 9.995, "10.0"), ("tail_ppl@256", 12345.0, "1.2e+04"), ("position_ppl@0-64", 9999.94, "9999.9"),
         ("sliding_ppl@8", math.inf, "inf"), ("ppl@8", math.nan, "nan"), ("bits_per_byte@256", 1.23456, "1.235"),
         ("passkey@256", 0.95, "95%"), ("needle@256/0.3333333333333333", 1 / 3, "33%"), ("ruler/vt@9", 0.125, "12%"),
         ("passkey@256", math.nan, "nan"), ("harness/boolq", 0.7512, "75.1%"), ("harness/wikitext", 0.7512, "0.751"),
@@ -160,7 +161,7 @@ def test_a_value_is_shown_as_what_it_is(name, value, text):
 def test_a_task_knows_more_of_its_metric_than_its_name_tells():
     metrics = {"harness/mine": Metric("mine", True, ".1%"), "harness/bits": Metric("bits", False, ".3f")}
     assert shown("harness/mine", 0.5, metrics) == "50.0%" and shown("harness/mine", 0.5) == "0.500"
-    assert shown("harness/bits", 0.5, metrics) == "0.500" and shown("ppl@8", 0.5, metrics) == "0.5"
+    assert shown("harness/bits", 0.5, metrics) == "0.500" and shown("ppl@8", 0.5, metrics) == "0.50"
 
 
 @pytest.mark.parametrize(

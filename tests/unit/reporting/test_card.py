@@ -141,7 +141,7 @@ def test_the_metrics_table():
     rows = table(CARD.text(), "What was measured")
     assert list(rows) == ["", "ppl@2048", "ppl@16384", "passkey@2048", "bits_per_byte@2048"]
     assert rows[""] == ["untuned: as it was", "extended: this model"]
-    assert rows["ppl@2048"] == ["9.0", "9.3"] and rows["ppl@16384"] == ["1.2e+04", "9.5"]
+    assert rows["ppl@2048"] == ["9.04", "9.26"] and rows["ppl@16384"] == ["1.2e+04", "9.51"]
     assert rows["passkey@2048"] == ["100%", "95%"] and rows["bits_per_byte@2048"] == ["", "0.712"]
     assert "persuasion" in CARD.text()
     assert "What was measured" not in replace(CARD, results={}).text()

@@ -119,6 +119,15 @@ def test_sweeps_of_the_same_seeds_are_two_means(tmp_path):
     assert not any("runs)" in line.name for line in lines_of(commits)[0])
 
 
+def test_a_sweep_by_another_path_is_the_same(tmp_path):
+    """Given from two folders, relative once and absolute once."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    copies = [replace(run("a", "0"), config={"seed": "0", "resume": "x"}) for _ in range(2)]
+    folders = [tmp_path / "0", tmp_path / "link" / "1"]
+    runs = [replace(one, name=folder.name, folder=str(folder)) for one, folder in zip(copies, folders, strict=True)]
+    assert shown(lines_of(runs)[0])[1:] == ["0, 1 (2 runs)"]
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_seed_whose_number_is_none_leaves_the_mean_without_bounds(place):
     """Whatever its place: as a share of a gain that is none."""
@@ -177,6 +186,25 @@ def test_numbers_under_other_conditions_are_another_line(metrics, key, are_one):
     ]
     lines, _ = lines_of(jobs)
     assert [line.name for line in lines] == ["mine"] + ["y: mine"] * (not are_one)
+
+
+@pytest.mark.parametrize(("lengths", "are_one"), [((8, 16), False), ((8, 8), True)])
+def test_perplexities_whose_longest_length_differs_are_other_tokens(lengths, are_one):
+    """None of their names need occur twice."""
+    names = (f"ppl@{lengths[0]}", f"tail_ppl@{lengths[1]}")
+    jobs = [
+        Source(name, name, "evaluation", models={"mine": {metric: Estimate(1.0)}}, identities={"mine": "a"})
+        for name, metric in zip("xy", names, strict=True)
+    ]
+    assert [line.name for line in lines_of(jobs)[0]] == ["mine"] + ["y: mine"] * (not are_one)
+
+
+def test_the_untuned_model_of_trainings_and_that_of_an_evaluation_are_told_apart():
+    other = Source("e", "e", "evaluation", models={"untuned": {"ppl@8": Estimate(5.0)}}, identities={"untuned": "a"})
+    lines, _ = lines_of([run("a"), run("b", rope="ntk"), other])
+    values = {line.name: line.estimates["ppl@8"].value for line in lines if "untuned" in line.name}
+    assert values == {"untuned": 9.0, "e: untuned": 5.0}
+    assert "seed=0" in lines[0].about
 
 
 def test_a_number_that_is_none_is_no_difference():

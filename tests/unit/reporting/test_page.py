@@ -69,7 +69,7 @@ def test_a_page_has_what_was_run_and_found():
     reader, specs = read(run(), run("other", {"tail_ppl@1024": Estimate(1.23456, num=3)}))
     assert {"what", "results", "models", "filter", "legend", "length", "differences", "config"} <= reader.ids
     assert cells(reader, "mine") == ["40.038.0 to 43.0", "41.5", ""]
-    assert cells(reader, "other") == ["40.038.0 to 43.0", "41.5", "1.2"]
+    assert cells(reader, "other") == ["40.038.0 to 43.0", "41.5", "1.23"]
     ((_, attributes),) = [each for each in reader.elements if each[1].get("data-value") == "1.23456"]
     assert attributes["data-family"] == "tail_ppl", "sorted by all digits"
     (spec,) = specs

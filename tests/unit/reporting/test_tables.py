@@ -52,8 +52,8 @@ def test_results_table_has_a_column_for_each_length_of_any_model():
     table = results_table(results, "Results", ("ppl", "passkey"))
     assert cells(table) == [
         ["", "perplexity\n@64", "\n@512", "\n@2048", "passkey\n@256", "\n@512"],
-        ["base", "1.2", "1.2e+04", "9999.9", "", "0%"],
-        ["pose", "", "8.2", "", "100%", "96%"],
+        ["base", "1.24", "1.2e+04", "9999.9", "", "0%"],
+        ["pose", "", "8.25", "", "100%", "96%"],
     ]
 
 
@@ -105,7 +105,7 @@ def test_tasks_of_ruler_stand_alone_where_they_have_no_mean():
 
 def test_results_table_takes_estimates_as_numbers():
     found = {"a": {"ppl@8": Estimate(9.0, 8.0, 10.0)}, "b": [{"ppl@8": Estimate(5.0)}, {"ppl@8": 7.0}]}
-    assert cells(results_table(found, "Results", ("ppl",)))[1:] == [["a", "9.0"], ["b", "6.0 (5.0-7.0)"]]
+    assert cells(results_table(found, "Results", ("ppl",)))[1:] == [["a", "9.00"], ["b", "6.00 (5.00-7.00)"]]
 
 
 def test_table_is_printed_whole(capsys):
@@ -147,7 +147,7 @@ def test_comparison_tables_have_parts_by_family_and_one_of_benchmarks():
     rows = cells(by_length)
     assert rows[0] == ["", "@256", "@1,024"]
     assert rows[1:4] == [
-        ["[bold]perplexity", "", ""], ["a", "12.2\n[dim]11.0-14.0", "9.0"], ["b/c", "20.0\n[dim]19.0-21.0", ""]
+        ["[bold]perplexity", "", ""], ["a", "12.2\n[dim]11.0-14.0", "9.00"], ["b/c", "20.0\n[dim]19.0-21.0", ""]
     ]  # fmt: skip
     assert ["a", "1.234", ""] in rows or ["a", "1.235", ""] in rows
     assert ["a", "95%\n[dim]76%-99%", ""] in rows and ["[bold]needle", "", ""] in rows
@@ -169,7 +169,7 @@ def test_gains_have_rows_of_their_own_and_intervals_that_reach_below_0():
     ]
     (header, row) = cells(results_table({"a": {"ppl@256": 9.0, "needle@256": 0.5} | found}, "Results"))
     assert header == ["", "perplexity\n@256", "needle gain (nats per token)\n@256", "\n@512"]
-    assert row == ["a", "9.0", "1.250", "-0.010"]
+    assert row == ["a", "9.00", "1.250", "-0.010"]
 
 
 def test_no_table_without_metrics():

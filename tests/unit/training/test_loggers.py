@@ -1,5 +1,6 @@
 """Loggers end with their job, and one that goes on is the same."""
 
+import functools
 import os
 import re
 import shutil
@@ -127,6 +128,7 @@ def test_a_server_out_of_reach_leaves_an_offline_run_and_a_warning(tmp_path, cap
     """As wandb reports it; the next job of a sweep does not wait for the server again."""
     init, modes = wandb.init, []
 
+    @functools.wraps(init)  # whose parameters are the options that there are
     def out_of_reach(**given):
         modes.append(given["mode"])
         if modes[-1] is None:
@@ -160,6 +162,7 @@ def test_a_server_out_of_reach_leaves_an_offline_run_and_a_warning(tmp_path, cap
     ],
 )
 def test_an_account_that_wandb_does_not_accept_is_an_error_with_what_to_do(tmp_path, monkeypatch, error, text):
+    @functools.wraps(wandb.init)
     def refuse(**_):
         raise getattr(wandb.errors, error)(text)
 
@@ -209,7 +212,7 @@ def test_a_run_of_somebody_else_goes_on(tmp_path):
     assert wandb.run is theirs
 
 
-@pytest.mark.parametrize("content", ["", "../../x", "ABCDEF12", "0123456789", b"\\xff\\xfe", None])
+@pytest.mark.parametrize("content", ["", "../../x", "two words", "0" * 65, b"\\xff\\xfe", None])
 def test_an_id_that_is_none_is_thrown_away(tmp_path, capsys, content):
     kept = build(tmp_path)[1].version
     assert build(tmp_path, resume="auto")[1].version == kept
@@ -298,6 +301,30 @@ def test_a_job_whose_overrides_cannot_be_read_is_called_by_its_method(job, conte
         (folder.parent / "multirun.yaml").write_text(content)
     run = stored(folder)
     assert (run.run_group, run.display_name) == ("2026-11-27 03-51-36", "tiny 2048: pose + yarn")
+
+
+def test_a_run_may_have_an_id_of_its_own(tmp_path):
+    """And goes on under it when it is resumed without."""
+    assert stored(tmp_path, id="mine1234").run_id == "mine1234"
+    shutil.rmtree(tmp_path / "wandb")
+    assert stored(tmp_path, goes_on=True).run_id == "mine1234"
+    shutil.rmtree(tmp_path / "wandb")
+    assert stored(tmp_path, goes_on=True, id="other").run_id == "other"
+    with pytest.raises(ConfigError, match="logger.id=a/b is not accepted: give up to 64 letters"):
+        build(tmp_path, id="a/b")
+
+
+def test_one_id_for_several_runs_is_refused(job, tmp_path):
+    with pytest.raises(ConfigError, match=r"logger\.id=mine is one run of W&B for all jobs of a sweep"):
+        build(job(0, "rope=ntk"), id="mine")
+    with pytest.raises(ConfigError, match=r"logger\.id=mine is one run of W&B for several checkpoints"):
+        loggers.dashboards_of("wandb", tmp_path, ["a", "b"], {"id": "mine"})
+
+
+@pytest.mark.parametrize("key", ["save_dir", "dir", "nmae"])
+def test_an_option_that_there_is_not_is_refused_with_those_that_there_are(tmp_path, key):
+    with pytest.raises(ConfigError, match=rf"logger\.{key} is not accepted: .*, entity, .*, tags"):
+        build(tmp_path, **{key: "x"})
 
 
 def test_weights_are_asked_for_by_yes_or_no(tmp_path):
