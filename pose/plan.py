@@ -13,7 +13,8 @@ place would be the non-causal count). Where weights are frozen, their gradients 
 place of 6, since gradients still go through them. Recomputation is no part of it, and is part of the time.
 
 Objectives of two views (`pose.training.objectives`): a token goes through the layers once, and once more from the first
-skip on, for a share s of the tokens on average; attention sees two whole rows. self_distill has the head's logits of
+skip on, for a share s of the tokens on average (all of them where the views share nothing); attention sees two whole
+rows. self_distill has the head's logits of
 both views (6 and 6 s; the teacher's are those of the language model's loss). long_short has those of one view, and a
 forward pass of the original's layers: 2 for each of its weights, and a third of attention. Memory is that of s = 1.
 """
@@ -267,6 +268,7 @@ class Training:
             embedding and head.
         objective: one of OBJECTIVES.
         skipped: s, the share of an example's tokens from the first skip on; of two views.
+        views_share: whether the tokens before the first skip go through the layers once for both views.
         num_compared: layers whose states long_short compares with the original's.
         original_bytes: of a weight as its checkpoint has it: of the frozen original that long_short keeps beside a
             model all of whose weights train, and of what does not train beside adapters.
@@ -298,6 +300,7 @@ class Training:
     frozen_bytes: float = MASTER
     objective: str = "lm"
     skipped: float = 0.0
+    views_share: bool = True
     num_compared: int = 0
     original_bytes: float = MASTER
     has_checkpoint: bool = True
@@ -438,7 +441,9 @@ class Training:
     @property
     def _twice(self) -> float:
         """The share of the tokens that go through the layers a second time."""
-        return self.skipped if self.num_views > 1 else 0.0
+        if self.num_views == 1:
+            return 0.0
+        return self.skipped if self.views_share else 1.0
 
     @property
     def flops(self) -> float:

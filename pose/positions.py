@@ -506,7 +506,8 @@ class EndAnchor(PositionSampler):
     """EndPrompt: plain ids, then a short cue at the very end of the target (Tian et al. 2026, arXiv 2605.14589).
 
     Every example has the positions 0..L-b-1 and T-b..T-1, with b the length of the cue: the text before the cue stays
-    whole, and each token of the cue meets all of it from afar. In the loss of an example a token of the cue counts
+    whole, and each token of the cue meets all of it from afar. What is predicted there are the b - 1 tokens after the
+    first, which is itself predicted at L-b-1. In the loss of an example a token of the cue counts
     cue_weight, every other one 1. The text is x[0:L-b] and x[Lx-b:Lx]: the document's beginning, and its last b tokens.
 
     In the paper the cue is a fixed prompt, with which every text is made to end. Documents that end with a prompt of b
@@ -519,12 +520,12 @@ class EndAnchor(PositionSampler):
     for from afar, and all weigh the same.
 
     Args:
-        cue_len: b in [1, train_len - 1], tokens.
+        cue_len: b in [2, train_len - 1], tokens. Of a cue of one nothing is predicted from afar.
         cue_weight: in (0, 1]. Causal attention lets nothing but the cue's own loss see far, so 0 would train on plain
             short text.
 
     Raises:
-        ConfigError: cue_len is not in [1, train_len - 1], or cue_weight not in (0, 1].
+        ConfigError: cue_len is not in [2, train_len - 1], or cue_weight not in (0, 1].
     """
 
     cue_len: int = 20
@@ -532,7 +533,7 @@ class EndAnchor(PositionSampler):
 
     def __post_init__(self):
         super().__post_init__()
-        require_int("{group}.cue_len", self.cue_len, at_least=1, group="pose")
+        require_int("{group}.cue_len", self.cue_len, at_least=2, group="pose")
         if self.cue_len >= self.train_len:
             raise ConfigError(
                 f"{{group}}.cue_len={self.cue_len} leaves no text before the cue in {{group}}.train_len="

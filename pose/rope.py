@@ -89,6 +89,11 @@ class RopeScaling(ABC):
         """The method's name in the config group `rope`."""
         return re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies change with the length of the text."""
+        return False
+
     def resolve(self, geometry: RopeGeometry, target_len: int) -> Self:
         """The same method with everything filled in that follows from the model and the target.
 
@@ -278,6 +283,10 @@ class Dynamic(RopeScaling):
     transformers takes L0 from `max_position_embeddings`, which therefore stays the model's own
     window; the target is noted beside it (`pose.modeling.rotary.target_len_of`).
     """
+
+    @property
+    def depends_on_length(self):
+        return True
 
     def resolve(self, geometry, target_len):
         _require_ntk_dim(self.name, geometry)
@@ -503,6 +512,11 @@ class LongRope(RopeScaling):
     def name(self) -> str:
         return "longrope"
 
+    @property
+    def depends_on_length(self):
+        short = self.short_factor or [1.0] * len(_known(self.long_factor))
+        return list(short) != list(_known(self.long_factor))
+
     def resolve(self, geometry, target_len):
         short = [1.0] * (geometry.dim // 2) if self.short_factor is None else self.short_factor
         for key, values in (("long_factor", _known(self.long_factor)), ("short_factor", short)):
@@ -576,6 +590,10 @@ class Searched(LongRope):
     @property
     def name(self) -> str:
         return "searched"
+
+    @property
+    def depends_on_length(self):
+        return self.mixed and super().depends_on_length
 
     def resolve(self, geometry, target_len):
         given = {"base": geometry.base, "dim": geometry.dim, "window": geometry.window, "target_len": target_len}

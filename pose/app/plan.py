@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +40,7 @@ from pose.plan import (
 
 if TYPE_CHECKING:  # torch and the like are imported when the options stand
     from rich.table import Table
+    from transformers import PretrainedConfig
 
     from pose.app.preflight import Plan
     from pose.rope import RopeScaling
@@ -117,14 +117,16 @@ def plan(cfg: DictConfig) -> Training:
     """
     from pose.app import build, preflight
     from pose.app.targets import make
+    from pose.modeling.views import shares_beginnings
     from pose.training.objectives import Objective
 
     preflight.check_config(cfg, schema.TrainConfig)
     trainer = schema_options(cfg, "trainer", schema.TrainerConfig)
     schema_options(cfg, "model", schema.ModelConfig)
-    config, window, longest, scale = find_shape(cfg)
+    config, window, longest, scaled = find_shape(cfg)
     sampler = build.build_sampler(cfg.pose, window)
-    scale(build.build_scaling(cfg.rope), sampler.target_len)
+    scaling = build.build_scaling(cfg.rope)
+    hf_config = scaled(scaling, sampler.target_len)
     devices = schema.num_devices(trainer.devices) * trainer.num_nodes
     precision = PRECISIONS.get(str(trainer.precision), str(trainer.precision))
     if precision == "auto":
@@ -146,6 +148,7 @@ def plan(cfg: DictConfig) -> Training:
         precision=precision,
         micro_batch=micro_batch,
         stored=str(stored),
+        views_share=not scaling.depends_on_length if hf_config is None else shares_beginnings(hf_config),
     )
     if why := refused(training):
         raise ConfigError(f"{why}: train.py refuses it")
@@ -180,6 +183,7 @@ def of_config(
     precision: str,
     micro_batch: int,
     stored: str,
+    views_share: bool,
 ) -> Training:
     """The Training of a checked config.
 
@@ -192,6 +196,7 @@ def of_config(
         precision: of Lightning, by its long name.
         micro_batch: examples at a time on one device.
         stored: the dtype of the checkpoint's weights, where its config says; ready models are in 16 bits.
+        views_share: whether two views share what is before the first skip (`pose.modeling.views`).
     """
     tune = schema_options(cfg, "finetune", schema.FinetuneConfig)
     lora, strategy = tune.lora, strategy_options(cfg.strategy)
@@ -227,6 +232,7 @@ def of_config(
         has_checkpoint=cfg.model.path is not None,
         barred=tuple((f"{key}={value}", of) for key, value, of in barred),
         **of_objective(objective, sampler, shape.num_layers),
+        views_share=views_share,
         **strategy,
     )
 
@@ -263,11 +269,13 @@ def schema_options(cfg: DictConfig, group: str, kind: type[schema.Options]) -> s
         raise error.under(group) from None
 
 
-def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int, int, Callable[["RopeScaling", int], Any]]:
+def find_shape(
+    cfg: DictConfig,
+) -> tuple[dict[str, Any], int, int, Callable[["RopeScaling", int], "PretrainedConfig | None"]]:
     """The numbers of the model's config, its window and what it was extended to, and what lays a scaling over it.
 
-    Of the ready models from `SHAPES`, whose RoPE is plain; of a folder or another id of the hub from its config.json;
-    or of `model.init`.
+    Of the ready models from `SHAPES`, whose RoPE is plain, and of which there is no config to scale; of a folder or
+    another id of the hub from its config.json; or of `model.init`.
 
     Raises:
         PoseError: there is none, or it is not a model's.
@@ -291,7 +299,13 @@ def find_shape(cfg: DictConfig) -> tuple[dict[str, Any], int, int, Callable[["Ro
     if path is None and cfg.model.tokenizer is not None:
         config.vocab_size = len(load_tokenizer(locate(cfg.model.tokenizer), cfg.model.revision))
     check_layers(config)
-    return config.to_dict(), rope_geometry(config).window, target_len_of(config), partial(scale_config, config)
+    found = config.to_dict(), rope_geometry(config).window, target_len_of(config)
+
+    def scaled(scaling: "RopeScaling", target_len: int) -> "PretrainedConfig":
+        scale_config(config, scaling, target_len)
+        return config
+
+    return *found, scaled
 
 
 def strategy_options(node: DictConfig) -> dict[str, Any]:
@@ -316,6 +330,8 @@ def strategy_options(node: DictConfig) -> dict[str, Any]:
 
 def say(cfg: DictConfig, plan: "Plan") -> Training | None:
     """Logs the two lines that train.py begins with, and returns what they are of; None for a shape without a plan."""
+    from pose.modeling.views import shares_beginnings
+
     trainer = plan.trainer
     try:
         training = of_config(
@@ -327,6 +343,7 @@ def say(cfg: DictConfig, plan: "Plan") -> Training | None:
             precision=str(trainer.precision),
             micro_batch=cfg.trainer.global_batch // (trainer.world_size * trainer.accumulate_grad_batches),
             stored=str(plan.config.dtype),
+            views_share=plan.objective.num_views == 1 or shares_beginnings(plan.config),
         )
     except PoseError as error:
         log.debug(f"No plan: {error}")

@@ -37,7 +37,7 @@ from pose.modeling.rotary import target_len_of
 from pose.modeling.speed import warn_of_emulated_bf16
 from pose.plan import micro_batch_of_views
 from pose.positions import Mix, PositionSampler
-from pose.rope import NTK, Dynamic, Frequencies, Linear, Llama3, LongRope, RopeGeometry, RopeScaling, Yarn
+from pose.rope import NTK, Dynamic, Frequencies, Linear, Llama3, LongRope, NTKByParts, RopeGeometry, RopeScaling, Yarn
 from pose.training import launch
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoint, Checkpoints
@@ -185,7 +185,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
             f"pose.target_len={sampler.target_len} is not above the {reach:,} tokens that {cfg.model.path} is made "
             "for: this run extends nothing"
         )
-    warn_of_windows(sampler, scaling, geometry.window)
+    warn_of_windows(sampler, scaling, geometry.window, objective)
     warn_of_sliding(sampler, config)
     warn_of_router_loss(config)
     warn_of_dropout(objective, config, cfg.finetune.lora.dropout)
@@ -320,20 +320,27 @@ def warn_of_factor(scaling: RopeScaling, window: int, target_len: int):
         target_len: in tokens.
     """
     factor = scaling.factor or 1.0
-    if isinstance(scaling, Linear | Yarn | Llama3) and factor * window < target_len * (1 - 1e-9):
+    if isinstance(scaling, Linear | NTK | NTKByParts | Yarn | Llama3) and factor * window < target_len * (1 - 1e-9):
         log.warning(
             f"rope.factor={factor:g} reaches {factor * window:,.0f} tokens, the window of {window:,} times the factor, "
             f"and pose.target_len is {target_len:,}: leave rope.factor out, or give {target_len / window:g} or more"
         )
 
 
-def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int):
-    """Warns where a longrope that keeps short texts trains other than mixed windows (docs/ROPE.md).
+def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int, objective: Objective):
+    """Warns where nothing trains at a sampler's skips, or a longrope that keeps short texts trains other windows.
+
+    What it is to train are mixed windows (docs/ROPE.md): by plain examples, or by the plain view of an objective.
 
     Args:
-        sampler, scaling: of the run.
+        sampler, scaling, objective: of the run.
         window: the model's own, in tokens.
     """
+    if sampler.skips and not objective.trains_skipped:
+        log.warning(
+            f"objective={objective.name} trains at plain positions alone with these weights: the positions of "
+            f"{sampler.name} change nothing"
+        )
     is_mixed = isinstance(scaling, LongRope) and scaling.keeps_short_texts
     if (is_mixed or isinstance(scaling, Dynamic)) and sampler.example_len <= window and not sampler.skips:
         log.warning(
@@ -342,23 +349,26 @@ def warn_of_windows(sampler: PositionSampler, scaling: RopeScaling, window: int)
         )
     if not is_mixed:
         return
-    if not isinstance(sampler, Mix):
+    if not isinstance(sampler, Mix) and not objective.trains_plain:
         if sampler.target_len > window and sampler.skips:
             log.warning(
                 f"rope keeps texts within the window of {window} tokens as they are, and {sampler.name} trains on "
                 "hardly any: they are served by weights that were trained under rope.long_factor alone. Choose pose=mix"
             )
         return
+    plain = (
+        "the plain examples of pose=mix" if isinstance(sampler, Mix) else f"plain views (objective={objective.name})"
+    )
     if sampler.train_len > window:
         log.warning(
-            f"the plain examples of pose=mix have pose.train_len={sampler.train_len} tokens, more than the model's own "
-            f"window of {window}: they are rotated by rope.long_factor like all others, and nothing trains under the "
-            f"original frequencies. Give pose.train_len={window} or less"
+            f"{plain} have pose.train_len={sampler.train_len} tokens, more than the model's own window of {window}: "
+            "they are rotated by rope.long_factor like all others, and nothing trains under the original frequencies. "
+            f"Give pose.train_len={window} or less"
         )
     elif scaling.attention_factor != 1.0:
         log.warning(
-            f"rope.attention_factor={scaling.attention_factor:.4g} holds for the plain examples of pose=mix too, so "
-            "these do not see the original model. Give rope.attention_factor=1 for mixed windows"
+            f"rope.attention_factor={scaling.attention_factor:.4g} holds for {plain} too, so these do not see the "
+            "original model. Give rope.attention_factor=1 for mixed windows"
         )
 
 

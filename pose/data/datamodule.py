@@ -239,14 +239,20 @@ class PoseDataModule(L.LightningDataModule):
         targets = [(items(end), dataset(sampler, self.window_len)) for end, sampler in self.sampler.phases]
         usable = [one.usable for _, one in (*phases, *targets, (self.num_examples, whole))]
         self._trained = documents.indices if tasks else documents.indices[np.unique(np.concatenate(usable))]
-        self._say_what_has_no_step("data.curriculum", [end for end, _ in phases])
-        self._say_what_has_no_step("pose.curriculum", [end for end, _ in targets])
+        begin = phases[-1][0] if phases else 0  # of the first target
+        self._say_what_has_no_step("data.curriculum", [0, *(end for end, _ in phases)])
+        self._say_what_has_no_step("pose.curriculum", [begin, *(end for end, _ in targets)])
         if phases or targets:
             targets.append((self.num_examples, whole))
             self.dataset = Curriculum([*phases, *targets])
         if self.sampler.phases:
-            until = [(one.sampler.target_len, end // self.global_batch) for end, one in targets]
-            log.info("Targets     " + ", ".join(f"{length:,} tokens up to step {step:,}" for length, step in until))
+            begins = [begin, *(end for end, _ in targets[:-1])]
+            until = [
+                f"{one.sampler.target_len:,} tokens up to step {end // self.global_batch:,}"
+                for begin, (end, one) in zip(begins, targets, strict=True)
+                if end > begin
+            ]
+            log.info(f"Targets     {', '.join(until)}")
 
     def trains_on(self, documents: Sequence[np.ndarray]) -> list[str]:
         """The ids of the training documents that have the same tokens as one of others."""
@@ -264,12 +270,12 @@ class PoseDataModule(L.LightningDataModule):
         """Whether the length of examples or their target changes in the run, at shares of its steps."""
         return bool(self.curriculum or self.sampler.phases)
 
-    def _say_what_has_no_step(self, key: str, ends: list[int]):
-        """A warning where a phase of a curriculum, by the item at which it ends, has no step, or the rest has none."""
+    def _say_what_has_no_step(self, key: str, bounds: list[int]):
+        """A warning where a phase of a curriculum, from one bound (an item) to the next, or the rest has no step."""
         steps = self.num_examples // self.global_batch
-        if ends and ends[-1] >= self.num_examples:
+        if len(bounds) > 1 and bounds[-1] >= self.num_examples:
             log.warning(f"{key} leaves no step of trainer.max_steps={steps} to what comes after its last phase")
-        if any(begin == end for begin, end in pairwise([0, *ends])):
+        if any(begin >= end for begin, end in pairwise(bounds)):
             log.warning(f"{key}: a phase has no step, since trainer.max_steps={steps} is too few for its share")
 
     def _say_what_is_used(self, name: str, num: int, tokens: int):

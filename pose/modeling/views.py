@@ -11,7 +11,7 @@ Shapes: B rows, L tokens of each, m tokens from the first skip of their rows on,
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pose.modeling.attention import Packing
 from pose.modeling.layers import hands_on
@@ -39,9 +39,9 @@ class Views(NamedTuple):
         return self.plain.index_copy(0, skipped_at, self.skipped) if self.whole is None else self.whole
 
 
-def shares_beginnings(model: PreTrainedModel) -> bool:
-    """Whether the tokens before the first skip are computed once for both views."""
-    return not depends_on_length(model.config) and hands_on(model.config, "packing")
+def shares_beginnings(config: PretrainedConfig) -> bool:
+    """Whether a model computes the tokens before the first skip once for both views."""
+    return not depends_on_length(config) and hands_on(config, "packing")
 
 
 def hidden_states_of_views(
@@ -59,7 +59,7 @@ def hidden_states_of_views(
     batch, length = input_ids.shape
     num, device = batch * length, input_ids.device
     plain_ids = torch.arange(length, device=device).expand(batch, length)
-    if not shares_beginnings(model):
+    if not shares_beginnings(model.config):
         rows = torch.cat([input_ids, input_ids]), torch.cat([plain_ids, position_ids])
         states = _states(model, *rows).flatten(0, 1)
         return Views(states[:num], states[num + skipped_at], states[num:])

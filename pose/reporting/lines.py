@@ -166,9 +166,9 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
     trained = [source for source in sources if source.kind == "training"]
     for model in ("untuned", "scaled"):
         having = [source for source in trained if model in source.models]
-        estimates = [source.models[model] for source in having]
-        if len(having) > 1 and all(_are_equal(each, estimates[0]) for each in estimates):
-            references.append(line(model, estimates[0], about=about(having)))
+        found = [source.models[model] for source in having]
+        if len(having) > 1 and all(_are_equal(each, found[0]) for each in found):
+            references.append(line(model, found[0], about=about(having)))
         else:
             stages += [line(f"{each.name}: {model}", each.models[model], is_shown=False) for each in having]
     evaluated: dict[tuple[str, str], list[tuple[dict[str, str], dict[str, Estimate]]]] = {}

@@ -46,6 +46,8 @@ class Objective(ABC):
     Attributes:
         name: in the config group `objective`.
         num_views: under how many sets of position ids the model sees each example.
+        trains_plain, trains_skipped: whether the loss has a part at plain positions whatever the sampler, and one at
+            the sampler's.
         parts: names of what the loss is made of, that of the language model first; () where it is that alone. They are
             logged as train/loss_NAME.
         has_teacher: whether it keeps to the original model (`pose.modeling.teacher`).
@@ -58,6 +60,14 @@ class Objective(ABC):
     @property
     def num_views(self) -> int:
         return 1
+
+    @property
+    def trains_plain(self) -> bool:
+        return False
+
+    @property
+    def trains_skipped(self) -> bool:
+        return True
 
     def collate(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Joins examples to a batch of its own kind, on the CPU."""
@@ -136,6 +146,14 @@ class SelfDistill(Objective):
     def num_views(self):
         return 1 if self.weight == 0 else 2
 
+    @property
+    def trains_plain(self):
+        return True
+
+    @property
+    def trains_skipped(self):
+        return self.weight > 0
+
     def collate(self, items):
         if self.weight == 0:
             return collate_scored(items)
@@ -209,6 +227,14 @@ class LongShort(Objective):
     @property
     def num_views(self):
         return 2
+
+    @property
+    def trains_plain(self):
+        return self.short_weight > 0
+
+    @property
+    def trains_skipped(self):
+        return self.lm_weight > 0 or self.skipped_weight > 0
 
     def __post_init__(self):
         for name in ("lm_weight", "short_weight", "skipped_weight"):

@@ -179,22 +179,24 @@ def test_flops_of_two_views(rank):
 
 
 @pytest.mark.parametrize("name", ["self_distill", "long_short"])
-def test_flops_of_two_views_are_those_that_torch_counts(name):
+@pytest.mark.parametrize("share", [True, False])
+def test_flops_of_two_views_are_those_that_torch_counts(name, share):
     """It counts all of the scores, which is twice the causal half; 3/4 of the tokens are moved."""
     length, objective = 16, OBJECTIVES[name]
-    config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=2)
+    rope = {} if share else {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    config = AutoConfig.for_model("llama", **SMALL, num_key_value_heads=2, **rope)
     model, shape = build_model(config, None, "eager"), Shape.of(config.to_dict())
     teacher = Teacher(build_model(config, None, "eager", prepare=freeze))
     tokens = torch.zeros(length, dtype=torch.long)
     positions = torch.arange(length) + 5 * (torch.arange(length) >= length // 4)
     batch = objective.collate([{"input_ids": tokens, "labels": tokens, "position_ids": positions}])
-    shares_beginnings(model)  # the first time runs a model without weights
+    assert shares_beginnings(model.config) is share  # the first time runs a model without weights
     with FlopCounterMode(display=False) as counted:
         objective.losses(model, batch, teacher).loss.backward()
-    training = Training(shape, length, 2 * length, objective=name, skipped=0.75)
+    training = Training(shape, length, 2 * length, objective=name, skipped=0.75, views_share=share)
     once, norms = training.attention_flops / 2, shape.norm_weights  # which it does not count
     teacher_attention = once / 3 if name == "long_short" else 0.0
-    vectors = norms * (6 * 1.75 + (2 if name == "long_short" else 0))
+    vectors = norms * (6 * (1.75 if share else 2) + (2 if name == "long_short" else 0))
     # The last token is not scored, and goes through the head all the same where it has a student
     of_head = 1 if name == "self_distill" else 15 / 16
     last = 6 * shape.embedding * (1 - of_head)

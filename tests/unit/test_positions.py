@@ -314,13 +314,21 @@ def test_single_shift_moves_all_ids_by_one_number(train_len, target_len):
         (6, 20, 50, 2, [0, 1, 2, 3, 18, 19], [0, 1, 2, 3, 48, 49]),
         (6, 20, 6, 2, [0, 1, 2, 3, 18, 19], [0, 1, 2, 3, 4, 5]),
         (6, 6, 9, 5, [0, 1, 2, 3, 4, 5], [0, 4, 5, 6, 7, 8]),
-        (2, 9, 3, 1, [0, 8], [0, 2]),
+        (3, 9, 4, 2, [0, 7, 8], [0, 2, 3]),
     ],
 )
 def test_end_anchor_ends_in_a_cue_that_weighs_less(train_len, target_len, document_len, cue_len, positions, content):
     layout = EndAnchor(train_len, target_len, cue_len, 0.25).sample(np.random.default_rng(0), document_len)
     assert layout.position_ids.tolist() == positions and layout.content_ids.tolist() == content
     assert layout.weights.tolist() == [1] * (train_len - cue_len) + [0.25] * cue_len
+
+
+@pytest.mark.parametrize("cue_len", [2, 5])
+def test_all_of_the_cue_but_its_first_token_is_predicted_from_afar(cue_len):
+    """Of a cue of one token nothing is: the example would train as plain short text."""
+    ids = EndAnchor(8, 64, cue_len).sample(np.random.default_rng(0), 50).position_ids
+    predicting = ids[:-1]  # each position predicts the token after it
+    assert (predicting >= 64 - cue_len).sum() == cue_len - 1
 
 
 def test_of_a_mix_the_plain_examples_weigh_all_tokens_alike():
@@ -459,7 +467,7 @@ SAMPLERS = {
     Cream: lambda L, T, n: Cream(L, T, sigma=n / 2),
     SentenceSkip: lambda L, T, n: SentenceSkip(L, T, sentence_len=n),
     SingleShift: lambda L, T, n: SingleShift(L, T),
-    EndAnchor: lambda L, T, n: EndAnchor(L, T, cue_len=n, cue_weight=1 / n) if n < L else None,
+    EndAnchor: lambda L, T, n: EndAnchor(L, T, cue_len=n, cue_weight=1 / n) if 1 < n < L else None,
     Mix: lambda L, T, n: Mix(L, T, SentenceSkip(L, T, sentence_len=n), plain_share=1 / n),
 }
 CONTIGUOUS_TEXT = (Full, ShortPI, RandPos, EqualChunks, SentenceSkip, SingleShift, Mix)
@@ -616,7 +624,8 @@ def test_an_unknown_content_is_refused(value):
         ),
         (lambda: Mix(4, 9, PoSE(4, 9), plain_share=None), "pose.plain_share=None"),
         (lambda: EndAnchor(4, 9, cue_len=4), "pose.cue_len=4 leaves no text before the cue in pose.train_len=4"),
-        (lambda: EndAnchor(4, 9, cue_len=0), "pose.cue_len=0 is not accepted: give an integer of at least 1"),
+        (lambda: EndAnchor(4, 9, cue_len=0), "pose.cue_len=0 is not accepted: give an integer of at least 2"),
+        (lambda: EndAnchor(4, 9, cue_len=1), "pose.cue_len=1 is not accepted: give an integer of at least 2"),
         (lambda: EndAnchor(4, 9, 2, cue_weight=0), "pose.cue_weight=0 is not accepted: give a number above 0"),
         (lambda: EndAnchor(4, 9, 2, cue_weight=1.5), "pose.cue_weight=1.5"),
         (

@@ -146,6 +146,26 @@ def test_objectives_of_two_views():
     assert short.skipped > 0.99, "each position is drawn"
     weightless = planned(*overrides, "objective=self_distill", "objective.weight=0")
     assert weightless == lm, "one view"
+    assert short.views_share and planned(*overrides, "objective=long_short", "rope=yarn").views_share
+
+
+@pytest.mark.parametrize("model", ["llama7b", "tiny"])
+@pytest.mark.parametrize(
+    ("rope", "share"),
+    [
+        (["rope=dynamic"], False),
+        (["rope=longrope", f"rope.long_factor={[2.0] * 64}"], False),
+        (["rope=longrope", f"rope.long_factor={[2.0] * 64}", f"rope.short_factor={[2.0] * 64}"], True),
+        (["rope=ntk"], True),
+    ],
+)
+def test_views_whose_frequencies_differ_are_computed_in_full(model, rope, share):
+    """Of a ready model, of which there is no config to scale, as of one in a folder."""
+    rope = [one.replace(str([2.0] * 64), str([2.0] * 32)) if model == "tiny" else one for one in rope]
+    overrides = [f"model={model}", "pose.target_len=16384", "objective=self_distill", *rope]
+    training = planned(*overrides, "pose=end_anchor")
+    assert training.views_share is share
+    assert (training.flops_per_token > 1.9 * planned(*overrides[:2]).flops_per_token) is not share
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,25 @@ def test_bf16_that_a_cpu_emulates_is_warned_of(plan, capsys, monkeypatch, overri
             ["skips no position, and rope=dynamic leaves texts"],
         ),
         (["pose=full", "rope=dynamic", "~rope.attention_factor", "~rope.long_factor"], None),
+        (["pose=pose", "objective=self_distill"], None),
+        (["pose=pose", "objective=long_short"], None),
+        (["pose=pose", "objective=long_short", "objective.short_weight=0"], ["PoSE trains on hardly any"]),
+        (
+            ["pose=pose", "objective=self_distill", "rope.attention_factor=null"],
+            ["holds for plain views (objective=self_distill) too"],
+        ),
+        (
+            ["pose=pose", "objective=self_distill", "pose.train_len=512"],
+            ["plain views (objective=self_distill) have pose.train_len=512 tokens"],
+        ),
+        (
+            ["pose=pose", "objective=self_distill", "objective.weight=0"],
+            ["objective=self_distill trains at plain positions alone", "positions of PoSE change nothing"],
+        ),
+        (
+            ["pose=pose", "objective=long_short", "objective.lm_weight=0", "objective.skipped_weight=0"],
+            ["objective=long_short trains at plain positions alone"],
+        ),
     ],
 )
 def test_windows_that_are_not_mixed_are_warned_of(plan, documents, capsys, overrides, words):
@@ -721,7 +740,11 @@ def test_layers_that_slide_are_warned_of(plan, documents, tmp_path, capsys, samp
         (["finetune.warmup_steps=3"], None),
         (["finetune.warmup_steps=10", "finetune.schedule=constant"], None),
         (["rope.factor=7"], "rope.factor=7 reaches 1,792 tokens, the window of 256 times the factor"),
-        (["rope=linear", "rope.factor=2"], "leave rope.factor out, or give 8 or more"),
+        *[
+            ([f"rope={name}", "rope.factor=2"], "leave rope.factor out, or give 8 or more")
+            for name in ("linear", "ntk", "ntk_by_parts", "llama3", "yarn_revised")
+        ],
+        (["rope=ntk", "rope.factor=2", "rope.rcd_shift=true"], "leave rope.factor out, or give 8 or more"),
         (["pose.target_len=3000", "rope=linear"], None),
         (["rope=dynamic", "rope.factor=1"], None),
         (["pose.target_len=256"], "pose.target_len=256 is not above the 256 tokens that assets/tiny is made for"),

@@ -238,6 +238,15 @@ def test_a_phase_without_a_step_is_said(make, caplog):
     assert [end for end, _ in module.dataset.phases] == [0, 24, 48]
 
 
+def test_a_target_that_shorter_examples_leave_no_step_to_is_said(make, caplog):
+    """data.curriculum ends at the step at which the nearer target would: its phase is not announced either."""
+    with caplog.at_level("INFO"):
+        sampler = PoSE(16, 64, curriculum=[[0.54, 32]])
+        ready(make(sampler=sampler, curriculum=[(0.5, 8)], num_examples=40, micro_batch=4))
+    assert [m.split(":")[0] for m in caplog.messages if "has no step" in m] == ["pose.curriculum"]
+    assert "Targets     64 tokens up to step 10" in caplog.messages
+
+
 def test_of_two_curricula_the_one_whose_phase_has_no_step_is_named(make, caplog):
     ready(make(sampler=PoSE(16, 64, curriculum=[[0.5, 32]]), curriculum=[(0.01, 8)]))
     assert [m.split(":")[0] for m in caplog.messages if "has no step" in m] == ["data.curriculum"]

@@ -52,7 +52,7 @@ def test_views_are_those_of_two_passes(name, backend, batch):
     """States and gradients; models that cannot share beginnings have two rows for each example."""
     torch.manual_seed(0)
     model = build_model(CONFIGS[name], None, backend, torch.float64)
-    assert shares_beginnings(model) == (name in SHARES)
+    assert shares_beginnings(model.config) == (name in SHARES)
     tokens, positions = batch["input_ids"], batch["position_ids"]
     weights = torch.randn(2, B * L, 32, dtype=torch.float64)
     found = hidden_states_of_views(model, tokens, positions, batch["skipped_at"])

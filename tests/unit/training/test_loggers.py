@@ -310,7 +310,7 @@ def test_a_run_may_have_an_id_of_its_own(tmp_path):
     assert stored(tmp_path, goes_on=True).run_id == "mine1234"
     shutil.rmtree(tmp_path / "wandb")
     assert stored(tmp_path, goes_on=True, id="other").run_id == "other"
-    with pytest.raises(ConfigError, match="logger.id=a/b is not accepted: give up to 64 letters"):
+    with pytest.raises(ConfigError, match=r"logger\.id=a/b is not accepted: give up to 64 letters"):
         build(tmp_path, id="a/b")
 
 
