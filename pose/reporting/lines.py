@@ -168,7 +168,10 @@ def lines_of(sources: Sequence[Source]) -> tuple[list[Line], dict[str, str]]:
         having = [source for source in trained if model in source.models]
         found = [source.models[model] for source in having]
         if len(having) > 1 and all(_are_equal(each, found[0]) for each in found):
-            references.append(line(model, found[0], about=about(having)))
+            of = dict.fromkeys(
+                one_line(one.facts.get("Model", "")) for one in having
+            )  # not methods, which it has none of
+            references.append(line(model, found[0], about=" ".join(of)))
         else:
             stages += [line(f"{each.name}: {model}", each.models[model], is_shown=False) for each in having]
     evaluated: dict[tuple[str, str], list[tuple[dict[str, str], dict[str, Estimate]]]] = {}

@@ -201,10 +201,11 @@ def test_perplexities_whose_longest_length_differs_are_other_tokens(lengths, are
 
 def test_the_untuned_model_of_trainings_and_that_of_an_evaluation_are_told_apart():
     other = Source("e", "e", "evaluation", models={"untuned": {"ppl@8": Estimate(5.0)}}, identities={"untuned": "a"})
-    lines, _ = lines_of([run("a"), run("b", rope="ntk"), other])
+    runs = [replace(one, facts={**one.facts, "Model": "in/base"}) for one in (run("a"), run("b", rope="ntk"))]
+    lines, _ = lines_of([*runs, other])
     values = {line.name: line.estimates["ppl@8"].value for line in lines if "untuned" in line.name}
     assert values == {"untuned": 9.0, "e: untuned": 5.0}
-    assert "seed=0" in lines[0].about
+    assert lines[0].about == "in/base", "which it is found by, and not by methods that it has none of"
 
 
 def test_a_number_that_is_none_is_no_difference():
