@@ -92,13 +92,30 @@ SIZES = [(L, T) for L in range(2, 8) for T in range(L, 16)]
         (ShortPI, lambda L, T: contiguous(L)),
         (SingleShift, lambda L, T: contiguous(L)),
         (Full, lambda L, T: contiguous(T)),
-        (lambda L, T: EndAnchor(L, T, cue_len=L // 2), lambda L, T: end_anchor(L, T, L // 2)),
         (lambda L, T: PoSE(L, T, curriculum=[[0.5, L]]), lambda L, T: two_chunks(L, T, L - 1)),
     ],
 )
 def test_closed_forms_are_the_enumeration(make, examples):
     """Every l_0 and every u of every small size."""
-    for L, T in SIZES:
+    assert_closed_forms(make, examples, SIZES)
+
+
+@pytest.mark.parametrize("of_example", [2, 3])
+def test_closed_forms_of_a_cue_are_the_enumeration(of_example):
+    """Of sizes with text before the shortest cue."""
+
+    def cue_len(L):
+        return max(L // of_example, 2)
+
+    assert_closed_forms(
+        lambda L, T: EndAnchor(L, T, cue_len(L)),
+        lambda L, T: end_anchor(L, T, cue_len(L)),
+        [(L, T) for L, T in SIZES if L > 2],
+    )
+
+
+def assert_closed_forms(make, examples, sizes):
+    for L, T in sizes:
         covered = coverage(make(L, T), num_samples=2)
         probability, pair_share = enumerated(examples(L, T), T)
         assert covered.distance.tolist() == list(range(1, T))
