@@ -148,7 +148,8 @@ def plan(cfg: DictConfig) -> Training:
         precision=precision,
         micro_batch=micro_batch,
         stored=str(stored),
-        views_share=not scaling.depends_on_length if hf_config is None else shares_beginnings(hf_config),
+        views_share=objective.num_views == 1
+        or (not scaling.depends_on_length if hf_config is None else shares_beginnings(hf_config)),
     )
     if why := refused(training):
         raise ConfigError(f"{why}: train.py refuses it")

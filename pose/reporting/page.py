@@ -32,7 +32,7 @@ from pose.reporting.lines import (
     Source,
     lines_of,
     longest_of_text,
-)  # fmt: skip
+)
 from pose.reporting.tables import common_tasks, main_families, series
 
 ASSETS = Path(__file__).parent / "assets"

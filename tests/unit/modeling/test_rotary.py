@@ -30,6 +30,7 @@ from pose.rope import (
     Llama3,
     LongRope,
     NTKByParts,
+    Searched,
     Theta,
     Unscaled,
     Yarn,
@@ -280,11 +281,19 @@ def test_the_gradient_of_a_mixed_batch_is_that_of_both_models():
 # ----- what the config says -----
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_searched_divisors_depend_on_length_where_windows_are_mixed(mixed):
+    """The method says the same as the config that it is laid over."""
+    config, scaling = tiny_config(), Searched(long_factor=LONG, mixed=mixed)
+    scale_config(config, scaling, TARGET_LEN)
+    assert depends_on_length(config) is scaling.depends_on_length is mixed
+
+
 @pytest.mark.parametrize("scaling", STATIC + BY_LENGTH, ids=lambda s: s.name)
 def test_the_config_says_what_depends_on_length_and_what_the_target_is(scaling):
     config = tiny_config()
     scale_config(config, scaling, TARGET_LEN)
-    assert depends_on_length(config) == (scaling in BY_LENGTH)
+    assert depends_on_length(config) == scaling.depends_on_length == (scaling in BY_LENGTH)
     assert target_len_of(config) == TARGET_LEN
     assert config.max_position_embeddings == (WINDOW if isinstance(scaling, Dynamic) else TARGET_LEN)
     again = type(config).from_dict(json.loads(config.to_json_string()))
