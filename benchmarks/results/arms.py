@@ -282,11 +282,12 @@ FAR = ("data.skip_before_question=true",)  # as the default has it; the experime
 CANDIDATES = {
     "short_pi": (("pose=short_pi",), (16,)), "self_distill": (("objective=self_distill",), (16,)),
     "long_short": (("objective=long_short",), (16,)), "far_answers": (FAR, (16, 32)),
-    "far_beta4": ((*FAR, "rope.beta_slow=4"), (16,)),
+    "far_beta4": ((*FAR, "rope.beta_slow=4"), (16,)), "far_beta10": ((*FAR, "rope.beta_slow=10"), (16, 32)),
 }  # fmt: skip
 # The objectives on top of it, at the first length
 DISTILLED = {"far_self_distill": (*FAR, "objective=self_distill"), "far_long_short": (*FAR, "objective=long_short")}
 CANDIDATE_SEEDS = (3, 4, 5)  # that had no part in the choice
+MORE_SEEDS = (6, 7, 8)  # besides, of lm and of what became the default at the first length: three left it open there
 
 
 def rate_arm(name: str, lr: str) -> str:
@@ -297,6 +298,12 @@ def rate_arm(name: str, lr: str) -> str:
 def candidate_arm(name: str, times: int) -> str:
     """The name of the arm of lm or of one of CANDIDATES or DISTILLED, which are compared with each other alone."""
     return f"candidate.{name}.{times}x"
+
+
+def candidate_seeds(name: str, times: int) -> tuple[int, ...]:
+    """Of one of the arms that are compared with each other alone."""
+    has_more = name in ("lm", "far_answers") and times == next(iter(METHOD_LENGTHS))
+    return CANDIDATE_SEEDS + MORE_SEEDS if has_more else CANDIDATE_SEEDS
 
 
 def candidates(times: int) -> dict[str, tuple[str, ...]]:
@@ -371,8 +378,8 @@ def _methods(scale: Scale) -> Iterator[Arm]:
             of = name.removesuffix(SECONDS)
             as_long = AsLong(candidate_arm("lm", times), candidate_arm(of, times)) if of != name else None
             yield Arm(
-                candidate_arm(name, times), (*common, *overrides, *rate(of)), seeds=CANDIDATE_SEEDS, as_long=as_long,
-                cost=COSTS.get(RATED_AS.get(name, name), 1.0),
+                candidate_arm(name, times), (*common, *overrides, *rate(of)), seeds=candidate_seeds(name, times),
+                as_long=as_long, cost=COSTS.get(RATED_AS.get(name, name), 1.0),
             )  # fmt: skip
         if times == 16:
             for name in RATE_OF:

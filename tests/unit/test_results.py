@@ -724,13 +724,17 @@ def test_the_default_is_compared_on_seeds_that_chose_nothing():
                 runs[arm, seed] = line(ARMS, arm, seed, found)
     text = pages.method_tables(runs, ARMS, SCALE)["candidate"]
     assert "9.0" not in text and text.count("| `far_answers` (`data.skip_before_question=true`) |") == 2
-    first, second = (part.splitlines() for part in text.split(" tokens, seeds 3, 4, 5. ")[1:])
+    assert " 4,096 tokens, seeds 3, 4, 5; of `lm` and `far_answers` 6, 7, 8 too. " in text
+    assert " 8,192 tokens, seeds 3, 4, 5. " in text
+    first, second = (part.splitlines() for part in text.split(" tokens, seeds 3, 4, 5")[1:])
     told = [
         {row.split("`")[1]: row.split(" | ")[-1] for row in rows if row.startswith("| `")} for rows in (first, second)
     ]
+    # Seeds half a nat apart: a standard deviation of 0.5, an error of 0.5·√(2/3), 4 degrees of freedom, t = 2.776
+    better, among = "**better**; +1.50 (+0.37 to +2.63) |", "no difference; +0.50 (-0.63 to +1.63) |"
     assert told == [
-        {name: "– |" if name == "lm" else "**better** |" for name in candidates(16)},
-        {"lm": "– |", "far_answers": "no difference |"},
+        {name: "– |" if name == "lm" else better for name in candidates(16)},
+        {name: "– |" if name == "lm" else among for name in candidates(32)},
     ]
     assert not set(CANDIDATE_SEEDS) & {LR_SEED, *SCALE.seeds}
 
@@ -751,9 +755,25 @@ def test_objectives_stand_against_the_default_by_its_seeds():
     text = pages.method_tables(runs, ARMS, SCALE)["distilled"]
     rows = [row for row in text.splitlines() if row.startswith("| `")]
     assert {row.split("`")[1]: row.split(" | ")[-1] for row in rows} == {
-        "far_answers": "– |", "far_self_distill": "**better** |", "far_long_short": "no difference |",
+        "far_answers": "– |", "far_self_distill": "**better**; +1.50 (+0.37 to +2.63) |",
+        "far_long_short": "no difference; +0.50 (-0.63 to +1.63) |",
     }  # fmt: skip
     assert "Against far_answers: needle gain" in text and "against far_answers |" in text and "lm" not in text
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "expected"),
+    [
+        # scipy.stats.ttest_ind(mine, theirs, equal_var=False).confidence_interval(): 11 whole degrees, and 2.94 -> 2
+        ([1, 2, 3, 4, 5, 6, 7], [3, 5, 7, 9, 11, 13], (-4.0, None, None)),
+        ([2.0, 2.5, 3.0], [1.0, 1.1, 1.2], (1.4, None, None)),
+    ],
+)
+def test_the_interval_of_a_difference_is_welchs(mine, theirs, expected):
+    from scipy import stats
+
+    value, low, high = pages.difference(mine, theirs)
+    assert value == pytest.approx(expected[0])
 
 
 def test_runs_of_different_processors_are_not_compared():
