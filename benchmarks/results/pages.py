@@ -418,13 +418,13 @@ def _on_seeds(
             _named(name, of): (arms[candidate_arm(name, times)], None if name == first else base)
             for name, of in every.items()
         }
-        seeds = _seeds({name: arms[candidate_arm(name, times)].seeds for name in every})
+        seeds = _shared_seeds({name: arms[candidate_arm(name, times)].seeds for name in every})
         told.append(f"{scale.window} → {scale.at(times):,} tokens, {seeds}. {_rule(scale, times, first)}")
         told.append(_compared(runs, arms, scale, times, pairs, processor, first))
     return "\n\n".join(told)
 
 
-def _seeds(of: Mapping[str, Sequence[int]]) -> str:
+def _shared_seeds(of: Mapping[str, Sequence[int]]) -> str:
     """Of some methods, by name: those of all, and of some further ones."""
     fewest = min(of.values(), key=len)
     further: dict[str, list[str]] = {}
