@@ -380,10 +380,10 @@ def _rule(scale: Scale, times: int, first: str = "lm") -> str:
     """By which methods are told apart."""
     lengths = scale.lengths(*METHOD_LENGTHS[times])
     return (
-        f"Against {first}: needle gain at {lengths[-1]:,} tokens is **better** or worse where the seeds of the two do "
-        f"not overlap, and perplexity at {lengths[0]} tokens higher or lower by the same rule; – where the two "
-        "do not both have at least two seeds on the same kind of processor. Behind it, where both have three, the "
-        "difference of their mean needle gains with its 95 % interval (Welch's t)."
+        f"Against {first}: the difference of the mean needle gains at {lengths[-1]:,} tokens, with its 95 % interval "
+        f"(Welch's t). It is **better** or worse where the interval excludes 0, not significant elsewhere. Perplexity "
+        f"at {lengths[0]} tokens is higher or lower by the same rule; – where the two do not both have three seeds on "
+        "the same kind of processor. No correction is made for the number of comparisons."
     )
 
 
@@ -467,12 +467,11 @@ def _seconds(runs: Runs, arms: Mapping[str, Arm], arm: Arm, processor: str) -> l
 
 
 def compare(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Whether numbers are all above, all below, or among others; "" where either has no two seeds."""
-    if min(len(mine), len(theirs)) < 2:
+    """Whether a mean is above, below, or among what the other may be; "" where either has no three seeds."""
+    if (found := difference(mine, theirs)) is None:
         return ""
-    if min(mine) > max(theirs):
-        return "above"
-    return "below" if max(mine) < min(theirs) else "among"
+    _, low, high = found
+    return "above" if low > 0 else "below" if high < 0 else "among"
 
 
 def difference(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float] | None:
@@ -506,7 +505,7 @@ def _against(runs: Runs, arm: Arm, other: Arm, gain: str, short: str) -> str:
     gains, ppls = (compare(values(runs, arm, metric), values(runs, other, metric)) for metric in (gain, short))
     if not gains or not ppls:
         return "–"
-    told = {"above": "**better**", "below": "worse", "among": "no difference"}[gains]
+    told = {"above": "**better**", "below": "worse", "among": "not significant"}[gains]
     told += {"above": ", ppl higher", "below": ", ppl lower", "among": ""}[ppls]
     if by := difference(values(runs, arm, gain), values(runs, other, gain)):
         told += "; {:+.2f} ({:+.2f} to {:+.2f})".format(*by)
@@ -514,11 +513,15 @@ def _against(runs: Runs, arm: Arm, other: Arm, gain: str, short: str) -> str:
 
 
 def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
-    """The methods that beat lm at equal seconds: in needle gain at the target, perplexity in the window no higher."""
+    """The methods that beat lm at equal seconds: in needle gain at the target, perplexity in the window no higher.
+
+    Steps of the same computation are taken as equally long; others are timed.
+    """
     lengths = scale.lengths(*METHOD_LENGTHS[times])
-    same = {name: (name, "lm") for name in methods(scale, times) if name != "lm"}
+    searched = _searched(scale, times)
+    same = {name: (name, "lm") for name in methods(scale, times) if name not in ("lm", *COSTS, *searched)}
     same |= {name: (f"{name}{SECONDS}", "lm") for name in COSTS}
-    same |= {name: (name, "lm_as_searched") for name in _searched(scale, times)}
+    same |= {name: (name, "lm_as_searched") for name in searched}
     winners, is_tested = [], False
     processor = _processor(runs, arms_of_methods(scale)[f"methods{times}x"])
     for name, pair in same.items():
@@ -529,7 +532,8 @@ def _best(runs: Runs, arms: Mapping[str, Arm], scale: Scale, times: int) -> str:
         is_tested |= bool(gains)
         if gains == "above" and ppls != "above":
             taken, given = (_seconds(runs, arms, one, processor) for one in (mine, theirs))
-            if taken and given and statistics.mean(taken) <= EQUAL * statistics.mean(given):
+            is_timed = mine.as_long or theirs.as_long
+            if not is_timed or (taken and given and statistics.mean(taken) <= EQUAL * statistics.mean(given)):
                 winners.append(f"`{name}`")
     if not is_tested:
         return "Not run yet."
