@@ -418,17 +418,18 @@ def _on_seeds(
             _named(name, of): (arms[candidate_arm(name, times)], None if name == first else base)
             for name, of in every.items()
         }
-        seeds = _shared_seeds({name: arms[candidate_arm(name, times)].seeds for name in every})
+        seeds = _shared_seeds(runs, {name: arms[candidate_arm(name, times)] for name in every})
         told.append(f"{scale.window} → {scale.at(times):,} tokens, {seeds}. {_rule(scale, times, first)}")
         told.append(_compared(runs, arms, scale, times, pairs, processor, first))
     return "\n\n".join(told)
 
 
-def _shared_seeds(of: Mapping[str, Sequence[int]]) -> str:
-    """Of some methods, by name: those of all, and of some further ones."""
-    fewest = min(of.values(), key=len)
+def _shared_seeds(runs: Runs, of: Mapping[str, Arm]) -> str:
+    """Of some methods, by name, those that were run: of all, and further ones of some."""
+    done = {name: [seed for seed in arm.seeds if (arm.name, seed) in runs] for name, arm in of.items()}
+    fewest = min(filter(None, done.values()), key=len, default=[])
     further: dict[str, list[str]] = {}
-    for name, seeds in of.items():
+    for name, seeds in done.items():
         if more := ", ".join(str(seed) for seed in seeds if seed not in fewest):
             further.setdefault(more, []).append(f"`{name}`")
     told = "".join(f"; of {' and '.join(names)} {more} too" for more, names in further.items())
