@@ -619,8 +619,21 @@ def readme_tables(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> dict[str
     return {
         "default": f"Perplexity at {lengths[-1]:,} tokens falls from {ppl[0]} to {ppl[1]}, where the untuned model has "
         f"{own} at {lengths[0]}. Passkeys found there rise from {key[0]} to {key[1]} %, needle gain from "
-        f"{gain[0]} to {gain[1]} nats."
+        f"{gain[0]} to {gain[1]} nats." + _controls(runs, arms, scale)
     }
+
+
+def _controls(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
+    """The same three numbers of scaling alone and of the training without skips; "" where that has not been run."""
+    own, control = (arms[f"default.{name}"] for name in ("pose", "short_pi"))
+    if not is_begun(runs, control):
+        return ""
+    metrics = [f"{metric}@{tiny_lengths(scale)[-1]}" for metric in ("tail_ppl", "passkey", "needle_gain")]
+    scaled, short = (
+        "{}, {} % and {} nats".format(*(cell(runs, arm, f"{prefix}{metric}") for metric in metrics))
+        for arm, prefix in ((own, "scaled: "), (control, ""))
+    )
+    return f" Scaling alone, without training, has {scaled}; the same training without skips {short}."
 
 
 def draw(runs: Runs, arms: Mapping[str, Arm], scale: Scale, root: Path):

@@ -39,7 +39,7 @@ def cpu_computes_bf16() -> bool:
 
 
 def warn_of_emulated_bf16(device: torch.device, settings: Mapping[str, Any], instead: str):
-    """Warns of settings that ask for bf16 on a CPU that emulates it: 50 times as long and more (docs/LOG.md).
+    """Warns of settings that ask for bf16 on a CPU that emulates it: some 70 times as long (docs/LOG.md).
 
     Args:
         device: that computes.
@@ -49,8 +49,8 @@ def warn_of_emulated_bf16(device: torch.device, settings: Mapping[str, Any], ins
     asked = [f"{key}={value}" for key, value in settings.items() if str(value).startswith(("bf16", "bfloat16"))]
     if asked and device.type == "cpu" and not cpu_computes_bf16():
         log.warning(
-            f"{' and '.join(asked)}: this CPU has no instructions for bf16 (AVX512_BF16, AMX); matrix products take 50 "
-            f"times as long as in fp32 and more. Give {instead}"
+            f"{' and '.join(asked)}: this CPU has no instructions for bf16 (AVX512_BF16, AMX); matrix products take some "
+            f"70 times as long as in fp32. Give {instead}"
         )
 
 

@@ -867,6 +867,13 @@ def test_the_default_run_is_told_where_it_is_shown():
         "Perplexity at 2,048 tokens falls from 205.8 to 204.8, where the untuned model has 26.6 at 256. Passkeys found "
         "there rise from 5 to 95 (90–100) %, needle gain from 0.25 to 2.50 (2.00–3.00) nats."
     )
+    control = metrics | {"passkey@2048": 1.0, "needle_gain@2048": 1.5}
+    runs["default.short_pi", 0] = line(ARMS, "default.short_pi", 0, control)
+    runs["default.pose", 0]["metrics"] |= {"scaled: passkey@2048": 0.2, "scaled: needle_gain@2048": 2.25}
+    assert pages.readme_tables(runs, ARMS, SCALE)["default"].endswith(
+        " nats. Scaling alone, without training, has 206.8, 20 % and 2.25 nats; the same training without skips 204.8, "
+        "100 % and 1.50 nats."
+    )
     tiny = pages.tiny_tables(runs, ARMS, SCALE)["tiny"]
     head, _, untuned, scaled, *_ = tiny.splitlines()
     assert head.startswith("|  | ppl@256 | @512 | @1,024 | @2,048 | passkey@256 | @512 | @1,024 | @2,048 |")
