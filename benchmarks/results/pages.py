@@ -476,10 +476,7 @@ def compare(mine: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 def difference(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float] | None:
-    """Of the means, and the bounds of its 95 % interval (Welch 1947); None where either has no three seeds.
-
-    The degrees of freedom are rounded down, which makes the interval wider.
-    """
+    """Of the means, and the bounds of its 95 % interval (Welch 1947); None where either has no three seeds."""
     if min(len(mine), len(theirs)) < 3:
         return None
     found = statistics.mean(mine) - statistics.mean(theirs)
@@ -488,7 +485,7 @@ def difference(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, f
     if of_both == 0:
         return found, found, found
     freedom = of_both**2 / sum(term**2 / free for term, free in terms)
-    half = student_95(int(freedom)) * of_both**0.5
+    half = student_95(freedom) * of_both**0.5
     return found, found - half, found + half
 
 

@@ -49,8 +49,8 @@ def warn_of_emulated_bf16(device: torch.device, settings: Mapping[str, Any], ins
     asked = [f"{key}={value}" for key, value in settings.items() if str(value).startswith(("bf16", "bfloat16"))]
     if asked and device.type == "cpu" and not cpu_computes_bf16():
         log.warning(
-            f"{' and '.join(asked)}: this CPU has no instructions for bf16 (AVX512_BF16, AMX); matrix products take some "
-            f"70 times as long as in fp32. Give {instead}"
+            f"{' and '.join(asked)}: this CPU has no instructions for bf16 (AVX512_BF16, AMX); matrix products take "
+            f"some 70 times as long as in fp32. Give {instead}"
         )
 
 

@@ -66,6 +66,15 @@ def test_students_quantile(freedom, quantile):
     assert student_95(freedom) == pytest.approx(quantile, abs=5e-4)
 
 
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # scipy 1.17.1: stats.t.ppf(0.975, df)
+    [(2.16, 4.01121), (2.5, 3.57465), (3.7, 2.86752), (7.74, 2.31956)],
+)
+def test_students_quantile_of_welchs_degrees(freedom, quantile):
+    """Never too small."""
+    assert quantile - 5e-4 < student_95(freedom) < 1.025 * quantile
+
+
 def test_a_bound_beyond_every_number_is_infinite():
     estimate = ratio([1.0, 1.0, 9000.0], [1, 1, 10], np.exp)
     assert estimate.low < 1e-20 and estimate.high == math.inf
