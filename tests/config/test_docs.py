@@ -21,7 +21,7 @@ from pose.plan import GIB, GPUS
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([REPOSITORY / "README.md", *DOCS.rglob("*.md"), *REPOSITORY.glob("assets/**/*.md")])
-BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^ *```\w*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)  # of a list too
 PROGRAM = re.compile(r"(?:python\S* |torchrun .*|^(?=\S+ \S+=))(train\.py|evaluate\.py|-m pose\.[\w.]+)(?: |$)")
 COMPOSED = {
     "train.py": ("train", schema.TrainConfig),
