@@ -28,15 +28,18 @@ def main(arguments: list[str] | None = None):
 
     import shutil
 
+    import torch
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
     from pose.app import schema
     from pose.app.build import build_scaling
     from pose.errors import PoseError
-    from pose.files import CONF, atomic_folder, locate
+    from pose.files import CONF, atomic_folder, locate, read_json
     from pose.modeling.checkpoints.gguf import convert
-    from pose.modeling.load import load_config, scale_config
+    from pose.modeling.export.folder import export_model
+    from pose.modeling.layers import check_layers
+    from pose.modeling.load import FORMS, build_model, check_weights, load_config, load_tokenizer, scale_config
 
     known = ("rope=", "rope.", "experiment=")
     if others := [given for given in args.overrides if not given.lstrip("+").startswith(known)]:
@@ -50,14 +53,25 @@ def main(arguments: list[str] | None = None):
     except (PoseError, HydraException) as error:
         raise SystemExit(f"{' '.join(args.overrides)}: {error}") from error
     try:
-        with atomic_folder(args.folder) as partial:
-            if args.model.endswith(".gguf"):
-                convert(args.model, partial)
-            else:
-                shutil.copytree(locate(args.model), partial, dirs_exist_ok=True)
-            config = load_config(str(partial))
+        source = locate(args.model)
+        if read_json(Path(source) / "config.json").get("model_type") in FORMS:  # whose weights are of another form too
+            config = load_config(source)
             scale_config(config, scaling, args.target_len)
-            config.save_pretrained(partial)
+            check_layers(config)
+            check_weights(config, source)
+            dtype = config.dtype or torch.float32
+            export_model(build_model(config, source), load_tokenizer(source), args.folder, dtype)
+        else:
+            with atomic_folder(args.folder) as partial:
+                if args.model.endswith(".gguf"):
+                    convert(args.model, partial)
+                else:
+                    shutil.copytree(source, partial, dirs_exist_ok=True)
+                config = load_config(str(partial))
+                scale_config(config, scaling, args.target_len)
+                check_layers(config)
+                check_weights(config, str(partial))
+                config.save_pretrained(partial)
     except (PoseError, OSError) as error:
         raise SystemExit(f"{args.model}: {error}") from error
     print(f"{args.folder}: {config.rope_parameters}")

@@ -77,7 +77,7 @@ class Space:
         return Candidate(first, tuple(np.clip(values, self.factor, 2 * self.factor).tolist()))
 
     def seeds(self) -> list[Candidate]:
-        """NTK and s from every j_rcd on: what the search can only get better than."""
+        """NTK and s from every j_rcd on: the search can only get better than those that are candidates."""
         return [self.repaired(first, [self.factor] * self.num) for first in range(self.firsts[0], self.firsts[1] + 1)]
 
     def drawn(self, rng: np.random.Generator) -> Candidate:
@@ -133,13 +133,16 @@ class Evolution:
         Args:
             space: of the candidates.
             seed: of the search.
-            index: of the generation; the first, 0, is the seeds and random ones.
+            index: of the generation; the first, 0, is the seeds and random ones. A population of fewer than there are
+                seeds has some of them, evenly spread over j_rcd.
             tried: the fitness of all candidates of the generations before, lower is better.
         """
         rng = np.random.default_rng((seed, index))
         found: dict[Candidate, None] = {}
         if index == 0:
-            found |= dict.fromkeys(space.seeds()[: self.population])
+            seeds = space.seeds()
+            places = np.linspace(0, len(seeds) - 1, min(len(seeds), self.population)).round().astype(int)
+            found |= dict.fromkeys(seeds[place] for place in places)
         parents = sorted(tried, key=lambda one: (tried[one], one.first, one.beyond))[: self.num_parents]
         for _ in range(100 * self.population):  # a small space has no more
             if len(found) == self.population:

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pose.errors import ConfigError, first_line
+from pose.errors import ConfigError, first_line, require_number
 from pose.files import locate
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def read_factors(node: DictConfig):
         ) from error
     if not isinstance(found, dict) or any(key not in found for key in KEYS):
         raise ConfigError(f"rope.factors={factors} is no factors.yaml of a search, which has {', '.join(KEYS)}")
+    require_number(f"rope.factors={factors}: attention_factor", found["attention_factor"], above=0)
     if node.get("mixed") is True and node.get("attention_factor") is None:
         node.attention_factor = 1.0  # or plain examples would not see the original model
         if found["attention_factor"] != 1:

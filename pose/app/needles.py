@@ -106,8 +106,13 @@ def read(file: Path) -> list[Measured]:
     found: dict[tuple[str, str, str], list[NeedleAnswer]] = {}
     if not file.exists():
         return []
-    with file.open(newline="") as lines:
-        for row in csv.DictReader(lines):
+    with file.open(newline="", errors="replace") as text:
+        lines = csv.DictReader(text)
+        if tuple(lines.fieldnames or ()) not in (COLUMNS, ()):
+            raise DataError(
+                f"{file} is no table of a comparison, which begins with {','.join(COLUMNS)}. Give another hydra.run.dir"
+            )
+        for row in lines:
             try:
                 answer = NeedleAnswer(int(row["trial"]), float(row["depth"]), float(row["nll"]))
                 found.setdefault((row["scaling"], row["text"], row["frequencies"]), []).append(answer)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pose.app import schema
 from pose.app.hints import check_choices, hint
-from pose.app.shapes import SHAPES
+from pose.app.shapes import SHAPES, geometry_of
 from pose.errors import ConfigError, PoseError, first_line, require_number
 from pose.files import CONF, locate
 from pose.modeling.options import NF4
@@ -138,7 +138,6 @@ def plan(cfg: DictConfig) -> Training:
     is_open = trainer.micro_batch == "auto"
     share = max(trainer.global_batch // devices, 1)
     micro_batch = 1 if is_open else min(micro_batch_of_views(trainer.micro_batch, objective.num_views, share), share)
-    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     training = of_config(
         cfg,
         shape,
@@ -147,7 +146,7 @@ def plan(cfg: DictConfig) -> Training:
         devices=devices,
         precision=precision,
         micro_batch=micro_batch,
-        stored=str(stored),
+        stored=str(config.get("dtype")),
         views_share=objective.num_views == 1
         or (not scaling.depends_on_length if hf_config is None else shares_beginnings(hf_config)),
     )
@@ -196,7 +195,7 @@ def of_config(
         devices: over all machines.
         precision: of Lightning, by its long name.
         micro_batch: examples at a time on one device.
-        stored: the dtype of the checkpoint's weights, where its config says; ready models are in 16 bits.
+        stored: the dtype of the checkpoint's weights; of another than one of 16 bits, fp32.
         views_share: whether two views share what is before the first skip (`pose.modeling.views`).
     """
     tune = schema_options(cfg, "finetune", schema.FinetuneConfig)
@@ -275,16 +274,22 @@ def find_shape(
 ) -> tuple[dict[str, Any], int, int, Callable[["RopeScaling", int], "PretrainedConfig | None"]]:
     """The numbers of the model's config, its window and what it was extended to, and what lays a scaling over it.
 
-    Of the ready models from `SHAPES`, whose RoPE is plain, and of which there is no config to scale; of a folder or
-    another id of the hub from its config.json; or of `model.init`.
+    Of the ready models from `SHAPES`, whose RoPE is plain, and of which there is no config to scale: the scaling is
+    only checked. Of a folder or another id of the hub from its config.json; or of `model.init`.
 
     Raises:
         PoseError: there is none, or it is not a model's.
     """
     path = cfg.model.path
     if path in SHAPES and not Path(path).is_dir():
-        window = SHAPES[path]["max_position_embeddings"]
-        return SHAPES[path], window, window, lambda scaling, target_len: None
+        shape = SHAPES[path]
+        window = shape["max_position_embeddings"]
+
+        def checked(scaling: "RopeScaling", target_len: int) -> None:
+            geometry = geometry_of(shape)
+            scaling.resolve(geometry, target_len).inv_freq(geometry)
+
+        return shape, window, window, checked
     from pose.app import models
     from pose.modeling.layers import check_layers
     from pose.modeling.load import load_tokenizer, rope_geometry, scale_config

@@ -43,7 +43,6 @@ schema.register()
 
 CHARS = 1_000_000  # of a text, at most: tokenising more would take longer than a question gains by it
 PLAIN = "pose.rope.Unscaled"  # of rope=none, the default of conf/search.yaml
-GPUS = ("gpu", "cuda")  # trainer.accelerator
 MAX_SHARED = 0.1  # of the lines of a held-out text: those of a licence may be in both
 CHARS_TOLD_APART = 50_000  # by whose tokens two tokenizers are told apart
 NAMED_OTHERWISE = (  # in what tells two searches apart, or no part of it
@@ -57,6 +56,7 @@ COLUMNS = ("generation", "nll", "first", "divisors")
 SEARCHED = "searched"
 AS_IT_IS = "as it is"  # a model that is scaled already
 FIRST = "first generation"  # its best candidate: what the generations after it have gained on text they have not seen
+OTHER_FOLDER = "Give another hydra.run.dir"
 QUESTIONS = "questions about"  # a text: what follows from all else that is noted, by this version
 OWN, HELDOUT = "haystack", "heldout"  # keys of search: the text that is searched on, and another
 NLL = {OWN: "nll", HELDOUT: "heldout_nll"}  # in factors.yaml
@@ -185,6 +185,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     from pose.modeling.checkpoints.fingerprint import fingerprint
     from pose.modeling.guards import check_computing
     from pose.modeling.load import build_model, check_weights, load_tokenizer
+    from pose.modeling.speed import CUDA, check_accelerator
     from pose.tasks.needle_gain import NUM_KEYS
 
     options: schema.SearchOptions = schema.to_options(cfg.search, schema.SearchOptions)
@@ -197,7 +198,13 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
             "frequencies: leave it out"
         )
     build_scaling(cfg.rope)  # refuses a factor
-    require_choice("trainer.accelerator", cfg.trainer.accelerator, ("auto", "cpu", *GPUS))
+    require_choice("trainer.accelerator", cfg.trainer.accelerator, ("auto", "cpu", *CUDA))
+    check_accelerator(cfg.trainer.accelerator)
+    if options.depths is not None and len(options.depths) > NUM_KEYS * options.trials:
+        raise ConfigError(
+            f"search.depths has {len(options.depths)} places, and search.trials={options.trials} has {NUM_KEYS} "
+            f"needles a text: give search.trials={-(-len(options.depths) // NUM_KEYS)} or more, or fewer places"
+        )
     require_int("pose.target_len", cfg.pose.target_len, at_least=1)
     if options.example_len is not None and options.example_len > cfg.pose.target_len:
         raise ConfigError(
@@ -225,7 +232,7 @@ def _prepare(cfg: DictConfig, folder: Path) -> _Task:
     length, target_len = options.example_len or cfg.pose.target_len, cfg.pose.target_len
     for one in prompts:
         _check_length(one, target_len, options.example_len, depths, options.trials)
-    device = torch.device("cuda" if cfg.trainer.accelerator in ("auto", *GPUS) and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if cfg.trainer.accelerator in ("auto", *CUDA) and torch.cuda.is_available() else "cpu")
     attention = models.attention_on(cfg.model.attention, device)
     files = fingerprint(path, cfg.model.revision, Memo(Path(cfg.cache_dir).expanduser() / ".memo"))
     settings = {
@@ -510,15 +517,20 @@ def _go_on(file: Path) -> tuple[dict[Candidate, float], dict[Candidate, int]]:
     """
     tried: dict[Candidate, float] = {}
     generations: dict[Candidate, int] = {}
-    text = file.read_text() if file.exists() else ""
+    text = file.read_text(errors="replace") if file.exists() else ""
     whole = text[: text.rfind("\n") + 1]  # a process that was killed may have left half a line
-    for row in csv.DictReader(io.StringIO(whole)):
+    lines = csv.DictReader(io.StringIO(whole))
+    if whole and tuple(lines.fieldnames or ()) != COLUMNS:
+        raise DataError(f"{file} is no table of a search, which begins with {','.join(COLUMNS)}. {OTHER_FOLDER}")
+    for row in lines:
         try:
             first, divisors = int(row["first"]), [float(number) for number in row["divisors"].split()]
+            if not 0 <= first < len(divisors):
+                raise ValueError(f"first={first} is none of {len(divisors)} divisors")
             one = Candidate(first, tuple(divisors[first:]))
             tried[one], generations[one] = float(row["nll"]), int(row["generation"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{file} has a line that is none of a search: {row}. Give another hydra.run.dir") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{file} has a line that is none of a search: {row}. {OTHER_FOLDER}") from error
     with atomic_file(file, newline="") as new:
         writer = csv.writer(new)
         writer.writerow(COLUMNS)

@@ -74,10 +74,12 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     form = from_hub("config", _read_form, path, revision)
     if form is not None:
         return form.config
-    scaling = from_hub("config", PretrainedConfig.get_config_dict, path, revision)[0].get("rope_scaling")
+    raw = from_hub("config", PretrainedConfig.get_config_dict, path, revision)[0]
+    scaling = raw.get("rope_scaling")
     if isinstance(scaling, dict):
         _check_rope_type(scaling.get("rope_type", scaling.get("type", "default")), path)
     config = from_hub("config", AutoConfig.from_pretrained, path, revision, trust_remote_code=False)
+    _check_has_window(raw, config, path)
     config.__dict__.pop("auto_map", None)  # it would be exported without the code that it names
     if config.model_type == "gemma" and config.hidden_act == "gelu":
         config.hidden_act = "gelu_pytorch_tanh"  # what its first folders mean by it
@@ -96,6 +98,16 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     check_rope(config, path)
     _read_window(config, path)
     return config
+
+
+def _check_has_window(raw: dict[str, Any], config: PretrainedConfig, path: str):
+    """A class would take its own default for the window, from which factor and frequencies follow."""
+    key = "max_position_embeddings"
+    if hasattr(config, key) and not {key, type(config).attribute_map.get(key, key)} & raw.keys():
+        raise CheckpointError(
+            f"{path} has no {key} in its config.json, and {getattr(config, key)}, the default of {config.model_type} "
+            "models, may not be its window: write it there"
+        )
 
 
 def _refuse_quantised(config: PretrainedConfig, path: str):
@@ -259,15 +271,17 @@ def scale_config(config: PretrainedConfig, scaling: RopeScaling, target_len: int
         and sliding < target_len
         and "full_attention" not in (getattr(config, "layer_types", None) or ())
     ):
+        shorter = f"a target of at most {sliding}, or " * (sliding >= geometry.window)
         raise ConfigError(
             f"this model attends to the last {sliding} tokens only (sliding_window in its config), so it cannot use "
-            f"pose.target_len={target_len}: give a target of at most {sliding}, or a copy of the folder with "
-            "sliding_window: null"
+            f"{target_len} (pose.target_len): give {shorter}a copy of the folder with sliding_window: null"
         )
     scaling = scaling.resolve(geometry, target_len)
     target_len = max(target_len, target_len_of(config))
     if scaling.name == "none":
         _keep_attention_factor(config, geometry)
+        if geometry.rope_type == "default" and target_len > geometry.window:  # nothing else will tell its own window
+            config.pose = {"rope": "default", "window": geometry.window, "factor": None}
         set_target_len(config, target_len)
         return scaling
     config.pose = {"rope": scaling.name, "window": geometry.window, "factor": scaling.factor}
@@ -489,9 +503,11 @@ def _read_form(path: str, **hub) -> GPTJ | Baichuan | None:
                 "code that made it can read: start from the unscaled model"
             )
         try:
-            return FORMS[model_type](raw)
+            form = FORMS[model_type](raw)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        form.config.dtype = PretrainedConfig(dtype=raw.get("dtype") or raw.get("torch_dtype")).dtype
+        return form
     if "auto_map" in raw and model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{path} needs code of its own (auto_map in its config.json, model_type {model_type!r}), and such code is "

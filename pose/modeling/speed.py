@@ -29,6 +29,7 @@ ATTENTION = (
     ops._scaled_dot_product_efficient_attention.default,
     ops._scaled_dot_product_cudnn_attention.default,
 )
+CUDA = ("gpu", "cuda")  # what trainer.accelerator calls them
 FLASH = ("flash_attn", "flash_attn_3")  # namespaces of the operators of FlashAttention's packages
 
 
@@ -36,6 +37,15 @@ def cpu_computes_bf16() -> bool:
     """Whether this CPU has instructions for matrix products in bf16; without them they are emulated."""
     instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in instructions)
+
+
+def check_accelerator(accelerator: str):
+    """Raises a ConfigError where trainer.accelerator asks for a GPU of NVIDIA's, and there is none."""
+    if accelerator in CUDA and not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.accelerator={accelerator} is not there: torch {torch.__version__} sees no GPU. Give auto or cpu, "
+            "or install a torch with CUDA, and the driver that it needs"
+        )
 
 
 def warn_of_emulated_bf16(device: torch.device, settings: Mapping[str, Any], instead: str):

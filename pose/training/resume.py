@@ -29,11 +29,6 @@ RESUME_GROUPS: dict[str, tuple[str, ...]] = {
     "pose": (), "rope": ("factors",), "objective": (), "data": ("documents", "heldout", "leave_out", "num_workers"),
     "finetune": (),
 }  # fmt: skip
-# Of runs from before there were such keys
-BEFORE = {
-    "objective._target_": "pose.training.objectives.LanguageModel", "rope.rcd_shift": False, "rope.rcd_periods": 10.0,
-    "data.skip_before_question": False, "finetune.optimizer": "adamw", "finetune.weights_dtype": "auto",
-}  # fmt: skip
 STEPS, ORIGINAL = "trainer.max_steps", "the files of model.path"  # of a curriculum, and of a teacher, alone
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
 # Keys of a config that change nothing in the weights that are trained
@@ -171,12 +166,6 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
 
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):
-    before = {key: value for key, value in BEFORE.items() if key in settings} | before
-    before = {key: settings[key] for key in (STEPS, ORIGINAL) if key in settings} | before  # not written by 0.4
-    lora, now = before.get("finetune.lora"), settings.get("finetune.lora")
-    if isinstance(lora, dict) and isinstance(now, dict):  # without adapters nothing is frozen; 0.4 held it in fp32
-        frozen = now.get("frozen_dtype") if lora.get("rank") is None else "float32"
-        before["finetune.lora"] = ({"frozen_dtype": frozen} if "frozen_dtype" in now else {}) | lora
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
         for key in sorted(settings.keys() | before.keys())

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 
 from pose.errors import ConfigError
 from pose.modeling.shard import FullyShard, Layout, Whole, Zero3, set_masters
-from pose.modeling.speed import cpu_computes_bf16
+from pose.modeling.speed import CUDA, check_accelerator, cpu_computes_bf16
 from pose.training.compat import deepspeed_config, set_data_parallel_size, undo_deepspeed_patches
 
 # Weights are fp32, or have fp32 masters. Why what Lightning has besides is not for this:
@@ -134,16 +134,12 @@ def resolve_precision(precision: str, accelerator: str) -> Any:
     Raises:
         ConfigError: Lightning has no such precision; the accelerator is a GPU, and there is none.
     """
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"trainer.accelerator={accelerator} is not there: torch {torch.__version__} sees no GPU. Give auto or cpu, "
-            "or install a torch with CUDA, and the driver that it needs"
-        )
+    check_accelerator(accelerator)
     if precision not in ("auto", *PRECISIONS, *REFUSED, "32", "bf16", "16", "64"):  # these by check_strategy
         raise ConfigError(f"trainer.precision={precision!r} is unknown: choose auto, {', '.join(PRECISIONS)}")
     if precision != "auto":
         return precision
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    on_gpu = accelerator in ("auto", *CUDA) and torch.cuda.is_available()
     if on_gpu:
         fast_bf16 = torch.cuda.is_bf16_supported()
     else:

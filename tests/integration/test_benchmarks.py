@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import GPTJConfig, GPTJForCausalLM
 
 import benchmarks
 from benchmarks import gpu, parts, scaled, smollm2
 from pose.errors import PoseError
 from pose.files import load_json, sha256, write_json
-from pose.modeling.load import load_config, rope_geometry, scale_config
+from pose.modeling.load import build_model, load_config, rope_geometry, scale_config
 from pose.rope import Yarn
 
 pytestmark = pytest.mark.slow
@@ -761,6 +764,37 @@ def test_a_model_that_is_rescaled_alone(tmp_path):
     with pytest.raises(SystemExit, match="below the model's own window"):
         scaled.main(["assets/tiny", str(tmp_path / "other"), "--target-len", "128"])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_model_of_another_form_that_is_rescaled_alone(tmp_path):
+    """GPT-J's weights have names of their own, and its folder becomes one of Phi, as when it is trained."""
+    torch.manual_seed(0)
+    config = GPTJConfig(
+        vocab_size=4096, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=256, bos_token_id=0, eos_token_id=0
+    )
+    GPTJForCausalLM(config).save_pretrained(tmp_path / "gptj")
+    for file in Path("assets/tiny").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "gptj")
+    scaled.main([str(tmp_path / "gptj"), str(tmp_path / "scaled"), "--target-len", "1024"])
+    made = load_config(str(tmp_path / "scaled"))
+    assert made.model_type == "phi" and made.max_position_embeddings == 1024
+    wanted = load_config(str(tmp_path / "gptj"))
+    scale_config(wanted, Yarn(), 1024)
+    tokens = torch.arange(300)[None] % 4096
+    with torch.no_grad():
+        got, same = (
+            build_model(one, str(tmp_path / name), "sdpa")(tokens).logits
+            for one, name in ((made, "scaled"), (wanted, "gptj"))
+        )
+    assert torch.allclose(got, same, atol=1e-4)
+
+
+def test_a_folder_without_weights_is_not_rescaled(tmp_path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy("assets/tiny/config.json", tmp_path / "bare")
+    with pytest.raises(SystemExit, match="bare"):
+        scaled.main([str(tmp_path / "bare"), str(tmp_path / "scaled"), "--target-len", "1024"])
+    assert not (tmp_path / "scaled").exists()
 
 
 def test_a_scaled_model_has_the_method_of_an_experiment(tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pose.app import schema
 from pose.app.build import build_scaling
 from pose.app.preflight import plan_training
-from pose.app.search import BASELINES, _is_unused, _order, _texts, _try, search
+from pose.app.search import BASELINES, _go_on, _is_unused, _order, _texts, _try, search
 from pose.divisors import Candidate
 from pose.errors import PoseError
 from pose.evaluation.needle_fitness import NeedleAnswer, NeedleFitness
@@ -143,6 +143,8 @@ def test_a_search_that_was_killed_goes_on_to_the_same_end(found, run, scripts, t
         (["rope=linear"], "rope (pose.rope.Linear) has no part in a search"),
         (["rope.factor=8"], "rope.factor=8 means nothing for rope=none"),
         (["trainer.accelerator=cuda:0"], "trainer.accelerator='cuda:0'"),
+        (["trainer.accelerator=gpu"], "trainer.accelerator=gpu is not there: torch"),
+        (["search.trials=1", "search.depths=[0,0.1,0.2,0.3,0.4]"], "has 5 places, and search.trials=1 has 4 needles"),
         (["search.heldout=${search.haystack}"], "by 100% of its lines: the winner is to be measured on text that"),
         (["search.haystack=[BOTH.txt,EMPTY.txt]", "search.heldout=LINES.txt"], "by 50% of its lines"),
         (["search.heldout=EMPTY.txt"], "EMPTY.txt is empty: give a text"),
@@ -331,8 +333,32 @@ def test_a_comparison_with_a_broken_line_is_named(hydra, tmp_path, monkeypatch):
     with pytest.raises(PoseError, match=r"holds a search \(needles\.csv\) whose settings\.json is missing or damaged"):
         search(compose("search", command(folder, *COMPARE)[2:]), folder)
     monkeypatch.setattr("pose.app.search._check_folder", lambda *_: None)
-    with pytest.raises(PoseError, match=r"needles\.csv has a line that is none of a comparison"):
+    for content in (b"yarn,haystack,one,0,1,a\n", b"yarn,haystack,0,0,\xff,a\n", b"yarn\n"):
+        (folder / "needles.csv").write_bytes(b"scaling,text,trial,depth,nll,frequencies\n" + content)
+        with pytest.raises(PoseError, match=r"needles\.csv has a line that is none of a comparison"):
+            search(compose("search", command(folder, *COMPARE)[2:]), folder)
+    (folder / "needles.csv").write_text("yarn,haystack,0,0,1,a\n")
+    with pytest.raises(PoseError, match=r"needles\.csv is no table of a comparison, which begins with scaling,text"):
         search(compose("search", command(folder, *COMPARE)[2:]), folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"0,1.5,1\n", "has a line that is none of a search"),
+        (b"0,1.5,2,8.0 9.0\n", "first=2 is none of 2 divisors"),
+        (b"0,1.5,-1,8.0 9.0\n", "first=-1 is none of 2 divisors"),
+        (b"0,1.5,1,8.0 \xff\n", "has a line that is none of a search"),
+        (None, "is no table of a search, which begins with generation,nll,first,divisors"),
+    ],
+)
+def test_a_damaged_table_of_a_search_is_named(content, words, tmp_path):
+    file = tmp_path / "search.csv"
+    file.write_bytes(b"0,1.5,1,8.0 9.0\n" if content is None else b"generation,nll,first,divisors\n" + content)
+    before = file.read_bytes()
+    with pytest.raises(PoseError, match=r"Give another hydra\.run\.dir") as error:
+        _go_on(file)
+    assert words in str(error.value) + str(error.value.__cause__) and file.read_bytes() == before
 
 
 @pytest.mark.parametrize("left", ["model", "checkpoints", "metrics.csv"])
@@ -434,10 +460,15 @@ def test_training_takes_what_was_found(found, run, tmp_path):
         (["rope.searched_for={base: '500'}"], "in which base, dim, window, target_len are numbers"),
         (["rope.short_factor=[5]"], "rope.short_factor"),
         (["rope.long_factor=[5]"], "which has divisors of its own"),
+        (["rope.factors=DAMAGED", "rope.mixed=true"], "attention_factor=None is not accepted"),
     ],
 )
-def test_factors_that_do_not_belong_are_errors(found, hydra, overrides, words):
+def test_factors_that_do_not_belong_are_errors(found, hydra, overrides, words, tmp_path):
     folder, _ = found
+    damaged = OmegaConf.load(folder / "factors.yaml")
+    damaged.attention_factor = None
+    OmegaConf.save(damaged, tmp_path / "factors.yaml")
+    overrides = [one.replace("DAMAGED", str(tmp_path / "factors.yaml")) for one in overrides]
     given = ("rope=searched", f"rope.factors={folder}", "pose.target_len=512", *overrides)
     with pytest.raises(PoseError, match=re.escape(words)):
         cfg = compose("train", list(given))

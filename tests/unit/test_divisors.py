@@ -109,6 +109,14 @@ def test_generations_are_deterministic_and_get_better():
     assert min(tried.values()) < 0.6 * min(seeds, at_random)
 
 
+@pytest.mark.parametrize(("population", "firsts"), [(2, [8, 20]), (3, [8, 14, 20]), (13, list(range(8, 21)))])
+def test_a_small_first_generation_has_seeds_of_the_whole_range(population, firsts):
+    space = Space.of(TINY, 8)
+    assert [one.first for one in space.seeds()] == list(range(8, 21))
+    first = Evolution(population=population, num_parents=1).generation(space, 0, 0, {})
+    assert [one.first for one in first] == firsts
+
+
 def test_a_small_space_comes_to_its_end():
     space = Space(2, 8.0, (1, 1))
     tried = {space.repaired(1, [8, 8 + i * 1e-4]): 0.0 for i in range(80_001)}

@@ -210,6 +210,8 @@ def _lengths(
             f"it does not tell whether max_position_embeddings={longest} is the model's own window or the one it was "
             f"extended to: say --window {longest} or --window {round(longest / factor)}"
         )
+    if kind == "llama3" and longest > window:  # whose factor is how far the slow frequencies are stretched alone
+        return window, longest
     return window, max(longest, int(window * factor))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 
 from benchmarks.memory import cpu_peak
@@ -17,10 +18,12 @@ from pose.app import models, plan, preflight, schema
 from pose.app.build import build_trainer
 from pose.app.holding import check_holding, check_teacher
 from pose.app.run import Run
-from pose.app.shapes import SHAPES
+from pose.app.shapes import SHAPES, geometry_of
 from pose.app.targets import make
 from pose.errors import ConfigError
+from pose.modeling.load import load_config
 from pose.plan import GPUS, PARTS, advise, fits
+from pose.rope import RopeGeometry
 from pose.training.objectives import Objective
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -213,6 +216,47 @@ def test_advice_is_of_the_weights_that_the_checkpoint_has(tmp_path):
         assert qlora.total == planned(*given, "finetune=qlora").memory["total"]
 
 
+@pytest.mark.parametrize(
+    ("given", "num_bytes"),
+    [
+        (("model=gptj_6b",), 4),
+        (("model=llama7b",), 2),
+        (("model=phi_2",), 2),
+        (("model=local", "model.path=FOLDER"), 4),  # a config that does not say is of fp32
+    ],
+)
+def test_frozen_weights_have_the_bits_of_the_checkpoint(given, num_bytes, tmp_path):
+    write_gptj(tmp_path)
+    given = [one.replace("FOLDER", str(tmp_path)) for one in given]
+    assert planned(*given, "finetune=lora", "pose.target_len=16384").frozen_bytes == num_bytes
+
+
+def test_a_folder_of_another_form_keeps_its_dtype(tmp_path):
+    """GPT-J is read as Phi; the plan and the first lines of train.py know the bits of its weights."""
+    for dtype, num_bytes in (("float16", 2), ("float32", 4)):
+        write_gptj(tmp_path, torch_dtype=dtype)
+        assert load_config(str(tmp_path)).dtype == getattr(torch, dtype)
+        given = (f"model.path={tmp_path}", "finetune=lora", "pose.target_len=16384")
+        assert planned("model=local", *given).frozen_bytes == num_bytes
+
+
+def write_gptj(folder: Path, **more):
+    config = {"model_type": "gptj", "n_embd": 4096, "n_layer": 2, "n_head": 16, "rotary_dim": 64, "n_positions": 2048}
+    (folder / "config.json").write_text(json.dumps(config | more))
+
+
+def test_ready_models_rotate_as_their_configs_say():
+    """GPT-J turns 64 of the 256 dimensions of a head, Phi-2 32 of 80 (their config.json on the hub)."""
+    found = {name: geometry_of(shape) for name, shape in SHAPES.items()}
+    assert found["EleutherAI/gpt-j-6b"] == RopeGeometry(10_000.0, 64, 2048)
+    assert found["microsoft/phi-2"] == RopeGeometry(10_000.0, 32, 2048)
+    assert found["meta-llama/Meta-Llama-3-8B"] == RopeGeometry(500_000.0, 128, 8192)
+    assert found["google/gemma-7b"].dim == 256 and found["Qwen/Qwen3-8B-Base"].dim == 128
+    searched = yaml.safe_load((ROOT / "assets" / "factors" / "smollm2_135m_32k.yaml").read_text())["searched_for"]
+    smollm2 = found["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert (smollm2.base, smollm2.dim, smollm2.window) == tuple(searched[key] for key in ("base", "dim", "window"))
+
+
 # With what train.py says of each; the tests of holding and strategies have the rest of its words
 REFUSED = {
     "finetune.optimizer=adamw8bit": ("finetune.optimizer=adamw8bit", "strategy=fsdp", "trainer.devices=2"),
@@ -294,6 +338,8 @@ def test_a_model_that_is_scaled_already_is_not_planned(method, tmp_path):
         (["trainer.devices=0"], ["trainer.devices=0"]),
         (["trainer.devices=3"], ["trainer.global_batch=16"]),
         (["model=llama7b", "pose.target_len=1024"], ["pose.target_len=1024", "2048"]),
+        (["model=llama3_8b", "pose.target_len=32768", "rope=searched_smollm2"], ["base 100000, and here it is 500000"]),
+        (["model=phi_2", "pose.target_len=8192", "rope=longrope", "rope.long_factor=[1,2]"], ["this model needs 16"]),
         (["model=local"], ["model.path"]),
         (["model=local", "model.path=/nowhere"], ["/nowhere"]),
         (["model.path=some.gguf"], ["some.gguf"]),

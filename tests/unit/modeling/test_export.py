@@ -168,7 +168,7 @@ def test_config_and_tokenizer_name_the_window(tmp_path, tokenizer, name):
     assert config["dtype"] == "float32"
     assert "auto_map" not in config
     assert "pose_" not in (tmp_path / "model" / "config.json").read_text()
-    assert rope_geometry(load_config(str(tmp_path / "model"))).window == (TARGET_LEN if name == "none" else WINDOW)
+    assert rope_geometry(load_config(str(tmp_path / "model"))).window == WINDOW
     if parameters["rope_type"] in SAYS_WINDOW:  # that of equal lists: export/test_rope.py
         assert parameters["original_max_position_embeddings"] == (TARGET_LEN if name in ONE_LIST else WINDOW)
     if name in ("linear", "yarn", "dynamic", "llama3", "ntk_by_parts"):

@@ -385,9 +385,39 @@ def test_an_extended_folder_remembers_its_window(tmp_path, method):
         scale_config(again, scaling, 4096)
 
 
+def test_a_folder_that_was_trained_unscaled_remembers_its_window(tmp_path):
+    """Its frequencies are the base model's, so that another scaling is by the window of that."""
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256)
+    scale_config(config, Unscaled(), 256)
+    assert not hasattr(config, "pose")
+    scale_config(config, Unscaled(), 1024)
+    config.save_pretrained(tmp_path)
+    again = load_config(str(tmp_path))
+    assert rope_geometry(again) == RopeGeometry(10_000.0, 16, 256) and again.max_position_embeddings == 1024
+    assert scale_config(again, Yarn(), 4096).factor == 16
+    scale_config(again, Unscaled(), 8192)
+    assert rope_geometry(again).rope_type == "yarn", "what is scaled stays noted as it is"
+
+
+def test_a_config_without_a_window_is_refused(tmp_path):
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=2048)
+    config.save_pretrained(tmp_path)
+    load_config(str(tmp_path))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(
+        CheckpointError, match=r"has no max_position_embeddings in its config\.json, and 2048"
+    ):
+        load_config(str(tmp_path))
+
+
 def test_a_sliding_window_that_the_target_outgrows_is_refused():
     config = MistralConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256, sliding_window=64)
-    with pytest.raises(ConfigError, match=r"last 64 tokens only.*pose.target_len=2048"):
+    with pytest.raises(ConfigError, match=r"last 64 tokens only.*2048 \(pose.target_len\): give a copy of the folder"):
+        scale_config(config, Yarn(), 2048)  # a target of 64 would be below the window
+    config.sliding_window = 1024
+    with pytest.raises(ConfigError, match=r"give a target of at most 1024, or a copy of the folder"):
         scale_config(config, Yarn(), 2048)
     config.sliding_window = None
     scale_config(config, Yarn(), 2048)

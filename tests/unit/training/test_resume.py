@@ -309,19 +309,6 @@ def test_a_shell_and_hydra_read_it_back(job, tmp_path, name):
     assert composed.data.documents == "a b=c,d.jsonl" and composed.data.synthetic["copy"] == 0.2 and composed.seed == 3
 
 
-def test_a_run_from_before_there_were_objectives_was_of_the_language_model(tmp_path):
-    lm = {
-        "objective._target_": "pose.training.objectives.LanguageModel", "rope.rcd_shift": False,
-        "rope.rcd_periods": 10.0, "strategy": "any",
-    }  # fmt: skip
-    old = Checkpoint(tmp_path / "checkpoints" / "step-3", 3, {"strategy": "any"}, None)
-    check_resume(config(), old, lm, tmp_path)
-    with pytest.raises(ConfigError, match=r"which was 'pose.training.objectives.LanguageModel'"):
-        check_resume(config(), old, lm | {"objective._target_": "pose.training.objectives.SelfDistill"}, tmp_path)
-    with pytest.raises(ConfigError, match=r"rope.rcd_shift=True, which was False"):
-        check_resume(config(), old, lm | {"rope.rcd_shift": True}, tmp_path)
-
-
 def test_hydras_own_settings_and_places_are_kept_and_the_sweeps_are_not(job, tmp_path, monkeypatch):
     job("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=x", "hydra.job.chdir=true", "seed=2")
     expected = "python train.py seed=2 hydra.job.chdir=true hydra.run.dir=r resume=auto"

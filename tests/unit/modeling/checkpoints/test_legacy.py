@@ -197,6 +197,11 @@ def test_a_base_of_its_own_and_llama3_are_kept():
     assert config.rope_parameters == llama3 | {"rope_theta": 500_000.0}
     assert config.max_position_embeddings == 131_072
     assert config.pose == {"rope": "llama3", "window": 8192, "factor": 8.0}
+    # Llama-3.2: its factor is not the ratio of its windows
+    config = modernise(raw(llama3 | {"factor": 32.0}, rope_theta=500_000.0, max_position_embeddings=131_072))
+    assert config.max_position_embeddings == 131_072
+    config = modernise(raw(llama3, rope_theta=500_000.0, max_position_embeddings=8192))
+    assert config.max_position_embeddings == 65_536, "where the config has the window before"
 
 
 @pytest.mark.parametrize(
