@@ -49,6 +49,10 @@ class DataError(PoseError):
     """A documents file that cannot be read or used."""
 
 
+class TooShortError(DataError):
+    """No document has as many tokens as are needed."""
+
+
 class CheckpointError(PoseError):
     """A model folder or hub id that cannot be loaded."""
 

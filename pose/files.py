@@ -214,6 +214,10 @@ class Memo:
         except (*DAMAGE, RecursionError):
             return None
 
+    def is_there(self, key: Any) -> bool:
+        """Whether a value was set for a key: where `get` has none then, its file is damaged."""
+        return self._path(key).exists()
+
     def set(self, key: Any, value: Any):
         """Keeps a value, plain JSON, in one step."""
         with suppress(OSError):

@@ -1,6 +1,5 @@
 """From a composed config to objects. Checks that join several parts are in `preflight`."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,17 @@ from pose.app.method import title_of
 from pose.app.schema import DataConfig, TrainerConfig, to_options
 from pose.app.targets import make
 from pose.data.datamodule import PoseDataModule
-from pose.data.heldout import SetAside
-from pose.errors import ConfigError, PoseError
-from pose.evaluation.options import EvalOptions
-from pose.evaluation.suite import Suite, default_lengths
+from pose.errors import ConfigError
 from pose.modeling.load import check_target
 from pose.positions import PositionSampler
 from pose.rope import RopeScaling
 from pose.training import launch
-from pose.training.callbacks import Export, ProgressBar, Throughput
+from pose.training.callbacks import ProgressBar, Throughput
 from pose.training.checkpoints import CheckpointIO
 from pose.training.compat import always_finish, without_broadcasts
 from pose.training.loggers import build_loggers
 from pose.training.objectives import Objective
-from pose.training.options import WatchOptions
 from pose.training.strategies import check_strategy, resolve_precision
-from pose.training.watch import Watch, check_best
 
 
 def build_sampler(node: DictConfig, window: int | None = None) -> PositionSampler:
@@ -175,76 +169,3 @@ def build_data(
         num_workers=d.num_workers,
         collate=objective.collate,
     )
-
-
-def build_suite(
-    options: EvalOptions,
-    tokenizer,
-    window: int,
-    target_len: int,
-    cache_dir: str,
-    vocab_size: int | None = None,
-    set_aside: SetAside | None = None,
-) -> Suite | None:
-    """The tasks of the group `eval`, ready to run; None where there are none.
-
-    Args:
-        options: of the group; changed in place: what is null is filled in.
-        tokenizer: of the model.
-        window, target_len: of the model, in tokens: the lengths, where none are given.
-        cache_dir: of the token caches.
-        vocab_size: rows of the model's embedding.
-        set_aside: documents of the training data that are kept for evaluation, where no others are named.
-    """
-    if not options.tasks:
-        return None
-    if options.lengths is None:
-        options.lengths = list(default_lengths(window, target_len))
-    options.haystack = find_documents("{group}.haystack", options.haystack)
-    documents = set_aside if options.documents is None else find_documents("{group}.documents", options.documents)
-    return Suite(options, tokenizer, documents, cache_dir, target_len, vocab_size, window)
-
-
-def build_watch(
-    cfg: DictConfig,
-    tokenizer,
-    window: int,
-    target_len: int,
-    cache_dir: str,
-    vocab_size: int,
-    set_aside: SetAside | None,
-    *,
-    export: Export,
-    throughput: Throughput,
-) -> Watch | None:
-    """What is measured while the model trains, by the group `watch`; None where that is nothing.
-
-    Raises:
-        ConfigError: `best` is a metric that is not measured; a value that `EvalOptions` does not accept.
-    """
-    try:
-        options = to_options(cfg.watch, WatchOptions)
-        if options.every_n_steps is None:
-            return None
-        lengths = sorted({window, target_len} if options.lengths is None else set(options.lengths))
-        options.lengths = lengths
-        suite = build_suite(options, tokenizer, window, target_len, cache_dir, vocab_size, set_aside)
-        if suite is None:
-            raise ConfigError("watch.tasks is empty, and watch.every_n_steps is given: choose perplexity, passkey, ...")
-        check_best(options, suite)
-        short = None
-        has_documents = options.documents is not None or set_aside is not None
-        if options.max_short_increase is not None and has_documents and cfg.model.path is not None:
-            # on the documents that the suite has
-            enough = max(max(lengths) if "perplexity" in options.tasks else window, options.min_tokens or 0)
-            only = replace(
-                options, tasks=["perplexity"], prefix=None, lengths=[window], tail=None, stride=None,
-                min_tokens=enough, sliding_tokens=None,
-            )  # fmt: skip
-            short = build_suite(only, tokenizer, window, target_len, cache_dir, vocab_size, set_aside)
-    except PoseError as error:
-        raise error.under("watch") from error
-    return Watch(
-        suite, options.every_n_steps, before=options.before, short=short, max_short_increase=options.max_short_increase,
-        best=options.best, export=export, throughput=throughput,
-    )  # fmt: skip

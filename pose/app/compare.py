@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig
 
-from pose.app import build, models, runtime
+from pose.app import measuring, models, runtime
 from pose.app.preflight import SHIPPED, check_config
 from pose.app.report import write_beside
 from pose.app.schema import DTYPES, EvaluateConfig, to_options
@@ -132,7 +132,7 @@ def plan_evaluation(cfg: DictConfig) -> list[Candidate]:
         cfg.eval.lengths = list(default_lengths(min(windows), max(targets)))
     candidates = []
     for (name, path, config, tokenizer), window in zip(found, windows, strict=True):
-        suite = build.build_suite(
+        suite = measuring.build_suite(
             to_options(cfg.eval, EvalOptions),
             tokenizer,
             window,

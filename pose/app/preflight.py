@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 from yaml import YAMLError
 
-from pose.app import build, models
+from pose.app import build, measuring, models
 from pose.app.documents import find_documents
 from pose.app.holding import check_holding, check_teacher
 from pose.app.runtime import write_config
@@ -203,10 +203,10 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     micro_batch = choose_micro_batch(cfg, trainer, checkpoint, objective.num_views)
     data = build.build_data(cfg, tokenizer, sampler, objective, micro_batch, config.vocab_size)
     measured = (tokenizer, geometry.window, sampler.target_len, cfg.cache_dir, config.vocab_size, data.set_aside)
-    suite = build.build_suite(to_options(cfg.eval, EvalOptions), *measured)
+    suite = measuring.build_suite(to_options(cfg.eval, EvalOptions), *measured)
     export = partial(Export, tokenizer, dtype=getattr(torch, cfg.model.export_dtype), fold=cfg.model.export_fold)
     throughput = next(one for one in trainer.callbacks if isinstance(one, Throughput))  # type: ignore[attr-defined]
-    watch = build.build_watch(cfg, *measured, export=export(run_dir / "best"), throughput=throughput)
+    watch = measuring.build_watch(cfg, *measured, export=export(run_dir / "best"), throughput=throughput)
     computes_in = {"trainer.precision": cfg.trainer.precision}
     if suite is not None or watch is not None:
         computes_in["eval_dtype"] = cfg.eval_dtype

@@ -287,6 +287,7 @@ class Run:
             return model
 
         log.info(f"Measuring {what} ...")
+        suite.is_for(target_len_of(config))
         return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under)
 
     def report(self):

@@ -32,13 +32,14 @@ from pose.data.documents import (
 from pose.data.hub import HubDataset, HubSource
 from pose.data.tokenise import Tokeniser, all_cores
 from pose.data.tokenizer import beyond_vocabulary, tokenizer_digest
-from pose.errors import ConfigError, DataError, first_line, one_line, require_int
+from pose.errors import ConfigError, DataError, TooShortError, first_line, one_line, require_int
 from pose.files import Memo, atomic_folder, load_json, remove_folder
 
 log = logging.getLogger(__name__)
 
 # Raise it whenever the same documents and tokenizer would give other files than before.
 FORMAT_VERSION = 3
+NAME = re.compile(r"^.*?-(?=[0-9a-f]{16}(,|$))")  # of a cache, before its digest
 A_DAY = 24 * 3600.0  # seconds
 CHECKED_AT_ONCE = 8 << 20  # bytes
 DTYPES = ("uint16", "uint32")
@@ -412,7 +413,8 @@ def _tokenise(
         "dtype": tokeniser.dtype.name,
     }
     if not kept:
-        raise DataError(_nothing(counts, broken.keys.min_tokens))
+        kind = TooShortError if counts["too_short"] else DataError
+        raise kind(_nothing(counts, broken.keys.min_tokens))
     counts["max_id"] = int(np.memmap(folder / "tokens.bin", tokeniser.dtype, "r").max())
     counts["checksums"] = {file.name: _checksum(file) for file in folder.iterdir()}
     counts["checksum"] = _checksum_of_index(counts)
@@ -515,6 +517,11 @@ def _key(sources: list, states: list, tokenizer, options: list) -> str:
     key = json.dumps([FORMAT_VERSION, read, tokenizer_digest(tokenizer), options])
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in sources[0].name.split(".")[0])
     return f"{name[:48]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def same_text(fingerprint: str) -> str:
+    """A fingerprint without the name that a cache has before its digest: of a folder that may be elsewhere."""
+    return NAME.sub("", fingerprint)
 
 
 def _nothing(counts: dict, key: str) -> str:

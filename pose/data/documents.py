@@ -259,13 +259,16 @@ class Files:
                     self._before, self._tell = self._before + size, lambda: 0
 
 
-def open_files(spec: Any, text_field: str = "text", key: str = OF_DATA.documents) -> Files | None:
+def open_files(
+    spec: Any, text_field: str = "text", key: str = OF_DATA.documents, folders: bool = False
+) -> Files | None:
     """The files that an entry of `documents` names; None for one that names something else, such as a dataset.
 
     Args:
         spec: a file, folder or glob; or a mapping of `path`, a file or glob, and `text_field`, its own.
         text_field: the key of the text, for files that do not name their own. The shipped ones have theirs.
         key: of the config, for errors.
+        folders: whether `path` of a mapping may be a folder of files; otherwise a folder there is a dataset.
 
     Raises:
         DataError: nothing is there, or it cannot be read.
@@ -275,7 +278,8 @@ def open_files(spec: Any, text_field: str = "text", key: str = OF_DATA.documents
         path = given.get("path")
         if not isinstance(path, str | Path) or not given.keys() <= {"path", "text_field"}:
             return None
-        if _kind(Path(path)) is None and not glob.has_magic(str(path)):
+        is_folder = folders and Path(path).is_dir()
+        if _kind(Path(path)) is None and not glob.has_magic(str(path)) and not is_folder:
             return None
         own = given.get("text_field")
     elif isinstance(spec, str | Path):
@@ -396,7 +400,7 @@ def read_documents(documents: Any, text_field: str = "text", keys: Keys = OF_DAT
         DataError: it is missing, of another kind, or broken; names file and line.
     """
     for spec in documents if isinstance(documents, list | tuple) else [documents]:
-        files = open_files(spec, text_field, keys.documents)
+        files = open_files(spec, text_field, keys.documents, folders=True)
         if files is None:
             raise ConfigError(
                 f"{keys.documents}: {spec!r} names no file to read: give a file ({ACCEPTED}), a folder or a glob"

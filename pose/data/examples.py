@@ -30,7 +30,7 @@ class PoseDataset(Dataset):
         num_examples: length of the dataset: examples in the whole run.
         seed: of everything drawn here.
         window_len: the document x of the sampler is a random stretch of at most so many tokens of a
-            longer document; None takes documents whole.
+            longer document, BOS among them; None takes documents whole.
         bos_id: put before x when given.
         synthetic: retrieval tasks by the share of examples they take, each an object with
             ``sample(rng, length) -> (tokens, is_answer)`` and ``question_len`` (`pose.tasks.synthetic.TrainingTask`).
@@ -94,9 +94,10 @@ class PoseDataset(Dataset):
         if (task := self._task(rng)) is not None:
             return self._synthetic_example(rng, task)
         document = self.documents[self._epoch_order(epoch)[index]]
-        if self.window_len is not None and len(document) > self.window_len:
-            start = int(rng.integers(len(document) - self.window_len, endpoint=True))
-            document = document[start : start + self.window_len]
+        longest = len(document) if self.window_len is None else self.window_len - self.num_bos
+        if len(document) > longest:
+            start = int(rng.integers(len(document) - longest, endpoint=True))
+            document = document[start : start + longest]
         layout = self.sampler.sample(rng, len(document) + self.num_bos, self._breaks(document))
         if self.bos_id is None:
             tokens = document[layout.content_ids].astype(np.int64)

@@ -1,5 +1,6 @@
 """Documents of a dataset on the Hugging Face hub, or of a local folder in that form, streamed by `datasets`."""
 
+import functools
 import logging
 import os
 import re
@@ -170,6 +171,9 @@ class HubDataset:
                     f"the dataset {self.label} names the file {file}, which is not in it: what lies elsewhere is not "
                     "read. Name it as documents of its own, or mend data_files in the README.md"
                 )
+        others = sorted({str(split) for split in builder.config.data_files or ()} - {self.split})
+        if others and self.is_local and self.format is None and not (self.folder / "README.md").exists():
+            _say_other_splits(self.label, self.path, self.split, tuple(others))
         return builder.as_streaming_dataset(self.split)
 
     def read(self, broken: Broken, commit: str | None = None, sleep: Callable[[float], None] = time.sleep):
@@ -223,6 +227,15 @@ class HubDataset:
             f"{message}. Check name, split and data_files; broken lines can be skipped in files of your own: "
             f"hf download {self.path} --repo-type dataset --local-dir FOLDER, {keys.documents}=FOLDER"
         )
+
+
+@functools.cache
+def _say_other_splits(label: str, path: str, split: str, others: tuple[str, ...]):
+    """Warns once of a folder without a README.md, whose splits `datasets` makes up by the names of its files."""
+    log.warning(
+        f"the dataset {label}: only files of the split {split} are read, since others are named for "
+        f"{', '.join(others)}. Give split=NAME for these, or {path} itself, without keys, for all files"
+    )
 
 
 def _is_inside(file: str) -> bool:

@@ -141,11 +141,10 @@ class Harness(Task):
         terminal = sys.stderr
         found, self._prepared = self._prepared or self._load(), None
         with surroundings(self.seed):
-            fixed = []
-            for name, task in found["tasks"].items():
+            for task in found["tasks"].values():
                 if task.get_config("num_fewshot") == 0 and self.num_fewshot:
-                    fixed.append(name)
-                elif self.num_fewshot is not None:
+                    continue  # its definition fixes that
+                if self.num_fewshot is not None:
                     task.set_config("num_fewshot", self.num_fewshot)
                 elif task.get_config("num_fewshot") is None:
                     task.set_config("num_fewshot", 0)
@@ -153,13 +152,6 @@ class Harness(Task):
             model = ScorerLM(scorer, self.tokenizer, self.max_length, self.task, terminal)
             with hub_code_refused(self.name):
                 results = lm_eval.evaluate(model, found, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
-        if fixed:
-            log.warning(f"{self.name}: the definition fixes 0 examples; num_fewshot={self.num_fewshot} is not used")
-        if model.num_truncated:
-            log.warning(
-                f"{self.name}: {model.num_truncated} of {model.num_requests} requests are longer than the window of "
-                f"{self.max_length} tokens and lost their beginning"
-            )
         metrics = {name: reported(values) for name, values in results["results"].items()}
         if not metrics.get(self.task):
             raise ConfigError(f"{self.name} has no metric that is a number: lm-eval reports none")
@@ -201,6 +193,13 @@ class Harness(Task):
 
     def summarise(self, outcomes: Mapping[str, Any]) -> dict[str, Estimate]:
         (outcome,) = outcomes.values()
+        if self.num_fewshot and 0 in outcome.get("num_fewshot", {}).values():
+            log.warning(f"{self.name}: the definition fixes 0 examples; num_fewshot={self.num_fewshot} is not used")
+        if outcome.get("truncated"):
+            log.warning(
+                f"{self.name}: {outcome['truncated']} of {outcome['requests']} requests are longer than the window of "
+                f"{self.max_length} tokens and lost their beginning"
+            )
         by_name: dict[str, Any] = {}
         for key, metric in outcome["metrics"].items():
             by_name.setdefault(key.split(",")[0], metric)  # of several filters the first

@@ -80,7 +80,7 @@ class Outcomes:
         found: dict[str, Kept] = {}
         for unit, depends in units.items() if self.reuse else ():
             entry = self._memo.get([model, task.name, depends])
-            if entry is None:
+            if entry is None and not self._memo.is_there([model, task.name, depends]):
                 continue
             if is_whole(task, unit, entry):
                 found[unit] = Kept(entry["outcome"], Took(*entry["took"]))

@@ -16,7 +16,7 @@ from pose.data.datamodule import bos_id
 from pose.data.documents import Keys
 from pose.data.heldout import SetAside
 from pose.data.tokenizer import check_vocabulary, token_bytes
-from pose.errors import ConfigError, DataError, PoseError
+from pose.errors import ConfigError, PoseError, TooShortError
 from pose.evaluation.harness import Harness
 from pose.evaluation.memo import Kept, Outcomes, Took
 from pose.evaluation.needle import Needle
@@ -97,6 +97,13 @@ class Suite:
     def metrics(self) -> dict[str, Metric]:
         """What `run` will give, by name."""
         return {name: metric for task in self.tasks for name, metric in task.metrics().items()}
+
+    def is_for(self, max_length: int):
+        """Says for which window the next model is meant, in tokens, which standard benchmarks may fill."""
+        self.max_length = max_length
+        for task in self.tasks:
+            if isinstance(task, Harness):
+                task.max_length = max_length
 
     def prepare(self):
         """Loads what measuring needs beside a model, such as the questions of a benchmark, whose errors it raises."""
@@ -209,7 +216,7 @@ class Suite:
         usable = [i for i in chosen if cache.lengths[i] >= enough]
         if not usable:
             name = documents if isinstance(documents, str | Path) else cache.info["documents"]
-            raise DataError(
+            raise TooShortError(
                 f"none of the {len(chosen)} documents of {name} has {enough} tokens ({key}): the longest has "
                 f"{cache.lengths[chosen].max()}",
                 group="eval",

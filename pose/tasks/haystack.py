@@ -1,5 +1,6 @@
 """Text to hide things in: sentences, words, and texts of an exact number of tokens, for any tokenizer."""
 
+import bisect
 import hashlib
 import json
 import re
@@ -7,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from itertools import product
+from itertools import islice, product
 from typing import Protocol
 
 from pose.errors import ConfigError
@@ -21,6 +22,7 @@ _ABBREVIATION = re.compile(r"\b(Mr|Mrs|Ms|Dr|St|Rev|Hon|Capt|Col|Gen|Prof|No|vs|
 
 LONGEST_SENTENCE = 600  # characters
 
+LONGEST_TOKEN = 16  # characters, about
 CLOSE = 16  # tokens that are left for the filling
 AROUND = 64  # characters beside the filling that are tokenised with it
 UNITS_PER_TOKEN = 16  # of a draft's size, at most: a tokenizer that has no tokens for the filling would never stop
@@ -196,39 +198,58 @@ class ExactTexts:
         for words, cost in begun:
             if cost == missing:
                 return draft.join(size, words)
-        others = list(draft.other_words(size))
+        longest = LONGEST_TOKEN * (max(missing, 0) + CLOSE)
+        others = [word for word in draft.other_words(size) if len(word) <= longest]
         for words, cost in begun:
             costs = self._costs(before, [draft.join(size, [*words, word]) for word in others], after)
             if missing in costs:
                 return draft.join(size, [*words, others[costs.index(missing)]])
             kinds = dict(zip(costs[::-1], others[::-1], strict=True))  # one word for each number of tokens
-            endings = [
+            kinds = {each: word for each, word in kinds.items() if each <= missing}
+            endings = (
                 [kinds[each] for each in ending]
                 for num in range(2, MOST_OTHERS + 1)
                 for ending in product(kinds, repeat=num)
                 if sum(each - cost for each in ending) == missing - cost
-            ]
-            fillings = [draft.join(size, words + ending) for ending in endings[:MOST_TRIES]]
+            )
+            fillings = [draft.join(size, words + ending) for ending in islice(endings, MOST_TRIES)]
             costs = self._costs(before, fillings, after)
             if missing in costs:
                 return fillings[costs.index(missing)]
         return None
 
     def _last_resorts(self, draft: Draft, size: int, before: str, after: str, missing: int) -> str | None:
-        """A filling with so many tokens between these texts, of words and other characters."""
-        for words, _ in self._begun(draft, size, before, after, missing):
-            begun = draft.join(size, words)
+        """A filling with so many tokens between these texts, of words, the beginning of one and other characters."""
+        begun = self._begun(draft, size, before, after, missing)
+        for text in [
+            *(draft.join(size, words) for words, _ in begun),
+            *self._pieces(draft, size, before, after, missing),
+        ]:
             for repeats in range(1, MOST_REPEATS + 1):
-                fillings = [begun + a + b * repeats for a, b in product(("", *LAST_RESORTS), LAST_RESORTS)]
-                costs = self._costs(before, fillings, after)
+                fillings = [text + a + b * repeats for a, b in product(("", *LAST_RESORTS), LAST_RESORTS)]
+                costs = self._costs(before, [text, *fillings], after)
                 if missing in costs:
-                    return fillings[costs.index(missing)]
+                    return [text, *fillings][costs.index(missing)]
         return None
+
+    def _pieces(self, draft: Draft, size: int, before: str, after: str, missing: int) -> list[str]:
+        """Fillings of at most `missing` tokens, the longest first, that end within a word: where few words fit.
+
+        Text without spaces has sentences for words.
+        """
+        word = next(iter(draft.words(size, 1)), "")
+        longest = bisect.bisect_right(
+            range(1, len(word)), missing,
+            key=lambda num: self._costs(before, [draft.join(size, [word[:num]])], after)[0],
+        )  # fmt: skip
+        return [draft.join(size, [word[:num]]) for num in range(longest, max(longest - SHORTENINGS, 0), -1)]
 
     def _begun(self, draft: Draft, size: int, before: str, after: str, missing: int) -> list[tuple[list[str], int]]:
         """The words that go on from there, as many as have at most `missing` tokens, or fewer; and their tokens."""
-        words = list(draft.words(size, max(missing, 0)))
-        costs = self._costs(before, [draft.join(size, words[:k]) for k in range(len(words) + 1)], after)
+        words, costs = list(draft.words(size, max(missing, 0))), [0]
+        while len(costs) <= len(words) and costs[-1] <= missing + CLOSE:  # a word may be a sentence
+            more = range(len(costs), min(2 * len(costs), len(words) + 1))
+            costs += self._costs(before, [draft.join(size, words[:k]) for k in more], after)
         return [(words[:k], cost) for k, cost in enumerate(costs) if cost <= missing][: -SHORTENINGS - 1 : -1]
 
     def _costs(self, before: str, fillings: Sequence[str], after: str) -> list[int]:

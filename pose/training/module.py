@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, get_scheduler
 
+from pose.data.cache import same_text
 from pose.data.examples import IGNORE
 from pose.errors import TrainingError
 from pose.modeling.guards import run_guards
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 SKIPS_IN_A_ROW = 10
 KINDS = ("text", "retrieval")
 SOMETIMES = (*(f"train/loss_{kind}" for kind in KINDS), "train/grad_norm")  # logged where there is one
-NAME = re.compile(r"^.*?-(?=[0-9a-f]{16}(,|$))")  # of a cache, before its digest: of a folder that may be elsewhere
 # A training has diverged when its loss is about that of a guess, and was lower by this factor before
 GUESSING, BETTER = 0.95, 1.1
 
@@ -320,7 +319,7 @@ class PoseModule(L.LightningModule):
     def _check_same_text(self):
         """Raises a TrainingError where the processes of a job have read other documents, or other tokens of them."""
         fingerprint = getattr(getattr(self.trainer, "datamodule", None), "fingerprint", None) or ""
-        everywhere = gather(NAME.sub("", fingerprint))
+        everywhere = gather(same_text(fingerprint))
         if others := [rank for rank, one in enumerate(everywhere) if one != everywhere[0]]:
             error = TrainingError(
                 f"data.documents are not the same everywhere: process {', '.join(map(str, others[:8]))} has read other "

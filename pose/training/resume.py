@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from omegaconf import DictConfig, OmegaConf, SCMode
 from transformers import PretrainedConfig
 
+from pose.data.cache import same_text
 from pose.data.datamodule import PoseDataModule
 from pose.errors import CheckpointError, ConfigError
 from pose.files import is_inside, locate, read_json, same_path
@@ -109,7 +110,7 @@ def resume_settings(
     strategy = trainer.strategy
     is_sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
     settings = {
-        "data.documents": data.fingerprint,
+        "data.documents": same_text(data.fingerprint),
         "seed": cfg.seed,
         "trainer.global_batch": cfg.trainer.global_batch,
         "trainer.precision": trainer.precision,

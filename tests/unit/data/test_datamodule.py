@@ -158,6 +158,16 @@ def test_curriculum(make):
     assert (batches[0]["input_ids"][:, 0] % 1000 != 1).any()  # from anywhere in a document
 
 
+def test_examples_of_the_curriculum_have_no_gap_with_bos(make):
+    """BOS and n - 1 tokens that follow each other."""
+    tokenizer = number_tokenizer(bos="<s>", adds_bos=True)
+    module = ready(make(curriculum=[(0.5, 4), (0.9, 8)], sampler=PoSE(16, 16), window_len=16, tokenizer=tokenizer))
+    for batch in module.train_dataloader():
+        assert (batch["input_ids"][:, 0] == 5000).all()
+        assert (batch["position_ids"] == torch.arange(batch["position_ids"].shape[1])).all()
+        assert (batch["input_ids"][:, 1:].diff() == 1).all()
+
+
 @pytest.mark.parametrize("num_examples", [4, 8, 20, 44])
 def test_a_batch_is_of_one_phase_of_the_curriculum(make, num_examples):
     """0.3 and 0.6 of the run fall inside batches of 4."""

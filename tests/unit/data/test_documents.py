@@ -470,6 +470,9 @@ def test_a_field_belongs_to_its_file(tmp_path):
     mine, other = (write(tmp_path / name, lines({"body": "b", "story": "s"})) for name in ("a.jsonl", "b.jsonl"))
     documents = [mine, {"path": str(other), "text_field": "story"}, {"path": f"{tmp_path}/b*", "text_field": None}]
     assert [document.text for document in read_documents(documents, "body")] == ["b", "s", "b"]
+    folder = {"path": str(tmp_path), "text_field": "story"}
+    assert [document.text for document in read_documents(folder)] == ["s", "s"], "of a haystack"
+    assert open_files(folder) is None, "elsewhere it is a dataset"
     shipped = CORPORA / "proofs.heldout.jsonl.gz"
     assert list(read_documents(shipped, "body")) == list(read_documents(shipped))
     with pytest.raises(DataError, match="no text under 'body'"):

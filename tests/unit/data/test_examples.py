@@ -206,7 +206,7 @@ def test_text_is_the_document_at_the_samplers_indices(bos_id, window_len):
         example = data[i]
         document, index = origin(example)
         start = index[0]
-        end = len(texts[document]) if window_len is None else start + window_len
+        end = len(texts[document]) if window_len is None else start + window_len - (bos_id is not None)
         x = ([] if bos_id is None else [bos_id]) + texts[document][start:end].tolist()
         assert example["input_ids"].tolist() == [x[0], x[1], x[2], x[-1]]
         assert example["position_ids"].tolist() == [0, 1, 2, len(x)]
@@ -273,7 +273,7 @@ def test_samplers_that_use_breaks_get_the_sentences_of_x(bos_id, window_len):
     """A sentence begins after each token that ends one; x begins with BOS, and is the window, not the document."""
     vocabulary = np.zeros(BASE * 3, bool)
     vocabulary[[5, 8, 9, 16, 20, BASE + 3, BASE + 17]] = True  # token t is at index t - 1
-    sampler = Breaks(16 if bos_id else 15, 64)
+    sampler = Breaks(15, 64)
     data = dataset(
         sampler, lengths=(20, 17), bos_id=bos_id, window_len=window_len, num_examples=60, sentence_end=vocabulary
     )

@@ -285,6 +285,19 @@ def test_a_readme_cannot_name_what_lies_outside(tmp_path, tokenizer, where, key)
         TokenCache.build({"path": str(folder)}, tokenizer, tmp_path / "cache")
 
 
+def test_splits_that_are_made_up_by_names_are_said_once(tmp_path, capsys):
+    """`datasets` takes test.jsonl for the split test of a folder that says nothing of itself."""
+    for name in ("part-0", "train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "w1"}\n')
+    for _ in range(2):
+        list(HubDataset(str(tmp_path)).rows(None))
+    printed = capsys.readouterr().out
+    assert printed.count("only files of the split train are read, since others are named for test") == 1
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
+    list(HubDataset(str(tmp_path)).rows(None))
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("file", ["https://elsewhere.org/a.jsonl", "hf://datasets/other/name@a/x", "/etc/x.jsonl"])
 def test_a_dataset_of_the_hub_cannot_name_what_lies_outside(repository, monkeypatch, file):
     builder = Wrapped(datasets.load_dataset_builder(str(repository), "reports"))

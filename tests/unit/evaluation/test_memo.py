@@ -138,9 +138,21 @@ def test_a_kept_outcome_of_another_shape_is_measured_again_with_a_warning(suite,
     assert list(outcomes.find(under, task, units)) == ["1:b"]
     printed = capsys.readouterr().out
     warning = "Warning: the kept outcome of perplexity (0:a) is damaged: it is measured again"
-    assert (warning in printed) is (value is not None)
+    assert warning in printed
     assert suite.run(model, outcomes=outcomes, under=under, progress=False) == first
     assert list(outcomes.find(under, task, units)) == ["0:a", "1:b"]
+
+
+@pytest.mark.parametrize("content", ['{"key": [', "", "[]", "\x00"])
+def test_a_kept_outcome_that_is_cut_is_said_too(suite, model, tmp_path, capsys, content):
+    outcomes, under = Outcomes(tmp_path), {"model": 1}
+    task = suite.tasks[0]
+    assert outcomes.find(under, task, task.units()) == {} and "damaged" not in capsys.readouterr().out
+    first = suite.run(model, outcomes=outcomes, under=under, progress=False)
+    for file in outcomes.folder.iterdir():
+        file.write_text(content)
+    assert suite.run(model, outcomes=outcomes, under=under, progress=False) == first
+    assert "Warning: the kept outcome of perplexity (0:a) is damaged: it is measured again" in capsys.readouterr().out
 
 
 def test_an_outcome_without_what_it_took_is_no_outcome(suite, tmp_path):

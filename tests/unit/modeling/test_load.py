@@ -406,9 +406,7 @@ def test_a_config_without_a_window_is_refused(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     del saved["max_position_embeddings"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(
-        CheckpointError, match=r"has no max_position_embeddings in its config\.json, and 2048"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no max_position_embeddings in its config\.json, and 2048"):
         load_config(str(tmp_path))
 
 

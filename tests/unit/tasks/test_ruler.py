@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -85,6 +86,17 @@ def test_every_length_is_exact(task, name):
     for length in (*range(least, least + 12), least + 61, least + 333, 4095, 4097):
         if length >= least:
             assert count(tokenizer, prompts.sample(0, length, 1).text) == length
+
+
+@pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_1"])
+def test_a_haystack_without_spaces_takes_seconds(task):
+    """Its sentences are single words of hundreds of tokens."""
+    rng = np.random.default_rng(0)
+    letters = [chr(code) for code in rng.integers(0x4E00, 0x9FA5, 300)]
+    haystack = "".join("".join(rng.choice(letters, 190)) + "。" for _ in range(60))
+    begin, prompts = time.perf_counter(), RulerPrompts(task, shipped(), haystack)
+    assert count(shipped(), prompts.sample(0, 2048, 0).text) == 2048
+    assert time.perf_counter() - begin < 30
 
 
 @settings(max_examples=60, deadline=None)

@@ -473,6 +473,16 @@ def test_short_texts_are_of_the_same_documents(plan, tmp_path):
     assert watch.short.document_ids == ["long", "short"], "passkey needs none"
 
 
+@pytest.mark.parametrize("override", ["watch.lengths=[128]", "watch.tasks=[passkey]"])
+def test_documents_that_are_short_of_the_window_are_no_error(plan, tmp_path, capsys, override):
+    """Short texts are watched by default, and what was asked for does not need them."""
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"id": "a", "text": "a leaf of a book " * 30}) + "\n")
+    watch = plan("watch.every_n_steps=2", f"watch.documents={file}", override).watch
+    assert watch.short is None
+    assert "short texts are not watched, since no document has 256 tokens (the model's own" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("override", ["watch.max_short_increase=null", "watch.documents=null"])
 def test_without_something_to_compare_there_is_no_gate(plan, override):
     assert plan("watch.every_n_steps=2", "watch.tasks=[passkey]", override).watch.short is None
