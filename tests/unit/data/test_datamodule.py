@@ -17,6 +17,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from pose.data.cache import same_text
 from pose.data.datamodule import PoseDataModule, bos_id, sentence_ends
 from pose.data.examples import IGNORE, Targets
 from pose.errors import ConfigError, DataError
@@ -156,6 +157,19 @@ def test_curriculum(make):
         assert (batch["position_ids"] == torch.arange(length)).all()  # nothing to skip to
         assert (batch["input_ids"].diff() == 1).all()  # contiguous text
     assert (batches[0]["input_ids"][:, 0] % 1000 != 1).any()  # from anywhere in a document
+
+
+def test_the_same_text_in_a_folder_of_another_name(make, files, tmp_path):
+    """A run resumes with it: the fingerprint differs in the name of the folder alone; other text is another."""
+    found = []
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file.name).write_text(file.read_text().replace("17", "18" if name == "c" else "17"))
+        found.append(ready(make(documents=tmp_path / name)).fingerprint)
+    a, b, c = found
+    assert a != b and same_text(a) == same_text(b) != same_text(c)
+    assert same_text(f"{a}, without 3 of data.leave_out: x-1") == f"{same_text(a)}, without 3 of data.leave_out: x-1"
 
 
 def test_examples_of_the_curriculum_have_no_gap_with_bos(make):
