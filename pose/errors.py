@@ -45,6 +45,10 @@ class ConfigError(PoseError):
     """A setting, or a combination of settings, that cannot work."""
 
 
+class WindowError(ConfigError):
+    """A benchmark that does not fit into the window of a model."""
+
+
 class DataError(PoseError):
     """A documents file that cannot be read or used."""
 

@@ -630,7 +630,9 @@ def _controls(runs: Runs, arms: Mapping[str, Arm], scale: Scale) -> str:
         "{}, {} % and {} nats".format(*(cell(runs, arm, f"{prefix}{metric}") for metric in metrics))
         for arm, prefix in ((own, "scaled: "), (control, ""))
     )
-    return f" Scaling alone, without training, has {scaled}; the same training without skips {short}."
+    num = _num_runs(runs, control)
+    seeds = f"{num} seed{'s' * (num != '1')}"
+    return f" Scaling alone, without training, has {scaled}; the same training without skips ({seeds}) {short}."
 
 
 def draw(runs: Runs, arms: Mapping[str, Arm], scale: Scale, root: Path):

@@ -287,8 +287,10 @@ class Run:
             return model
 
         log.info(f"Measuring {what} ...")
-        suite.is_for(target_len_of(config))
-        return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under)
+        max_length = target_len_of(config)
+        suite.is_for(max_length)
+        may_lack = max_length < target_len_of(self.plan.config)  # what the trained model has room for is still measured
+        return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under, may_lack=may_lack)
 
     def report(self):
         """Model card, plots, results.csv, metrics.json (with it a run is complete), the page, dashboards."""

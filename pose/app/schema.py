@@ -77,7 +77,7 @@ class DataConfig:
     max_documents: int | None = None  # the first so many of the others; null: all
     on_broken: str = "error"  # error or skip: a line or row that cannot be read, or is too long
     max_document_chars: int = 200_000_000  # characters; a document with more is refused, or skipped by on_broken
-    window_len: int | None = None  # tokens of a document an example is drawn from; null: the whole document
+    window_len: int | None = None  # tokens, BOS among them, an example is drawn from; null: the whole document
     add_bos: bool | None = None  # an example begins with BOS; null: as the tokenizer does
     synthetic: SyntheticShares = field(default_factory=SyntheticShares)  # retrieval examples among the text
     skip_before_question: bool = True  # retrieval examples skip before their first question, not where it is drawn

@@ -29,7 +29,7 @@ from pose.data.documents import (
     open_files,
     out_of_memory,
 )
-from pose.data.hub import HubDataset, HubSource
+from pose.data.hub import HubDataset, HubSource, say_other_splits
 from pose.data.tokenise import Tokeniser, all_cores
 from pose.data.tokenizer import beyond_vocabulary, tokenizer_digest
 from pose.errors import ConfigError, DataError, TooShortError, first_line, one_line, require_int
@@ -496,7 +496,10 @@ def _dataset(spec: Any, text_field: str, keys: Keys) -> HubDataset:
     if not isinstance(spec.get("path"), str):
         raise ConfigError(f"{keys.documents} has a dataset without a path: {dict(spec)}")
     given = {key: value for key, value in spec.items() if value is not None}
-    return HubDataset(**{"text_field": text_field} | given)
+    dataset = HubDataset(**{"text_field": text_field} | given)
+    if not {"split", "data_files"} & given.keys():
+        say_other_splits(dataset)
+    return dataset
 
 
 def _as_list(documents, keys: Keys) -> list:

@@ -64,7 +64,7 @@ class PoseDataModule(L.LightningDataModule):
         heldout_len: tokens that such a document has at least; None: the sampler's target.
         heldout_asked_by: the key of the config that asks for so many, for errors.
         leave_out: documents, as `documents`, that no example is drawn from: those with the same text are left out.
-        window_len: tokens of a document that one example is drawn from; None takes documents whole.
+        window_len: tokens, BOS among them, that one example is drawn from; None takes documents whole.
         add_bos: whether a document begins with the tokenizer's BOS; None does as the tokenizer does.
         synthetic: share of examples by name of a task in `pose.tasks.synthetic.TASKS`.
         curriculum: (share of the run, length in tokens) of phases of shorter sequences before the rest.
@@ -170,11 +170,10 @@ class PoseDataModule(L.LightningDataModule):
                     f"pose.curriculum has the phase {[end, sampler.target_len]}, and data.curriculum goes on to "
                     f"{begin:g} of the run, with plain ids: give an end above it, or leave the phase out"
                 )
-        num_bos = 0 if self.bos_id is None else 1
-        if self.window_len is not None and self.window_len + num_bos < self.sampler.min_document_len:
+        if self.window_len is not None and self.window_len < self.sampler.min_document_len:
             raise ConfigError(
-                f"data.window_len={self.window_len} is too short: {self.sampler.name} draws from documents of at least "
-                f"{self.sampler.min_document_len - num_bos} tokens"
+                f"data.window_len={self.window_len} is too short: {self.sampler.name} draws from at least "
+                f"{self.sampler.min_document_len} tokens, BOS among them"
             )
 
     def prepare_data(self):

@@ -171,9 +171,6 @@ class HubDataset:
                     f"the dataset {self.label} names the file {file}, which is not in it: what lies elsewhere is not "
                     "read. Name it as documents of its own, or mend data_files in the README.md"
                 )
-        others = sorted({str(split) for split in builder.config.data_files or ()} - {self.split})
-        if others and self.is_local and self.format is None and not (self.folder / "README.md").exists():
-            _say_other_splits(self.label, self.path, self.split, tuple(others))
         return builder.as_streaming_dataset(self.split)
 
     def read(self, broken: Broken, commit: str | None = None, sleep: Callable[[float], None] = time.sleep):
@@ -230,12 +227,23 @@ class HubDataset:
 
 
 @functools.cache
-def _say_other_splits(label: str, path: str, split: str, others: tuple[str, ...]):
-    """Warns once of a folder without a README.md, whose splits `datasets` makes up by the names of its files."""
-    log.warning(
-        f"the dataset {label}: only files of the split {split} are read, since others are named for "
-        f"{', '.join(others)}. Give split=NAME for these, or {path} itself, without keys, for all files"
-    )
+def say_other_splits(dataset: HubDataset):
+    """Warns once of files of a local folder that are of other splits than the one that is read, which nobody named.
+
+    Where a README.md does not say which files are of which split, `datasets` goes by the names of files.
+    """
+    readme = dataset.folder / "README.md"
+    if not dataset.is_local or (readme.is_file() and "configs:" in readme.read_text(errors="replace")):
+        return
+    try:
+        builder = _datasets().load_dataset_builder(str(dataset.folder), dataset.name)
+    except Exception:  # said when it is read
+        return
+    if others := sorted({str(split) for split in builder.config.data_files or ()} - {dataset.split}):
+        log.warning(
+            f"the dataset {dataset.label}: only files of the split {dataset.split} are read, since others are named "
+            f"for {', '.join(others)}. Give split=NAME for these, or {dataset.path} itself, without keys, for all files"
+        )
 
 
 def _is_inside(file: str) -> bool:

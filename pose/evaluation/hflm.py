@@ -19,7 +19,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import GenerationConfig
 
 from pose.data.tokenizer import beyond_vocabulary
-from pose.errors import ConfigError
+from pose.errors import ConfigError, WindowError
 from pose.evaluation.generation import end_ids
 from pose.evaluation.scoring import Scorer
 from pose.modeling.layers import cache_is_exact
@@ -102,7 +102,7 @@ class ScorerLM(HFLM):
         for context, options in (request.args for request in requests):
             new_tokens = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             if new_tokens >= self.max_length:
-                raise ConfigError(
+                raise WindowError(
                     f"harness/{self.task} writes up to {new_tokens} tokens, and the window is {self.max_length}: it "
                     "needs a model with a longer one"
                 )
@@ -120,7 +120,7 @@ class ScorerLM(HFLM):
             if not continuation:
                 raise ConfigError(f"harness/{self.task} has an empty answer, of which nothing can be scored")
             if len(continuation) > self.max_length:
-                raise ConfigError(
+                raise WindowError(
                     f"harness/{self.task} has an answer of {len(continuation)} tokens, and the window is "
                     f"{self.max_length}: it needs a model with a longer one"
                 )

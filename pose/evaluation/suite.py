@@ -16,7 +16,7 @@ from pose.data.datamodule import bos_id
 from pose.data.documents import Keys
 from pose.data.heldout import SetAside
 from pose.data.tokenizer import check_vocabulary, token_bytes
-from pose.errors import ConfigError, PoseError, TooShortError
+from pose.errors import ConfigError, PoseError, TooShortError, WindowError
 from pose.evaluation.harness import Harness
 from pose.evaluation.memo import Kept, Outcomes, Took
 from pose.evaluation.needle import Needle
@@ -118,6 +118,7 @@ class Suite:
         load: Callable[[], PreTrainedModel] | None = None,
         outcomes: Outcomes | None = None,
         under: Any = None,
+        may_lack: bool = False,
     ) -> dict[str, Estimate]:
         """Measures one model; the metrics by name, such as ppl@2048 and passkey@2048.
 
@@ -127,6 +128,10 @@ class Suite:
             load: makes the model when the first unit has to be measured.
             outcomes: keep the outcome of each unit as soon as it is there, and have those of earlier evaluations.
             under: what tells the model from every other one (`pose.evaluation.memo.identity`), with `outcomes`.
+            may_lack: whether a benchmark that does not fit into the model's window is left out, with a warning.
+
+        Raises:
+            WindowError: a benchmark does not fit into the model's window.
         """
         scorer = None if model is None else Scorer(model, self.options.batch_tokens)
         units = {task: task.units() for task in self.tasks}
@@ -147,12 +152,20 @@ class Suite:
                     assert load is not None, "a model, or what makes it"
                     scorer = Scorer(load(), self.options.batch_tokens)
                 begin = time.perf_counter()
-                with _counting_tokens(bar, scorer.model):
-                    outcome = task.measure(scorer, unit)
+                try:
+                    with _counting_tokens(bar, scorer.model):
+                        outcome = task.measure(scorer, unit)
+                except WindowError as error:
+                    if not may_lack:
+                        raise
+                    log.warning(f"{task.name} is left out for this model: {error}")
+                    break
                 took = Took(time.perf_counter() - begin, peak_memory_gib(scorer.device))
                 kept[task][unit] = Kept(outcome, took)
                 if outcomes is not None:
                     outcomes.keep(under, task, units[task][unit], kept[task][unit])
+            if len(kept[task]) < len(units[task]):
+                continue
             self.took += [kept[task][unit].took for unit in units[task]]
             estimates |= task.summarise({unit: kept[task][unit].outcome for unit in units[task]})
         return estimates

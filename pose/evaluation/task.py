@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from pose.evaluation.scoring import Scorer
 
 NORMAL_95 = 1.959964  # standard normal quantile at 0.975
-STUDENT_95 = (12.7062, 4.3027, 3.1824, 2.7764)  # that of Student's t, of 1 to 4 degrees of freedom
+# That of Student's t, of 1 to 8 degrees of freedom
+STUDENT_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060)
 
 
 class Estimate(NamedTuple):
@@ -224,7 +225,7 @@ def ratio(
 def student_95(freedom: float) -> float:
     """The quantile at 0.975 of Student's t; to 5e-4.
 
-    By the expansion around the normal quantile (Abramowitz and Stegun 1964, 26.7.5), which for fewer than five degrees
+    By the expansion around the normal quantile (Abramowitz and Stegun 1964, 26.7.5), which for fewer than eight degrees
     of freedom is too coarse. Between whole numbers below that it is interpolated in 1/freedom, and up to 2 % too large.
 
     Args:

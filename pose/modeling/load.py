@@ -79,7 +79,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     if isinstance(scaling, dict):
         _check_rope_type(scaling.get("rope_type", scaling.get("type", "default")), path)
     config = from_hub("config", AutoConfig.from_pretrained, path, revision, trust_remote_code=False)
-    _check_has_window(raw, config, path)
+    check_has_window(raw, config, path)
     config.__dict__.pop("auto_map", None)  # it would be exported without the code that it names
     if config.model_type == "gemma" and config.hidden_act == "gelu":
         config.hidden_act = "gelu_pytorch_tanh"  # what its first folders mean by it
@@ -100,7 +100,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     return config
 
 
-def _check_has_window(raw: dict[str, Any], config: PretrainedConfig, path: str):
+def check_has_window(raw: dict[str, Any], config: PretrainedConfig, path: str):
     """A class would take its own default for the window, from which factor and frequencies follow."""
     key = "max_position_embeddings"
     if hasattr(config, key) and not {key, type(config).attribute_map.get(key, key)} & raw.keys():

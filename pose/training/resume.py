@@ -31,6 +31,7 @@ RESUME_GROUPS: dict[str, tuple[str, ...]] = {
     "finetune": (),
 }  # fmt: skip
 STEPS, ORIGINAL = "trainer.max_steps", "the files of model.path"  # of a curriculum, and of a teacher, alone
+TEXT = "data.documents"  # by fingerprint
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
 # Keys of a config that change nothing in the weights that are trained
 WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -110,7 +111,7 @@ def resume_settings(
     strategy = trainer.strategy
     is_sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
     settings = {
-        "data.documents": same_text(data.fingerprint),
+        TEXT: data.fingerprint,
         "seed": cfg.seed,
         "trainer.global_batch": cfg.trainer.global_batch,
         "trainer.precision": trainer.precision,
@@ -167,10 +168,16 @@ def check_finished(settings: dict[str, Any], run_dir: Path):
 
 
 def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]):
+    def alike(key: str) -> bool:
+        now, then = settings.get(key), before.get(key)
+        if key == TEXT and isinstance(now, str) and isinstance(then, str):
+            return same_text(now) == same_text(then)
+        return now == then
+
     changed = [
         f"{key}={settings.get(key)!r}, which was {before.get(key)!r}"
         for key in sorted(settings.keys() | before.keys())
-        if settings.get(key) != before.get(key)
+        if not alike(key)
     ]
     if changed:
         raise ConfigError(

@@ -870,8 +870,8 @@ def test_the_default_run_is_told_where_it_is_shown():
     runs["default.short_pi", 0] = line(ARMS, "default.short_pi", 0, control)
     runs["default.pose", 0]["metrics"] |= {"scaled: passkey@2048": 0.2, "scaled: needle_gain@2048": 2.25}
     assert pages.readme_tables(runs, ARMS, SCALE)["default"].endswith(
-        " nats. Scaling alone, without training, has 206.8, 20 % and 2.25 nats; the same training without skips 204.8, "
-        "100 % and 1.50 nats."
+        " nats. Scaling alone, without training, has 206.8, 20 % and 2.25 nats; the same training without skips (1 "
+        "seed) 204.8, 100 % and 1.50 nats."
     )
     tiny = pages.tiny_tables(runs, ARMS, SCALE)["tiny"]
     head, _, untuned, scaled, *_ = tiny.splitlines()

@@ -45,12 +45,14 @@ class GPTJ:
         frozen: ends of the names of parameters that GPT-J does not have.
 
     Raises:
-        CheckpointError: no rotary_dim, or more than a head has.
+        CheckpointError: no window; no rotary_dim, or more than a head has.
     """
 
     frozen = tuple(f"self_attn.{name}.bias" for name in ("q_proj", "k_proj", "v_proj", "dense"))
 
     def __init__(self, raw: dict[str, Any]):
+        if not {"n_positions", "max_position_embeddings"} & raw.keys():
+            raise CheckpointError("this GPT-J's config.json has no n_positions, its window: write it there")
         gptj = GPTJConfig(**raw)
         self.num_heads = gptj.n_head
         self.head_dim = gptj.n_embd // gptj.n_head

@@ -27,7 +27,7 @@ from pose.files import atomic_folder, is_inside, load_json, write_json
 from pose.modeling.checkpoints.checks import check_values
 from pose.modeling.checkpoints.hub import weight_files
 from pose.modeling.export.rope import for_old_readers
-from pose.modeling.load import FORMS, scale_config
+from pose.modeling.load import FORMS, check_has_window, scale_config
 from pose.modeling.rotary import target_len_of
 from pose.rope import NTK, Dynamic, Linear, Llama3, LongRope, RopeScaling, Unscaled, Yarn, YarnRevised
 
@@ -84,6 +84,7 @@ def modernise(raw: dict[str, Any], yarn: str | None = None, window: int | None =
         scaling = _method(kind, old, raw, yarn)
         plain = {k: v for k, v in raw.items() if k not in ("rope_scaling", "auto_map", "transformers_version")}
         config = AutoConfig.for_model(plain.pop("model_type", None), **plain)
+        check_has_window(raw, config, "the folder")
         if getattr(config, "max_position_embeddings", None) is None:
             raise ConfigError(f"a {config.model_type} model has no max_position_embeddings, and so no RoPE")
         config.max_position_embeddings, target_len = _lengths(kind, old, raw, config, scaling, window)

@@ -18,7 +18,7 @@ from pose.app.documents import find_documents
 from pose.data import hub
 from pose.data.cache import TokenCache
 from pose.data.documents import Broken, Keys
-from pose.data.hub import HubDataset
+from pose.data.hub import HubDataset, say_other_splits
 from pose.errors import ConfigError, DataError
 from pose.files import Memo
 
@@ -285,17 +285,22 @@ def test_a_readme_cannot_name_what_lies_outside(tmp_path, tokenizer, where, key)
         TokenCache.build({"path": str(folder)}, tokenizer, tmp_path / "cache")
 
 
-def test_splits_that_are_made_up_by_names_are_said_once(tmp_path, capsys):
+def test_splits_that_are_made_up_by_names_are_said_once(tmp_path, tokenizer, capsys):
     """`datasets` takes test.jsonl for the split test of a folder that says nothing of itself."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
     for name in ("part-0", "train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "w1"}\n')
-    for _ in range(2):
-        list(HubDataset(str(tmp_path)).rows(None))
+        (folder / f"{name}.jsonl").write_text('{"text": "w1"}\n')
+    for spec in ({"path": str(folder)}, {"path": str(folder)}, {"path": str(folder), "split": "test"}):
+        TokenCache.build(spec, tokenizer, tmp_path / "cache")
     printed = capsys.readouterr().out
     assert printed.count("only files of the split train are read, since others are named for test") == 1
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
-    list(HubDataset(str(tmp_path)).rows(None))
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
+    say_other_splits(HubDataset(str(folder), text_field="body"))
     assert capsys.readouterr().out == ""
+    (folder / "README.md").write_text("# My data")
+    say_other_splits(HubDataset(str(folder), text_field="story"))
+    assert "named for test" in capsys.readouterr().out, "these words say nothing of files"
 
 
 @pytest.mark.parametrize("file", ["https://elsewhere.org/a.jsonl", "hf://datasets/other/name@a/x", "/etc/x.jsonl"])

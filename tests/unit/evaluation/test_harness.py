@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from pose.errors import ConfigError, DataError
+from pose.errors import ConfigError, DataError, WindowError
 from pose.evaluation import harness as harness_module
 from pose.evaluation import lmeval
 from pose.evaluation.harness import FEWSHOT, Harness
@@ -376,6 +376,23 @@ def test_questions_without_room_for_the_answer_are_cut_or_refused(harness, model
         harness("written", max_length=12).measure(Scorer(model, 512), "written")
     with pytest.raises(ConfigError, match=r"harness/choice has an answer of .* tokens, and the window is 2"):
         harness("choice", max_length=2).measure(Scorer(model, 512), "choice")
+
+
+def test_a_benchmark_without_room_in_one_model_may_be_left_out_of_it(harness, model, tokenizer, tmp_path, capsys):
+    """As for the untuned model before its training, which is meant for longer texts."""
+    suite = Suite(EvalOptions(lengths=[64]), tokenizer, None, tmp_path)
+    suite.tasks = [harness("written", max_length=64), harness("choice", max_length=64)]
+    every = suite.run(model, progress=False)
+    suite.is_for(12)
+    assert [task.max_length for task in suite.tasks] == [12, 12]
+    with pytest.raises(WindowError, match="harness/written writes up to 12 tokens, and the window is 12"):
+        suite.run(model, progress=False)
+    capsys.readouterr()
+    found = suite.run(model, progress=False, may_lack=True)
+    assert list(every) == ["harness/written", "harness/choice"] and list(found) == ["harness/choice"]
+    printed = capsys.readouterr().out
+    assert "harness/written is left out for this model: harness/written writes up to 12 tokens" in printed
+    assert "requests are longer than the window of 12 tokens" in printed
 
 
 def test_a_group_has_the_score_of_all_its_questions(harness, model):

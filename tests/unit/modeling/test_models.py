@@ -381,6 +381,15 @@ def test_gptj_equals_transformers_own(tmp_path):
     assert (got - wanted).abs().max() < TOLERANCE * wanted.std()
 
 
+def test_gptj_without_a_window_is_refused(tmp_path):
+    save_random(FAMILIES["gptj"], tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["n_positions"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match=r"has no n_positions, its window"):
+        load_config(str(tmp_path))
+
+
 def test_gptj_trains_its_own_parameters_only(tmp_path):
     """Phi's attention biases stay the zeros that GPT-J has in their place; the loss has the head's bias in it."""
     weights = save_random(FAMILIES["gptj"], tmp_path)

@@ -295,6 +295,20 @@ def test_it_is_the_jobs_own_with_its_folder(job):
     ), "in another folder"
 
 
+def test_a_folder_of_documents_may_be_renamed(tmp_path):
+    """The digest is of names and content of the files; only the name before it is the folder's."""
+
+    def old(fingerprint):
+        settings = {"strategy": "any", "data.documents": fingerprint}
+        return Checkpoint(tmp_path / "checkpoints" / "step-3", 3, settings, None)
+
+    now = {"strategy": "any", "data.documents": "books-0123456789abcdef, without 2 of data.leave_out: 00ff"}
+    check_resume(config(), old("mine-0123456789abcdef, without 2 of data.leave_out: 00ff"), now, tmp_path)
+    for other in ("mine-0123456789abcdff, without 2 of data.leave_out: 00ff", "books-0123456789abcdef", None):
+        with pytest.raises(ConfigError, match=r"data\.documents='books-0123456789abcdef, .*which was "):
+            check_resume(config(), old(other), now, tmp_path)
+
+
 @pytest.mark.parametrize(
     "name",
     ["plain", "a b=c,d", "it's", 'say "x"', "[1]", "{a: b}", "x#y", "${now:%Y}", "back\\slash", "ü\t(x)", "null"],

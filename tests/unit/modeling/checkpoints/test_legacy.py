@@ -183,6 +183,17 @@ def raw(rope_scaling, **options):
     return sizes | {"rope_scaling": rope_scaling} | options
 
 
+@pytest.mark.parametrize("old", [None, {"type": "linear", "factor": 2.0}])
+def test_a_config_without_a_window_is_not_imported(old):
+    """LLaMA's class would say 2,048."""
+    config = raw(old)
+    del config["max_position_embeddings"]
+    with pytest.raises(
+        CheckpointError, match="has no max_position_embeddings in its config.json, and 2048, the default"
+    ):
+        modernise(config, window=2048)
+
+
 def test_yarn_of_a_model_the_released_code_has_no_class_for_is_the_standard_one():
     config = modernise(raw(YARN, model_type="qwen2", rope_theta=1e6))
     assert config.rope_parameters["rope_type"] == "yarn" and config.rope_parameters["rope_theta"] == 1e6
