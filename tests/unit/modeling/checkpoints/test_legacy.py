@@ -189,7 +189,7 @@ def test_a_config_without_a_window_is_not_imported(old):
     config = raw(old)
     del config["max_position_embeddings"]
     with pytest.raises(
-        CheckpointError, match="has no max_position_embeddings in its config.json, and 2048, the default"
+        CheckpointError, match=r"has no max_position_embeddings in its config\.json, and 2048, the default"
     ):
         modernise(config, window=2048)
 
