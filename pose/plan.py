@@ -71,9 +71,14 @@ GPUS = (
 )
 
 
+SLOWER = re.compile(r"h100.*(pcie|nvl)|rtx 4090 (laptop|d\b)")  # other chips of these names
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Of a GPU by the name that its driver gives, in what a precision computes in; None for one that is not known."""
     name = device_name.lower().replace("h200", "h100")  # which differ in memory alone
+    if SLOWER.search(name):
+        return None
     gpu = next((one for one in GPUS if re.search(rf"{re.escape(one.name.lower())}(?!\d)", name)), None)  # no A1000
     return None if gpu is None else gpu.half if precision in MIXED else gpu.single
 

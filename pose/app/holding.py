@@ -5,7 +5,7 @@ import logging
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
@@ -53,10 +53,11 @@ def check_holding(cfg: DictConfig, config: PretrainedConfig, trainer: L.Trainer)
         raise ConfigError(
             "finetune.optimizer=adamw8bit is not supported with trainer.precision=16-mixed: take bf16-mixed or 32-true"
         )
-    if tune.weights_dtype == "bfloat16" and trainer.world_size > 1:
+    if tune.weights_dtype == "bfloat16" and not _is_alone(trainer):
+        under = " under DDP" if isinstance(strategy, DDPStrategy) else ""
         raise ConfigError(
-            f"finetune.weights_dtype=bfloat16 is for one process, and there are {trainer.world_size}: take float32, or "
-            "strategy=fsdp with finetune.optimizer=adamw"
+            f"finetune.weights_dtype=bfloat16 is for one process, and there are {trainer.world_size}{under}: take "
+            "strategy=auto with one device, or float32, or strategy=fsdp with finetune.optimizer=adamw"
         )
     if frozen == NF4 and in_parts:
         raise ConfigError(
@@ -91,8 +92,13 @@ def trained_dtype(tune: FinetuneConfig, trainer: L.Trainer) -> torch.dtype:
     """
     if tune.weights_dtype != "auto":
         return torch.bfloat16 if tune.weights_dtype == "bfloat16" else torch.float32
-    can_be_narrow = tune.optimizer == "adamw8bit" and tune.lora.rank is None and trainer.world_size == 1
+    can_be_narrow = tune.optimizer == "adamw8bit" and tune.lora.rank is None and _is_alone(trainer)
     return torch.bfloat16 if can_be_narrow and trainer.precision == "bf16-mixed" else torch.float32
+
+
+def _is_alone(trainer: L.Trainer) -> bool:
+    """Whether gradients are summed over no processes: DDP, of one process too, takes no fp32 ones of bf16 weights."""
+    return trainer.world_size == 1 and not isinstance(trainer.strategy, DDPStrategy)
 
 
 def layout_of(cfg: DictConfig, config: PretrainedConfig, trainer: L.Trainer) -> Layout | None:

@@ -200,7 +200,10 @@ def of_config(
     """
     tune = schema_options(cfg, "finetune", schema.FinetuneConfig)
     lora, strategy = tune.lora, strategy_options(cfg.strategy)
-    is_alone = devices == 1 and strategy["strategy"] == "ddp" and precision == "bf16-mixed"
+    is_wrapped = cfg.strategy.get("name") == "ddp"  # which takes no fp32 gradients of bf16 weights, of one process too
+    is_alone = devices == 1 and strategy["strategy"] == "ddp" and not is_wrapped and precision == "bf16-mixed"
+    if tune.weights_dtype == "bfloat16" and is_wrapped:
+        raise ConfigError("finetune.weights_dtype=bfloat16 is for one process without DDP: train.py refuses it")
     rounded = tune.optimizer == "adamw8bit" and lora.rank is None
     zero = ("zero1", "zero2", "zero3")
     barred: list[tuple[str, str, tuple[str, ...]]] = []

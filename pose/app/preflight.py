@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from pose.app import build, measuring, models
 from pose.app.documents import find_documents
-from pose.app.holding import check_holding, check_teacher
+from pose.app.holding import check_holding, check_teacher, trained_dtype
 from pose.app.runtime import write_config
 from pose.app.schema import DTYPES, DataConfig, FinetuneConfig, TrainConfig, to_options
 from pose.data.cache import check_documents
@@ -217,7 +217,10 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     say_tokens(cfg, data, sampler)
     warn_of_trained_text(data, {"eval": suite, "watch": None if watch is None else watch.suite})
     fill_in(cfg, sampler, scaling)
-    settings = resume_settings(cfg, trainer, data, base, _original(cfg, objective))
+    settings = resume_settings(
+        cfg, trainer, data, base, _original(cfg, objective),
+        is_narrow=trained_dtype(to_options(cfg.finetune, FinetuneConfig), trainer) == torch.bfloat16,
+    )  # fmt: skip
     is_finished = cfg.resume == "auto" and finished_steps(run_dir) == cfg.trainer.max_steps
     if checkpoint is not None:
         check_resume(cfg, checkpoint, settings, run_dir)

@@ -122,12 +122,14 @@ class Run:
                 log_settings(self.plan.trainer.loggers, self.settings)
                 self.cover()
                 self.go_on()
-            with runtime.explained_memory_errors(self.cfg):
+            with runtime.explained_memory_errors(self.cfg, measuring="eval.before=false"):
                 self.measure_before()
-                if self.plan.trainer.is_global_zero:
-                    note_trained(self.folder, self.plan.data)
+            if self.plan.trainer.is_global_zero:
+                note_trained(self.folder, self.plan.data)
+            with runtime.explained_memory_errors(self.cfg):
                 self.train()
-                if self.plan.trainer.is_global_zero:
+            if self.plan.trainer.is_global_zero:
+                with runtime.explained_memory_errors(self.cfg, measuring="eval=none"):
                     self.measure_after()
             if self.plan.trainer.is_global_zero:
                 self.report()

@@ -74,8 +74,12 @@ def readable_errors():
 
 
 @contextlib.contextmanager
-def explained_memory_errors(cfg: DictConfig):
+def explained_memory_errors(cfg: DictConfig, measuring: str | None = None):
     """Turns an out-of-memory error into one that names what to lower.
+
+    Args:
+        cfg: of the command.
+        measuring: of train.py, what leaves the measurement out that is made; None while it trains, and of evaluate.py.
 
     Raises:
         TrainingError: memory ran out.
@@ -85,9 +89,14 @@ def explained_memory_errors(cfg: DictConfig):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = _memory_advice(cfg)
-        message = f"out of memory ({first_line(error)}). What helps, the cheapest first: {'; '.join(advice)}"
-        raise TrainingError(message, changes=_memory_change(cfg)) from error
+        if measuring is None:
+            advice, changes = _memory_advice(cfg), _memory_change(cfg)
+        else:
+            in_half = ["eval_dtype=bfloat16"] if cfg.eval_dtype == "float32" else []
+            advice, changes = [*in_half, "a smaller eval.batch_tokens", measuring], (*in_half, measuring)[:1]
+        doing = "" if measuring is None else " while measuring"
+        message = f"out of memory{doing} ({first_line(error)}). What helps, the cheapest first: {'; '.join(advice)}"
+        raise TrainingError(message, changes=changes) from error
 
 
 def _memory_change(cfg: DictConfig) -> tuple[str, ...]:
@@ -123,7 +132,7 @@ def _memory_advice(cfg: DictConfig) -> list[str]:
     advice += [] if cfg.finetune.lora.rank else ["in a new run folder finetune=lora"]
     advice += ["in a new run folder strategy=fsdp, zero3 or zero3_offload"]
     advice += [f"in a new run folder a smaller pose.train_len (it is {length})"]
-    return [*advice, "if it was measuring, a smaller eval.batch_tokens, eval.before=false or eval=none"]
+    return advice
 
 
 def quiet_libraries():

@@ -112,8 +112,8 @@ def preferred_kernels(device: torch.device) -> Iterator[None]:
 def compute_dtype(value: torch.Tensor) -> torch.dtype:
     """What attention computes in and gives: the dtype of autocast where it is on, else that of the values.
 
-    Values come out of a linear layer as they are. Queries and keys have been through RoPE, which makes them fp32 under
-    autocast.
+    Values come out of a linear layer as they are. Queries and keys have been through RoPE, which may make them
+    fp32 under autocast.
     """
     device = value.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
@@ -239,7 +239,7 @@ def flash_attention_2(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, 
     if kernel is None:
         return sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout, scaling, **kwargs)
     q, k, v, causality = _for_flash(query_BHQD, key_BKTD, value_BKTD, dtype, kwargs)
-    return kernel(q, k, v, dropout, softmax_scale=scaling, **causality), None
+    return kernel(q, k, v, dropout, softmax_scale=scaling, **causality)[..., : value_BKTD.shape[-1]], None
 
 
 @_by_packing
@@ -251,13 +251,15 @@ def flash_attention_3(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, 
         return sdpa(module, query_BHQD, key_BKTD, value_BKTD, attention_mask, dropout, scaling, **kwargs)
     q, k, v, causality = _for_flash(query_BHQD, key_BKTD, value_BKTD, dtype, kwargs)
     output = kernel(q, k, v, softmax_scale=scaling, **causality)
-    return (output[0] if isinstance(output, tuple) else output), None  # its first versions gave log-sums beside it
+    output = output[0] if isinstance(output, tuple) else output  # its first versions gave log-sums beside it
+    return output[..., : value_BKTD.shape[-1]], None
 
 
 def _for_flash(query_BHQD, key_BKTD, value_BKTD, dtype, kwargs):
-    """As its kernels take them: queries [B, Q, H, D], keys, values, and who sees whom."""
+    """As its kernels take them: queries [B, Q, H, D], keys, values with zeros up to D, and who sees whom."""
     window = _sliding_window(kwargs, key_BKTD.shape[2])
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (query_BHQD, key_BKTD, value_BKTD))
+    v = F.pad(v, (0, max(q.shape[-1] - v.shape[-1], 0)))  # DeepSeek's are narrower, and the kernels take one size
     return q, k, v, {"causal": True, "window_size": (-1, -1) if window is None else (window - 1, 0)}
 
 

@@ -100,13 +100,19 @@ def finished_steps(run_dir: Path) -> int | None:
 
 
 def resume_settings(
-    cfg: DictConfig, trainer: L.Trainer, data: PoseDataModule, base: PretrainedConfig, original: list | None = None
+    cfg: DictConfig,
+    trainer: L.Trainer,
+    data: PoseDataModule,
+    base: PretrainedConfig,
+    original: list | None = None,
+    is_narrow: bool = False,
 ) -> dict[str, Any]:
     """What decides the weights that come out, by key: a run can only go on under the same.
 
     Args:
         cfg, trainer, data, base: of the run.
         original: fingerprint of the model that a frozen teacher is read from; None without one.
+        is_narrow: whether the weights that train are held in bf16, which by default depends on the number of processes.
     """
     strategy = trainer.strategy
     is_sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
@@ -125,6 +131,8 @@ def resume_settings(
     for group, left_out in RESUME_GROUPS.items():
         values: Any = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
         settings |= {f"{group}.{key}": value for key, value in values.items() if key not in left_out}
+    if is_narrow:
+        settings["finetune.weights_dtype"] = "bfloat16"
     if data.has_phases:  # which are shares of the run
         settings[STEPS] = cfg.trainer.max_steps
     if original is not None:

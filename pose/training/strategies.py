@@ -141,7 +141,7 @@ def resolve_precision(precision: str, accelerator: str) -> Any:
         return precision
     on_gpu = accelerator in ("auto", *CUDA) and torch.cuda.is_available()
     if on_gpu:
-        fast_bf16 = torch.cuda.is_bf16_supported()
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast_bf16 = cpu_computes_bf16()
     return "bf16-mixed" if fast_bf16 else "32-true"

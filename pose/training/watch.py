@@ -103,6 +103,8 @@ class Watch(L.Callback):
             assert self.export is not None
             kept = read_best(self.export.folder) if trainer.is_global_zero else None
             kept = kept if kept is not None and (kept["metric"], kept["under"]) == (self.best, self._under()) else None
+            if kept is not None and kept["step"] > trainer.global_step and kept.get("max_steps") != trainer.max_steps:
+                kept = None  # the step comes again under another schedule, with other weights
             self.found = trainer.strategy.broadcast(kept)
         if self._watched is None and self.before:
             self._watch(trainer, pl_module)
@@ -124,7 +126,8 @@ class Watch(L.Callback):
                 # The file that says what the folder holds is the last to come: a folder without it counts as none.
                 assert self.export is not None
                 self.export.save(trainer, pl_module)
-                self.found = {"metric": self.best, "value": metrics[self.best], "step": step, "under": self._under()}
+                self.found = {"metric": self.best, "value": metrics[self.best], "step": step, "under": self._under(),
+                              "max_steps": trainer.max_steps}  # fmt: skip
                 if trainer.is_global_zero:
                     write_json(self.export.folder / BEST_FILE, self.found)
                 trainer.strategy.barrier("best model")

@@ -144,6 +144,7 @@ def test_merged_experts_are_refused_where_bits_are_named_and_fp32_where_not(part
         (["finetune=qlora"], ("nf4", torch.float32)),
         (["finetune=qlora", "finetune.optimizer=adamw8bit"], ("nf4", torch.float32)),
         (["finetune.optimizer=adamw8bit", "trainer.precision=bf16-mixed"], ("float32", torch.bfloat16)),
+        (["finetune.optimizer=adamw8bit", "trainer.precision=bf16-mixed", "strategy=ddp"], None),
         (["finetune.optimizer=adamw8bit", "trainer.precision=32-true"], None),
         (["finetune.optimizer=adamw8bit", "trainer.precision=bf16-mixed", "finetune.weights_dtype=float32"], None),
         (

@@ -277,6 +277,25 @@ def test_flash_attention_is_called_with_the_right_arguments(flash_calls, backend
     )
 
 
+@pytest.mark.parametrize("backend", attention.FLASH)
+def test_flash_attention_of_narrower_values(monkeypatch, flash_calls, backend):
+    """DeepSeek's values have fewer dimensions than its queries, and the kernels take one size."""
+    query, key, value = (x.bfloat16() for x in random_qkv(9, 9))
+    value = value[..., : value.shape[-1] // 2].contiguous()
+    for module in ("flash_attn", "flash_attn_interface"):
+        function = sys.modules[module].flash_attn_func
+
+        def strict(q, k, v, *args, function=function, **kwargs):
+            assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+            return function(q, k, v, *args, **kwargs)
+
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=strict))
+    output, _ = getattr(attention, backend)(None, query, key, value, None, scaling=0.3)
+    assert flash_calls == [(backend, torch.bfloat16)] and output.shape[-1] == value.shape[-1]
+    expected = reference(query, key, value, 0.3)
+    torch.testing.assert_close(output.double(), expected, atol=0.03, rtol=0.03, check_stride=False)
+
+
 def test_flash_attention_3_of_before_gave_log_sums_beside_its_output(monkeypatch, flash_calls):
     def earlier(*args, **kwargs):
         return fake_flash_attn_3(*args, **kwargs), torch.zeros(1)

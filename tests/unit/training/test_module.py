@@ -438,6 +438,26 @@ def test_dropout_is_of_the_step_alone(data, monkeypatch):
     assert all(first == again != other for first, again, other in draws.values())
 
 
+def test_what_was_not_logged_yet_comes_back_on_the_device_that_trains(monkeypatch):
+    """Before the module is there: Lightning moves it after this hook, where the model is on one GPU or under DDP."""
+    module = PoseModule(
+        lambda strategy: None, expected=None, target_len=64, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=0,
+        max_steps=4, schedule="constant", lr=1e-2,
+    )  # fmt: skip
+    module.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("meta")), global_rank=0, world_size=1, fit_loop=None
+    )
+    kept = {
+        "recent_losses": torch.ones(1, 3, 1), "recent_by_kind": torch.ones(1, 3, 2 * len(pose_module.KINDS)),
+        "least_loss": torch.ones(1), "skipped": (0, 0),
+    }  # fmt: skip
+    monkeypatch.setattr(pose_module, "loops_at", lambda *_: {})
+    module.on_load_checkpoint({"pose": kept, "global_step": 3, "loops": {}})
+    assert module.device.type == "cpu"
+    found = [*module._recent_losses, *module._recent_by_kind, module._least_loss]
+    assert len(found) == 7 and {tensor.device.type for tensor in found} == {"meta"}
+
+
 OOM = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -475,6 +495,19 @@ def test_out_of_memory_names_what_to_lower(error):
         raise error
     assert "micro_batch" not in str(caught.value) and "gradient_checkpointing" not in str(caught.value)
     assert caught.value.changes == ()
+
+
+@pytest.mark.parametrize("leave_out", ["eval.before=false", "eval=none"])
+def test_out_of_memory_while_measuring_names_what_lowers_that(leave_out):
+    cfg = OmegaConf.create({"trainer": {"micro_batch": 8}, "eval_dtype": "float32"})
+    with pytest.raises(TrainingError, match="while measuring") as caught, explained_memory_errors(cfg, leave_out):
+        raise OOM[0]
+    assert leave_out in str(caught.value) and "micro_batch" not in str(caught.value)
+    assert caught.value.changes == ("eval_dtype=bfloat16",)
+    cfg.eval_dtype = "bfloat16"
+    with pytest.raises(TrainingError) as caught, explained_memory_errors(cfg, leave_out):
+        raise OOM[0]
+    assert caught.value.changes == (leave_out,)
 
 
 def test_other_errors_pass_through():

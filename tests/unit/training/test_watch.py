@@ -22,12 +22,13 @@ from pose.errors import ConfigError, DataError
 from pose.evaluation.options import EvalOptions
 from pose.evaluation.suite import Suite
 from pose.evaluation.task import Estimate, Metric
+from pose.files import write_json
 from pose.modeling.attention import BACKENDS
 from pose.positions import PoSE
 from pose.training.callbacks import Export, Throughput
 from pose.training.checkpoints import Checkpoints, find_checkpoint
 from pose.training.module import PoseModule
-from pose.training.watch import Watch, WatchOptions, check_best, read_best, summary
+from pose.training.watch import BEST_FILE, Watch, WatchOptions, check_best, read_best, summary
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 TOKENIZER = AutoTokenizer.from_pretrained("assets/tiny")
@@ -225,7 +226,10 @@ def test_a_run_that_goes_on_watches_as_if_it_had_never_stopped(data, tmp_path):
     whole = watch("whole")
     expected, rows = fit(data, checkpoints("whole"), whole)
     fit(data, checkpoints("run"), watch("run"), steps=4)
-    assert read_best(tmp_path / "run" / "best")["step"] == 3
+    best = read_best(tmp_path / "run" / "best")
+    assert best["step"] == 3 and best["max_steps"] == 4
+    file = tmp_path / "run" / "best" / BEST_FILE
+    write_json(file, best | {"max_steps": whole.found["max_steps"]})  # as if it had been killed
     checkpoint = find_checkpoint(tmp_path / "run" / "checkpoints")
     earlier = checkpoint.folder.with_name("step-2")
     resumed = watch("run", first=3)
@@ -237,6 +241,23 @@ def test_a_run_that_goes_on_watches_as_if_it_had_never_stopped(data, tmp_path):
     assert resumed.state_dict() == whole.state_dict() == expected_state
     theirs, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "best") for name in ("whole", "run"))
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("max_steps", "taken"), [(6, True), (9, False)])
+def test_a_best_of_a_step_that_comes_again_under_another_schedule_is_left(data, tmp_path, max_steps, taken):
+    """It was of other weights than the step will have."""
+    export = Export(TOKENIZER, tmp_path / "best", torch.float32)
+    watch = Watch(FakeSuite(*[{"tail_ppl@64": 5.0}] * 9), 1, best="tail_ppl@64", export=export)
+    fit(data, Checkpoints(tmp_path / "checkpoints", 2, 9, {}), watch, steps=4)
+    best = read_best(tmp_path / "best") | {"step": 4, "max_steps": 6}
+    write_json(tmp_path / "best" / BEST_FILE, best)
+    resumed = Watch(FakeSuite({"tail_ppl@64": 5.0}), 1, best="tail_ppl@64", export=export)
+    resumed.load_state_dict({"watched": 2, "warned": None})
+    trainer = SimpleNamespace(
+        is_global_zero=True, global_step=2, max_steps=max_steps, strategy=SimpleNamespace(broadcast=lambda one: one)
+    )
+    resumed.on_train_start(trainer, None)
+    assert (resumed.found == best) is taken and (taken or resumed.found is None)
 
 
 def test_a_run_that_went_without_a_watch_goes_on_with_one(data, tmp_path):
