@@ -281,9 +281,10 @@ class PoseModule(L.LightningModule):
         kept = checkpoint["pose"]
         if "state_dict" in checkpoint:
             add_quantised(checkpoint["state_dict"], self, kept.get("quantised", {}))
-        losses = kept["recent_losses"].to(self.device)
+        device = self.trainer.strategy.root_device  # where the module itself may come only later
+        losses = kept["recent_losses"].to(device)
         losses = losses.view(*losses.shape[:2], 1 + len(self.objective.parts))
-        by_kind = kept.get("recent_by_kind", losses.new_zeros(len(losses), 0, 2 * len(KINDS))).to(self.device)
+        by_kind = kept.get("recent_by_kind", losses.new_zeros(len(losses), 0, 2 * len(KINDS))).to(device)
         rank, same_processes = self.trainer.global_rank, len(losses) == self.trainer.world_size
         self._recent_losses = list(losses[rank] if same_processes else losses.mean(0))
         if same_processes:
@@ -291,7 +292,7 @@ class PoseModule(L.LightningModule):
         else:  # sums: those of all are with one
             self._recent_by_kind = list(by_kind.sum(0) if rank == 0 else torch.zeros_like(by_kind[0]))
         least = kept.get("least_loss", losses.new_empty(0))
-        least = least[least.isfinite()].to(self.device)
+        least = least[least.isfinite()].to(device)
         self._least_loss = least.min() if len(least) else None
         self.num_skipped, self._num_skipped_in_a_row = kept["skipped"]
         self._logged_step = checkpoint["global_step"]
