@@ -23,6 +23,16 @@ def run(script, folder, *overrides):
     return load_file(folder / "model" / "model.safetensors"), metrics["train/loss"]
 
 
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_a_run_resumes_between_two_logged_steps(script, tmp_path, strategy):
+    """What was not logged yet goes on where new losses are: Lightning reads it before it moves the model there."""
+    settings = ("trainer.max_steps=6", "trainer.log_every_n_steps=4", "trainer.checkpoint_every_n_steps=3")
+    run(script, tmp_path / "run", f"strategy={strategy}", *settings)
+    step = tmp_path / "run" / "checkpoints" / "step-3"
+    _, loss = run(script, tmp_path / "again", f"strategy={strategy}", *settings, f"resume={step}")
+    assert loss > 0
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"])
 def test_every_strategy_trains_on_a_gpu(script, plain, tmp_path, strategy):
     weights, loss = run(script, tmp_path / "run", f"strategy={strategy}")
