@@ -425,15 +425,23 @@ def _on_seeds(
 
 
 def _shared_seeds(runs: Runs, of: Mapping[str, Arm]) -> str:
-    """Of some methods, by name, those that were run: of all, and further ones of some."""
-    done = {name: [seed for seed in arm.seeds if (arm.name, seed) in runs] for name, arm in of.items()}
-    fewest = min(filter(None, done.values()), key=len, default=[])
-    further: dict[str, list[str]] = {}
+    """Of some methods, by name, those that were run: the seeds of most of them, and where others have more or fewer."""
+    done = {name: tuple(seed for seed in arm.seeds if (arm.name, seed) in runs) for name, arm in of.items()}
+    done = {name: seeds for name, seeds in done.items() if seeds}
+    usual = Counter(done.values()).most_common(1)[0][0] if done else ()
+    others: dict[str, list[str]] = {}
     for name, seeds in done.items():
-        if more := ", ".join(str(seed) for seed in seeds if seed not in fewest):
-            further.setdefault(more, []).append(f"`{name}`")
-    told = "".join(f"; of {' and '.join(names)} {more} too" for more, names in further.items())
-    return f"seeds {', '.join(map(str, fewest))}{told}"
+        if seeds != usual:
+            more = [seed for seed in seeds if seed not in usual]
+            told = f"{_in_words(more)} too" if set(usual) < set(seeds) else f"{_in_words(seeds)} alone"
+            others.setdefault(told, []).append(f"`{name}`")
+    told = "".join(f"; of {' and '.join(names)} {seeds}" for seeds, names in others.items())
+    return f"seeds {_in_words(usual)}{told}"
+
+
+def _in_words(numbers: Iterable[int]) -> str:
+    """As 3, 4, 5."""
+    return ", ".join(map(str, numbers))
 
 
 def _searched(scale: Scale, times: int) -> list[str]:
