@@ -842,7 +842,8 @@ def _changes(training: Training) -> list[tuple[tuple[str, ...], dict[str, Any]]]
     adamw = ("finetune.optimizer=adamw", "finetune.weights_dtype=auto") if is_8bit else ()
     whole: dict[str, Any] = {"optimizer": "adamw", "weight_bytes": MASTER} if is_8bit else {}
     if training.rank is None and single and training.devices == 1 and training.optimizer == "adamw":
-        found.append((("finetune.optimizer=adamw8bit",), {"optimizer": "adamw8bit", "weight_bytes": 2}))
+        overrides = ("finetune.optimizer=adamw8bit", "strategy=auto")  # under ddp weights stay fp32
+        found.append((overrides, {"optimizer": "adamw8bit", "weight_bytes": 2}))
     if training.rank is None:
         lora = {"rank": 8, "optimizer": "adamw", "weight_bytes": MASTER, "frozen_bytes": training.original_bytes}
         found.append((("finetune=lora", *adamw), lora))

@@ -54,9 +54,8 @@ def check_holding(cfg: DictConfig, config: PretrainedConfig, trainer: L.Trainer)
             "finetune.optimizer=adamw8bit is not supported with trainer.precision=16-mixed: take bf16-mixed or 32-true"
         )
     if tune.weights_dtype == "bfloat16" and not _is_alone(trainer):
-        under = " under DDP" if isinstance(strategy, DDPStrategy) else ""
         raise ConfigError(
-            f"finetune.weights_dtype=bfloat16 is for one process, and there are {trainer.world_size}{under}: take "
+            f"finetune.weights_dtype=bfloat16 is for one process without {name} (there are {trainer.world_size}): take "
             "strategy=auto with one device, or float32, or strategy=fsdp with finetune.optimizer=adamw"
         )
     if frozen == NF4 and in_parts:

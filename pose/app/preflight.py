@@ -219,7 +219,7 @@ def plan_training(cfg: DictConfig, run_dir: Path) -> Plan:
     fill_in(cfg, sampler, scaling)
     settings = resume_settings(
         cfg, trainer, data, base, _original(cfg, objective),
-        is_narrow=trained_dtype(to_options(cfg.finetune, FinetuneConfig), trainer) == torch.bfloat16,
+        held=str(trained_dtype(to_options(cfg.finetune, FinetuneConfig), trainer)).removeprefix("torch."),
     )  # fmt: skip
     is_finished = cfg.resume == "auto" and finished_steps(run_dir) == cfg.trainer.max_steps
     if checkpoint is not None:

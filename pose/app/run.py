@@ -122,14 +122,14 @@ class Run:
                 log_settings(self.plan.trainer.loggers, self.settings)
                 self.cover()
                 self.go_on()
-            with runtime.explained_memory_errors(self.cfg, measuring="eval.before=false"):
-                self.measure_before()
+            self.measure_before()
             if self.plan.trainer.is_global_zero:
                 note_trained(self.folder, self.plan.data)
             with runtime.explained_memory_errors(self.cfg):
                 self.train()
             if self.plan.trainer.is_global_zero:
-                with runtime.explained_memory_errors(self.cfg, measuring="eval=none"):
+                fewer = max((self.cfg.eval.batch_tokens or 4096) // 2, 1)
+                with runtime.explained_memory_errors(self.cfg, [f"eval.batch_tokens={fewer}"]):
                     self.measure_after()
             if self.plan.trainer.is_global_zero:
                 self.report()
@@ -175,16 +175,18 @@ class Run:
         """The untuned model, and the one whose RoPE is rescaled and nothing else."""
         plan = self.plan
         if plan.watch is not None and plan.watch.short is not None:
-            plan.watch.untuned = self._measure_short(plan.watch.short)
+            with runtime.explained_memory_errors(self.cfg, ["watch.max_short_increase=null"]):
+                plan.watch.untuned = self._measure_short(plan.watch.short)
         if plan.suite is None:
             return
         if self.cfg.model.path is None or not self.cfg.eval.before:
             if plan.trainer.is_global_zero:
                 plan.suite.prepare()  # or what is missing would be found after the training
             return
-        self.measure("untuned", plan.base)
-        if plan.scaling.name != "none":
-            self.measure("scaled", plan.config)
+        with runtime.explained_memory_errors(self.cfg, ["eval.before=false"]):
+            self.measure("untuned", plan.base)
+            if plan.scaling.name != "none":
+                self.measure("scaled", plan.config)
 
     def train(self):
         """Trains, and exports RUN/model at the end."""

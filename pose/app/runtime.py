@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -74,12 +75,13 @@ def readable_errors():
 
 
 @contextlib.contextmanager
-def explained_memory_errors(cfg: DictConfig, measuring: str | None = None):
+def explained_memory_errors(cfg: DictConfig, measuring: Sequence[str] = ()):
     """Turns an out-of-memory error into one that names what to lower.
 
     Args:
         cfg: of the command.
-        measuring: of train.py, what leaves the measurement out that is made; None while it trains, and of evaluate.py.
+        measuring: of train.py, what helps where something is measured, as overrides, the cheapest first; none while it
+            trains, and of evaluate.py.
 
     Raises:
         TrainingError: memory ran out.
@@ -89,12 +91,13 @@ def explained_memory_errors(cfg: DictConfig, measuring: str | None = None):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        if measuring is None:
-            advice, changes = _memory_advice(cfg), _memory_change(cfg)
+        advice: Sequence[str]
+        if measuring:
+            in_half = ("eval_dtype=bfloat16",) if cfg.eval_dtype == "float32" else ()
+            advice, changes = (*in_half, *measuring), (*in_half, *measuring)[:1]
         else:
-            in_half = ["eval_dtype=bfloat16"] if cfg.eval_dtype == "float32" else []
-            advice, changes = [*in_half, "a smaller eval.batch_tokens", measuring], (*in_half, measuring)[:1]
-        doing = "" if measuring is None else " while measuring"
+            advice, changes = _memory_advice(cfg), _memory_change(cfg)
+        doing = " while measuring" if measuring else ""
         message = f"out of memory{doing} ({first_line(error)}). What helps, the cheapest first: {'; '.join(advice)}"
         raise TrainingError(message, changes=changes) from error
 
@@ -132,6 +135,8 @@ def _memory_advice(cfg: DictConfig) -> list[str]:
     advice += [] if cfg.finetune.lora.rank else ["in a new run folder finetune=lora"]
     advice += ["in a new run folder strategy=fsdp, zero3 or zero3_offload"]
     advice += [f"in a new run folder a smaller pose.train_len (it is {length})"]
+    if cfg.watch.every_n_steps is not None:
+        advice.append("if watch was measuring, a smaller watch.batch_tokens")
     return advice
 
 

@@ -226,23 +226,27 @@ class HubDataset:
         )
 
 
-@functools.cache
 def say_other_splits(dataset: HubDataset):
-    """Warns once of files of a local folder that are of other splits than the one that is read, which nobody named.
+    """Warns once of files of a local folder that are of other splits than the one that is read, which nobody named."""
+    if dataset.is_local:
+        _say_other_splits(dataset.folder, dataset.name, dataset.split, dataset.label)
 
-    Where a README.md does not say which files are of which split, `datasets` goes by the names of files.
-    """
-    readme = dataset.folder / "README.md"
-    if not dataset.is_local or (readme.is_file() and "configs:" in readme.read_text(errors="replace")):
-        return
+
+@functools.cache
+def _say_other_splits(folder: Path, name: str | None, split: str, label: str):
+    """Where a README.md does not say which files are of which split, `datasets` goes by the names of files."""
     try:
-        builder = _datasets().load_dataset_builder(str(dataset.folder), dataset.name)
+        readme = folder / "README.md"
+        header = readme.read_text(errors="replace").split("\n---", 1)[0] if readme.is_file() else ""
+        if header.startswith("---") and "configs:" in header:
+            return
+        builder = _datasets().load_dataset_builder(str(folder), name)
     except Exception:  # said when it is read
         return
-    if others := sorted({str(split) for split in builder.config.data_files or ()} - {dataset.split}):
+    if others := sorted({str(each) for each in builder.config.data_files or ()} - {split}):
         log.warning(
-            f"the dataset {dataset.label}: only files of the split {dataset.split} are read, since others are named "
-            f"for {', '.join(others)}. Give split=NAME for these, or {dataset.path} itself, without keys, for all files"
+            f"the dataset {label}: only files of the split {split} are read, since others are named for "
+            f"{', '.join(others)}. Give split=NAME for these, or {folder} itself, without keys, for all files"
         )
 
 

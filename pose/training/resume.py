@@ -32,6 +32,7 @@ RESUME_GROUPS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 STEPS, ORIGINAL = "trainer.max_steps", "the files of model.path"  # of a curriculum, and of a teacher, alone
 TEXT = "data.documents"  # by fingerprint
+HELD = "finetune.weights_dtype"
 STARTED = time.time()  # of this process: checkpoints from then on are of this start
 # Keys of a config that change nothing in the weights that are trained
 WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -105,14 +106,14 @@ def resume_settings(
     data: PoseDataModule,
     base: PretrainedConfig,
     original: list | None = None,
-    is_narrow: bool = False,
+    held: str = "float32",
 ) -> dict[str, Any]:
     """What decides the weights that come out, by key: a run can only go on under the same.
 
     Args:
         cfg, trainer, data, base: of the run.
         original: fingerprint of the model that a frozen teacher is read from; None without one.
-        is_narrow: whether the weights that train are held in bf16, which by default depends on the number of processes.
+        held: in which dtype the weights that train are, which by default depends on the number of processes.
     """
     strategy = trainer.strategy
     is_sharded = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
@@ -131,8 +132,7 @@ def resume_settings(
     for group, left_out in RESUME_GROUPS.items():
         values: Any = OmegaConf.to_container(cfg[group], resolve=True, structured_config_mode=SCMode.DICT)
         settings |= {f"{group}.{key}": value for key, value in values.items() if key not in left_out}
-    if is_narrow:
-        settings["finetune.weights_dtype"] = "bfloat16"
+    settings[HELD] = held
     if data.has_phases:  # which are shares of the run
         settings[STEPS] = cfg.trainer.max_steps
     if original is not None:
@@ -180,6 +180,8 @@ def _check_settings(folder: Path, before: dict[str, Any], settings: dict[str, An
         now, then = settings.get(key), before.get(key)
         if key == TEXT and isinstance(now, str) and isinstance(then, str):
             return same_text(now) == same_text(then)
+        if key == HELD and then == "auto":  # of runs that did not say what it was
+            return True
         return now == then
 
     changed = [

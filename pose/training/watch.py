@@ -104,7 +104,8 @@ class Watch(L.Callback):
             kept = read_best(self.export.folder) if trainer.is_global_zero else None
             kept = kept if kept is not None and (kept["metric"], kept["under"]) == (self.best, self._under()) else None
             if kept is not None and kept["step"] > trainer.global_step and kept.get("max_steps") != trainer.max_steps:
-                kept = None  # the step comes again under another schedule, with other weights
+                log.info(f"RUN/best of step {kept['step']:,} is left: the step comes again with another max_steps")
+                kept = None
             self.found = trainer.strategy.broadcast(kept)
         if self._watched is None and self.before:
             self._watch(trainer, pl_module)

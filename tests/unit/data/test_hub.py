@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pose.app.documents import find_documents
 from pose.data import hub
-from pose.data.cache import TokenCache
+from pose.data.cache import TokenCache, check_documents
 from pose.data.documents import Broken, Keys
 from pose.data.hub import HubDataset, say_other_splits
 from pose.errors import ConfigError, DataError
@@ -292,14 +292,17 @@ def test_splits_that_are_made_up_by_names_are_said_once(tmp_path, tokenizer, cap
     for name in ("part-0", "train", "test"):
         (folder / f"{name}.jsonl").write_text('{"text": "w1"}\n')
     for spec in ({"path": str(folder)}, {"path": str(folder)}, {"path": str(folder), "split": "test"}):
+        check_documents(spec)
         TokenCache.build(spec, tokenizer, tmp_path / "cache")
     printed = capsys.readouterr().out
     assert printed.count("only files of the split train are read, since others are named for test") == 1
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
-    say_other_splits(HubDataset(str(folder), text_field="body"))
+    other = folder.rename(tmp_path / "other")
+    say_other_splits(HubDataset(str(other)))
     assert capsys.readouterr().out == ""
-    (folder / "README.md").write_text("# My data")
-    say_other_splits(HubDataset(str(folder), text_field="story"))
+    other = other.rename(tmp_path / "words")
+    (other / "README.md").write_text("# My data\n\nThe configs: none.")
+    say_other_splits(HubDataset(str(other)))
     assert "named for test" in capsys.readouterr().out, "these words say nothing of files"
 
 

@@ -473,6 +473,7 @@ def test_out_of_memory_names_what_to_lower(error):
             "model": {"gradient_checkpointing": False},
             "pose": {"train_len": 2048},
             "finetune": {"lora": {"rank": None}},
+            "watch": {"every_n_steps": None},
             "objective": {"_target_": "pose.training.objectives.LanguageModel"},
         }
     )
@@ -485,7 +486,10 @@ def test_out_of_memory_names_what_to_lower(error):
         "lora",
     ):
         assert words in str(caught.value)
-    assert caught.value.changes == ("trainer.micro_batch=4",)
+    assert caught.value.changes == ("trainer.micro_batch=4",) and "watch" not in str(caught.value)
+    cfg.watch.every_n_steps = 10
+    with pytest.raises(TrainingError, match=r"a smaller watch\.batch_tokens"), explained_memory_errors(cfg):
+        raise error
     cfg.trainer.micro_batch = 1
     with pytest.raises(TrainingError) as caught, explained_memory_errors(cfg):
         raise error
@@ -497,15 +501,15 @@ def test_out_of_memory_names_what_to_lower(error):
     assert caught.value.changes == ()
 
 
-@pytest.mark.parametrize("leave_out", ["eval.before=false", "eval=none"])
+@pytest.mark.parametrize("leave_out", ["eval.before=false", "watch.max_short_increase=null"])
 def test_out_of_memory_while_measuring_names_what_lowers_that(leave_out):
     cfg = OmegaConf.create({"trainer": {"micro_batch": 8}, "eval_dtype": "float32"})
-    with pytest.raises(TrainingError, match="while measuring") as caught, explained_memory_errors(cfg, leave_out):
+    with pytest.raises(TrainingError, match="while measuring") as caught, explained_memory_errors(cfg, [leave_out]):
         raise OOM[0]
     assert leave_out in str(caught.value) and "micro_batch" not in str(caught.value)
     assert caught.value.changes == ("eval_dtype=bfloat16",)
     cfg.eval_dtype = "bfloat16"
-    with pytest.raises(TrainingError) as caught, explained_memory_errors(cfg, leave_out):
+    with pytest.raises(TrainingError) as caught, explained_memory_errors(cfg, [leave_out]):
         raise OOM[0]
     assert caught.value.changes == (leave_out,)
 
