@@ -181,7 +181,9 @@ def test_a_hub_id_whose_owner_is_a_local_folder_is_asked_for(tmp_path, monkeypat
     cache = tmp_path / "cache"
     snapshot = cache / "models--owner--name" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    (snapshot / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 256})
+    )
     (cache / "models--owner--name" / "refs").mkdir()
     (cache / "models--owner--name" / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
