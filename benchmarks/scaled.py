@@ -52,13 +52,18 @@ def main(arguments: list[str] | None = None):
             scaling = build_scaling(compose("train", args.overrides).rope)
     except (PoseError, HydraException) as error:
         raise SystemExit(f"{' '.join(args.overrides)}: {error}") from error
+
+    def scaled_config(folder: str):
+        config = load_config(folder)
+        scale_config(config, scaling, args.target_len)
+        check_layers(config)
+        check_weights(config, folder)
+        return config
+
     try:
         source = locate(args.model)
         if read_json(Path(source) / "config.json").get("model_type") in FORMS:  # whose weights are of another form too
-            config = load_config(source)
-            scale_config(config, scaling, args.target_len)
-            check_layers(config)
-            check_weights(config, source)
+            config = scaled_config(source)
             dtype = config.dtype or torch.float32
             export_model(build_model(config, source), load_tokenizer(source), args.folder, dtype)
         else:
@@ -67,10 +72,7 @@ def main(arguments: list[str] | None = None):
                     convert(args.model, partial)
                 else:
                     shutil.copytree(source, partial, dirs_exist_ok=True)
-                config = load_config(str(partial))
-                scale_config(config, scaling, args.target_len)
-                check_layers(config)
-                check_weights(config, str(partial))
+                config = scaled_config(str(partial))
                 config.save_pretrained(partial)
     except (PoseError, OSError) as error:
         raise SystemExit(f"{args.model}: {error}") from error

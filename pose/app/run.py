@@ -292,9 +292,11 @@ class Run:
 
         log.info(f"Measuring {what} ...")
         max_length = target_len_of(config)
-        suite.is_for(max_length)
-        may_lack = max_length < target_len_of(self.plan.config)  # what the trained model has room for is still measured
-        return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under, may_lack=may_lack)
+        suite.set_max_length(max_length)
+        skip_too_long = max_length < target_len_of(
+            self.plan.config
+        )  # what the trained model has room for is still measured
+        return suite.run(load=load, outcomes=Outcomes(self.cfg.cache_dir), under=under, skip_too_long=skip_too_long)
 
     def report(self):
         """Model card, plots, results.csv, metrics.json (with it a run is complete), the page, dashboards."""

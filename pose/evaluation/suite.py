@@ -98,7 +98,7 @@ class Suite:
         """What `run` will give, by name."""
         return {name: metric for task in self.tasks for name, metric in task.metrics().items()}
 
-    def is_for(self, max_length: int):
+    def set_max_length(self, max_length: int):
         """Says for which window the next model is meant, in tokens, which standard benchmarks may fill."""
         self.max_length = max_length
         for task in self.tasks:
@@ -118,7 +118,7 @@ class Suite:
         load: Callable[[], PreTrainedModel] | None = None,
         outcomes: Outcomes | None = None,
         under: Any = None,
-        may_lack: bool = False,
+        skip_too_long: bool = False,
     ) -> dict[str, Estimate]:
         """Measures one model; the metrics by name, such as ppl@2048 and passkey@2048.
 
@@ -128,7 +128,7 @@ class Suite:
             load: makes the model when the first unit has to be measured.
             outcomes: keep the outcome of each unit as soon as it is there, and have those of earlier evaluations.
             under: what tells the model from every other one (`pose.evaluation.memo.identity`), with `outcomes`.
-            may_lack: whether a benchmark that does not fit into the model's window is left out, with a warning.
+            skip_too_long: whether a benchmark that does not fit into the model's window is left out, with a warning.
 
         Raises:
             WindowError: a benchmark does not fit into the model's window.
@@ -156,7 +156,7 @@ class Suite:
                     with _counting_tokens(bar, scorer.model):
                         outcome = task.measure(scorer, unit)
                 except WindowError as error:
-                    if not may_lack:
+                    if not skip_too_long:
                         raise
                     log.warning(f"{task.name} is left out for this model: {error}")
                     break

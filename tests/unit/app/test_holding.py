@@ -60,6 +60,10 @@ def experts(tmp_path):
             ],
             ["finetune.weights_dtype=bfloat16", "there are 2"],
         ),
+        (
+            ["finetune.optimizer=adamw8bit", "finetune.weights_dtype=bfloat16", "strategy=ddp", "trainer.devices=1"],
+            ["finetune.weights_dtype=bfloat16", "without ddp", "strategy=auto"],
+        ),
         (["experiment=pretrain_tiny", "finetune=qlora"], ["finetune=qlora", "model.path"]),
     ],
 )  # fmt: skip

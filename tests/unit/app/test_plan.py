@@ -345,6 +345,10 @@ def test_a_model_that_is_scaled_already_is_not_planned(method, tmp_path):
         (["model.path=some.gguf"], ["some.gguf"]),
         (["strategy.name=deepspeed"], ["strategy=deepspeed", "zero3"]),
         (["finetune=lora", "finetune.lora.target_modules=[q]"], ["'q'", "q_proj"]),
+        (
+            ["finetune.optimizer=adamw8bit", "finetune.weights_dtype=bfloat16", "strategy=ddp"],
+            ["finetune.weights_dtype=bfloat16", "without DDP"],
+        ),
         (["--mfu=2"], ["--mfu=2"]),
     ],
 )

@@ -80,6 +80,19 @@ def test_the_untuned_model_is_measured_once_for_all_jobs(start, tmp_path):
     assert set(kept) == {"256"}
 
 
+def test_a_benchmark_may_fill_the_window_of_the_model_that_is_measured(start, monkeypatch):
+    """The untuned model's own, where what does not fit is left out, and the target after scaling."""
+    seen = []
+
+    def measure(suite, **options):
+        seen.append((suite.max_length, options["skip_too_long"]))
+        return {}
+
+    monkeypatch.setattr("pose.evaluation.suite.Suite.run", measure)
+    start("run")
+    assert seen == [(256, True), (512, False)]
+
+
 def test_questions_that_cannot_be_had_are_found_before_the_training(start, monkeypatch):
     """Where nothing is measured before it, too."""
 

@@ -172,6 +172,14 @@ def test_the_same_text_in_a_folder_of_another_name(make, files, tmp_path):
     assert same_text(f"{a}, without 3 of data.leave_out: x-1") == f"{same_text(a)}, without 3 of data.leave_out: x-1"
 
 
+def test_the_window_of_a_document_has_bos_in_it(make):
+    """One token short of the sampler's example is an error before the training; just enough is none."""
+    tokenizer = number_tokenizer(bos="<s>", adds_bos=True)
+    with pytest.raises(ConfigError, match=r"data.window_len=15 is too short: .* at least 16 tokens, BOS among them"):
+        make(window_len=15, tokenizer=tokenizer)
+    assert len(ready(make(window_len=16, tokenizer=tokenizer)).dataset[0]["input_ids"]) == 16
+
+
 def test_examples_of_the_curriculum_have_no_gap_with_bos(make):
     """BOS and n - 1 tokens that follow each other."""
     tokenizer = number_tokenizer(bos="<s>", adds_bos=True)

@@ -383,12 +383,12 @@ def test_a_benchmark_without_room_in_one_model_may_be_left_out_of_it(harness, mo
     suite = Suite(EvalOptions(lengths=[64]), tokenizer, None, tmp_path)
     suite.tasks = [harness("written", max_length=64), harness("choice", max_length=64)]
     every = suite.run(model, progress=False)
-    suite.is_for(12)
+    suite.set_max_length(12)
     assert [task.max_length for task in suite.tasks] == [12, 12]
     with pytest.raises(WindowError, match="harness/written writes up to 12 tokens, and the window is 12"):
         suite.run(model, progress=False)
     capsys.readouterr()
-    found = suite.run(model, progress=False, may_lack=True)
+    found = suite.run(model, progress=False, skip_too_long=True)
     assert list(every) == ["harness/written", "harness/choice"] and list(found) == ["harness/choice"]
     printed = capsys.readouterr().out
     assert "harness/written is left out for this model: harness/written writes up to 12 tokens" in printed

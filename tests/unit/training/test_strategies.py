@@ -2,9 +2,10 @@
 
 import lightning as L
 import pytest
+import torch
 
 from pose.errors import ConfigError
-from pose.training.strategies import check_strategy
+from pose.training.strategies import check_strategy, resolve_precision
 
 
 def precision_of(name):
@@ -30,3 +31,13 @@ def test_a_precision_without_fp32_weights_is_refused_with_its_reason(name, why):
 @pytest.mark.parametrize("name", ["32-true", 32, "bf16-mixed", "bf16"])
 def test_those_with_fp32_weights_are_accepted(name):
     check_strategy(*precision_of(name))
+
+
+@pytest.mark.parametrize(("is_fast", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_auto_takes_bf16_on_a_gpu_that_computes_it(monkeypatch, is_fast, precision):
+    """A V100 emulates it, which torch counts as supported by default."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: is_fast or including_emulation
+    )
+    assert resolve_precision("auto", "gpu") == precision
